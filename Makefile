@@ -1,0 +1,23 @@
+# make quickstart | test | lint. Uses the active virtual environment, else makes .venv; set-up runs once.
+VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+BIN := $(VENV)/bin
+# Named after the checkout: an environment that is shared by two of them is set up for each.
+STAMP := $(VENV)/.set-up$(subst /,-,$(CURDIR))
+
+.PHONY: quickstart test lint
+
+quickstart: $(STAMP)
+	$(BIN)/stepdistill train recipes/quickstart.yaml
+	@echo "Open runs/quickstart/report/index.html in a browser."
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[eval,dev]'
+	touch $@

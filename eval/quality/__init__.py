@@ -1,0 +1,1 @@
+"""How good are the images: feature networks, distances between sets of images, protocols, the report."""

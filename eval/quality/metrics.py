@@ -1,0 +1,122 @@
+"""Distances between two sets of feature rows, all in float64 on the CPU.
+
+Every function takes plain tensors and knows nothing of images or networks. Sources: Frechet distance,
+Heusel et al. 2017; kernel distance, Binkowski et al. 2018; precision and recall, Kynkaanniemi et al. 2019.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (d,) and covariance (d, d) of feature rows, float64."""
+
+    mean: Tensor
+    cov: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> "Moments":
+        """Sample mean and unbiased covariance of ``rows`` (N, d), N >= 2."""
+        rows = rows.double()
+        mean = rows.mean(0)
+        centred = rows - mean
+        return cls(mean, centred.T @ centred / (len(rows) - 1))
+
+    @cached_property
+    def root(self) -> Tensor:
+        """R (d, d) with R R^T = cov; kept, because a reference meets many sets."""
+        values, vectors = torch.linalg.eigh(self.cov.double())
+        return vectors * values.clamp(min=0).sqrt()
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr (A^1/2 B A^1/2)^1/2 between two Gaussians.
+
+    The root is taken by two symmetric eigen-decompositions, so rank-deficient covariances (fewer samples
+    than dimensions) need neither a complex root nor a regulariser.
+    """
+    overlap = torch.linalg.eigvalsh(a.root.T @ b.cov.double() @ a.root).clamp(min=0).sqrt().sum()
+    shift = (a.mean.double() - b.mean.double()).square().sum()
+    return float(shift + a.cov.double().trace() + b.cov.double().trace() - 2 * overlap)
+
+
+def kid(a: Tensor, b: Tensor, *, subsets: int = 20, size: int = 500, seed: int = 0) -> tuple[float, float]:
+    """Kernel distance between rows ``a`` (N, d) and ``b`` (M, d): mean and standard deviation over subsets.
+
+    Each subset gives the unbiased estimate of MMD^2 (it may be negative) under the kernel (x.y / d + 1)^3. Subsets
+    are consecutive blocks of random permutations, so all rows are used before any is used twice. ``size`` is
+    lowered to the smaller set's when that has fewer rows.
+    """
+    size = min(size, len(a), len(b))
+    if size < 2:
+        raise ValueError(f"kid needs at least 2 rows on each side, found {len(a)} and {len(b)}")
+    generator = torch.Generator().manual_seed(seed)
+    blocks = zip(range(subsets), _blocks(len(a), size, generator), _blocks(len(b), size, generator), strict=False)
+    values = torch.stack([_mmd2(a[i].double(), b[j].double()) for _, i, j in blocks])
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def _blocks(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    while True:
+        yield from torch.randperm(n, generator=generator)[: n - n % size].split(size)
+
+
+def _mmd2(a: Tensor, b: Tensor) -> Tensor:
+    n, d = a.shape
+    within = sum(_kernel(x, x, d).sum() - _kernel_diagonal(x, d).sum() for x in (a, b)) / (n * (n - 1))
+    return within - 2 * _kernel(a, b, d).mean()
+
+
+def _kernel(x: Tensor, y: Tensor, d: int) -> Tensor:
+    return (x @ y.T / d + 1) ** 3
+
+
+def _kernel_diagonal(x: Tensor, d: int) -> Tensor:
+    return (x.square().sum(1) / d + 1) ** 3
+
+
+def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3, chunk: int = 1000) -> tuple[float, float]:
+    """Improved precision and recall of ``fake`` (N, d) against ``real`` (M, d).
+
+    A set's manifold is the union of balls around its rows, each reaching to the row's k-th nearest neighbour
+    in the same set. Precision: the share of fake rows inside the real manifold; recall: the share of real rows
+    inside the fake one. Both depend on N and M: compare rows of equal size only.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision and recall need more than k={k} rows on each side")
+    real, fake = real.double(), fake.double()
+    return _share_inside(fake, real, k, chunk), _share_inside(real, fake, k, chunk)
+
+
+def _share_inside(points: Tensor, centres: Tensor, k: int, chunk: int) -> float:
+    radii = torch.cat([_squared(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(chunk)])
+    inside = [(_squared(rows, centres) <= radii).any(1) for rows in points.split(chunk)]
+    return float(torch.cat(inside).double().mean())
+
+
+def _squared(x: Tensor, y: Tensor) -> Tensor:
+    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp(min=0)
+
+
+def class_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of rows whose largest logit (N, classes) is the class that was asked for (N,)."""
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def variance_ratio(fake: Tensor, fake_labels: Tensor, real: Tensor, real_labels: Tensor) -> float:
+    """Mean over classes of (total feature variance of the fake rows) / (that of the real rows).
+
+    Below 1: samples of one class resemble each other more than real ones do, the usual loss of distribution
+    matching. Classes with fewer than two rows on either side are left out.
+    """
+    ratios = []
+    for label in real_labels.unique():
+        ours, theirs = fake[fake_labels == label].double(), real[real_labels == label].double()
+        if min(len(ours), len(theirs)) >= 2:
+            ratios.append(ours.var(0).sum() / theirs.var(0).sum())
+    return float(torch.stack(ratios).mean()) if ratios else float("nan")

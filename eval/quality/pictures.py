@@ -1,0 +1,124 @@
+"""Pictures: grids of samples, the FD-against-NFE plot and training curves."""
+
+import base64
+import io
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
+from PIL import Image
+from torch import Tensor
+
+INK, MUTED, GRID = "#1f2328", "#6b7280", "#e5e7eb"
+COLOURS = {"teacher": "#1f2328", "solver": "#b45309"}
+PALETTE = ("#0b6e4f", "#b45309", "#4057a8", "#a23b72", "#6b7280", "#2a9d8f")
+
+
+def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Images uint8 (N, C, H, W), C = 1 or 3, in rows of ``columns`` on a white sheet, ``gap`` pixels apart."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(f"expected images (N, 1 or 3, H, W) with N >= 1, found {tuple(images.shape)}")
+    _, channels, height, width = images.shape
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
+    for index, image in enumerate(images.cpu().numpy()):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+
+
+def png_data_uri(picture: Image.Image) -> str:
+    """A picture as ``data:image/png;base64,...``, to be put into a page."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def quality_plot(rows: Sequence[Any], metric: str, label: str, floor: float | None = None) -> Image.Image:
+    """``metric`` against NFE on logarithmic axes: students as lines, teachers and solvers as marks.
+
+    Args:
+        rows: report rows (name, role, nfe, metrics). label: the y axis. floor: real images' value, drawn as a line.
+    """
+    figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    _clean(axes)
+    axes.set(xscale="log", yscale="log", xlabel="NFE per image", ylabel=label)
+    rows = [row for row in rows if row.metrics.get(metric, 0) > 0]
+    students = dict.fromkeys(row.name for row in rows if row.role == "student")
+    for name, colour in zip(students, itertools.cycle(PALETTE)):
+        points = sorted((row.nfe, row.metrics[metric]) for row in rows if row.name == name)
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=2, markersize=7, label=name)
+    for role, mark, legend in (("teacher", "D", "teacher"), ("solver", "x", "teacher under stock solvers")):
+        points = [(row.nfe, row.metrics[metric]) for row in rows if row.role == role]
+        if points:
+            axes.plot(*zip(*points, strict=True), mark, color=COLOURS[role], markeredgewidth=2, label=legend)
+    if floor is not None and floor > 0:
+        axes.axhline(floor, color=MUTED, linestyle=(0, (4, 3)), linewidth=1, label="real images")
+    axes.set_xticks(ticks := sorted({row.nfe for row in rows}), [str(tick) for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.minorticks_off()
+    if rows:
+        axes.legend(frameon=False, fontsize=8, loc="best")
+    return _render(figure)
+
+
+def training_plot(lines: Sequence[Mapping[str, float]]) -> Image.Image | None:
+    """Losses, gradient norms and drift against the step, from the lines of metrics.jsonl; None without any."""
+    panels = {
+        "loss": _series(lines, lambda key: "/loss/" in key),
+        "gradient norm": _series(lines, lambda key: key.endswith("/grad_norm")),
+        "drift against the teacher": _series(lines, lambda key: key.startswith("drift/")),
+    }
+    panels = {title: series for title, series in panels.items() if series}
+    if not panels:
+        return None
+    figure = Figure(figsize=(7.2, 2.5 * len(panels)), dpi=150, layout="constrained")
+    for index, (title, series) in enumerate(panels.items()):
+        axes = figure.add_subplot(len(panels), 1, index + 1)
+        _clean(axes)
+        axes.set_title(title, loc="left", fontsize=9, color=INK)
+        for number, (key, points) in enumerate(sorted(series.items())):
+            name = key.replace("/loss/", " ").replace("/grad_norm", "").replace("drift/", "")
+            axes.plot(*zip(*points, strict=True), color=PALETTE[number % len(PALETTE)], linewidth=1.2, label=name)
+        values = [value for points in series.values() for _, value in points]
+        if title != "drift against the teacher" and min(values) > 0:
+            axes.set_yscale("log")
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
+    axes.set_xlabel("step")
+    return _render(figure)
+
+
+def _series(
+    lines: Sequence[Mapping[str, float]], wanted: Callable[[str], bool]
+) -> dict[str, list[tuple[float, float]]]:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if wanted(key) and "step" in line and np.isfinite(value):
+                series.setdefault(key, []).append((line["step"], value))
+    return series
+
+
+def _clean(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=MUTED, labelsize=8)
+    axes.xaxis.label.set(color=INK, size=9)
+    axes.yaxis.label.set(color=INK, size=9)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _render(figure: Figure) -> Image.Image:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"font.size": 9}):
+        figure.savefig(buffer, format="png", facecolor="white")
+    buffer.seek(0)
+    return Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE, colors=64)

@@ -1,0 +1,281 @@
+"""Train the embedded class-conditional teacher on Fashion-MNIST: autoencoder, classifier, denoiser.
+
+    python scripts/train_class_teacher.py vae classifier denoiser pack --work build/teacher
+
+Every stage leaves a file in the work folder and is skipped when that file is there; the denoiser stage
+also resumes from its last checkpoint. ``pack`` writes assets/teachers/fashion-dit in stock diffusers
+format. scripts/measure_teacher.py then records the reference statistics and the teacher's quality.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
+
+from stepdistill.data import fashion_mnist
+from stepdistill.eval.features import Classifier
+from stepdistill.schedule import from_scheduler
+
+LATENT = (4, 8, 8)
+NULL_CLASS = 1000
+
+
+def log(stage: str, message: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {stage}: {message}", flush=True)
+
+
+def one_cycle(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 5 % of the steps, then cosine to zero."""
+    warm = max(1, int(0.05 * steps))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+def batches(n: int, size: int, seed: int):
+    """Endless index batches, reshuffled every epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(n, generator=generator)
+        yield from order[: n - n % size].split(size)
+
+
+def new_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=LATENT[0],
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def train_vae(work: Path, steps: int, batch: int = 64, peak: float = 2e-3) -> None:
+    """L1 + L2 reconstruction with a light KL term; latents are then normalised inside the 1x1 convolutions."""
+    torch.manual_seed(0)
+    images = fashion_mnist.load("train")[0].float() / 127.5 - 1
+    vae = new_vae().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0)
+    index = batches(len(images), batch, seed=1)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = one_cycle(step, steps, peak)
+        x = images[next(index)].contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(x).latent_dist
+        difference = vae.decode(posterior.sample()).sample - x
+        reconstruction = difference.abs().mean() + difference.square().mean()
+        loss = reconstruction + 1e-4 * posterior.kl().mean() / math.prod(LATENT)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step == steps - 1:
+            log("vae", f"step {step}/{steps} reconstruction {reconstruction.item():.4f}")
+    _normalise_latents(vae, images[:10_000])
+    save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, work / "vae.safetensors")
+
+
+@torch.no_grad()
+def _normalise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Fold a per-channel shift and scale into quant_conv and post_quant_conv: zero mean, unit deviation."""
+    latents = torch.cat([vae.encode(x).latent_dist.mean for x in images.split(500)])
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = LATENT[0]
+    into, out = vae.quant_conv, vae.post_quant_conv
+    into.weight[:channels] /= std[:, None, None, None]
+    into.bias[:channels] = (into.bias[:channels] - mean) / std
+    into.bias[channels:] -= 2 * std.log()
+    out.bias += out.weight[:, :, 0, 0] @ mean
+    out.weight *= std[None, :, None, None]
+
+
+@torch.no_grad()
+def encode_all(work: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latent means of the training set, (60000, 4, 8, 8), and labels; cached in the work folder."""
+    cached = work / "latents.safetensors"
+    if not cached.exists():
+        vae = new_vae().eval()
+        vae.load_state_dict(load_file(work / "vae.safetensors"))
+        images, labels = fashion_mnist.load("train")
+        parts = [vae.encode(x.float() / 127.5 - 1).latent_dist.mean for x in images.split(500)]
+        save_file({"latents": torch.cat(parts), "labels": labels}, cached)
+    stored = load_file(cached)
+    return stored["latents"], stored["labels"]
+
+
+def new_denoiser() -> DiTTransformer2DModel:
+    """3.5 M parameters, 16 tokens. 1,000 labels because DiTPipeline's null class is number 1000."""
+    denoiser = DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=24,
+        in_channels=LATENT[0],
+        out_channels=LATENT[0],
+        num_layers=6,
+        sample_size=LATENT[1],
+        patch_size=2,
+        num_embeds_ada_norm=NULL_CLASS,
+    )
+    # As in DiT (Peebles & Xie 2023): residual branches and the output start at zero; so do unused labels.
+    for block in denoiser.transformer_blocks:
+        torch.nn.init.zeros_(block.norm1.linear.weight)
+        torch.nn.init.zeros_(block.norm1.linear.bias)
+        table = block.norm1.emb.class_embedder.embedding_table.weight
+        torch.nn.init.normal_(table, std=0.02)
+        with torch.no_grad():
+            table[len(fashion_mnist.CLASS_NAMES) : NULL_CLASS] = 0
+    torch.nn.init.zeros_(denoiser.proj_out_2.weight)
+    torch.nn.init.zeros_(denoiser.proj_out_2.bias)
+    # Always eval mode: in train mode diffusers' label embedding drops labels by itself.
+    return denoiser.eval()
+
+
+def new_scheduler() -> DDIMScheduler:
+    """v-prediction; the scaled-linear table ends at alpha = 0.015, so pure noise is a fair start."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.02,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+    )
+
+
+def train_denoiser(work: Path, steps: int, batch: int = 128, peak: float = 1e-3, ema_decay: float = 0.9995) -> None:
+    """v-prediction MSE at uniform timesteps, labels dropped with probability 0.1 (Ho & Salimans 2022)."""
+    torch.manual_seed(0)
+    latents, labels = encode_all(work)
+    denoiser = new_denoiser()
+    parameters = dict(denoiser.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.99), weight_decay=0.01)
+    ema = {name: p.detach().clone() for name, p in parameters.items()}
+    checkpoint, first = work / "denoiser-checkpoint.safetensors", 0
+    if checkpoint.exists():
+        first = _resume_denoiser(checkpoint, parameters, ema, optimizer)
+        log("denoiser", f"resumed at step {first}")
+    schedule, _ = from_scheduler(new_scheduler())
+    forward = torch.compile(denoiser)
+    average = 0.0
+    for step in range(first, steps):
+        optimizer.param_groups[0]["lr"] = one_cycle(step, steps, peak)
+        # Every draw follows from the step number alone, so a resumed run continues the same sequence.
+        generator = torch.Generator().manual_seed(step)
+        rows = torch.randint(len(latents), (batch,), generator=generator)
+        timestep = torch.randint(1000, (batch,), generator=generator)
+        dropped = torch.rand(batch, generator=generator) < 0.1
+        x0, eps = latents[rows], torch.randn(batch, *LATENT, generator=generator)
+        t = schedule.time(timestep)
+        x_t = schedule.add_noise(x0, eps, t)
+        target = schedule.velocity(x0, eps, t)
+        predicted = forward(x_t, timestep=timestep, class_labels=labels[rows].masked_fill(dropped, NULL_CLASS)).sample
+        loss = F.mse_loss(predicted, target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimizer.step()
+        decay = min(ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
+        average = loss.item() if step == first else 0.99 * average + 0.01 * loss.item()
+        if step % 100 == 0:
+            log("denoiser", f"step {step}/{steps} loss {average:.4f}")
+        if (step + 1) % 250 == 0:
+            _save_denoiser(checkpoint, parameters, ema, optimizer, step + 1)
+    save_file({name: p.contiguous() for name, p in ema.items()}, work / "denoiser.safetensors")
+
+
+def _save_denoiser(path: Path, parameters, ema, optimizer, step: int) -> None:
+    tensors = {"step": torch.tensor(step)}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        tensors |= {f"weight.{name}": parameter.detach(), f"ema.{name}": ema[name]}
+        tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+    save_file(tensors, path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)
+
+
+@torch.no_grad()
+def _resume_denoiser(path: Path, parameters, ema, optimizer) -> int:
+    stored = load_file(path)
+    step = int(stored["step"])
+    for name, parameter in parameters.items():
+        parameter.copy_(stored[f"weight.{name}"])
+        ema[name].copy_(stored[f"ema.{name}"])
+        moments = {key: stored[f"{key}.{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+    return step
+
+
+def train_classifier(work: Path, epochs: int = 4, batch: int = 128, peak: float = 2e-3) -> None:
+    """The feature network of FD-classifier: cross-entropy on the training set, accuracy on the test set logged."""
+    torch.manual_seed(0)
+    images, labels = fashion_mnist.load("train")
+    classifier = Classifier().train()
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
+    index, steps = batches(len(images), batch, seed=2), epochs * (len(images) // batch)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = one_cycle(step, steps, peak)
+        rows = next(index)
+        loss = F.cross_entropy(classifier(images[rows].float() / 255), labels[rows], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            log("classifier", f"step {step}/{steps} loss {loss.item():.4f}")
+    classifier.eval()
+    test_images, test_labels = fashion_mnist.load("test")
+    with torch.no_grad():
+        guesses = torch.cat([classifier(x.float() / 255).argmax(1) for x in test_images.split(500)])
+    log("classifier", f"test accuracy {(guesses == test_labels).float().mean().item():.4f}")
+    save_file(classifier.state_dict(), work / "classifier.safetensors")
+
+
+def pack(work: Path, out: Path) -> None:
+    """Write the stock pipeline folder, float16 on disk, with the classifier beside it."""
+    vae, denoiser = new_vae(), new_denoiser()
+    vae.load_state_dict(load_file(work / "vae.safetensors"))
+    denoiser.load_state_dict(load_file(work / "denoiser.safetensors"), strict=False)
+    names = dict(enumerate(fashion_mnist.CLASS_NAMES))
+    pipeline = DiTPipeline(transformer=denoiser, vae=vae, scheduler=new_scheduler(), id2label=names)
+    pipeline.to(torch.float16).save_pretrained(out, safe_serialization=True)
+    half = {name: p.half() for name, p in load_file(work / "classifier.safetensors").items()}
+    save_file(half, out / "classifier.safetensors")
+    size = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
+    log("pack", f"{out}: {size / 2**20:.2f} MiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=("vae", "classifier", "denoiser", "pack"))
+    parser.add_argument("--work", type=Path, default=Path("build/teacher"))
+    parser.add_argument("--out", type=Path, default=Path("assets/teachers/fashion-dit"))
+    parser.add_argument("--vae-steps", type=int, default=1200)
+    parser.add_argument("--denoiser-steps", type=int, default=6500)
+    arguments = parser.parse_args()
+    work = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    for stage in arguments.stages:
+        if stage != "pack" and (work / f"{stage}.safetensors").exists():
+            log(stage, "already there, skipped")
+        elif stage == "vae":
+            train_vae(work, arguments.vae_steps)
+        elif stage == "classifier":
+            train_classifier(work)
+        elif stage == "denoiser":
+            train_denoiser(work, arguments.denoiser_steps)
+        else:
+            pack(work, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Complete, atomic checkpoints: safetensors and JSON only, a manifest with the SHA-256 of every file.
+
+A checkpoint is written into a hidden folder, synced, and renamed; a folder without a matching manifest is
+never taken for a checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stepdistill.errors import InputError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class State:
+    """Everything a run is: named networks, named optimizers, plain tensors' dicts, and the next step."""
+
+    step: int
+    networks: Mapping[str, nn.Module]
+    optimizers: Mapping[str, torch.optim.Optimizer] = field(default_factory=dict)
+    averages: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def save(folder: Path, state: State, keep: int) -> Path:
+    """Write ``folder/step-NNNNNN``, then delete all but the newest ``keep`` checkpoints. Returns its path."""
+    final = folder / f"step-{state.step:06d}"
+    draft = folder / f".writing-{state.step:06d}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, network in state.networks.items():
+        files[f"{name}.safetensors"] = {key: p.detach().cpu().contiguous() for key, p in network.named_parameters()}
+    for name, optimizer in state.optimizers.items():
+        files[f"{name}.optimizer.safetensors"] = _optimizer_tensors(optimizer)
+    for name, average in state.averages.items():
+        files[f"{name}.average.safetensors"] = {key: value.cpu().contiguous() for key, value in average.items()}
+    for name, tensors in files.items():
+        # safetensors refuses tensors that share memory; tied weights are stored once each.
+        save_file({key: value.clone() for key, value in tensors.items()}, draft / name)
+    hashes = {name: sha256(draft / name) for name in files}
+    (draft / MANIFEST).write_text(json.dumps({"schema": 1, "step": state.step, "sha256": hashes}, indent=1))
+    for path in draft.iterdir():
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    draft.rename(final)
+    _sync(folder)
+    for old in _numbered(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(path: Path, state: State) -> int:
+    """Copy a checkpoint into the networks, optimizers and averages of ``state``; returns the next step.
+
+    Raises:
+        InputError: the checkpoint is damaged, or was made with other networks.
+    """
+    step = verify(path)
+    for name, network in state.networks.items():
+        copy_parameters(path / f"{name}.safetensors", dict(network.named_parameters()))
+    for name, optimizer in state.optimizers.items():
+        _restore_optimizer(path / f"{name}.optimizer.safetensors", optimizer)
+    for name, average in state.averages.items():
+        copy_parameters(path / f"{name}.average.safetensors", average)
+    return step
+
+
+def verify(path: Path) -> int:
+    """The step of a whole checkpoint.
+
+    Raises:
+        InputError: naming the file that is missing, truncated or altered.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        hashes, step = manifest["sha256"], int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a checkpoint, no valid {MANIFEST} ({type(error).__name__})") from None
+    for name, expected in hashes.items():
+        file = path / name
+        if not file.is_file():
+            raise InputError(f"{path}: damaged checkpoint, {name} is missing")
+        if sha256(file) != expected:
+            raise InputError(f"{path}: damaged checkpoint, {name} does not match its SHA-256")
+    return step
+
+
+def latest(folder: Path, report: Any = None) -> Path | None:
+    """The newest whole checkpoint in ``folder``, or None; ``report(message)`` hears of damaged ones it skips."""
+    for path in reversed(_numbered(folder)):
+        try:
+            verify(path)
+        except InputError as error:
+            if report:
+                report(f"{error}; trying the one before")
+        else:
+            return path
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam's state as flat tensors, keyed by the parameter's position; learning rates follow from the recipe."""
+    states = optimizer.state_dict()["state"]
+    return {f"{i}.{key}": value.detach().cpu() for i, state in states.items() for key, value in state.items()}
+
+
+def _restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(path).items():
+        index, _, entry = key.partition(".")
+        states.setdefault(int(index), {})[entry] = value
+    whole = optimizer.state_dict()
+    optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
+
+
+@torch.no_grad()
+def copy_parameters(path: Path, targets: Mapping[str, Tensor]) -> None:
+    """Copy every tensor of a file into ``targets``, in place.
+
+    Raises:
+        InputError: names or shapes differ.
+    """
+    stored = load_file(path)
+    if stored.keys() != targets.keys():
+        different = sorted(stored.keys() ^ targets.keys())[0]
+        raise InputError(f"{path}: made with other networks than this recipe's (first difference: {different})")
+    for key, target in targets.items():
+        if stored[key].shape != target.shape:
+            raise InputError(f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(target.shape)}")
+        target.copy_(stored[key])
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,212 @@
+"""The command line: parses, calls the verb of the same name, prints. No logic.
+
+Exit codes: 0 done, 2 wrong input (one line on stderr), 1 anything else.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import stepdistill
+from stepdistill import assets
+from stepdistill.errors import InputError
+
+app = typer.Typer(
+    name="stepdistill",
+    help="Distil a diffusers pipeline to 1-8 steps without guidance, in stock format.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Seed = Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.steps=20 output=runs/mine.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe: train, export, report. Resumes a run that was interrupted."""
+    if dry_run:
+        # Methods, and with them torch, are only needed once a recipe is read.
+        from stepdistill.recipe import load
+
+        resolved = load(recipe, overrides or ())
+        print(json.dumps(resolved.model_dump(mode="json"), indent=2) if as_json else resolved.to_yaml(), end="")
+        return
+    result = stepdistill.train(recipe, overrides or ())
+    _print_facts({"run": str(result.folder), "report": _text(result.report)}, as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Argument(help="The pipeline folder to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's student as a stock diffusers pipeline, checked against the training-time sampler."""
+    result = stepdistill.export(run, out)
+    _print_facts({"pipeline": str(result.folder), "max_error": result.max_error}, as_json)
+
+
+@app.command()
+def sample(
+    path: Annotated[str, typer.Argument(help="A run, an exported pipeline, an embedded teacher or a hub id.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the pipeline's own scheduler.")] = 4,
+    guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond); 1 is off.")] = 1.0,
+    seed: Seed = 0,
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 40,
+    classes: Annotated[str | None, typer.Option(help="Class names or numbers, separated by commas.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
+    out: Annotated[Path, typer.Option(help="The grid to write.")] = Path("grid.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Draw images and write them as one PNG grid."""
+    named = [int(one) if one.isdecimal() else one for one in classes.split(",")] if classes else []
+    result = stepdistill.sample(
+        path, steps=steps, guidance=guidance, seed=seed, count=count, conditions=[*named, *(prompt or ())], out=out
+    )
+    facts = {"grid": str(result.path), "images": len(result.images), "seconds": round(result.seconds, 3)}
+    _print_facts(facts, as_json)
+
+
+@app.command()
+def bench(
+    sources: Annotated[list[str], typer.Argument(help="Runs or pipelines.")],
+    steps: Annotated[str, typer.Option(help="Student steps, separated by commas.")] = "1,2,4",
+    samples: Annotated[int, typer.Option(min=2, help="Images per row of the report.")] = 10_000,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure quality and cost: students, their teacher, and the teacher under stock fast solvers."""
+    if not all(one.strip().isdecimal() for one in steps.split(",")):
+        raise InputError(f"--steps: expected numbers separated by commas, found '{steps}'")
+    numbers = [int(one) for one in steps.split(",")]
+    report = stepdistill.bench(sources, steps=numbers, samples=samples, seed=seed, out=out)
+    print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
+
+
+@app.command()
+def inspect(
+    pipeline: Annotated[str, typer.Argument(help="An embedded teacher, a folder, a run or a hub id.")],
+    as_json: AsJson = False,
+) -> None:
+    """Trace a pipeline and print how its denoiser is driven."""
+    _print_facts(stepdistill.inspect(pipeline).summary(), as_json)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the distillation methods; with --json also their recipe keys."""
+    # Methods import torch, which --help must not wait for.
+    from stepdistill.methods import METHODS
+
+    rows = [
+        {
+            "name": name,
+            "summary": method.summary,
+            "keys": {
+                key: {"default": field.get_default(call_default_factory=True), "description": field.description}
+                for key, field in method.Config.model_fields.items()
+            },
+        }
+        for name, method in METHODS.items()
+    ]
+    _print_rows(rows, ("name", "summary"), as_json)
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the shipped recipes."""
+    rows = [
+        {"name": name, "summary": _headline(assets.recipe(name)), "path": str(assets.recipe(name))}
+        for name in assets.recipes()
+    ]
+    _print_rows(rows, ("name", "summary"), as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what works on this machine, and what to do about what does not."""
+    from stepdistill.doctor import doctor as examine
+
+    rows = [asdict(finding) for finding in examine()]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    marked = [row | {"": "ok" if row["ok"] else "--", "what": row["found"]} for row in rows]
+    _print_rows(marked, ("", "name", "what", "advice"), as_json)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code instead of raising."""
+    wrong_input = (InputError, typer.BadParameter.__base__)  # its base is the usage error of click and of typer alike
+    try:
+        code = app(args=list(arguments) or ["--help"], prog_name="stepdistill", standalone_mode=False)
+        return 0 if not code else 1
+    except wrong_input as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stdout = None  # the reader has gone; a flush at exit would complain again
+        return 0
+    except Exception as error:
+        if os.environ.get("STEPDISTILL_TRACEBACK"):
+            traceback.print_exc()
+        else:
+            message = " ".join(str(error).split())
+            print(f"failed: {type(error).__name__}: {message}", file=sys.stderr)
+            print("set STEPDISTILL_TRACEBACK=1 for the traceback", file=sys.stderr)
+        return 1
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _headline(recipe: Path) -> str:
+    """The first comment of a recipe."""
+    first = recipe.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
+
+
+def _print_rows(rows: list[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
+    Console(markup=False, highlight=False).print(table)

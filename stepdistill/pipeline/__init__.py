@@ -1,0 +1,1 @@
+"""Everything that knows diffusers pipelines: tracing, conditioning, generation, export."""

@@ -1,0 +1,51 @@
+"""The model card of an exported pipeline: README.md with the metadata the hub reads and a snippet that runs."""
+
+from typing import Any
+
+from stepdistill.pipeline.trace import Trace
+
+
+def model_card(facts: dict[str, Any], trace: Trace, error: float, metrics: str | None = None) -> str:
+    """The card's text.
+
+    Args:
+        facts: the export's stepdistill.json. error: the verified difference to the training-time sampler.
+        metrics: a Markdown table of the report, once there is one.
+    """
+    steps, name = facts["steps"], type(trace.pipeline).__name__
+    argument = "class_labels=[0, 1, 2, 3]" if trace.class_conditional else 'prompt="a photo of a cat"'
+    return f"""---
+library_name: diffusers
+license: other
+license_name: as-the-teacher
+base_model: {facts["teacher"]}
+tags: [diffusion, distillation, few-step, {facts["method"]}]
+---
+
+# {facts["teacher"]} in {steps} step{"s" if steps > 1 else ""}
+
+A {steps}-step {name}, distilled from `{facts["teacher"]}` with stepdistill. One network pass per step, no
+classifier-free guidance: guidance {facts["guidance"]:g} of the teacher is inside the weights.
+
+```python
+from diffusers import {name}
+
+pipe = {name}.from_pretrained("PATH_OF_THIS_FOLDER")
+images = pipe({argument}, num_inference_steps={steps}, guidance_scale=1.0).images
+```
+
+| | |
+|---|---|
+| NFE per image | {steps} |
+| method | {facts["method"]}, {facts["trained_steps"]} training steps |
+| scheduler | {type(trace.pipeline.scheduler).__name__}, its config holds the step grid; keep it |
+| teacher | {facts["teacher"]}, guidance scale {facts["guidance"]:g} |
+| licence | that of the teacher: the student is a derivative of its weights |
+| checked | reloaded with plain diffusers, differs from the training-time sampler by {error:.1e} |
+
+## Quality
+
+{metrics or "Not measured yet: `stepdistill bench PATH_OF_THIS_FOLDER`."}
+
+The complete recipe and the library versions are in `stepdistill.json`.
+"""

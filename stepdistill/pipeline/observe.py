@@ -1,0 +1,303 @@
+"""Run a pipeline and write down what its modules and its scheduler were asked, leaving no trace behind."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.errors import InputError
+from stepdistill.pipeline.denoiser import first_tensor, flatten
+
+ENTRY_ARGUMENTS = ("prompt", "class_labels", "batch_size")
+"""What a pipeline may be asked for: texts, class ids, or just a number of images."""
+
+GUIDANCE_ARGUMENTS = ("guidance_scale", "true_cfg_scale")
+
+_ABSENT = object()
+
+
+class TraceError(InputError):
+    """The pipeline does something that tracing cannot explain; ``check`` names what failed."""
+
+    def __init__(self, check: str, message: str):
+        super().__init__(f"trace: check '{check}' failed: {message}")
+        self.check = check
+
+
+class _Enough(Exception):
+    """Raised inside a pipeline's run once everything asked for has been seen."""
+
+
+@dataclass
+class Call:
+    """One forward of one component: its arguments by (dotted) name and the first tensor of its output."""
+
+    component: str
+    arguments: dict[str, Any]
+    output: Any = None
+
+
+@dataclass
+class Step:
+    """One scheduler step: the scheduler as it was before, what went in, what came out, who was called before."""
+
+    scheduler: Any
+    timestep: Tensor
+    model_output: Tensor
+    sample: Tensor
+    options: dict[str, Any]
+    random_state: dict[str, Any]
+    calls: list[Call]
+    previous: Tensor | None = None
+
+    def replay(self, model_output: Tensor) -> Tensor:
+        """The next latents for this ``model_output``, with the state and the random numbers of the original."""
+        scheduler = copy.deepcopy(self.scheduler)
+        options = dict(self.options)
+        with forked_random(self.sample.device):
+            _set_random_state(self.random_state)
+            if "generators" in self.random_state:
+                options["generator"] = _revive(self.random_state["generators"])
+            return first_tensor(scheduler.step(model_output, self.timestep, self.sample, **options))
+
+
+@dataclass
+class Recording:
+    """A run of ``count`` images: its steps, the calls after the last step, and the grid it asked for."""
+
+    count: int
+    steps: list[Step] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    grid: dict[str, Any] = field(default_factory=dict)
+
+
+def entry_argument(pipeline: Any) -> str:
+    """Which of ENTRY_ARGUMENTS the pipeline's call takes.
+
+    Raises:
+        TraceError: none of them.
+    """
+    accepted = inspect.signature(pipeline.__call__).parameters
+    for name in ENTRY_ARGUMENTS:
+        if name in accepted:
+            return name
+    raise TraceError(
+        "call", f"{type(pipeline).__name__} takes none of {', '.join(ENTRY_ARGUMENTS)}; it takes {', '.join(accepted)}"
+    )
+
+
+def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
+    """The parameter that sets the guidance scale, None when the pipeline has none."""
+    accepted = inspect.signature(pipeline.__call__).parameters
+    return next((accepted[name] for name in GUIDANCE_ARGUMENTS if name in accepted), None)
+
+
+def run(pipeline: Any, entries: Sequence[Any], *, steps: int, guidance: float, **wishes: Any) -> Any:
+    """Call the pipeline for ``entries`` at this guidance; of ``wishes`` only what it accepts is passed."""
+    accepted = inspect.signature(pipeline.__call__).parameters
+    entry = entry_argument(pipeline)
+    arguments: dict[str, Any] = {entry: len(entries) if entry == "batch_size" else list(entries)}
+    scale = guidance_argument(pipeline)
+    if scale is not None:
+        arguments[scale.name] = guidance
+        if scale.name == "true_cfg_scale":
+            # Such pipelines guide only against a stated negative prompt; the others fill in their own default.
+            wishes = {"negative_prompt": [""] * len(entries), **wishes}
+    wishes |= {"num_inference_steps": steps, "return_dict": False}
+    return pipeline(**arguments, **{name: value for name, value in wishes.items() if name in accepted})
+
+
+def observe(
+    pipeline: Any,
+    entries: Sequence[Any],
+    *,
+    steps: int,
+    guidance: float,
+    stop_steps: int | None = None,
+    stop_calls: tuple[str, int] | None = None,
+) -> Recording:
+    """Run the pipeline and record it; everything hooked or replaced is restored, whatever happens.
+
+    Args:
+        entries: prompts or class ids, one per image.
+        steps: the pipeline's num_inference_steps. guidance: its guidance scale.
+        stop_steps: end the run after that many scheduler steps. stop_calls: (component, n): end it just
+            before that component's n-th call does its work.
+
+    Raises:
+        TraceError: the pipeline has no scheduler with a step, or its run fails.
+    """
+    scheduler = getattr(pipeline, "scheduler", None)
+    if not callable(getattr(scheduler, "step", None)):
+        raise TraceError("components", f"{type(pipeline).__name__} has no scheduler with a step() to observe")
+    record = Recording(count=len(entries))
+    device = getattr(pipeline, "_execution_device", torch.device("cpu"))
+    with ExitStack() as stack:
+        stack.enter_context(forked_random(device))
+        torch.manual_seed(0)
+        for name, module in modules(pipeline).items():
+            _listen(stack, record, name, module, stop_calls)
+        stack.enter_context(patched(scheduler, "step", _recording_step(record, scheduler, stop_steps)))
+        stack.enter_context(patched(scheduler, "set_timesteps", _recording_grid(record, scheduler)))
+        try:
+            run(
+                pipeline,
+                entries,
+                steps=steps,
+                guidance=guidance,
+                output_type="latent",
+                generator=torch.Generator().manual_seed(0),
+            )
+        except _Enough:
+            pipeline.maybe_free_model_hooks()
+        except InputError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TraceError("call", f"{type(pipeline).__name__} failed on {list(entries)!r}: {reason}") from error
+    return record
+
+
+def modules(pipeline: Any) -> dict[str, nn.Module]:
+    """The pipeline's components that are networks, by name, each once."""
+    seen: dict[int, str] = {}
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            seen.setdefault(id(component), name)
+    return {name: pipeline.components[name] for name in seen.values()}
+
+
+@contextmanager
+def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    """``owner.name`` is ``replacement`` inside the block, on this instance only."""
+    before = owner.__dict__.get(name, _ABSENT)
+    owner.__dict__[name] = replacement
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+def forked_random(device: torch.device) -> Any:
+    """A block whose random numbers leave the global generators as they were."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def _listen(
+    stack: ExitStack, record: Recording, name: str, module: nn.Module, stop: tuple[str, int] | None
+) -> None:
+    signature = inspect.signature(module.forward)
+    variable = {p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD}
+    open_calls: list[Call] = []
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        bound = dict(signature.bind(*args, **kwargs).arguments)
+        for extra in variable & bound.keys():
+            bound |= bound.pop(extra)
+        call = Call(name, {key: _copied(value) for key, value in flatten(bound).items()})
+        open_calls.append(call)
+        record.calls.append(call)
+        if stop is not None and name == stop[0] and len(open_calls) == stop[1]:
+            raise _Enough
+
+    def after(_module: nn.Module, _args: tuple, _kwargs: dict, output: Any) -> None:
+        open_calls[-1].output = _copied(first_tensor(output))
+
+    for handle in (
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ):
+        stack.callback(handle.remove)
+
+
+def _recording_step(record: Recording, scheduler: Any, stop: int | None) -> Callable:
+    original = scheduler.step
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        bound = dict(signature.bind(*args, **kwargs).arguments)
+        generator = bound.get("generator")
+        timestep = bound["timestep"]
+        seen = Step(
+            scheduler=_snapshot(scheduler),
+            timestep=timestep if isinstance(timestep, Tensor) else torch.tensor(timestep),
+            model_output=_copied(bound["model_output"]),
+            sample=_copied(bound["sample"]),
+            options={
+                name: value
+                for name, value in bound.items()
+                if name not in ("model_output", "timestep", "sample", "generator")
+            },
+            random_state=_random_state(bound["sample"].device, generator),
+            calls=record.calls,
+        )
+        result = original(*args, **kwargs)
+        seen.previous = _copied(first_tensor(result))
+        record.steps.append(seen)
+        record.calls = []
+        if len(record.steps) == stop:
+            raise _Enough
+        return result
+
+    return step
+
+
+def _recording_grid(record: Recording, scheduler: Any) -> Callable:
+    original = scheduler.set_timesteps
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+        bound = dict(signature.bind(*args, **kwargs).arguments)
+        bound |= bound.pop("kwargs", {})
+        record.grid = {name: value for name, value in bound.items() if name != "device"}
+        return original(*args, **kwargs)
+
+    return set_timesteps
+
+
+def _snapshot(scheduler: Any) -> Any:
+    """The scheduler's state in a scheduler of its class, without what was replaced on the instance."""
+    snapshot = copy.deepcopy(scheduler)
+    for name in ("step", "set_timesteps"):
+        snapshot.__dict__.pop(name, None)
+    return snapshot
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _random_state(device: torch.device, generator: Any) -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = (device, torch.cuda.get_rng_state(device))
+    if generator is not None:
+        many = generator if isinstance(generator, list) else [generator]
+        state["generators"] = ([(g.device, g.get_state()) for g in many], isinstance(generator, list))
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"][1], state["cuda"][0])
+
+
+def _revive(states: tuple[list[tuple[torch.device, Tensor]], bool]) -> Any:
+    revived = []
+    for device, state in states[0]:
+        generator = torch.Generator(device)
+        generator.set_state(state)
+        revived.append(generator)
+    return revived if states[1] else revived[0]

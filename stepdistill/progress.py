@@ -1,0 +1,56 @@
+"""What a long command says while it works: a line on stderr, or a progress line with the time left."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_console = Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    _console.print(message, markup=False, soft_wrap=True)
+
+
+def bar() -> Progress:
+    """A progress line: description, bar, count, elapsed time and time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[signals]}"),
+        console=_console,
+        transient=False,
+    )
+
+
+class TrainingProgress:
+    """The training line: losses, gradient norms and drift beside the bar; plain lines where there is no terminal."""
+
+    def __init__(self, first: int, total: int):
+        self.total = total
+        self.bar = bar()
+        self.task = self.bar.add_task("train", total=total, completed=first, signals="")
+
+    def __enter__(self) -> "TrainingProgress":
+        if _console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if _console.is_terminal:
+            self.bar.stop()
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        """Advance to ``step``; ``metrics`` is empty for steps that are not logged."""
+        signals = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if "/" in name)
+        if metrics:
+            self.bar.update(self.task, completed=step, signals=signals)
+        else:
+            self.bar.update(self.task, completed=step)
+        if metrics and not _console.is_terminal:
+            say(f"step {step}/{self.total}  {signals}")

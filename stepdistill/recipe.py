@@ -1,0 +1,321 @@
+"""The recipe: one YAML file that states a run completely. Its schema, reading, overrides, and the checks.
+
+    recipe = load("recipes/quickstart.yaml", ["train.steps=20"])
+    recipe.to_yaml()            # resolved: every default written out; feeds back in unchanged
+
+Paths in a recipe are relative to the folder the command is run in.
+"""
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
+
+from stepdistill import assets, yaml_lines
+from stepdistill.errors import InputError
+from stepdistill.recipe_errors import describe, found, section_words, suggest
+from stepdistill.yaml_lines import Keys
+
+
+class Section(BaseModel):
+    """One section of the recipe: no unknown keys, no silent conversions ("20" is not 20, true is not 1)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class Guidance(Section):
+    scale: float = Field(1.0, ge=0, description="w in uncond + w (cond - uncond); 1 is off")
+
+
+class Teacher(Section):
+    pipeline: str = Field(
+        min_length=1, description="name of an embedded teacher, a folder in diffusers format, or a hub id owner/name"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    guidance: Guidance = Field(Guidance(), description="the guidance that is distilled into the student")
+
+
+class Student(Section):
+    steps: int = Field(ge=1, le=16, description="steps (= NFE per image) the student is trained for")
+    train: Literal["full", "lora"] = Field("full", description="train all weights, or a LoRA adapter")
+    lora_rank: int = Field(32, gt=0, description="rank of the adapter when train is lora")
+    init: str | None = Field(None, description="run folder or exported pipeline to start from; null: the teacher")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the exponential moving average per update; 0 is off")
+
+
+class Data(Section):
+    conditions: str | list[str] = Field(
+        "classes", description="'classes' (all of a class-conditional teacher), a file with a prompt a line, or a list"
+    )
+    images: str | None = Field(None, description="real images: 'fashion-mnist' or a folder; null: none")
+
+
+class Method(BaseModel):
+    """The method's name; every other key belongs to that method and is checked against its own ``Config``."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str = Field(description="a name that `stepdistill methods` lists, or a path FILE.py:CLASS")
+
+    @property
+    def implementation(self) -> Any:
+        """The subclass of DistillMethod that ``name`` stands for."""
+        return find_method(self.name)
+
+    @property
+    def config(self) -> Any:
+        """The method's own settings as an instance of its ``Config``."""
+        return self.implementation.Config.model_validate(self.model_extra)
+
+
+class Train(Section):
+    steps: int = Field(gt=0, description="updates of the student")
+    batch_size: int = Field(gt=0, description="samples per update, over all processes and accumulation")
+    accumulation: int = Field(1, gt=0, description="micro-batches per update; must divide batch_size")
+    lr: float = Field(gt=0, description="learning rate of the student (AdamW)")
+    critic_lr: float | None = Field(None, gt=0, description="learning rate of the other players; null: that of lr")
+    betas: list[NonNegativeFloat] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's, below 1")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm of each player; 0 is off")
+    lr_warmup: int = Field(0, ge=0, description="updates of linear warm-up")
+    lr_decay: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward passes; weights stay float32")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random in the run")
+    checkpoint_every: int = Field(100, gt=0, description="updates between checkpoints")
+    keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept, the newest")
+    preview_every: int = Field(50, gt=0, description="updates between previews")
+    log_every: int = Field(10, gt=0, description="updates between lines of metrics.jsonl")
+    tracker: Literal["tensorboard", "none"] = Field("tensorboard", description="where metrics go beside metrics.jsonl")
+
+    @model_validator(mode="after")
+    def _same_rate(self) -> "Train":
+        if self.critic_lr is None:
+            self.critic_lr = self.lr
+        return self
+
+
+class Report(Section):
+    samples: int = Field(1000, ge=0, description="images per row of the report; 0: no report")
+    steps: list[PositiveInt] = Field([1, 2, 4], min_length=1, description="numbers of steps the student is measured at")
+    networks: list[Literal["classifier", "enet"]] = Field(
+        ["classifier", "enet"], min_length=1, description="feature networks of FD and KID"
+    )
+    solvers: bool = Field(True, description="also measure the teacher under stock fast solvers at the same NFE")
+
+
+class Recipe(Section):
+    """A complete run. Build it with :func:`load`, which also checks what one section alone cannot know."""
+
+    teacher: Teacher = Field(description="the pipeline to distil")
+    student: Student = Field(description="the few-step denoiser to be trained")
+    data: Data = Field(Data(), description="what the method trains on")
+    method: Method = Field(description="the distillation method and its own settings")
+    train: Train = Field(description="optimisation, checkpoints, logging")
+    report: Report = Field(Report(), description="the measurement at the end of the run")
+    output: str | None = Field(None, min_length=1, description="run folder; null: runs/NAME OF THE RECIPE FILE")
+    resume: str = Field("auto", min_length=1, description="auto, never, or a checkpoint or run folder")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe; ``load`` of it gives an equal recipe."""
+        return yaml_lines.dump(self.model_dump(mode="json"))
+
+
+def load(source: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, resolve and check a recipe.
+
+    Args:
+        source: a recipe file, the name of a shipped recipe, or the recipe as nested dicts.
+        overrides: ``dotted.key=value``, the value read as YAML; later ones win.
+
+    Raises:
+        InputError: one line with the file and line (or the override), the key, what was expected and found.
+    """
+    draft = _Draft(source)
+    for override in overrides:
+        draft.override(override)
+    recipe = draft.validate(Recipe, draft.tree, ())
+    draft.check(("method", "name"), lambda: recipe.method.implementation)
+    config = draft.validate(recipe.method.implementation.Config, recipe.method.model_extra, ("method",))
+    recipe.method = Method(name=recipe.method.name, **config.model_dump(mode="json"))
+    for keys, problem in _problems(recipe, config):
+        raise draft.error(keys, problem)
+    if recipe.output is None:
+        recipe.output = f"runs/{draft.stem or recipe.method.name.rpartition(':')[2]}"
+    return recipe
+
+
+def find_method(name: str) -> Any:
+    """The method of that name, or the class in ``FILE.py:CLASS``.
+
+    Raises:
+        InputError: there is none.
+    """
+    # Methods import torch: a recipe with a spelling error must not wait for it.
+    from stepdistill.methods import METHODS
+    from stepdistill.methods.base import DistillMethod
+
+    if ".py:" not in name:
+        if name not in METHODS:
+            known = f"one of {', '.join(METHODS)} or FILE.py:CLASS"
+            raise InputError(f"expected {known}, found {found(name)}{suggest(name, METHODS)}")
+        return METHODS[name]
+    file, _, class_name = name.rpartition(":")
+    if not Path(file).is_file():
+        raise InputError(f"expected FILE.py:CLASS, found no file {file}")
+    module = _module(Path(file).resolve(), Path(file).stat().st_mtime_ns)
+    method = getattr(module, class_name, None)
+    if not (isinstance(method, type) and issubclass(method, DistillMethod)):
+        raise InputError(f"expected {class_name} in {file} to be a subclass of DistillMethod, found {found(method)}")
+    return method
+
+
+@cache
+def _module(file: Path, changed: int) -> Any:
+    """The user's file as a module, loaded once for each change, so that its classes keep their identity."""
+    spec = importlib.util.spec_from_file_location(f"stepdistill_method_{file.stem}_{changed}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # pydantic resolves annotations there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+class _Draft:
+    """A recipe before it is checked: the tree, and where each key in it was given."""
+
+    def __init__(self, source: str | Path | dict[str, Any] | Recipe):
+        self.places: dict[Keys, str] = {}
+        self.stem = ""
+        if isinstance(source, Recipe):
+            source = source.model_dump(mode="json")
+        if isinstance(source, dict):
+            self.name, self.tree = "recipe", _copy(source)
+            return
+        path = _existing(source)
+        self.name, self.stem = str(path), path.stem
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        self.tree, lines = yaml_lines.read(text, self.name)
+        self.places = {keys: f"{path}:{line}" for keys, line in lines.items()}
+        if not isinstance(self.tree, dict):
+            kind = "an empty file" if self.tree is None else found(self.tree)
+            raise InputError(f"{path}:1: expected {section_words(Recipe)}, found {kind}")
+
+    def override(self, text: str) -> None:
+        dotted, equals, value = text.partition("=")
+        here = f"override {found(text)}"
+        if not equals or not all(re.fullmatch(r"\w+", key) for key in dotted.split(".")):
+            raise InputError(f"{here}: expected dotted.key=value, such as train.steps=20")
+        keys: Keys = tuple(dotted.split("."))
+        tree = self.tree
+        for depth, key in enumerate(keys[:-1]):
+            if tree.get(key) is None:
+                tree[key] = {}
+                self.places[keys[: depth + 1]] = here
+            tree = tree[key]
+            if not isinstance(tree, dict):
+                parent = ".".join(keys[: depth + 1])
+                raise InputError(f"{here}: expected a section at {parent}, found {found(tree)}")
+        tree[keys[-1]] = yaml_lines.read(value, here)[0]
+        self.places = {known: place for known, place in self.places.items() if known[: len(keys)] != keys}
+        self.places[keys] = here
+
+    def error(self, keys: Keys, problem: str) -> InputError:
+        """``problem`` at the nearest place that the user wrote."""
+        place = next((self.places[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.places), self.name)
+        dotted = ".".join(map(str, keys))
+        return InputError(" ".join(f"{place}: {dotted}: {problem}".split()))
+
+    def check(self, keys: Keys, function: Any) -> None:
+        """Run ``function``; an InputError of it is one about ``keys``."""
+        try:
+            function()
+        except InputError as error:
+            raise self.error(keys, str(error)) from None
+
+    def validate(self, model: type[BaseModel], tree: dict[str, Any], prefix: Keys) -> Any:
+        """``tree`` as a ``model``; ``prefix`` is where it stands in the recipe."""
+        try:
+            # As JSON, strictness is that of a file: a list is a fine tuple, but "20" is not 20 and true is not 1.
+            return model.model_validate_json(json.dumps(tree, default=str), strict=True)
+        except ValidationError as error:
+            problems = [(*describe(one, model, tree), one["type"]) for one in error.errors(include_url=False)]
+        # A misspelt key shows as unknown and as missing: the first says what to do.
+        keys, problem, _ = min(problems, key=lambda problem: problem[2] != "extra_forbidden")
+        raise self.error(prefix + keys, problem)
+
+
+def _problems(recipe: Recipe, config: Any) -> Iterator[tuple[Keys, str]]:
+    """What the sections cannot see alone: (key, problem)."""
+    teacher, student, data, train = recipe.teacher, recipe.student, recipe.data, recipe.train
+    embedded, folder = assets.teachers(), Path(teacher.pipeline).expanduser()
+    if teacher.pipeline not in embedded:
+        if folder.is_dir() and not (folder / "model_index.json").is_file():
+            problem = f"expected a pipeline in diffusers format, found no model_index.json in {folder}"
+            yield ("teacher", "pipeline"), problem
+        if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", teacher.pipeline):
+            known = f"an embedded teacher ({', '.join(embedded)}), an existing folder or a hub id owner/name"
+            hint = suggest(teacher.pipeline, embedded)
+            yield ("teacher", "pipeline"), f"expected {known}, found {found(teacher.pipeline)}{hint}"
+    if student.init is not None and not Path(student.init).is_dir():
+        yield ("student", "init"), f"expected a run folder or an exported pipeline, found nothing at {student.init}"
+    conditions = data.conditions
+    if isinstance(conditions, str) and conditions != "classes" and not Path(conditions).is_file():
+        yield ("data", "conditions"), f"expected 'classes', a list or a file of prompts, found no file {conditions}"
+    if conditions == []:
+        yield ("data", "conditions"), "expected at least one prompt, found an empty list"
+    if data.images not in (None, "fashion-mnist") and not Path(data.images).is_dir():
+        yield ("data", "images"), f"expected 'fashion-mnist' or a folder, found nothing at {data.images}"
+    if data.images is None and recipe.method.implementation.data_needs(config).images:
+        problem = "trains on real images with these settings; expected data.images: 'fashion-mnist' or a folder"
+        yield ("method", "name"), f"{recipe.method.name} {problem}, found null"
+    if train.batch_size % train.accumulation:
+        problem = f"expected a divisor of train.batch_size ({train.batch_size}), found {train.accumulation}"
+        yield ("train", "accumulation"), problem
+    if max(train.betas) >= 1:
+        yield ("train", "betas"), f"expected two numbers from 0 to below 1, found {train.betas}"
+    solver_steps = (recipe.method.model_extra or {}).get("solver_steps", student.steps)
+    if solver_steps < student.steps:
+        yield ("student", "steps"), f"expected at most method.solver_steps ({solver_steps}), found {student.steps}"
+    if train.lr_warmup > train.steps:
+        yield ("train", "lr_warmup"), f"expected at most train.steps ({train.steps}), found {train.lr_warmup}"
+    if recipe.output is not None:
+        blocked = [path for path in (Path(recipe.output), *Path(recipe.output).parents) if path.is_file()]
+        if blocked:
+            yield ("output",), f"expected a folder, found a file at {blocked[0]}"
+    if recipe.resume not in ("auto", "never") and not Path(recipe.resume).is_dir():
+        hint = suggest(recipe.resume, ["auto", "never"])
+        yield ("resume",), f"expected auto, never or an existing folder, found {found(recipe.resume)}{hint}"
+
+
+def _existing(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        inside = path / "recipe.yaml"
+        hint = f"; did you mean {inside}?" if inside.is_file() else ""
+        raise InputError(f"{path}: expected a recipe file, found a folder{hint}")
+    if path.exists():
+        return path
+    try:
+        return assets.recipe(str(source))
+    except InputError as error:
+        beside = [str(other) for other in path.parent.glob("*.yaml")]
+        raise InputError(f"{error}{suggest(str(path), [*beside, *assets.recipes()])}") from None
+
+
+def _copy(tree: Any) -> Any:
+    """The tree with its own dicts and lists, so that overrides do not reach the caller's."""
+    if isinstance(tree, dict):
+        return {key: _copy(value) for key, value in tree.items()}
+    return [_copy(item) for item in tree] if isinstance(tree, list | tuple) else tree

@@ -1,0 +1,268 @@
+"""Noise schedules and conversions between predictions: x_t = alpha(t) x_0 + sigma(t) eps.
+
+Time ``t`` is a float tensor (B,) in [0, 1]: 1 is the noise end, 0 the data end, on every schedule. All
+coefficients are computed in float64 and cast to the sample's dtype, because x_0 near the noise end is a
+difference of nearly equal numbers. Nothing else in the library knows these formulas.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import InputError
+
+Kind = Literal["epsilon", "v", "flow", "sample"]
+"""What a network emits: eps; v = alpha eps - sigma x_0; flow velocity u = eps - x_0; or x_0 itself."""
+
+KINDS: tuple[Kind, ...] = ("epsilon", "v", "flow", "sample")
+
+
+def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
+    """A (B,) coefficient shaped to multiply ``like`` (B, ...), in its dtype."""
+    return coefficient.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+class Schedule(ABC):
+    """alpha(t), sigma(t) and everything that follows from them."""
+
+    name: str
+
+    @abstractmethod
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at ``t``, float64, shaped like ``t``."""
+
+    @abstractmethod
+    def timestep(self, t: Tensor) -> Tensor:
+        """``t`` in the unit of the stock schedulers of this family (0..999 for VP), float64."""
+
+    @abstractmethod
+    def time(self, timestep: Tensor) -> Tensor:
+        """The inverse of :meth:`timestep`."""
+
+    @abstractmethod
+    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """dx/d(natural time): the angle on VP, t on flow, sigma on EDM."""
+
+    def snap(self, t: Tensor) -> Tensor:
+        """The nearest times the family's networks were trained at: table entries on VP, ``t`` itself elsewhere."""
+        return t
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.coefficients(t)[0]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.coefficients(t)[1]
+
+    def _shaped(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.coefficients(t)
+        return per_sample(alpha, like), per_sample(sigma, like)
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha x_0 + sigma eps; shapes (B, ...), t (B,)."""
+        alpha, sigma = self._shaped(t, x0)
+        return alpha * x0 + sigma * eps
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+        """x_0 from what a network of this ``kind`` emitted at ``(x_t, t)``."""
+        alpha, sigma = self._shaped(t, x_t)
+        match kind:
+            case "epsilon":
+                return (x_t - sigma * prediction) / alpha
+            case "v":
+                return (alpha * x_t - sigma * prediction) / (alpha**2 + sigma**2)
+            case "flow":
+                return (x_t - sigma * prediction) / (alpha + sigma)
+            case "sample":
+                return prediction
+        raise ValueError(f"unknown prediction kind {kind!r}, expected one of {KINDS}")
+
+    def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+        """eps from what a network of this ``kind`` emitted at ``(x_t, t)``."""
+        alpha, sigma = self._shaped(t, x_t)
+        match kind:
+            case "epsilon":
+                return prediction
+            case "v":
+                return (sigma * x_t + alpha * prediction) / (alpha**2 + sigma**2)
+            case "flow":
+                return (x_t + alpha * prediction) / (alpha + sigma)
+            case "sample":
+                return (x_t - alpha * prediction) / sigma
+        raise ValueError(f"unknown prediction kind {kind!r}, expected one of {KINDS}")
+
+    def from_x0(self, x0: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+        """The inverse of :meth:`to_x0`: what a network of this ``kind`` would emit to mean ``x0``."""
+        alpha, sigma = self._shaped(t, x_t)
+        if kind == "sample":
+            return x0
+        eps = (x_t - alpha * x0) / sigma
+        return {"epsilon": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}[kind]
+
+    def score(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """grad log p_t(x_t) = -(x_t - alpha D)/sigma^2 for the posterior mean D = ``x0`` (Tweedie)."""
+        alpha, sigma = self._shaped(t, x_t)
+        return (alpha * x0 - x_t) / sigma**2
+
+
+class VPSchedule(Schedule):
+    """Variance preserving, discrete: alpha = sqrt(abar), sigma = sqrt(1 - abar), from a table of abar.
+
+    Between two table entries abar is interpolated linearly, so on-grid times give the table's own values.
+    """
+
+    name = "vp_discrete"
+
+    def __init__(self, alphas_cumprod: Tensor):
+        self.alphas_cumprod = alphas_cumprod.detach().double().cpu()
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def _index(self, t: Tensor) -> Tensor:
+        index = t.double() * (len(self.alphas_cumprod) - 1)
+        nearest = index.round()
+        # float32 times miss an integer index by up to 1e-4; such a time means the index itself.
+        return torch.where((index - nearest).abs() < 1e-3, nearest, index)
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        index = self._index(t)
+        table = self._tables.setdefault(t.device, self.alphas_cumprod.to(t.device))
+        below = index.floor().long()
+        above = (below + 1).clamp(max=len(table) - 1)
+        abar = torch.lerp(table[below], table[above], index - below)
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self._index(t)
+
+    def snap(self, t: Tensor) -> Tensor:
+        return self.time(self._index(t).round())
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return timestep.double() / (len(self.alphas_cumprod) - 1)
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self._shaped(t, x0)
+        return alpha * eps - sigma * x0
+
+
+class FlowSchedule(Schedule):
+    """Rectified flow: alpha = 1 - t, sigma = t. ``shift`` belongs to sampling grids, not to the path."""
+
+    name = "flow"
+
+    def __init__(self, shift: float = 1.0, train_timesteps: int = 1000):
+        self.shift = shift
+        self.train_timesteps = train_timesteps
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t.double(), t.double()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t.double() * self.train_timesteps
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return timestep.double() / self.train_timesteps
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return eps - x0
+
+
+class EDMSchedule(Schedule):
+    """Variance exploding (Karras et al. 2022): alpha = 1, sigma on the rho-grid from sigma_min to sigma_max."""
+
+    name = "edm"
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        sigma = (low + t.double() * (high - low)) ** self.rho
+        return torch.ones_like(sigma), sigma
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.sigma(t).log() / 4
+
+    def time(self, timestep: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return ((timestep.double() * 4).exp() ** (1 / self.rho) - low) / (high - low)
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return eps
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One network output, read as x_0, eps, velocity or score on demand, in at least float32.
+
+    Args:
+        raw: the network's output, shaped like ``x_t`` (B, ...).
+        x_t: the noisy input. t: its time (B,). kind: what ``raw`` is.
+    """
+
+    raw: Tensor
+    x_t: Tensor
+    t: Tensor
+    schedule: Schedule
+    kind: Kind
+
+    @cached_property
+    def _float(self) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(torch.float32, torch.promote_types(self.raw.dtype, self.x_t.dtype))
+        return self.raw.to(dtype), self.x_t.to(dtype)
+
+    @cached_property
+    def x0(self) -> Tensor:
+        return self.schedule.to_x0(*self._float, self.t, self.kind)
+
+    @cached_property
+    def eps(self) -> Tensor:
+        return self.schedule.to_eps(*self._float, self.t, self.kind)
+
+    @cached_property
+    def velocity(self) -> Tensor:
+        return self.schedule.velocity(self.x0, self.eps, self.t)
+
+    @cached_property
+    def score(self) -> Tensor:
+        return self.schedule.score(self.x0, self._float[1], self.t)
+
+
+def from_scheduler(scheduler: Any) -> tuple[Schedule, Kind]:
+    """The schedule and prediction kind that a diffusers scheduler stands for.
+
+    Raises:
+        InputError: the scheduler is neither discrete VP nor flow matching, or its prediction type is
+            unknown or unusable (epsilon at zero terminal SNR has no x_0).
+    """
+    config = scheduler.config
+    kinds: dict[str, Kind] = {
+        "epsilon": "epsilon",
+        "v_prediction": "v",
+        "sample": "sample",
+        "flow_prediction": "flow",
+    }
+    declared = config.get("prediction_type")
+    if declared == "flow_prediction" or config.get("use_flow_sigmas") or _is_flow(scheduler):
+        return FlowSchedule(
+            shift=float(config.get("shift") or config.get("flow_shift") or 1.0),
+            train_timesteps=config.get("num_train_timesteps", 1000),
+        ), "flow"
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise InputError(
+            f"schedule: {type(scheduler).__name__} has no alphas_cumprod and is not a flow-matching scheduler"
+        )
+    if declared not in kinds:
+        raise InputError(f"prediction type {declared!r} is not one of {', '.join(kinds)}")
+    schedule = VPSchedule(scheduler.alphas_cumprod)
+    if kinds[declared] == "epsilon" and math.isclose(float(schedule.alphas_cumprod[-1]), 0.0, abs_tol=1e-7):
+        raise InputError("epsilon prediction at zero terminal SNR has no x_0; the teacher needs v prediction")
+    return schedule, kinds[declared]
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return "shift" in scheduler.config and not hasattr(scheduler, "betas")

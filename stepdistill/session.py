@@ -1,0 +1,132 @@
+"""Everything a recipe stands for, built and ready: used by training, export and resume alike."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stepdistill import checkpoint
+from stepdistill.data import images
+from stepdistill.data.batch import Batch
+from stepdistill.errors import InputError
+from stepdistill.methods.base import DistillMethod
+from stepdistill.pipeline.conditioning import Conditioning, encode, entries
+from stepdistill.pipeline.denoiser import Denoiser
+from stepdistill.pipeline.latents import encode_images, image_shape
+from stepdistill.pipeline.trace import Trace, load_pipeline, trace
+from stepdistill.recipe import Recipe
+from stepdistill.roles import build_roles
+from stepdistill.samplers import SAMPLERS, Sampler
+
+
+@dataclass
+class Session:
+    """A traced teacher, its conditions, the method with its roles, and real latents where it needs them.
+
+    ``rows`` are real samples: latents (N, ...) and the index of each one's condition (N,).
+    """
+
+    recipe: Recipe
+    trace: Trace
+    conditioning: Conditioning
+    method: DistillMethod
+    sampler: Sampler
+    rows: tuple[Tensor, Tensor] | None
+    device: torch.device
+
+    def batch(self, step: int, first: int, size: int) -> Batch:
+        """Rows ``first`` .. ``first + size`` of the global batch of ``step``."""
+        train = self.recipe.train
+        batch = Batch(
+            seed=train.seed,
+            step=step,
+            first=first,
+            size=size,
+            total=train.batch_size,
+            shape=self.trace.latent_shape,
+            cond={},
+            device=self.device,
+        )
+        if self.rows is None:
+            index = batch.integers("condition", len(self.conditioning))
+        else:
+            row = batch.integers("row", len(self.rows[0]))
+            batch.latents, index = self.rows[0][row], self.rows[1][row]
+        batch.cond, batch.null = self.conditioning.batch(index)
+        return batch
+
+
+def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_data: bool = True) -> Session:
+    """Load and trace the teacher, encode conditions and images, build roles and method.
+
+    Args:
+        cache: folder for encoded conditions and latents; None keeps them in memory only.
+        with_data: False leaves real images out (export needs none).
+
+    Raises:
+        InputError: whatever the recipe asks for and the pipeline or data cannot give.
+    """
+    pipeline = load_pipeline(recipe.teacher.pipeline, recipe.teacher.revision).to(device)
+    traced = trace(pipeline)
+    conditioning = encode(traced, entries(traced, recipe.data.conditions), cache).to(device)
+    if recipe.teacher.guidance.scale != 1 and conditioning.null is None:
+        scale = recipe.teacher.guidance.scale
+        raise InputError(f"teacher.guidance.scale: expected 1 for a pipeline without guidance, found {scale}")
+    implementation, config = recipe.method.implementation, recipe.method.config
+    sampler = SAMPLERS[implementation.sampler_of(config)](
+        traced.denoiser.schedule, pipeline.scheduler, recipe.student.steps
+    )
+    student = recipe.student
+    roles = build_roles(
+        traced.denoiser, student.train, implementation.extra_roles, recipe.teacher.guidance.scale, student.lora_rank
+    )
+    if student.init is not None:
+        _start_from(Path(student.init), roles.student, traced.component)
+    method = implementation(config, roles, sampler)
+    rows = None
+    if with_data and implementation.data_needs(config).images:
+        rows = _real_rows(recipe, traced, conditioning, cache)
+        rows = (rows[0].to(device), rows[1].to(device))
+    session = Session(recipe, traced, conditioning, method, sampler, rows, device)
+    if with_data:
+        method.prepare(session.batch(0, 0, 1))
+    return session
+
+
+def _real_rows(recipe: Recipe, traced: Trace, conditioning: Conditioning, cache: Path | None) -> tuple[Tensor, Tensor]:
+    pictures, captions = images.load(recipe.data.images, *image_shape(traced.pipeline))
+    known = {label: i for i, label in enumerate(conditioning.labels)}
+    strangers = sorted(set(captions) - known.keys())
+    if strangers:
+        raise InputError(
+            f"data.images: expected images of the recipe's conditions ({', '.join(list(known)[:4])}, ...), "
+            f"found {strangers[0]!r} and {len(strangers) - 1} more"
+        )
+    index = torch.tensor([known[caption] for caption in captions])
+    return encode_images(traced, pictures, cache), index
+
+
+def _start_from(path: Path, student: Denoiser, component: str) -> None:
+    """Copy the weights of an exported pipeline (or of a run's export) into the student."""
+    folder = path if (path / "model_index.json").is_file() else path / "export"
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"student.init: expected an exported pipeline or a run with an export, found {path}")
+    source = getattr(load_pipeline(folder), component)
+    try:
+        student.network.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"student.init: {path} does not fit the teacher's network: {reason}") from None
+
+
+def newest_checkpoint(run: Path, report=None) -> Path:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        InputError: the run has none.
+    """
+    path = checkpoint.latest(run / "checkpoints", report)
+    if path is None:
+        raise InputError(f"{run}: expected a run folder with a checkpoint, found no whole one in checkpoints/")
+    return path

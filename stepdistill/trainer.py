@@ -1,0 +1,325 @@
+"""The training loop, on accelerate. It knows players, turns and losses by name, and no method's mathematics."""
+
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from stepdistill import checkpoint
+from stepdistill.bench import bench_run
+from stepdistill.data.batch import Batch
+from stepdistill.errors import InputError
+from stepdistill.pipeline.export import export
+from stepdistill.preview import Preview
+from stepdistill.progress import TrainingProgress, say
+from stepdistill.recipe import Recipe, load
+from stepdistill.session import Session, build
+
+# Keys that may differ between a run and its resumption without making it another run.
+_FREE_KEYS = {
+    "train": {"steps", "checkpoint_every", "keep_checkpoints", "preview_every", "log_every", "tracker"},
+    "report": {"samples", "steps", "networks", "solvers"},
+}
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not a number: names the player, the term and the step."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What :func:`train` leaves: the run folder, the last finished step, and the report's path if one was made."""
+
+    folder: Path
+    step: int
+    interrupted: bool = False
+    report: Path | None = None
+
+
+def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> RunResult:
+    """Distil as the recipe says; afterwards export the student and write the report.
+
+    Args:
+        recipe: a file, a shipped recipe's name, nested dicts, or a loaded Recipe.
+        overrides: ``dotted.key=value``.
+
+    Raises:
+        InputError: the recipe, the teacher or the data are not usable; nothing was changed.
+        NonFiniteError: training diverged; the last checkpoint is intact.
+    """
+    recipe = load(recipe, overrides)
+    folder = Path(recipe.output)
+    tracker = None if recipe.train.tracker == "none" else recipe.train.tracker
+    accelerator = Accelerator(log_with=tracker, project_dir=str(folder))
+    if accelerator.num_processes > 1:
+        raise InputError(
+            f"training runs in one process so far, found {accelerator.num_processes}; start it without a launcher"
+        )
+    torch.manual_seed(recipe.train.seed)
+    start = _prepare_folder(folder, recipe)
+    session = build(recipe, accelerator.device, cache=folder / "cache")
+    step, interrupted = Trainer(session, accelerator, folder).run(start)
+    if interrupted:
+        say(f"stopped at step {step}; go on with: stepdistill train {folder / 'recipe.yaml'}")
+        return RunResult(folder, step, interrupted=True)
+    export(folder, folder / "export")
+    report = bench_run(folder, recipe) if recipe.report.samples else None
+    return RunResult(folder, step, report=report)
+
+
+class Trainer:
+    """Players with an optimizer each, taking turns.
+
+    Args:
+        session: the method with its roles and data. folder: the run folder, with recipe.yaml in it.
+    """
+
+    def __init__(self, session: Session, accelerator: Accelerator, folder: Path):
+        self.session, self.accelerator, self.folder = session, accelerator, folder
+        self.recipe, self.method = session.recipe, session.method
+        self.parameters = {player: self._parameters(player) for player in self.method.players}
+        self.optimizers = {player: self._optimizer(player) for player in self.method.players}
+        student = dict(self.method.roles.student.network.named_parameters())
+        self.average = {name: p.detach().clone() for name, p in student.items()} if self.recipe.student.ema else {}
+        self.stop_requested = False
+
+    def _parameters(self, player: str) -> list[nn.Parameter]:
+        return [p for module in self.method.modules(player) for p in module.parameters()]
+
+    def _optimizer(self, player: str) -> torch.optim.Optimizer:
+        train = self.recipe.train
+        return torch.optim.AdamW(
+            self.parameters[player],
+            lr=train.lr if player == "student" else train.critic_lr,
+            betas=tuple(train.betas),
+            weight_decay=train.weight_decay,
+        )
+
+    def state(self, step: int) -> checkpoint.State:
+        """Everything that a checkpoint holds."""
+        roles = self.method.roles
+        networks = {name: getattr(roles, name).network for name in ("student", *self.method.extra_roles)}
+        averages = {"student": self.average} if self.average else {}
+        return checkpoint.State(step, networks | self.method.extra_modules(), self.optimizers, averages)
+
+    def run(self, start: Path | None) -> tuple[int, bool]:
+        """Train from checkpoint ``start`` (None: from the teacher) to the end; returns (steps done, interrupted)."""
+        train, checkpoints = self.recipe.train, self.folder / "checkpoints"
+        first = checkpoint.load(start, self.state(0)) if start else 0
+        if start:
+            say(f"resumed from {start}")
+        _keep_lines_before(self.folder / "metrics.jsonl", first)
+        if first >= train.steps:
+            return first, False
+        preview = Preview(self.session, self.folder)
+        self.accelerator.init_trackers("tensorboard")
+        step, saved = first, first
+        with self._signals(), TrainingProgress(first, train.steps) as progress:
+            if first == 0:
+                preview.write(0, self.averaged())
+            while step < train.steps and not self.stop_requested:
+                metrics = self.step(step, log=(step + 1) % train.log_every == 0 or step == first)
+                step += 1
+                if step % train.preview_every == 0 or step == train.steps:
+                    metrics |= preview.write(step, self.averaged())
+                progress.update(step, metrics)
+                if metrics:
+                    self._log(step, metrics)
+                if step % train.checkpoint_every == 0 or step == train.steps or self.stop_requested:
+                    checkpoint.save(checkpoints, self.state(step), train.keep_checkpoints)
+                    saved = step
+            if saved < step:
+                checkpoint.save(checkpoints, self.state(step), train.keep_checkpoints)
+        self.accelerator.end_training()
+        return step, self.stop_requested and step < train.steps
+
+    def step(self, step: int, log: bool = False) -> dict[str, float]:
+        """All turns of one step. With ``log``: every loss term, and the gradient norm of each player and term."""
+        train = self.recipe.train
+        size = train.batch_size // train.accumulation
+        batches = [self.session.batch(step, i * size, size) for i in range(train.accumulation)]
+        metrics: dict[str, float] = {}
+        began = time.perf_counter()
+        for turn, player in enumerate(self.method.turns(step)):
+            for batch in batches:
+                batch.turn = turn
+            measured = self._turn(player, step, batches, log)
+            for name, value in measured.items():
+                metrics[f"{player}/{name}"] = value
+        return metrics | {"lr": self._rate(step, train.lr), "seconds": time.perf_counter() - began} if log else {}
+
+    def _turn(self, player: str, step: int, batches: list[Batch], log: bool) -> dict[str, float]:
+        train, parameters, optimizer = self.recipe.train, self.parameters[player], self.optimizers[player]
+        metrics: dict[str, float] = {}
+        with _moving(parameters):
+            for number, batch in enumerate(batches):
+                with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+                    losses = self.method.losses(player, batch)
+                for term, loss in losses.items():
+                    if not torch.isfinite(loss):
+                        raise NonFiniteError(f"{player} loss term {term!r} is {loss.item()} at step {step + 1}")
+                    if log:
+                        previous = metrics.get(f"loss/{term}", 0.0)
+                        metrics[f"loss/{term}"] = previous + loss.item() / len(batches)
+                if log and number == 0 and len(losses) > 1:
+                    for term, loss in losses.items():
+                        metrics[f"grad_norm/{term}"] = _norm(loss, parameters)
+                self.accelerator.backward(sum(losses.values()) / len(batches))
+            norm = nn.utils.clip_grad_norm_(parameters, train.clip or math.inf)
+            if not torch.isfinite(norm):
+                raise NonFiniteError(f"{player} gradient ({' + '.join(losses)}) is {norm.item()} at step {step + 1}")
+            optimizer.param_groups[0]["lr"] = self._rate(step, train.lr if player == "student" else train.critic_lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.method.after_update(player)
+        if player == "student" and self.average:
+            moving = [p.detach() for p in self.method.roles.student.network.parameters()]
+            # A young average of decay 0.999 would mostly be the teacher: its horizon grows with the run.
+            decay = min(self.recipe.student.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.average.values()), moving, 1 - decay)
+        if log:
+            metrics["grad_norm"] = norm.item()
+        return metrics
+
+    def _rate(self, step: int, peak: float) -> float:
+        train = self.recipe.train
+        if step < train.lr_warmup:
+            return peak * (step + 1) / train.lr_warmup
+        if train.lr_decay == "constant":
+            return peak
+        done = (step - train.lr_warmup) / max(1, train.steps - train.lr_warmup)
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the student carries its moving average, the weights that will be exported."""
+        weights = dict(self.method.roles.student.network.named_parameters())
+        kept = {name: weights[name].detach().clone() for name in self.average}
+        _assign(weights, self.average)
+        try:
+            yield
+        finally:
+            _assign(weights, kept)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in metrics.items()}}) + "\n")
+        self.accelerator.log(metrics, step=step)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM finish the step, save, and say how to go on."""
+
+        def request(*_: Any) -> None:
+            self.stop_requested = True
+
+        try:
+            previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread (a notebook's worker): signals stay as they are
+            previous = {}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _moving(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, these parameters and no others of the run receive gradients."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def _assign(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        weights[name].copy_(value)
+
+
+def _norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return torch.stack([g.norm() for g in gradients if g is not None]).norm().item()
+
+
+def _prepare_folder(folder: Path, recipe: Recipe) -> Path | None:
+    """Make the run folder; returns the checkpoint to start from.
+
+    Raises:
+        InputError: the folder holds a run of another recipe, or ``resume`` names nothing usable.
+    """
+    written = folder / "recipe.yaml"
+    start = None
+    if recipe.resume == "never":
+        if written.exists():
+            _set_aside(folder)
+    elif recipe.resume != "auto":
+        start = _checkpoint_in(Path(recipe.resume))
+    elif written.exists():
+        if different := _difference(load(written), recipe):
+            raise InputError(
+                f"output: {folder} holds a run of another recipe ({different}); "
+                "choose another output, or resume=never to move that run aside"
+            )
+        start = checkpoint.latest(folder / "checkpoints", say)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = written.with_suffix(".partial")
+    draft.write_text(recipe.to_yaml(), encoding="utf-8")
+    draft.rename(written)
+    return start
+
+
+def _set_aside(folder: Path) -> None:
+    number = 1
+    while (other := folder.with_name(f"{folder.name}.previous-{number}")).exists():
+        number += 1
+    shutil.move(folder, other)
+    say(f"moved the run in {folder} to {other}")
+
+
+def _checkpoint_in(path: Path) -> Path:
+    if (path / checkpoint.MANIFEST).is_file():
+        return path
+    if found := checkpoint.latest(path / "checkpoints", say):
+        return found
+    raise InputError(f"resume: expected auto, never, a checkpoint or a run folder with one, found {path}")
+
+
+def _difference(old: Recipe, new: Recipe) -> str | None:
+    """The first key, other than the free ones, in which two recipes differ."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    for section in set(before) - {"output", "resume"}:
+        for key in before[section].keys() | after[section].keys():
+            a, b = before[section].get(key), after[section].get(key)
+            if a != b and key not in _FREE_KEYS.get(section, ()):
+                return f"{section}.{key} is {a!r} there and {b!r} here"
+    return None
+
+
+def _keep_lines_before(path: Path, step: int) -> None:
+    """Drop the metrics of steps that will be run again, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
