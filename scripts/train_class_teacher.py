@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from stepdistill.data import fashion_mnist
 from stepdistill.eval.features import Classifier
+from stepdistill.pipeline.load import save_pipeline
 from stepdistill.schedule import from_scheduler
 
 LATENT = (4, 8, 8)
@@ -247,7 +248,7 @@ def pack(work: Path, out: Path) -> None:
     denoiser.load_state_dict(load_file(work / "denoiser.safetensors"), strict=False)
     names = dict(enumerate(fashion_mnist.CLASS_NAMES))
     pipeline = DiTPipeline(transformer=denoiser, vae=vae, scheduler=new_scheduler(), id2label=names)
-    pipeline.to(torch.float16).save_pretrained(out, safe_serialization=True)
+    save_pipeline(pipeline.to(torch.float16), out)
     half = {name: p.half() for name, p in load_file(work / "classifier.safetensors").items()}
     save_file(half, out / "classifier.safetensors")
     size = sum(f.stat().st_size for f in out.rglob("*.safetensors"))

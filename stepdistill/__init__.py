@@ -9,6 +9,8 @@ The verbs are those of the command line: train, export, sample, bench, inspect.
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -18,7 +20,7 @@ _VERBS = {
     "train": "stepdistill.trainer",
     "export": "stepdistill.pipeline.export",
     "sample": "stepdistill.sampling",
-    "bench": "stepdistill.benchmark",
+    "bench": "stepdistill.bench",
     "inspect": "stepdistill.sampling",
 }
 
@@ -29,3 +31,14 @@ def __getattr__(name: str) -> Any:
     if name not in _VERBS:
         raise AttributeError(f"module 'stepdistill' has no attribute '{name}'")
     return getattr(importlib.import_module(_VERBS[name]), name)
+
+
+class _Package(ModuleType):
+    """This package. Importing the module ``stepdistill.bench`` leaves the name to the verb of the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _VERBS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

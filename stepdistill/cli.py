@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import stepdistill
 from stepdistill import assets
 from stepdistill.errors import InputError
+from stepdistill.progress import WorkProgress
 
 app = typer.Typer(
     name="stepdistill",
@@ -41,15 +40,16 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train, export, report. Resumes a run that was interrupted."""
-    if dry_run:
-        # Methods, and with them torch, are only needed once a recipe is read.
-        from stepdistill.recipe import load
+    # pydantic is not needed for --help; torch not before the recipe is known to be good.
+    from stepdistill.recipe import load
 
-        resolved = load(recipe, overrides or ())
-        print(json.dumps(resolved.model_dump(mode="json"), indent=2) if as_json else resolved.to_yaml(), end="")
+    resolved = load(recipe, overrides or ())
+    if dry_run:
+        print(json.dumps(resolved.model_dump(mode="json"), indent=2) if as_json else resolved.to_yaml().rstrip())
         return
-    result = stepdistill.train(recipe, overrides or ())
-    _print_facts({"run": str(result.folder), "report": _text(result.report)}, as_json)
+    result = stepdistill.train(resolved)
+    facts = {"run": str(result.folder), "step": result.step, "interrupted": result.interrupted}
+    _print_facts(facts | {"report": result.report and str(result.report)}, as_json)
 
 
 @app.command()
@@ -88,8 +88,9 @@ def sample(
 def bench(
     sources: Annotated[list[str], typer.Argument(help="Runs or pipelines.")],
     steps: Annotated[str, typer.Option(help="Student steps, separated by commas.")] = "1,2,4",
-    samples: Annotated[int, typer.Option(min=2, help="Images per row of the report.")] = 10_000,
+    samples: Annotated[int, typer.Option(min=2, help="Images per row of the report.")] = 2000,
     seed: Seed = 0,
+    guidance: Annotated[float, typer.Option(help="w of a plain pipeline's row; students run without.")] = 1.0,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
     as_json: AsJson = False,
 ) -> None:
@@ -97,7 +98,8 @@ def bench(
     if not all(one.strip().isdecimal() for one in steps.split(",")):
         raise InputError(f"--steps: expected numbers separated by commas, found '{steps}'")
     numbers = [int(one) for one in steps.split(",")]
-    report = stepdistill.bench(sources, steps=numbers, samples=samples, seed=seed, out=out)
+    with WorkProgress() as progress:
+        report = stepdistill.bench(sources, numbers, samples, seed, out, guidance=guidance, progress=progress)
     print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
 
 
@@ -127,7 +129,7 @@ def methods(as_json: AsJson = False) -> None:
         }
         for name, method in METHODS.items()
     ]
-    _print_rows(rows, ("name", "summary"), as_json)
+    _print_list(rows, as_json)
 
 
 @app.command()
@@ -137,7 +139,7 @@ def recipes(as_json: AsJson = False) -> None:
         {"name": name, "summary": _headline(assets.recipe(name)), "path": str(assets.recipe(name))}
         for name in assets.recipes()
     ]
-    _print_rows(rows, ("name", "summary"), as_json)
+    _print_list(rows, as_json)
 
 
 @app.command()
@@ -149,8 +151,10 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    marked = [row | {"": "ok" if row["ok"] else "--", "what": row["found"]} for row in rows]
-    _print_rows(marked, ("", "name", "what", "advice"), as_json)
+    for row in rows:
+        print(f"{'ok' if row['ok'] else '--'}  {row['name']:33} {row['found']}")
+        if row["advice"]:
+            print(f"{'':37} {row['advice']}")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -187,26 +191,19 @@ def _headline(recipe: Path) -> str:
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
 def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name:{width}}  {value}")
+        print(f"{name:{width}}  {'-' if value is None else value}")
 
 
-def _print_rows(rows: list[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:
+def _print_list(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    Console(markup=False, highlight=False).print(table)
+        print(f"{row['name']:{width}}  {row['summary']}")

@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import stepdistill
 from stepdistill import assets
 
 _REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic", "numpy")
@@ -32,7 +33,8 @@ class Finding:
 
 def doctor() -> list[Finding]:
     """Look at the installation and the machine."""
-    findings = [Finding("python", True, f"{platform.python_version()} on {platform.platform()}")]
+    findings = [Finding("stepdistill", True, f"{stepdistill.__version__} in {Path(__file__).parent}")]
+    findings.append(Finding("python", True, f"{platform.python_version()} on {platform.platform()}"))
     findings += [_library(name, "pip install stepdistill") for name in _REQUIRED]
     findings += [_library(name, f"optional: pip install 'stepdistill[{extra}]'") for name, extra in _EXTRAS.items()]
     return [*findings, *_devices(), _teachers(), _recipes(), _fashion_mnist(), _cache()]

@@ -3,7 +3,15 @@
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _console = Console(stderr=True, highlight=False)
 
@@ -54,3 +62,27 @@ class TrainingProgress:
             self.bar.update(self.task, completed=step)
         if metrics and not _console.is_terminal:
             say(f"step {step}/{self.total}  {signals}")
+
+
+class WorkProgress:
+    """One line per piece of work, called as ``progress(name, done, total)``; a line each where there is no terminal."""
+
+    def __init__(self) -> None:
+        self.bar = bar()
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "WorkProgress":
+        if _console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if _console.is_terminal:
+            self.bar.stop()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.bar.add_task(name, total=total, signals="")
+            if not _console.is_terminal:
+                say(name)
+        self.bar.update(self.tasks[name], completed=done, total=total)

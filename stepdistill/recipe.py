@@ -138,9 +138,10 @@ def load(source: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     draft = _Draft(source)
     for override in overrides:
         draft.override(override)
-    recipe = draft.validate(Recipe, draft.tree, ())
+    recipe = draft.validate(Recipe, draft.tree)
     draft.check(("method", "name"), lambda: recipe.method.implementation)
-    config = draft.validate(recipe.method.implementation.Config, recipe.method.model_extra, ("method",))
+    settings, owner = recipe.method.model_extra, f" of method {recipe.method.name}"
+    config = draft.validate(recipe.method.implementation.Config, settings, ("method",), owner)
     recipe.method = Method(name=recipe.method.name, **config.model_dump(mode="json"))
     for keys, problem in _problems(recipe, config):
         raise draft.error(keys, problem)
@@ -227,7 +228,10 @@ class _Draft:
             if not isinstance(tree, dict):
                 parent = ".".join(keys[: depth + 1])
                 raise InputError(f"{here}: expected a section at {parent}, found {found(tree)}")
-        tree[keys[-1]] = yaml_lines.read(value, here)[0]
+        try:
+            tree[keys[-1]] = yaml_lines.read(value, here)[0]
+        except InputError as error:
+            raise InputError(re.sub(r":\d+: ", ": ", str(error), count=1)) from None
         self.places = {known: place for known, place in self.places.items() if known[: len(keys)] != keys}
         self.places[keys] = here
 
@@ -244,13 +248,13 @@ class _Draft:
         except InputError as error:
             raise self.error(keys, str(error)) from None
 
-    def validate(self, model: type[BaseModel], tree: dict[str, Any], prefix: Keys) -> Any:
-        """``tree`` as a ``model``; ``prefix`` is where it stands in the recipe."""
+    def validate(self, model: type[BaseModel], tree: dict[str, Any], prefix: Keys = (), owner: str = "") -> Any:
+        """``tree`` as a ``model``; ``prefix`` is where it stands in the recipe, ``owner`` whose keys they are."""
         try:
             # As JSON, strictness is that of a file: a list is a fine tuple, but "20" is not 20 and true is not 1.
             return model.model_validate_json(json.dumps(tree, default=str), strict=True)
         except ValidationError as error:
-            problems = [(*describe(one, model, tree), one["type"]) for one in error.errors(include_url=False)]
+            problems = [(*describe(one, model, tree, owner), one["type"]) for one in error.errors(include_url=False)]
         # A misspelt key shows as unknown and as missing: the first says what to do.
         keys, problem, _ = min(problems, key=lambda problem: problem[2] != "extra_forbidden")
         raise self.error(prefix + keys, problem)
@@ -265,7 +269,9 @@ def _problems(recipe: Recipe, config: Any) -> Iterator[tuple[Keys, str]]:
             problem = f"expected a pipeline in diffusers format, found no model_index.json in {folder}"
             yield ("teacher", "pipeline"), problem
         if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", teacher.pipeline):
-            known = f"an embedded teacher ({', '.join(embedded)}), an existing folder or a hub id owner/name"
+            known = (
+                f"an embedded teacher ({', '.join(embedded) or 'none here'}), an existing folder or a hub id owner/name"
+            )
             hint = suggest(teacher.pipeline, embedded)
             yield ("teacher", "pipeline"), f"expected {known}, found {found(teacher.pipeline)}{hint}"
     if student.init is not None and not Path(student.init).is_dir():

@@ -14,16 +14,17 @@ from stepdistill.yaml_lines import Keys
 _NOUNS = {int: "integer", float: "number"}
 
 
-def describe(error: Any, model: type[BaseModel], tree: Any) -> tuple[Keys, str]:
+def describe(error: Any, model: type[BaseModel], tree: Any, owner: str = "") -> tuple[Keys, str]:
     """The key and the problem of one pydantic error.
 
     Args:
         error: an item of ``ValidationError.errors()``. model: what was validated. tree: the input.
+        owner: whose keys they are, such as " of method tcd".
     """
     keys, value = _place(error["loc"], tree)
     if error["type"] == "extra_forbidden":
         section = _section(model, keys[:-1])
-        return keys, f"unknown key; {_meant(str(keys[-1]), section, model)}"
+        return keys, f"unknown key{owner}; {_meant(str(keys[-1]), section, model)}"
     if error["type"] == "missing":
         keys = (*keys, *error["loc"][len(keys) :])
         field = _field(model, keys)

@@ -14,7 +14,8 @@ from stepdistill.methods.base import DistillMethod
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries
 from stepdistill.pipeline.denoiser import Denoiser
 from stepdistill.pipeline.latents import encode_images, image_shape
-from stepdistill.pipeline.trace import Trace, load_pipeline, trace
+from stepdistill.pipeline.load import load_pipeline
+from stepdistill.pipeline.trace import Trace, trace
 from stepdistill.recipe import Recipe
 from stepdistill.roles import build_roles
 from stepdistill.samplers import SAMPLERS, Sampler
@@ -67,7 +68,9 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     Raises:
         InputError: whatever the recipe asks for and the pipeline or data cannot give.
     """
-    pipeline = load_pipeline(recipe.teacher.pipeline, recipe.teacher.revision).to(device)
+    pipeline = load_pipeline(recipe.teacher.pipeline, recipe.teacher.revision)
+    if device.type != "cpu":
+        pipeline.to(device)
     traced = trace(pipeline)
     conditioning = encode(traced, entries(traced, recipe.data.conditions), cache).to(device)
     if recipe.teacher.guidance.scale != 1 and conditioning.null is None:

@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stepdistill import checkpoint
-from stepdistill.bench import bench_run
+from stepdistill.bench import bench
 from stepdistill.data.batch import Batch
 from stepdistill.errors import InputError
 from stepdistill.pipeline.export import export
 from stepdistill.preview import Preview
-from stepdistill.progress import TrainingProgress, say
+from stepdistill.progress import TrainingProgress, WorkProgress, say
 from stepdistill.recipe import Recipe, load
 from stepdistill.session import Session, build
 
@@ -73,7 +73,19 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
         say(f"stopped at step {step}; go on with: stepdistill train {folder / 'recipe.yaml'}")
         return RunResult(folder, step, interrupted=True)
     export(folder, folder / "export")
-    report = bench_run(folder, recipe) if recipe.report.samples else None
+    report = None
+    if recipe.report.samples:
+        wanted, report = recipe.report, folder / "report"
+        with WorkProgress() as progress:
+            bench(
+                [folder],
+                wanted.steps,
+                wanted.samples,
+                out=report,
+                networks=wanted.networks,
+                solvers=wanted.solvers,
+                progress=progress,
+            )
     return RunResult(folder, step, report=report)
 
 

@@ -14,7 +14,7 @@ from stepdistill.errors import InputError
 Keys = tuple[str | int, ...]
 """A place in the tree: ("train", "lr"), ("report", "steps", 0)."""
 
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$|[-+]?[0-9]+[eE][-+]?[0-9]+$|[-+]?\.inf$|\.nan$")
 _SCALARS = {
     "null": (re.compile(r"~$|null$|$"), ["~", "n", ""]),
     "bool": (re.compile(r"true$|false$"), ["t", "f"]),
@@ -38,10 +38,16 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # PyYAML writes these line separators bare unless the text is double-quoted, and reads them as a line break.
+        style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
 
 for _name, (_pattern, _first) in _SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
 # The writer quotes whatever this reader or a YAML 1.1 reader would not take for text.
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", *_SCALARS["float"])
 
 
@@ -65,7 +71,8 @@ def read(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         hint = "; indent with spaces, not tabs" if "\\t" in str(error.problem) else ""
-        raise InputError(f"{name}:{mark.line + 1}: not valid YAML: {error.problem or error.context}{hint}") from None
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise InputError(f"{name}:{mark.line + 1}: not valid YAML: {problem}{hint}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise InputError(f"{name}:{line}: not valid YAML: {error.reason}") from None

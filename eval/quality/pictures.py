@@ -48,7 +48,7 @@ def quality_plot(rows: Sequence[Any], metric: str, label: str, floor: float | No
     figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     _clean(axes)
-    axes.set(xscale="log", yscale="log", xlabel="NFE per image", ylabel=label)
+    axes.set(xscale="log", xlabel="NFE per image", ylabel=label)
     rows = [row for row in rows if row.metrics.get(metric, 0) > 0]
     students = dict.fromkeys(row.name for row in rows if row.role == "student")
     for name, colour in zip(students, itertools.cycle(PALETTE)):
@@ -61,9 +61,7 @@ def quality_plot(rows: Sequence[Any], metric: str, label: str, floor: float | No
     if floor is not None and floor > 0:
         axes.axhline(floor, color=MUTED, linestyle=(0, (4, 3)), linewidth=1, label="real images")
     axes.set_xticks(ticks := sorted({row.nfe for row in rows}), [str(tick) for tick in ticks])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.minorticks_off()
+    _logarithmic(axes)
     if rows:
         axes.legend(frameon=False, fontsize=8, loc="best")
     return _render(figure)
@@ -89,8 +87,8 @@ def training_plot(lines: Sequence[Mapping[str, float]]) -> Image.Image | None:
             axes.plot(*zip(*points, strict=True), color=PALETTE[number % len(PALETTE)], linewidth=1.2, label=name)
         values = [value for points in series.values() for _, value in points]
         if title != "drift against the teacher" and min(values) > 0:
-            axes.set_yscale("log")
-        axes.legend(frameon=False, fontsize=8, loc="upper right")
+            _logarithmic(axes)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_xlabel("step")
     return _render(figure)
 
@@ -114,6 +112,14 @@ def _clean(axes: Any) -> None:
     axes.yaxis.label.set(color=INK, size=9)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def _logarithmic(axes: Any) -> None:
+    """A logarithmic y axis that reads 1, 2, 5, 10, ... in plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.minorticks_off()
 
 
 def _render(figure: Figure) -> Image.Image:

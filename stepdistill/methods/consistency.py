@@ -1,11 +1,11 @@
 """Consistency distillation: LCM (Luo et al. 2023) and TCD (Zheng et al. 2024).
 
-    every step:
-        n ~ U{1..N};  t = grid[n], r = grid[n-1];  x_t = alpha x_0 + sigma eps          (x_0 real)
-        x_r = one DDIM step of the guided teacher from x_t to r
-        LCM:  f(x, t)    = c_skip(t) x + c_out(t) x_0(x, t)
-        TCD:  f(x, t, s) = alpha_s x_0(x, t) + sigma_s eps(x, t),   s ~ U{grid[0..n-1]}
-        minimise Huber( f_student(x_t, t) - f_target(x_r, r) );   target <- moving average of the student
+every step:
+    n ~ U{1..N};  t = grid[n], r = grid[n-1];  x_t = alpha x_0 + sigma eps          (x_0 real)
+    x_r = one DDIM step of the guided teacher from x_t to r
+    LCM:  f(x, t)    = c_skip(t) x + c_out(t) x_0(x, t)
+    TCD:  f(x, t, s) = alpha_s x_0(x, t) + sigma_s eps(x, t),   s ~ U{grid[0..n-1]}
+    minimise Huber( f_student(x_t, t) - f_target(x_r, r) );   target <- moving average of the student
 """
 
 import torch

@@ -14,6 +14,7 @@ Distillation"), building on DMD (Yin et al. 2023).
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class DMD2Config(MethodConfig):
     dm_weight: float = Field(1.0, ge=0, description="weight of the distribution-matching term")
     gan_weight: float = Field(0.0, ge=0, description="weight of the student's GAN term; 0 needs no images")
     gan_critic_weight: float = Field(0.01, gt=0, description="weight of the discriminator's loss in the critic")
-    sampler: str = Field("renoise", pattern="^(renoise|ddim)$", description="how the student moves between steps")
+    sampler: Literal["renoise", "ddim"] = Field("renoise", description="how the student moves between steps")
 
 
 def dmd_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:

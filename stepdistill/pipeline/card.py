@@ -13,7 +13,7 @@ def model_card(facts: dict[str, Any], trace: Trace, error: float, metrics: str |
         metrics: a Markdown table of the report, once there is one.
     """
     steps, name = facts["steps"], type(trace.pipeline).__name__
-    argument = "class_labels=[0, 1, 2, 3]" if trace.class_conditional else 'prompt="a photo of a cat"'
+    argument = "class_labels=[0, 1, 2, 3]" if trace.entry == "class_labels" else 'prompt="a photo of a cat"'
     return f"""---
 library_name: diffusers
 license: other

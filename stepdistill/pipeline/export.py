@@ -15,7 +15,7 @@ from stepdistill import checkpoint
 from stepdistill.errors import InputError
 from stepdistill.pipeline.card import model_card
 from stepdistill.pipeline.generate import call_pipeline, last_latents
-from stepdistill.pipeline.trace import load_pipeline
+from stepdistill.pipeline.load import load_pipeline, save_pipeline
 from stepdistill.progress import say
 from stepdistill.recipe import Recipe, load
 from stepdistill.roles import plain_network
@@ -62,7 +62,7 @@ def export(run: str | Path, out: str | Path) -> ExportResult:
     pipeline.register_modules(scheduler=session.sampler.scheduler)
     draft = out.with_name(f".{out.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    pipeline.save_pretrained(draft, safe_serialization=True)
+    save_pipeline(pipeline, draft)
     facts = _facts(recipe, session, step)
     (draft / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     error = verify(draft, session)

@@ -192,9 +192,7 @@ def forked_random(device: torch.device) -> Any:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def _listen(
-    stack: ExitStack, record: Recording, name: str, module: nn.Module, stop: tuple[str, int] | None
-) -> None:
+def _listen(stack: ExitStack, record: Recording, name: str, module: nn.Module, stop: tuple[str, int] | None) -> None:
     signature = inspect.signature(module.forward)
     variable = {p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD}
     open_calls: list[Call] = []

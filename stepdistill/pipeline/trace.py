@@ -6,23 +6,18 @@ step with the learned description and compares it with the pipeline's own.
 """
 
 import copy
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
-from stepdistill import assets
-from stepdistill.errors import InputError
 from stepdistill.guidance import guided
+from stepdistill.pipeline.compare import close, deviation, rows_equal, same, single_value, tolerance
 from stepdistill.pipeline.denoiser import CallSpec, Conditions, Denoiser, Output, first_tensor, unflatten
+from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.observe import (
     Call,
     Recording,
@@ -35,6 +30,8 @@ from stepdistill.pipeline.observe import (
     observe,
 )
 from stepdistill.schedule import Kind, Schedule, from_scheduler
+
+__all__ = ["Guidance", "Trace", "TraceError", "load_pipeline", "trace"]
 
 PROBES: dict[str, tuple[Any, ...]] = {
     # Of different lengths, so that conditions which grow with the prompt are noticed.
@@ -87,6 +84,7 @@ class Trace:
         component: the denoiser's attribute, such as "transformer". entry: the argument that asks for images.
         latent_shape: one sample as the scheduler sees it. conditioning: one row's shape by argument.
         self_test_error: the largest relative error of a replayed step.
+        set_ups: how the pipeline sets up the schedulers that were run so far (filled by ``generate``).
     """
 
     pipeline: Any
@@ -97,11 +95,7 @@ class Trace:
     latent_shape: tuple[int, ...]
     conditioning: dict[str, tuple[int, ...]]
     self_test_error: float
-
-    @cached_property
-    def grids(self) -> dict[str, Any]:
-        """How the pipeline sets up each scheduler it was asked to run, by its config and number of steps."""
-        return {}
+    set_ups: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def summary(self) -> dict[str, Any]:
         """The facts as plain values, the contract of ``inspect --json``."""
@@ -126,45 +120,6 @@ class Trace:
         }
 
 
-def load_pipeline(
-    path: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
-) -> DiffusionPipeline:
-    """A pipeline by the name of an embedded teacher, a local folder or a hub id; safetensors only, no remote code.
-
-    Raises:
-        InputError: there is none, or it cannot be loaded that way.
-    """
-    name = str(path)
-    source: str | Path = name
-    if (Path(name) / "model_index.json").is_file():
-        source = Path(name)
-    elif name in assets.teachers():
-        source = assets.find(f"teachers/{name}")
-    elif Path(name).exists():
-        raise InputError(f"pipeline {name}: expected a diffusers folder with model_index.json, found none in it")
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-        close = difflib.get_close_matches(name, assets.teachers(), n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        known = ", ".join(assets.teachers()) or "none"
-        raise InputError(
-            f"pipeline {name}: expected a folder, a hub id or an embedded teacher ({known}), found no such thing{hint}"
-        )
-    bars = diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(source), revision=revision, use_safetensors=True, torch_dtype=dtype
-        )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"pipeline {name}: cannot be loaded as a diffusers pipeline: {reason}") from error
-    finally:
-        if bars:
-            diffusers_logging.enable_progress_bar()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 @torch.no_grad()
 def trace(pipeline: Any) -> Trace:
     """Learn how to drive the pipeline's denoiser from two short runs, guidance off and on.
@@ -184,6 +139,8 @@ def trace(pipeline: Any) -> Trace:
     for recording in (off, on):
         for step in recording.steps:
             step.calls = [call for call in step.calls if call.component == component]
+    if len({len(step.calls) for step in on.steps}) > 1:
+        raise TraceError("guidance", f"{component} is called twice at some steps and once at others")
     sample, batched = _sample_argument(off, on, component)
     timestep, timestep_scale, timestep_offset, dtype = _timestep_map(off, on, sample)
     if not dtype.is_floating_point and _takes_fractions(network, off.steps[0].calls[0], timestep):
@@ -264,7 +221,7 @@ def _sample_argument(off: Recording, on: Recording, component: str) -> tuple[str
                     if not isinstance(value, Tensor) or value.shape[1:] != scaled.shape[1:]:
                         continue
                     repeats = len(value) / len(scaled)
-                    if repeats in (1, 2) and _close(value, torch.cat([scaled] * int(repeats))):
+                    if repeats in (1, 2) and close(value, torch.cat([scaled] * int(repeats))):
                         found.add(name)
                         if recording is on:
                             lengths.add(repeats)
@@ -284,7 +241,7 @@ def _timestep_map(off: Recording, on: Recording, sample: str) -> tuple[str, floa
     given = torch.stack([step.timestep.double().cpu() for step in steps])
     best, closest = None, float("inf")
     for name in off.steps[0].calls[0].arguments:
-        values = [_single_value(step.calls[0].arguments.get(name)) for step in steps]
+        values = [single_value(step.calls[0].arguments.get(name)) for step in steps]
         if name == sample or any(value is None for value in values):
             continue
         dtype = values[0].dtype
@@ -293,15 +250,15 @@ def _timestep_map(off: Recording, on: Recording, sample: str) -> tuple[str, floa
         if given[high] > given[low]:
             if told[high] == told[low]:
                 continue
-            scale = _rounded((told[high] - told[low]) / (given[high] - given[low]))
+            scale = _rounded((told[high] - told[low]) / (given[high] - given[low]), dtype)
             offset = told[high] - scale * given[high]
-            offset = 0.0 if offset.abs() <= _limit(dtype) * told.abs().max() else _rounded(offset)
+            offset = 0.0 if offset.abs() <= tolerance(dtype) * told.abs().max() else _rounded(offset, dtype)
         else:
-            scale, offset = _rounded(told[0] / given[0]), 0.0
-        residual = _error(scale * given + offset, told)
+            scale, offset = _rounded(told[0] / given[0], dtype), 0.0
+        residual = deviation(scale * given + offset, told)
         if residual < closest:
             best, closest, found = (name, scale, offset, dtype), residual, dtype
-    if best is None or closest > _limit(found):
+    if best is None or closest > tolerance(found):
         fit = f"; the closest, '{best[0]}', is off by {closest:.1e}" if best else ""
         raise TraceError("timestep", f"no argument is an affine function of the scheduler's timestep{fit}")
     return best
@@ -314,7 +271,7 @@ def _takes_fractions(network: nn.Module, call: Call, timestep: str) -> bool:
         output = network(**unflatten({**call.arguments, timestep: value.float()}))
     except (RuntimeError, TypeError, IndexError):
         return False
-    return _close(first_tensor(output), call.output)
+    return close(first_tensor(output), call.output)
 
 
 def _output_map(off: Recording, component: str) -> Output:
@@ -328,11 +285,11 @@ def _output_map(off: Recording, component: str) -> Output:
             if output == "first_half" and (raw.ndim < 2 or raw.shape[1] % 2):
                 errors.append(float("inf"))
                 continue
-            errors.append(_error(CallSpec("", "", output=output).decode_output(raw), step.model_output))
+            errors.append(deviation(CallSpec("", "", output=output).decode_output(raw), step.model_output))
         maps[output] = max(errors)
     best = min(maps, key=lambda name: maps[name])
     step = off.steps[0]
-    if maps[best] > _limit(step.model_output.dtype):
+    if maps[best] > tolerance(step.model_output.dtype):
         raise TraceError(
             "output",
             f"{component}'s output reaches the scheduler neither unchanged, nor negated, nor as the first half of its "
@@ -364,7 +321,7 @@ def _sort_arguments(
         for recording in (off, on):
             for step in recording.steps:
                 for call, first in zip(step.calls, recording.steps[0].calls, strict=True):
-                    if not _same(call.arguments.get(name), first.arguments[name]):
+                    if not same(call.arguments.get(name), first.arguments[name]):
                         raise TraceError("constants", f"'{name}' changes from step to step and is not the timestep")
         if _holds_tensors(value):
             raise TraceError("conditioning", f"'{name}' is a list of tensors, expected one tensor with a batch")
@@ -375,13 +332,13 @@ def _sort_arguments(
                     f"the rows of '{name}' change shape with the prompt: {list(value.shape[1:])} and "
                     f"{list(other.shape[1:])}; pad them to one length",
                 )
-            if _rows_equal(value) and _rows_equal(other) and not _same(value[0], other[0]):
+            if rows_equal(value) and rows_equal(other) and not same(value[0], other[0]):
                 # Nothing but the guidance scale differs between the runs and not between their rows.
                 constants[name] = other[:1]
                 expanded.add(name)
             else:
                 conditions.append(name)
-        elif _same(value, other):
+        elif same(value, other):
             constants[name] = value
         else:
             raise TraceError("constants", f"'{name}' differs between two runs and has no batch dimension")
@@ -391,11 +348,11 @@ def _sort_arguments(
 def _guidance(
     off: Recording, on: Recording, spec: CallSpec, conditions: list[str], batched: bool, scale: float
 ) -> Guidance:
-    calls = {len(step.calls) for step in on.steps}
-    if calls == {1} and not batched:
+    calls = len(on.steps[0].calls)
+    if calls == 1 and not batched:
         return Guidance("embedded", scale=scale) if spec.expanded else Guidance("none")
-    if calls not in ({1}, {2}) or (calls == {2} and batched):
-        raise TraceError("guidance", f"{sorted(calls)} calls per step, doubled batch {batched}: not a known layout")
+    if calls not in (1, 2) or (calls == 2 and batched):
+        raise TraceError("guidance", f"{calls} calls per step on {'doubled' if batched else 'single'} batches")
     kind: GuidanceKind = "batched" if batched else "two_calls"
     residuals = {True: 0.0, False: 0.0}
     for step in on.steps:
@@ -405,9 +362,9 @@ def _guidance(
         for half in expected.chunk(len(expected) // on.count):
             for cond_first in residuals:
                 cond, uncond = halves if cond_first else halves[::-1]
-                error = _error(uncond + scale * (cond - uncond), half)
+                error = deviation(uncond + scale * (cond - uncond), half)
                 residuals[cond_first] = max(residuals[cond_first], error)
-    limit = max(GUIDANCE_LIMIT, _limit(on.steps[0].model_output.dtype))
+    limit = max(GUIDANCE_LIMIT, tolerance(on.steps[0].model_output.dtype))
     if max(residuals.values()) <= limit:
         raise TraceError("guidance", "the network says the same with and without its condition, so no rule can be told")
     cond_first = residuals[True] < residuals[False]
@@ -419,7 +376,7 @@ def _guidance(
     guidance = Guidance(kind, cond_first, scale, residuals[cond_first])
     null = guidance.split(on.steps[0].calls, conditions, on.count)[1]
     for name, rows in (null or {}).items():
-        if not _rows_equal(rows):
+        if not rows_equal(rows):
             raise TraceError("guidance", f"the unconditional rows of '{name}' differ from image to image")
     return guidance
 
@@ -449,9 +406,7 @@ def _check_schedule(step: Step, schedule: Schedule, kind: Kind) -> None:
         )
 
 
-def _self_test(
-    off: Recording, on: Recording, denoiser: Denoiser, guidance: Guidance, conditions: list[str]
-) -> float:
+def _self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guidance, conditions: list[str]) -> float:
     """The largest relative error of the recorded steps replayed with the learned description.
 
     Raises:
@@ -472,49 +427,16 @@ def _self_test(
                 prediction = denoiser(x_t, t, {name: step.calls[0].arguments[name] for name in conditions})
             raw = prediction.raw.to(step.model_output.dtype)
             copies = len(step.sample) // n
-            worst = max(worst, _error(step.replay(torch.cat([raw] * copies)), step.previous))
-    limit = max(SELF_TEST_LIMIT, _limit(on.steps[0].model_output.dtype))
+            worst = max(worst, deviation(step.replay(torch.cat([raw] * copies)), step.previous))
+    limit = max(SELF_TEST_LIMIT, tolerance(on.steps[0].model_output.dtype))
     if not worst <= limit:
-        raise TraceError("self-test", f"a replayed step differs from the pipeline's own by {worst:.1e} (limit {limit:.0e})")
+        raise TraceError("self-test", f"a replayed step is off the pipeline's own by {worst:.1e} (limit {limit:.0e})")
     return worst
 
 
-def _limit(dtype: torch.dtype) -> float:
-    """The relative deviation that counts as equal in this dtype."""
-    return max(1e-5, 8 * torch.finfo(dtype).eps) if dtype.is_floating_point else 1e-5
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    """Largest deviation relative to the largest value; infinite when the shapes differ."""
-    if found.shape != expected.shape:
-        return float("inf")
-    scale = expected.double().abs().max().clamp_min(1e-12)
-    return float(((found.double() - expected.double()).abs().max() / scale).nan_to_num(float("inf")))
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return _error(found, expected) <= _limit(found.dtype)
-
-
-def _rounded(value: Tensor) -> float:
-    # Six digits: 0.001 rather than 0.00099999994, which float32 timesteps would give.
-    return float(f"{float(value):.6g}")
-
-
-def _single_value(value: Any) -> Tensor | None:
-    """The one number that an argument holds, None when it holds several or is not a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-        return None
-    tensor = torch.as_tensor(value).reshape(-1)
-    if not len(tensor) or tensor.dtype == torch.bool or not (tensor == tensor[0]).all():
-        return None
-    return tensor[0]
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and _error(a, b) <= _limit(a.dtype)
-    return a is b or (type(a) is type(b) and bool(a == b))
+def _rounded(value: Tensor, dtype: torch.dtype) -> float:
+    # 0.001 rather than the 0.00099999994 that timesteps in float32 would give, or 0.00100074 in bfloat16.
+    return float(f"{float(value):.{6 if tolerance(dtype) <= 1e-5 else 2}g}")
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -525,10 +447,6 @@ def _is_batched(off: Any, on: Any, count_off: int, count_on: int) -> bool:
     if not isinstance(off, Tensor) or not isinstance(on, Tensor) or not off.ndim or not on.ndim:
         return False
     return len(off) == count_off and len(on) in (count_on, 2 * count_on)
-
-
-def _rows_equal(value: Tensor) -> bool:
-    return _same(value, value[:1].expand_as(value))
 
 
 def _tensors(call: Call) -> str:

@@ -4,8 +4,10 @@ Weights are redrawn as small normals: stock initialisation zeroes the output lay
 emits zeros passes every comparison.
 """
 
+import json
 import math
 import string
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ from transformers import (
 
 CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
-TOKENS = 12
+TOKENS = 40
 
 
 def redraw(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -229,3 +231,12 @@ def tiny_flux(guidance_embeds: bool = True) -> FluxPipeline:
     # The pipeline's class fixes 128 latents a side; the tiny network is meant for 8.
     pipeline.default_sample_size = 8
     return _ready(pipeline)
+
+
+def save_dit(pipeline: DiTPipeline, folder: Path) -> None:
+    """A folder like the embedded teacher's; stock saving forgets id2label, so it is written into the index."""
+    pipeline.save_pretrained(folder)
+    index = folder / "model_index.json"
+    facts = json.loads(index.read_text())
+    facts["id2label"] = {str(i): name for i, name in enumerate(CLASSES)}
+    index.write_text(json.dumps(facts, indent=2))

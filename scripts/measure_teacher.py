@@ -1,0 +1,108 @@
+"""Measure the embedded teacher: reference statistics, real-against-real floors, and its rows at 50 steps.
+
+    python scripts/measure_teacher.py --guidance 1.5 2 3 --samples 1000 10000 --nfe 4
+
+Writes, beside the teacher, the protocol's reference (and pins its SHA-256 and the classifier's in the protocol file,
+where they are still null) and measurements.json, from which ``stepdistill bench`` takes rows instead of measuring
+them again. Every row is stored as soon as it is known; run the same command again to go on. After a change of
+teacher or classifier set the two SHA-256 in the protocol file back to null and delete both files.
+"""
+
+import argparse
+import hashlib
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from stepdistill import assets
+from stepdistill.bench import TEACHER_STEPS, Bench, Sampling, real_images, solver_samplings
+from stepdistill.data import fashion_mnist
+from stepdistill.eval.protocol import (
+    Protocol,
+    build_reference,
+    floor,
+    load_instruments,
+    load_networks,
+    load_protocol,
+    locate,
+    pin,
+)
+from stepdistill.eval.report import metric_text
+from stepdistill.eval.row_cache import RowCache, read_measurements, write_json
+
+FLOORS = (1000, 2000, 10_000)
+
+
+def say(message: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {message}", flush=True)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def make_reference(protocol_name: str, device: torch.device) -> Protocol:
+    """Build and pin the reference where there is none; returns the pinned protocol."""
+    protocol = load_protocol(protocol_name)
+    out = assets.root() / "assets" / protocol.reference.file
+    if not out.exists():
+        images, labels = fashion_mnist.load("train")
+        say(f"{out}: {protocol.reference.rows} images")
+        build_reference(images, labels, out, protocol=protocol, networks=load_networks(protocol, device=device))
+    pin(
+        protocol_name, {"reference": sha256(out), "classifier": sha256(locate(protocol.networks["classifier"].weights))}
+    )
+    return load_protocol(protocol_name)
+
+
+def line(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {metric_text(name, value)}" for name, value in metrics.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="fashion-dit", help="embedded teacher or pipeline folder")
+    parser.add_argument("--protocol", default="fashion-v1")
+    parser.add_argument("--guidance", type=float, nargs="*", default=[], help="scales w besides 1 (off)")
+    parser.add_argument("--samples", type=int, nargs="*", default=[10_000], help="images per row; several allowed")
+    parser.add_argument("--nfe", type=int, nargs="*", default=[], help="also stock solvers at these NFE, per scale")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+
+    protocol = make_reference(arguments.protocol, device)
+    instruments = load_instruments(arguments.protocol, device=device)
+    path = assets.root() / "assets" / protocol.measurements
+    stored = read_measurements(path, protocol.digest)
+    real = real_images(protocol)
+    for samples in FLOORS:
+        if str(samples) not in stored["floors"] and real is not None:
+            stored["floors"][str(samples)] = floor(instruments, *real, samples).metrics
+            write_json(path, stored)
+            say(f"real images, N = {samples}: {line(stored['floors'][str(samples)])}")
+
+    bench = Bench(instruments, RowCache(path.parent, path, protocol.digest), 0, arguments.seed, device)
+    model = bench.model(arguments.teacher)
+    samplings = [
+        Sampling(f"{Path(arguments.teacher).name} w={w:g}", "teacher", model, model.scheduler, TEACHER_STEPS, w)
+        for w in (1.0, *arguments.guidance)
+    ]
+    for w in arguments.guidance or [1.0]:
+        samplings += [one for nfe in arguments.nfe for one in solver_samplings(model, w, nfe)]
+    for samples in arguments.samples:
+        at_size = replace(bench, samples=samples, rows={})
+        for sampling in samplings:
+            key = at_size.key(sampling)
+            if key in stored["rows"]:
+                continue
+            row = at_size.measured(sampling)
+            stored["rows"][key] = asdict(row)
+            write_json(path, stored)
+            say(f"{row.name}, {row.steps} steps, N = {samples}: {line(row.metrics)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""When two values seen in a run count as the same."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative deviation that counts as equal in this dtype: 1e-5, more where the dtype is coarser."""
+    return max(1e-5, 8 * torch.finfo(dtype).eps) if dtype.is_floating_point else 1e-5
+
+
+def deviation(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest value; infinite for other shapes and for NaN."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not found.numel():
+        return 0.0
+    expected = expected.double()
+    worst = (found.to(expected) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+    return float(worst.nan_to_num(float("inf")))
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Equal shapes, and values within :func:`tolerance`."""
+    return deviation(found, expected) <= tolerance(found.dtype)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Close tensors, identical objects, or equal values of one type."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return close(a, b)
+    return a is b or (type(a) is type(b) and bool(a == b))
+
+
+def rows_equal(value: Tensor) -> bool:
+    """Whether every row of ``value`` (B, ...) is the first one."""
+    return close(value, value[:1].expand_as(value))
+
+
+def single_value(value: Any) -> Tensor | None:
+    """The one number that an argument holds, 0-dim; None when it holds several or is not a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        return None
+    tensor = torch.as_tensor(value).reshape(-1)
+    if not len(tensor) or tensor.dtype == torch.bool or not (tensor == tensor[0]).all():
+        return None
+    return tensor[0]

@@ -1,0 +1,200 @@
+"""Prompts or classes -> conditioning batches: the pipeline's own encoding, caught at its denoiser, kept on disk."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepdistill.errors import InputError
+from stepdistill.pipeline.denoiser import Conditions
+from stepdistill.pipeline.observe import modules, observe
+from stepdistill.pipeline.trace import Trace
+
+CHUNK = 32
+# Names under which a diffusers network's config states how many classes it embeds.
+CLASS_COUNTS = ("num_classes", "num_class_embeds", "num_embeds_ada_norm")
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told for each of N entries.
+
+    Args:
+        labels: the entries for people: prompts or class names. cond: N rows.
+        null: one row, the pipeline's own empty condition; None where it does not guide.
+        entries: what the pipeline is called with: prompts or class ids.
+    """
+
+    labels: tuple[str, ...]
+    cond: Conditions
+    null: Conditions | None
+    entries: tuple[str | int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, index: Tensor) -> tuple[Conditions, Conditions | None]:
+        """(cond, null) for entries ``index`` (B,): B rows each, null repeated."""
+        cond = {name: rows[index.to(rows.device)] for name, rows in self.cond.items()}
+        if self.null is None:
+            return cond, None
+        return cond, {name: row.expand(len(index), *row.shape[1:]) for name, row in self.null.items()}
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
+        """On ``device``; floating tensors in ``dtype`` when it is given, ids and masks as they are."""
+
+        def moved(conditions: Conditions) -> Conditions:
+            return {
+                name: value.to(device, dtype if value.is_floating_point() else None)
+                for name, value in conditions.items()
+            }
+
+        return replace(self, cond=moved(self.cond), null=None if self.null is None else moved(self.null))
+
+
+def class_names(trace: Trace) -> tuple[str, ...]:
+    """The classes of a class-conditional pipeline in the order of their ids; empty for any other pipeline.
+
+    From the pipeline's own labels (id2label) where it has them, numbered by the network's config otherwise.
+    """
+    if trace.entry != "class_labels":
+        return ()
+    labels = getattr(trace.pipeline, "labels", None) or {}
+    if labels:
+        by_id: dict[int, str] = {}
+        for name, number in labels.items():
+            by_id.setdefault(int(number), name)
+        return tuple(by_id.get(i, str(i)) for i in range(max(by_id) + 1))
+    config = getattr(trace.denoiser.network, "config", {})
+    count = next((config[name] for name in CLASS_COUNTS if config.get(name)), 0)
+    return tuple(str(i) for i in range(count))
+
+
+def class_count(trace: Trace) -> int:
+    """How many classes the pipeline knows; 0 for a pipeline that takes no classes."""
+    return len(class_names(trace))
+
+
+def entries(trace: Trace, wanted: str | Sequence[str | int]) -> list[str | int]:
+    """What to call the pipeline with, from what a person wrote.
+
+    Args:
+        wanted: "classes" (all of them), a file with an entry a line, or a list; classes by name or number.
+
+    Raises:
+        InputError: "classes" of a pipeline without, no such file, an unknown class, nothing at all.
+    """
+    names = class_names(trace)
+    if wanted == "classes":
+        if trace.entry == "batch_size":
+            return [0]
+        if not names:
+            raise InputError("conditions: expected a list or a file of prompts for this pipeline, found 'classes'")
+        return list(range(len(names)))
+    if isinstance(wanted, str):
+        file = Path(wanted)
+        if not file.is_file():
+            raise InputError(f"conditions: expected 'classes', a list or a file, found no file {wanted}")
+        wanted = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not wanted:
+        raise InputError("conditions: expected at least one, found none")
+    if trace.entry == "class_labels":
+        return [_class_id(entry, names) for entry in wanted]
+    return list(wanted)
+
+
+def encode(trace: Trace, entries: Sequence[str | int], cache: Path | None = None) -> Conditioning:
+    """The conditions of ``entries``, by running the pipeline up to its denoiser's first calls.
+
+    Args:
+        entries: prompts for a text pipeline, class ids for a class pipeline.
+        cache: folder for the result; the file's name is a hash of the pipeline and the entries.
+
+    Raises:
+        InputError: no entries, or entries of the wrong type or range.
+    """
+    names = class_names(trace)
+    entries = tuple(entries)
+    _check(trace, entries, names)
+    labels = tuple(names[entry] if names else str(entry) for entry in entries)
+    file = cache / f"conditions-{_key(trace, entries)}.safetensors" if cache is not None else None
+    if file is not None and file.is_file():
+        stored = load_file(file)
+        cond, null = _section(stored, "cond/"), _section(stored, "null/")
+        return Conditioning(labels, cond, null or None, entries)
+    parts = [_caught(trace, entries[start : start + CHUNK]) for start in range(0, len(entries), CHUNK)]
+    cond = {name: torch.cat([part[0][name] for part in parts]) for name in trace.conditioning}
+    empty = parts[0][1]
+    null = None if empty is None else {name: rows[:1].clone() for name, rows in empty.items()}
+    if file is not None and cond:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".partial")
+        named = {f"cond/{name}": v for name, v in cond.items()} | {f"null/{n}": v for n, v in (null or {}).items()}
+        save_file({name: value.cpu().contiguous() for name, value in named.items()}, draft)
+        draft.replace(file)
+    return Conditioning(labels, cond, null, entries)
+
+
+def _caught(trace: Trace, entries: Sequence[str | int]) -> tuple[Conditions, Conditions | None]:
+    calls = 2 if trace.guidance.kind == "two_calls" else 1
+    recording = observe(
+        trace.pipeline, entries, steps=1, guidance=trace.guidance.scale, stop_calls=(trace.component, calls)
+    )
+    seen = [call for call in recording.calls if call.component == trace.component]
+    return trace.guidance.split(seen, trace.conditioning, len(entries))
+
+
+def _check(trace: Trace, entries: tuple[str | int, ...], names: tuple[str, ...]) -> None:
+    if not entries:
+        raise InputError("conditions: expected at least one, found none")
+    expected = str if trace.entry == "prompt" else int
+    for entry in entries:
+        if not isinstance(entry, expected) or isinstance(entry, bool):
+            what = "a prompt" if expected is str else "a class number"
+            raise InputError(f"conditions: expected {what}, found {entry!r}")
+        if names and not 0 <= entry < len(names):
+            raise InputError(f"conditions: expected a class from 0 to {len(names) - 1}, found {entry}")
+
+
+def _class_id(entry: str | int, names: tuple[str, ...]) -> int:
+    if isinstance(entry, str) and entry in names:
+        return names.index(entry)
+    if str(entry).isdecimal() and int(entry) < len(names):
+        return int(entry)
+    close = difflib.get_close_matches(str(entry), names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise InputError(f"conditions: expected a class name or a number from 0 to {len(names) - 1}, found {entry!r}{hint}")
+
+
+def _section(stored: dict[str, Tensor], prefix: str) -> Conditions:
+    return {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
+
+
+def _key(trace: Trace, entries: tuple[str | int, ...]) -> str:
+    """A hash of everything the conditions depend on; of the encoders' weights a few values of each tensor."""
+    pipeline = trace.pipeline
+    digest = hashlib.sha256()
+
+    def add(*values: object) -> None:
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+
+    add(type(pipeline).__name__, trace.component, trace.guidance.kind, trace.guidance.scale, entries)
+    add({name: shape for name, shape in trace.conditioning.items()})
+    for name, component in sorted(pipeline.components.items()):
+        config = getattr(component, "config", None)
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+        # Where the weights were loaded from is not what they are.
+        add(name, type(component).__name__, {key: value for key, value in config.items() if key[0] != "_"})
+        add(getattr(component, "model_max_length", None))
+    for name, module in sorted(modules(pipeline).items()):
+        if name != trace.component:
+            for parameter_name, value in module.named_parameters():
+                flat = value.detach().reshape(-1)
+                add(name, parameter_name, str(value.dtype), flat[:: max(1, len(flat) // 16)].double().tolist())
+    return digest.hexdigest()[:24]

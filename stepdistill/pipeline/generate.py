@@ -1,0 +1,193 @@
+"""Latents and images from a traced pipeline under any stock scheduler, each sample on its own random numbers."""
+
+import copy
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import InputError
+from stepdistill.guidance import guided
+from stepdistill.pipeline.conditioning import Conditioning
+from stepdistill.pipeline.denoiser import first_tensor
+from stepdistill.pipeline.observe import TraceError, forked_random, observe, patched, run
+from stepdistill.pipeline.trace import PROBES, Trace
+from stepdistill.schedule import from_scheduler
+
+
+def sample_generator(seed: int, index: int, stream: int = 0) -> torch.Generator:
+    """The CPU generator of sample ``index``; it depends on (seed, index, stream) alone.
+
+    torch keeps 32 bits of a seed, so the streams are offsets and indices are added to them: two samples of
+    one stream never share random numbers.
+    """
+    offset = int.from_bytes(hashlib.sha256(f"{seed} {stream}".encode()).digest()[:4], "big")
+    return torch.Generator().manual_seed((offset + index) % 2**32)
+
+
+def noise(shape: Sequence[int], seed: int, indices: Sequence[int], stream: int = 0) -> Tensor:
+    """Standard normal noise (len(indices), *shape), float32 on the CPU; row i depends on (seed, indices[i], stream)."""
+    return torch.stack([torch.randn(tuple(shape), generator=sample_generator(seed, int(i), stream)) for i in indices])
+
+
+@torch.no_grad()
+def generate(
+    trace: Trace,
+    scheduler: Any,
+    conditioning: Conditioning,
+    labels_index: Tensor,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    first_index: int = 0,
+    batch: int = 250,
+    timesteps: Sequence[int] | None = None,
+    initial: Tensor | None = None,
+) -> Tensor:
+    """Latents (N, *latent_shape), float32; sample i depends on (seed, first_index + i) and its condition alone.
+
+    The scheduler is set up and stepped with the arguments that the pipeline itself would give it.
+
+    Args:
+        scheduler: a stock scheduler of the denoiser's prediction type; it is copied, not changed.
+        labels_index: entries of ``conditioning``, (N,). guidance: w, 1 is off.
+        timesteps: explicit timesteps instead of the scheduler's own grid of ``steps``.
+        initial: noise (N, *latent_shape) to start from instead of the seed's.
+
+    Raises:
+        InputError: the scheduler's prediction type is another, or it cannot make this grid.
+    """
+    denoiser = trace.denoiser
+    kind = from_scheduler(scheduler)[1]
+    if kind != denoiser.kind:
+        raise InputError(
+            f"scheduler: expected prediction type {denoiser.kind} (the pipeline's), found {kind} in "
+            f"{type(scheduler).__name__}"
+        )
+    device = next(denoiser.network.parameters()).device
+    ready, options = _set_up(trace, scheduler, steps, timesteps, device)
+    takes_generator = "generator" in inspect.signature(ready.step).parameters
+    parts = []
+    for start in range(0, len(labels_index), batch):
+        rows = labels_index[start : start + batch]
+        indices = range(first_index + start, first_index + start + len(rows))
+        cond, null = conditioning.batch(rows)
+        x = noise(trace.latent_shape, seed, indices) if initial is None else initial[start : start + batch]
+        x = x.to(device, torch.float32) * getattr(ready, "init_noise_sigma", 1.0)
+        stepper = copy.deepcopy(ready)
+        if takes_generator:
+            options["generator"] = [sample_generator(seed, i, stream=1) for i in indices]
+        for timestep in stepper.timesteps:
+            x_t = stepper.scale_model_input(x, timestep) if hasattr(stepper, "scale_model_input") else x
+            t = denoiser.schedule.time(timestep.to(device)).expand(len(x))
+            prediction = guided(denoiser, x_t, t, cond, null, guidance)
+            x = stepper.step(prediction.raw.to(x.dtype), timestep, x, **options, return_dict=False)[0]
+        parts.append(x)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def decode(trace: Trace, latents: Tensor, batch: int = 250) -> Tensor:
+    """Images uint8 (N, C, H, W) of ``latents`` (N, *latent_shape), by the pipeline's own decoding code.
+
+    The pipeline runs one step in which the denoiser is silent and the scheduler returns ``latents``.
+
+    Raises:
+        TraceError: the pipeline does not return images as a tensor.
+    """
+    pipeline, spec = trace.pipeline, trace.denoiser.spec
+    network, scheduler = getattr(pipeline, trace.component), pipeline.scheduler
+    accepted = inspect.signature(pipeline.__call__).parameters
+    signature = inspect.signature(network.forward)
+
+    def silent(*args: Any, **kwargs: Any) -> "_Output":
+        x = signature.bind(*args, **kwargs).arguments[spec.sample]
+        zeros = torch.zeros_like(x)
+        return _Output((torch.cat([zeros, zeros], 1) if spec.output == "first_half" else zeros,))
+
+    parts = []
+    for chunk in latents.split(batch):
+        chunk = chunk.to(pipeline.device, network.dtype)
+
+        @functools.wraps(scheduler.step)
+        def given(*_args: Any, chunk: Tensor = chunk, **_kwargs: Any) -> "_Output":
+            return _Output((chunk,))
+
+        probe = PROBES[trace.entry][:1]
+        many = {"num_images_per_prompt": len(chunk)} if "num_images_per_prompt" in accepted else {}
+        with (
+            patched(network, "forward", silent),
+            patched(scheduler, "step", given),
+            forked_random(chunk.device),
+        ):
+            entries = probe if many else probe * len(chunk)
+            images = first_tensor(run(pipeline, entries, steps=1, guidance=1.0, output_type="pt", **many))
+        if not isinstance(images, Tensor) or len(images) != len(chunk):
+            raise TraceError("decode", f"{type(pipeline).__name__} does not return its images as one tensor")
+        parts.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+    return torch.cat(parts)
+
+
+def call_pipeline(pipeline: Any, entries: Sequence[str | int], *, steps: int, guidance: float) -> Any:
+    """A plain call of the pipeline for prompts or class ids, on torch's global random numbers."""
+    return run(pipeline, entries, steps=steps, guidance=guidance, output_type="latent")
+
+
+def last_latents(pipeline: Any, call: Callable[[], Any]) -> Tensor:
+    """What the pipeline's scheduler returned last while ``call`` ran: the latents before decoding."""
+    scheduler = pipeline.scheduler
+    original = scheduler.step
+    last: list[Tensor] = []
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        last[:] = [first_tensor(result)]
+        return result
+
+    with patched(scheduler, "step", step):
+        call()
+    return last[0].detach().clone()
+
+
+class _Output(tuple):
+    """One tensor, readable as a tuple and under the names that networks and schedulers return it by."""
+
+    @property
+    def sample(self) -> Tensor:
+        return self[0]
+
+    @property
+    def prev_sample(self) -> Tensor:
+        return self[0]
+
+
+def _set_up(
+    trace: Trace, scheduler: Any, steps: int, timesteps: Sequence[int] | None, device: torch.device
+) -> tuple[Any, dict[str, Any]]:
+    """(a copy of the scheduler with its grid, the options of its step()), as the pipeline itself would have them.
+
+    Pipelines compute sigmas and shifts for set_timesteps and pass eta to step; one image's first step shows
+    both. The result is kept in the trace, so the text encoders may be gone afterwards.
+    """
+    own_grid = timesteps is None
+    key = json.dumps([type(scheduler).__name__, dict(scheduler.config), steps if own_grid else 1], default=str)
+    if key not in trace.set_ups:
+        with patched(trace.pipeline, "scheduler", copy.deepcopy(scheduler)):
+            recording = observe(
+                trace.pipeline, PROBES[trace.entry][:1], steps=steps if own_grid else 1, guidance=1.0, stop_steps=1
+            )
+        options = {name: value for name, value in recording.steps[0].options.items() if name != "return_dict"}
+        trace.set_ups[key] = (recording.grid, options)
+    grid, options = trace.set_ups[key]
+    ready = copy.deepcopy(scheduler)
+    ready.set_timesteps(**(grid if own_grid else {"timesteps": list(timesteps)}), device=device)
+    if hasattr(ready, "set_begin_index"):
+        ready.set_begin_index(0)
+    return ready, dict(options)

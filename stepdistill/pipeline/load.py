@@ -1,0 +1,83 @@
+"""Pipelines from embedded teachers, folders and the hub: safetensors only, no code but diffusers' own."""
+
+import difflib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from stepdistill import assets
+from stepdistill.errors import InputError
+
+
+def load_pipeline(
+    path: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> DiffusionPipeline:
+    """A pipeline by the name of an embedded teacher, a local folder or a hub id; safetensors only, no remote code.
+
+    Args:
+        revision: of a hub id. dtype: of all its networks.
+
+    Raises:
+        InputError: there is none, or it cannot be loaded that way.
+    """
+    name = str(path)
+    source: str | Path = name
+    if (Path(name) / "model_index.json").is_file():
+        source = Path(name)
+    elif name in assets.teachers():
+        source = assets.find(f"teachers/{name}")
+    elif Path(name).exists():
+        raise InputError(f"pipeline {name}: expected a diffusers folder with model_index.json, found none in it")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        close = difflib.get_close_matches(name, assets.teachers(), n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        known = ", ".join(assets.teachers()) or "none"
+        raise InputError(
+            f"pipeline {name}: expected a folder, a hub id or an embedded teacher ({known}), found no such thing{hint}"
+        )
+    try:
+        with _quiet():
+            pipeline = DiffusionPipeline.from_pretrained(str(source), revision=revision, use_safetensors=True)
+            # Not by an argument: its name depends on the version, and half-precision files would come as they are.
+            pipeline.to(dtype)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"pipeline {name}: cannot be loaded as a diffusers pipeline: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """A stock pipeline folder. ``save_pretrained`` forgets the class names (id2label) of a DiTPipeline; this does not."""
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    if labels := getattr(pipeline, "labels", None):
+        names: dict[str, str] = {}
+        for name, number in labels.items():
+            names.setdefault(str(number), name)
+        index = folder / "model_index.json"
+        facts = json.loads(index.read_text(encoding="utf-8")) | {"id2label": names}
+        index.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no warnings of diffusers and transformers inside the block."""
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()

@@ -1,0 +1,240 @@
+"""The benchmark on tiny pipelines: rows, cache, what a row depends on, and what is refused."""
+
+import json
+import sys
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from synthetic import ROWS, pictures, reference_file
+
+from pipeline.tiny import tiny_dit
+from stepdistill import bench as run_bench
+from stepdistill.bench import Sampling, fit, read_source, sample, solver_samplings, stock_solvers
+from stepdistill.errors import InputError
+from stepdistill.eval.protocol import build_reference, load_networks, load_protocol
+from stepdistill.eval.row_cache import RowCache, empty_measurements, row_key, weights_digest, write_json
+from stepdistill.pipeline.trace import trace
+
+CPU = torch.device("cpu")
+TEACHER_STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A teacher, and a run whose export is a 2-step student of it."""
+    root = tmp_path_factory.mktemp("pipelines")
+    pipeline = tiny_dit()
+    pipeline.save_pretrained(root / "teacher")
+    run = root / "mine"
+    with torch.no_grad():
+        next(pipeline.transformer.parameters()).mul_(1.1)
+    pipeline.scheduler = LCMScheduler.from_config(
+        pipeline.scheduler.config, original_inference_steps=2, clip_sample=False
+    )
+    pipeline.save_pretrained(run / "export")
+    facts = {"teacher": str(root / "teacher"), "guidance": 2.0, "method": "dmd2", "steps": 2, "sampler": "renoise"}
+    (run / "export" / "stepdistill.json").write_text(json.dumps(facts))
+    (run / "recipe.yaml").write_text("{}\n")
+    (run / "metrics.jsonl").write_text(
+        '{"step": 1, "student/loss/dmd": 0.5}\n{"step": 2, "student/loss/dmd": 0.4}\n{"st'
+    )
+    return root
+
+
+@pytest.fixture
+def measured(protocol_file, tmp_path, monkeypatch):
+    """``measured(*sources, ...)``: a benchmark under the small protocol, with its own cache and a hasty teacher."""
+    module = sys.modules["stepdistill.bench"]
+    monkeypatch.setattr(module, "TEACHER_STEPS", TEACHER_STEPS)
+    monkeypatch.setattr(module, "PICTURES_PER_CLASS", 1)
+    protocol = load_protocol(protocol_file)
+    networks = load_networks(protocol, ["classifier"])
+    build_reference(*pictures(ROWS, seed=0), reference_file(protocol), protocol=protocol, networks=networks)
+    stated = {"protocol": protocol_file, "networks": ["classifier"], "cache": tmp_path / "cache", "samples": 20}
+    return lambda *sources, **options: run_bench([*sources], **(stated | options))
+
+
+@pytest.fixture(scope="module")
+def model(folders):
+    class Stated:
+        id, labels, image = "test-v1", tuple("0123456789"), (1, 32, 32)
+
+    return fit(trace(tiny_dit()), Stated, "tiny", CPU)
+
+
+def test_a_run_gives_students_teacher_solvers_and_a_verdict(folders, measured, tmp_path):
+    said = []
+    report = measured(folders / "mine", steps=(1,), out=tmp_path / "report", progress=lambda *line: said.append(line))
+    rows = {(row.name, row.steps): row for row in report.rows}
+    assert [(row.role, row.steps, row.nfe, row.guidance) for row in report.rows if row.role != "solver"] == [
+        ("student", 1, 1, 1.0),
+        ("student", 2, 2, 1.0),
+        ("teacher", TEACHER_STEPS, 2 * TEACHER_STEPS, 2.0),
+    ]
+    assert {row.name for row in report.rows if row.role == "solver"} == {
+        "DDIM", "DPM-Solver++", "UniPC", "DDIM w=2", "DPM-Solver++ w=2", "UniPC w=2",
+    }  # fmt: skip
+    assert {row.nfe for row in report.rows if row.role == "solver"} == {2}
+    assert rows[("mine (dmd2)", 2)].samples == 20 and ("teacher w=2", TEACHER_STEPS) in rows
+    conclusion = report.verdict[0]
+    student, teacher = rows[("mine (dmd2)", 2)].metrics, rows[("teacher w=2", TEACHER_STEPS)].metrics
+    assert conclusion.ratio == pytest.approx(student["fd_classifier"] / teacher["fd_classifier"])
+    for row in report.rows:
+        assert row.cost["seconds_per_image"] > 0 and row.cost["peak_memory_mib"] > 1 and row.cost["parameters"] > 1000
+        assert tuple(row.metrics) == ("fd_classifier", "kid_classifier", "precision", "recall", "accuracy")
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == 4 and "losses, gradient norms" in page
+    assert said[0] == ("mine (dmd2), 1 steps", 20, 20)
+
+
+def test_a_second_benchmark_runs_nothing_and_says_so(folders, measured):
+    first = measured(folders / "mine", steps=(1,))
+    again = measured(folders / "mine", steps=(1, 2), progress=lambda *line: pytest.fail(f"ran {line}"))
+    assert not any(row.cached for row in first.rows) and all(row.cached for row in again.rows)
+    assert [row.metrics for row in again.rows] == [row.metrics for row in first.rows]
+
+
+def test_two_students_share_their_teacher(folders, measured):
+    report = measured(folders / "mine", folders / "mine" / "export", steps=(2,), solvers=False)
+    assert [(row.name, row.role) for row in report.rows] == [("mine (dmd2) [1]", "student"), ("teacher w=2", "teacher")]
+    assert [entry.student for entry in report.verdict] == ["mine (dmd2) [1]", "mine (dmd2) [1]"]
+
+
+def test_a_plain_pipeline_is_measured_as_it_is(folders, measured):
+    report = measured(folders / "teacher", steps=(2,), guidance=1.5)
+    assert report.rows[0].name == "teacher w=1.5" and report.rows[0].role == "teacher" and report.verdict == []
+    assert {row.nfe for row in report.rows[1:]} == {2}
+
+
+def test_shipped_rows_are_used_under_the_same_protocol_only(folders, measured, protocol_file, tmp_path):
+    measured(folders / "teacher", steps=(1,), solvers=False)
+    (path,) = (tmp_path / "cache" / "rows").glob("*.json")
+    protocol = load_protocol(protocol_file)
+    shipped = empty_measurements(protocol.digest)
+    shipped["rows"][path.stem] = json.loads(path.read_text()) | {
+        "cost": {"seconds_per_image": 7.0, "peak_memory_mib": 1.0}
+    }
+    shipped["floors"]["20"] = {"fd_classifier": 1.25}
+    write_json(tmp_path / "measurements.json", shipped)
+    path.unlink()
+    assert (
+        RowCache(tmp_path, tmp_path / "measurements.json", protocol.digest).get(path.stem)["cost"]["seconds_per_image"]
+        == 7
+    )
+    assert measured(folders / "teacher", steps=(1,), solvers=False).rows[0].cached
+    assert RowCache(tmp_path, tmp_path / "measurements.json", "another").get(path.stem) is None
+    path.write_text('{"half')
+    assert RowCache(tmp_path / "cache", None, protocol.digest).get(path.stem) is None
+
+
+def test_the_key_of_a_row_names_everything_it_depends_on(model):
+    stated = {
+        "weights": model.weights,
+        "scheduler": DDIMScheduler(),
+        "steps": 4,
+        "guidance": 1.0,
+        "seed": 0,
+        "samples": 9,
+    }
+    stated["protocol"] = "p"
+    key = row_key(**stated)
+    assert key == row_key(**(stated | {"scheduler": DDIMScheduler(), "guidance": 1}))
+    changes = {
+        "weights": "w", "scheduler": DDIMScheduler(beta_end=0.03), "steps": 5, "guidance": 1.5, "seed": 1,
+        "samples": 10, "protocol": "q",
+    }  # fmt: skip
+    keys = {row_key(**(stated | {name: value})) for name, value in changes.items()}
+    assert len(keys) == len(changes) and key not in keys
+
+
+def test_weights_digest_sees_one_changed_number_and_survives_the_disk(folders, tmp_path):
+    pipeline = tiny_dit()
+    digest = weights_digest(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    assert weights_digest(type(pipeline).from_pretrained(tmp_path)) == digest
+    with torch.no_grad():
+        next(pipeline.vae.parameters()).view(-1)[0] += 1e-3
+    assert weights_digest(pipeline) != digest
+
+
+def test_samples_depend_on_seed_and_index_alone_and_classes_are_balanced(model, monkeypatch):
+    sampling = Sampling("x", "student", model, model.scheduler, steps=2)
+    whole, labels = sample(sampling, seed=3, count=25)
+    assert torch.equal(labels, torch.arange(25) % 10)
+    monkeypatch.setattr(sys.modules["stepdistill.bench"], "CHUNK", 7)
+    parts, _ = sample(sampling, seed=3, count=12)
+    assert (whole[:12].int() - parts.int()).abs().max() <= 1
+    other, _ = sample(sampling, seed=4, count=12)
+    assert not torch.equal(whole[:12], other)
+
+
+def test_solvers_spend_the_same_passes_and_none_is_guided_below_two(model):
+    assert [s.nfe for s in solver_samplings(model, guidance=2.0, nfe=4)] == [4] * 6
+    assert [s.steps for s in solver_samplings(model, guidance=2.0, nfe=4)] == [4, 2] * 3
+    assert [s.guidance for s in solver_samplings(model, guidance=2.0, nfe=1)] == [1.0] * 3
+    assert [s.guidance for s in solver_samplings(model, guidance=1.0, nfe=4)] == [1.0] * 3
+
+
+def test_every_solver_starts_at_noise_and_approaches_the_teacher(model):
+    target, _ = sample(Sampling("teacher", "teacher", model, model.scheduler, steps=50), seed=0, count=2)
+    for name, scheduler in stock_solvers(model.trace.pipeline.scheduler).items():
+        errors = []
+        for steps in (2, 20):
+            scheduler.set_timesteps(steps)
+            assert scheduler.timesteps[0] == 999
+            images, _ = sample(Sampling(name, "solver", model, scheduler, steps), seed=0, count=2)
+            errors.append((images.float() - target.float()).abs().mean())
+        assert errors[1] < 0.3 * errors[0], name
+
+
+def test_flow_teachers_get_flow_solvers():
+    solvers = stock_solvers(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert list(solvers) == ["Euler", "DPM-Solver++", "UniPC"]
+    for scheduler in solvers.values():
+        scheduler.set_timesteps(4)
+        sigmas = scheduler.sigmas
+        assert sigmas[0] > 0.99 and sigmas[-1] == 0
+    middle = [float(scheduler.sigmas[2]) for scheduler in solvers.values()]
+    assert middle[1] == pytest.approx(middle[2], rel=1e-3)
+
+
+def test_runs_without_an_export_and_damaged_facts_are_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("{}")
+    with pytest.raises(InputError, match="no export/ yet"):
+        read_source(tmp_path)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model_index.json").write_text("{}")
+    (tmp_path / "export" / "stepdistill.json").write_text('{"teacher": "x", "guidance": 1}')
+    with pytest.raises(InputError, match="method, steps missing"):
+        read_source(tmp_path)
+    (tmp_path / "export" / "stepdistill.json").write_text("{")
+    with pytest.raises(InputError, match=r"stepdistill\.json:1: expected JSON"):
+        read_source(tmp_path)
+
+
+def test_a_pipeline_with_other_classes_or_images_is_refused(model):
+    class Other:
+        id, labels, image = "other-v1", tuple(map(str, range(1001))), (1, 32, 32)
+
+    with pytest.raises(InputError, match="other-v1 expects 1001 classes, DiTPipeline has 10"):
+        fit(model.trace, Other, "tiny", CPU)
+    Other.labels, Other.image = tuple("0123456789"), (3, 64, 64)
+    with pytest.raises(InputError, match=r"images of shape \(3, 64, 64\), found \(1, 32, 32\)"):
+        fit(model.trace, Other, "tiny", CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": ()}, "steps: expected numbers of at least 1"),
+        ({"steps": (0, 4)}, "steps: expected numbers of at least 1"),
+        ({"samples": 1}, "samples: expected at least 2, found 1"),
+        ({"steps": (3,)}, "cannot run 3 steps"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(folders, measured, options, message):
+    with pytest.raises(InputError, match=message):
+        measured(folders / "mine", **options)
+    with pytest.raises(InputError, match="at least one run or pipeline"):
+        measured()

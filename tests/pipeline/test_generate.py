@@ -1,0 +1,170 @@
+"""Generation repeats the pipeline's own, and a sample depends on its seed and index alone."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
+
+from pipeline import tiny
+from stepdistill.errors import InputError
+from stepdistill.pipeline.conditioning import encode
+from stepdistill.pipeline.generate import call_pipeline, decode, generate, last_latents, noise
+from stepdistill.pipeline.observe import observe
+from stepdistill.pipeline.trace import trace
+
+ENTRIES = {"tiny_dit": [3, 0, 7], "tiny_sd": ["a red shoe", "rain", ""]}
+ENTRIES |= {"tiny_sd3": ENTRIES["tiny_sd"], "tiny_flux": ENTRIES["tiny_sd"]}
+
+
+@functools.cache
+def traced(name):
+    return trace(getattr(tiny, name)())
+
+
+@functools.cache
+def conditions(name):
+    return encode(traced(name), ENTRIES[name], None)
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def own_run(name, scheduler, guidance, steps):
+    """(initial, final) latents of the pipeline's own call."""
+    result = traced(name)
+    before, result.pipeline.scheduler = result.pipeline.scheduler, scheduler
+    try:
+        record = observe(result.pipeline, ENTRIES[name], steps=steps, guidance=guidance)
+    finally:
+        result.pipeline.scheduler = before
+    return record.steps[0].sample[:3] / getattr(scheduler, "init_noise_sigma", 1.0), record.steps[-1].previous[:3]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_generate_repeats_the_pipeline(name, guidance):
+    result = traced(name)
+    if result.guidance.kind == "embedded":
+        guidance = result.guidance.scale
+    scheduler = result.pipeline.scheduler
+    initial, final = own_run(name, type(scheduler).from_config(scheduler.config), guidance, steps=4)
+    ours = generate(
+        result,
+        scheduler,
+        conditions(name),
+        torch.arange(3),
+        steps=4,
+        guidance=1.0 if result.guidance.kind == "embedded" else guidance,
+        seed=0,
+        initial=initial,
+    )
+    assert relative(ours, final) < 1e-5
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_generate_repeats_the_pipeline_under_other_solvers(scheduler):
+    solver = scheduler.from_config(traced("tiny_sd").pipeline.scheduler.config)
+    initial, final = own_run("tiny_sd", solver, 3.0, steps=5)
+    solver = scheduler.from_config(solver.config)
+    ours = generate(
+        traced("tiny_sd"),
+        solver,
+        conditions("tiny_sd"),
+        torch.arange(3),
+        steps=5,
+        guidance=3.0,
+        seed=0,
+        initial=initial,
+    )
+    assert relative(ours, final) < 1e-5
+    assert solver.num_inference_steps is None
+
+
+@pytest.mark.parametrize("scheduler", [LCMScheduler, TCDScheduler])
+def test_a_sample_depends_on_seed_and_index_alone(scheduler):
+    result = traced("tiny_dit")
+    stochastic = scheduler.from_config(result.pipeline.scheduler.config, original_inference_steps=4)
+    index = torch.arange(7) % 3
+
+    def run(index, **options):
+        options = {"steps": 4, "guidance": 1.0, "seed": 5} | options
+        return generate(result, stochastic, conditions("tiny_dit"), index, **options)
+
+    whole = run(index)
+    assert relative(run(index, batch=3), whole) < 1e-5
+    assert relative(run(index[4:], first_index=4), whole[4:]) < 1e-5
+    assert relative(run(index, seed=6), whole) > 0.1
+    assert relative(whole[3], whole[0]) > 0.1
+
+
+def test_explicit_timesteps():
+    result = traced("tiny_dit")
+    scheduler = LCMScheduler.from_config(result.pipeline.scheduler.config, original_inference_steps=4)
+    arguments = (result, scheduler, conditions("tiny_dit"), torch.arange(3))
+    options = {"steps": 4, "guidance": 1.0, "seed": 0}
+    given = generate(*arguments, **options, timesteps=[999, 749, 499, 249])
+    assert torch.equal(given, generate(*arguments, **options))
+
+
+def test_another_denoiser_of_the_same_call():
+    result = traced("tiny_dit")
+    other = replace(result, denoiser=result.denoiser.on(tiny.redraw(tiny.tiny_dit().transformer, 77)))
+    options = {"steps": 2, "guidance": 1.0, "seed": 0}
+    arguments = (result.pipeline.scheduler, conditions("tiny_dit"), torch.arange(3))
+    assert relative(generate(other, *arguments, **options), generate(result, *arguments, **options)) > 0.1
+
+
+def test_a_scheduler_of_another_prediction_is_refused():
+    result = traced("tiny_dit")
+    scheduler = LCMScheduler(prediction_type="epsilon")
+    with pytest.raises(InputError, match=r"expected prediction type v .* found epsilon in LCMScheduler"):
+        generate(result, scheduler, conditions("tiny_dit"), torch.arange(1), steps=4, guidance=1.0, seed=0)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_decode_is_the_pipelines_own(name):
+    result = traced(name)
+    entry = {result.entry: ENTRIES[name]}
+    scheduler = result.pipeline.scheduler
+
+    images = None
+
+    def call():
+        nonlocal images
+        images = result.pipeline(**entry, num_inference_steps=2, guidance_scale=1.0, output_type="np").images
+
+    latents = last_latents(result.pipeline, call)
+    own = torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2)
+    ours = decode(result, latents, batch=2)
+    assert ours.dtype == torch.uint8 and torch.equal(ours, own)
+    assert "step" not in scheduler.__dict__ and "forward" not in result.denoiser.network.__dict__
+
+
+def test_a_plain_call_uses_the_global_random_numbers():
+    pipeline = traced("tiny_dit").pipeline
+
+    def latents(seed):
+        torch.manual_seed(seed)
+        return last_latents(pipeline, lambda: call_pipeline(pipeline, [1, 2], steps=2, guidance=1.0))
+
+    assert torch.equal(latents(0), latents(0))
+    assert not torch.equal(latents(0), latents(1))
+
+
+def test_noise_rows_are_their_own():
+    whole = noise((4, 8, 8), 3, range(5))
+    assert whole.shape == (5, 4, 8, 8) and whole.dtype == torch.float32
+    assert torch.equal(noise((4, 8, 8), 3, [4, 1]), whole[[4, 1]])
+    assert not torch.equal(noise((4, 8, 8), 3, [0], stream=1), whole[:1])
+    assert not torch.equal(noise((4, 8, 8), 4, [0]), whole[:1])
+    many = noise((8,), 0, range(2000))
+    assert abs(many.mean().item()) < 0.03 and abs(many.std().item() - 1) < 0.03
+    assert len(many.unique(dim=0)) == 2000
