@@ -32,7 +32,5 @@ def guided(
     both = {name: torch.cat([rows, null[name]]) for name, rows in cond.items()}
     doubled = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
     conditional, unconditional = doubled.raw.chunk(2)
-    weight = torch.full((len(x_t),), float(scale), device=x_t.device)
-    zero = torch.zeros_like(weight)
-    raw = cfg_affine(conditional, unconditional, x_t, weight, zero, zero + 1)
+    raw = cfg_affine(conditional, unconditional, x_t, scale, 0.0, 1.0)
     return Prediction(raw, x_t, t, doubled.schedule, doubled.kind)

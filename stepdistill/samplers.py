@@ -124,9 +124,11 @@ class DDIM(Sampler):
         grid = super().grid(steps)
         if self.schedule.name != "vp_discrete":
             return grid
-        # DDIMScheduler steps to t - N // n, which differs from its own next timestep when n does not divide N.
-        jump = len(self.schedule.alphas_cumprod) // len(grid) / (len(self.schedule.alphas_cumprod) - 1)
-        return [Step(t, None if r is None else t - jump) for t, r in grid]
+        # DDIMScheduler steps to t - N // n, which differs from its own next timestep when n does not divide N; the
+        # last step then ends at table entry 0 or below it, and only below it is clean.
+        count = len(self.schedule.alphas_cumprod)
+        ends = [(round(step.t * (count - 1)) - count // len(grid)) / (count - 1) for step in grid]
+        return [Step(step.t, end if end >= 0 else None) for step, end in zip(grid, ends, strict=True)]
 
     def advance(self, prediction: Prediction, step: Step, noise: Noise | None = None) -> Tensor:
         if step.r is None:

@@ -81,6 +81,8 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         traced.denoiser.schedule, pipeline.scheduler, recipe.student.steps
     )
     student = recipe.student
+    # Adapters and heads start from global random numbers.
+    torch.manual_seed(recipe.train.seed)
     roles = build_roles(
         traced.denoiser, student.train, implementation.extra_roles, recipe.teacher.guidance.scale, student.lora_rank
     )

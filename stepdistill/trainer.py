@@ -1,5 +1,6 @@
 """The training loop, on accelerate. It knows players, turns and losses by name, and no method's mathematics."""
 
+import itertools
 import json
 import math
 import shutil
@@ -65,7 +66,6 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
         raise InputError(
             f"training runs in one process so far, found {accelerator.num_processes}; start it without a launcher"
         )
-    torch.manual_seed(recipe.train.seed)
     start = _prepare_folder(folder, recipe)
     session = build(recipe, accelerator.device, cache=folder / "cache")
     step, interrupted = Trainer(session, accelerator, folder).run(start)
@@ -100,6 +100,8 @@ class Trainer:
         self.session, self.accelerator, self.folder = session, accelerator, folder
         self.recipe, self.method = session.recipe, session.method
         self.parameters = {player: self._parameters(player) for player in self.method.players}
+        for parameter in itertools.chain.from_iterable(self.parameters.values()):
+            parameter.requires_grad_(False)
         self.optimizers = {player: self._optimizer(player) for player in self.method.players}
         student = dict(self.method.roles.student.network.named_parameters())
         self.average = {name: p.detach().clone() for name, p in student.items()} if self.recipe.student.ema else {}

@@ -1,5 +1,7 @@
 """Training-time samplers against the stock diffusers schedulers they are exported as."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -101,7 +103,7 @@ def test_dpm_solver_is_second_order(kind):
     def solve(steps):
         x, previous = torch.tensor([0.8]).double(), None
         times = torch.linspace(0.9, 0.3, steps + 1).double()
-        for t, r in zip(times[:-1], times[1:], strict=True):
+        for t, r in itertools.pairwise(times):
             current = predict(x, t.reshape(1))
             x, previous = dpm_solver_step(current, previous, r.reshape(1)), current
         return x

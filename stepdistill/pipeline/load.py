@@ -55,7 +55,7 @@ def load_pipeline(
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
-    """A stock pipeline folder. ``save_pretrained`` forgets the class names (id2label) of a DiTPipeline; this does not."""
+    """A stock pipeline folder, with the class names (id2label) that ``save_pretrained`` forgets."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     if labels := getattr(pipeline, "labels", None):
         names: dict[str, str] = {}

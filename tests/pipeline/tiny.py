@@ -4,7 +4,6 @@ Weights are redrawn as small normals: stock initialisation zeroes the output lay
 emits zeros passes every comparison.
 """
 
-import json
 import math
 import string
 from pathlib import Path
@@ -34,6 +33,8 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from stepdistill.pipeline.load import save_pipeline
 
 CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -234,9 +235,5 @@ def tiny_flux(guidance_embeds: bool = True) -> FluxPipeline:
 
 
 def save_dit(pipeline: DiTPipeline, folder: Path) -> None:
-    """A folder like the embedded teacher's; stock saving forgets id2label, so it is written into the index."""
-    pipeline.save_pretrained(folder)
-    index = folder / "model_index.json"
-    facts = json.loads(index.read_text())
-    facts["id2label"] = {str(i): name for i, name in enumerate(CLASSES)}
-    index.write_text(json.dumps(facts, indent=2))
+    """A folder like the embedded teacher's."""
+    save_pipeline(pipeline, folder)

@@ -1,0 +1,110 @@
+"""Export: a stock folder that repeats the training-time sampler, or nothing at all."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiTPipeline
+from pipeline.tiny import save_dit, tiny_dit
+
+from stepdistill.errors import InputError
+from stepdistill.pipeline import export as export_module
+from stepdistill.pipeline.export import ExportError, export
+from stepdistill.samplers import DDIM
+from stepdistill.trainer import train
+
+
+def make_run(folder: Path, method: dict, steps: int = 4, **student) -> Path:
+    save_dit(tiny_dit(), folder / "teacher")
+    recipe = {
+        "teacher": {"pipeline": str(folder / "teacher"), "guidance": {"scale": 2.0}},
+        "student": {"steps": steps} | student,
+        "method": method,
+        "train": {"steps": 2, "batch_size": 2, "lr": 1e-3, "tracker": "none"},
+        "report": {"samples": 0},
+        "output": str(folder / "run"),
+    }
+    train(recipe)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("method", "student"),
+    [
+        ({"name": "dmd2"}, {}),
+        ({"name": "dmd2", "sampler": "ddim"}, {"train": "lora", "lora_rank": 4}),
+        ({"name": "sfd", "substeps": 1}, {"ema": 0.9}),
+    ],
+)
+def test_the_export_is_the_training_time_sampler(tmp_path, method, student):
+    run = make_run(tmp_path, method, **student)
+    result = export(run, tmp_path / "out")
+    assert result.max_error <= 1e-5
+    facts = json.loads((result.folder / "stepdistill.json").read_text())
+    assert (facts["steps"], facts["guidance"], facts["method"]) == (4, 2.0, method["name"])
+    card = (result.folder / "README.md").read_text()
+    assert "num_inference_steps=4" in card and "license" in card
+    assert DiTPipeline.from_pretrained(result.folder).labels["Trouser"] == 1
+
+
+def test_the_export_runs_where_stepdistill_is_not_installed(tmp_path):
+    run = make_run(tmp_path, {"name": "dmd2"})
+    code = (
+        "import sys; sys.modules['stepdistill'] = None\n"
+        "import torch; from diffusers import DiTPipeline\n"
+        f"pipe = DiTPipeline.from_pretrained({str(run / 'export')!r})\n"
+        "images = pipe([0, 1], num_inference_steps=4, guidance_scale=1.0).images\n"
+        "assert len(images) == 2 and images[0].size == (32, 32)\n"
+        "assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_pipeline_that_differs_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    run = make_run(tmp_path, {"name": "sfd", "substeps": 1})
+
+    def crooked(self, prediction, step, noise=None):
+        return 1.001 * original(self, prediction, step, noise)
+
+    original = DDIM.advance
+    monkeypatch.setattr(DDIM, "advance", crooked)
+    with pytest.raises(ExportError, match="differs from the training-time sampler"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_the_average_is_what_is_exported(tmp_path, monkeypatch):
+    run = make_run(tmp_path, {"name": "sfd", "substeps": 1}, ema=0.9)
+    pipeline = DiTPipeline.from_pretrained(run / "export")
+    average = export_module.newest_checkpoint(run) / "student.average.safetensors"
+    from safetensors.torch import load_file
+
+    stored = load_file(average)
+    found = dict(pipeline.transformer.named_parameters())
+    assert all(torch.equal(stored[name], found[name]) for name in stored)
+
+
+@pytest.mark.parametrize("case", ["no run", "no checkpoint", "foreign folder"])
+def test_wrong_input_is_one_line(tmp_path, case):
+    run = tmp_path / "run"
+    if case == "no run":
+        with pytest.raises(InputError, match="recipe.yaml"):
+            export(run, tmp_path / "out")
+        return
+    run = make_run(tmp_path, {"name": "sfd", "substeps": 1})
+    if case == "no checkpoint":
+        for path in (run / "checkpoints").glob("*/manifest.json"):
+            path.write_text("{}")
+        with pytest.raises(InputError, match="checkpoint"):
+            export(run, tmp_path / "out")
+    else:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("years of work")
+        with pytest.raises(InputError, match="choose another"):
+            export(run, tmp_path / "out")
+        assert (tmp_path / "out" / "thesis.txt").exists()

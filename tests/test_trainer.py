@@ -1,0 +1,235 @@
+"""The loop: who moves, what is saved, and that an interruption changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from pipeline.tiny import save_dit, tiny_dit
+
+from stepdistill import checkpoint
+from stepdistill.errors import InputError
+from stepdistill.methods import METHODS
+from stepdistill.recipe import load
+from stepdistill.session import build
+from stepdistill.trainer import NonFiniteError, Trainer, train
+
+CPU = torch.device("cpu")
+GAN = {"name": "dmd2", "gan_weight": 0.05, "critic_steps": 2, "critic_warmup": 1}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    save_dit(tiny_dit(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Two grey pictures of each of three classes, named by caption files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for i, name in enumerate(["Trouser", "Bag", "Dress"] * 2):
+        Image.fromarray(random.integers(0, 255, (32, 32), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(name)
+    return folder
+
+
+def make_recipe(teacher: Path, out: Path, method: dict, images: Path | None = None, steps: int = 4, **changes) -> dict:
+    train_keys = {"batch_size": 4, "lr": 1e-3, "log_every": 1, "preview_every": 100, "checkpoint_every": 1}
+    return {
+        "teacher": {"pipeline": str(teacher), "guidance": {"scale": 1.5}},
+        "student": {"steps": 2, "ema": 0.9} | changes.pop("student", {}),
+        "data": {"images": str(images)} if images else {},
+        "method": method,
+        "train": {"steps": steps, "tracker": "none"} | train_keys | changes,
+        "report": {"samples": 0},
+        "output": str(out),
+    }
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """Every file of the newest checkpoint."""
+    newest = checkpoint.latest(run / "checkpoints")
+    return {path.name: path.read_bytes() for path in sorted(newest.iterdir())}
+
+
+def make_trainer(recipe: dict) -> Trainer:
+    session = build(load(recipe), CPU)
+    return Trainer(session, Accelerator(), Path(recipe["output"]))
+
+
+METHOD_CASES = {
+    "gan": (GAN, True),
+    "dmd2": ({"name": "dmd2", "regression_steps": 2, "critic_steps": 2}, False),
+    "tcd": ({"name": "tcd", "solver_steps": 5}, True),
+    "lcm": ({"name": "lcm", "solver_steps": 5}, True),
+    "sfd": ({"name": "sfd", "substeps": 1}, False),
+}
+
+
+@pytest.mark.parametrize("case", METHOD_CASES)
+def test_stop_and_resume_is_bit_exact(teacher, pictures, tmp_path, case, monkeypatch):
+    method, needs = METHOD_CASES[case]
+    images = pictures if needs else None
+    train(make_recipe(teacher, tmp_path / "whole", method, images))
+    recipe = make_recipe(teacher, tmp_path / "parts", method, images)
+    original = Trainer.step
+
+    def stopping(self, step, log=False):
+        os.kill(os.getpid(), signal.SIGTERM) if step == 1 else None
+        return original(self, step, log)
+
+    monkeypatch.setattr(Trainer, "step", stopping)
+    result = train(recipe)
+    assert (result.step, result.interrupted) == (2, True)
+    monkeypatch.undo()
+    assert train(recipe).step == 4
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if whole[name] != parts[name]] == []
+    lines = [json.loads(line)["step"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 4]
+
+
+def test_kill_and_resume_is_bit_exact(teacher, pictures, tmp_path):
+    train(make_recipe(teacher, tmp_path / "whole", GAN, pictures, steps=6))
+    recipe = make_recipe(teacher, tmp_path / "killed", GAN, pictures, steps=6)
+    code = "import json, sys, torch; from stepdistill.trainer import train; torch.set_num_threads(int(sys.argv[2]))\n"
+    code += "train(json.loads(sys.argv[1]))"
+    command = [sys.executable, "-c", code, json.dumps(recipe), str(torch.get_num_threads())]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "killed" / "checkpoints").glob("step-000002")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    assert checkpoint.verify(checkpoint.latest(tmp_path / "killed" / "checkpoints")) < 6
+    train(recipe)
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert [name for name in whole if whole[name] != killed[name]] == []
+
+
+@pytest.mark.parametrize("train_mode", ["full", "lora"])
+def test_only_the_moving_player_moves(teacher, pictures, tmp_path, train_mode):
+    recipe = make_recipe(
+        teacher, tmp_path, GAN | {"critic_warmup": 0}, pictures, student={"train": train_mode, "lora_rank": 4}
+    )
+    trainer = make_trainer(recipe)
+    method, roles = trainer.method, trainer.method.roles
+    owned = {
+        "teacher": dict(roles.teacher.network.named_parameters()),
+        "student": dict(roles.student.network.named_parameters()),
+        "critic": dict(roles.critic.network.named_parameters()),
+        "heads": dict(method.heads.named_parameters()),
+    }
+    batch = trainer.session.batch(0, 0, 4)
+    for player, moving in {"student": {"student"}, "critic": {"critic", "heads"}}.items():
+        before = {role: {k: p.detach().clone() for k, p in params.items()} for role, params in owned.items()}
+        trainer._turn(player, 0, [batch], log=False)
+        changed = {
+            role
+            for role, params in owned.items()
+            if any(not torch.equal(before[role][k], p) for k, p in params.items())
+        }
+        assert changed == moving
+        assert all(p.grad is None for params in owned.values() for p in params.values())
+
+
+def test_accumulation_and_batch_give_the_same_update(teacher, pictures, tmp_path):
+    results = []
+    for accumulation in (1, 2, 4):
+        recipe = make_recipe(teacher, tmp_path, GAN | {"critic_warmup": 0}, pictures, accumulation=accumulation)
+        recipe["train"] |= {"betas": [0.0, 0.9], "clip": 0.0}
+        trainer = make_trainer(recipe)
+        gradients = {}
+        for player in ("student", "critic"):
+            size = 4 // accumulation
+            batches = [trainer.session.batch(0, i * size, size) for i in range(accumulation)]
+            parameters = trainer.parameters[player]
+            for p in parameters:
+                p.requires_grad_(True)
+            for batch in batches:
+                (sum(trainer.method.losses(player, batch).values()) / accumulation).backward()
+            gradients[player] = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+            for p in parameters:
+                p.grad = None
+                p.requires_grad_(False)
+        results.append(gradients)
+    for other in results[1:]:
+        for player, expected in results[0].items():
+            assert (other[player] - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max().item())
+
+
+def test_a_loss_that_is_not_finite_stops_with_player_term_and_step(teacher, tmp_path, monkeypatch):
+    recipe = make_recipe(teacher, tmp_path / "run", {"name": "dmd2", "critic_steps": 1})
+    original = METHODS["dmd2"].critic_losses
+
+    def broken(self, batch):
+        losses = original(self, batch)
+        return {term: loss * float("nan") for term, loss in losses.items()} if batch.step == 2 else losses
+
+    monkeypatch.setattr(METHODS["dmd2"], "critic_losses", broken)
+    with pytest.raises(NonFiniteError, match=r"critic loss term 'denoising' is nan at step 3"):
+        train(recipe)
+    assert checkpoint.verify(checkpoint.latest(tmp_path / "run" / "checkpoints")) == 2
+
+
+def test_another_recipe_does_not_continue_a_run(teacher, tmp_path):
+    recipe = make_recipe(teacher, tmp_path / "run", {"name": "sfd", "substeps": 1}, steps=1)
+    train(recipe)
+    kept = weights(tmp_path / "run")
+    with pytest.raises(InputError, match=r"train\.lr is 0\.001 there and 0\.002 here"):
+        train(recipe, ["train.lr=0.002"])
+    assert weights(tmp_path / "run") == kept
+    train(recipe, ["train.lr=0.002", "resume=never"])
+    assert (tmp_path / "run.previous-1" / "recipe.yaml").is_file()
+    assert weights(tmp_path / "run") != kept
+
+
+def test_a_run_leaves_what_the_contract_says(teacher, pictures, tmp_path):
+    recipe = make_recipe(teacher, tmp_path / "run", GAN, pictures, steps=2, preview_every=1)
+    recipe["train"]["tracker"] = "tensorboard"
+    train(recipe)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"recipe.yaml", "metrics.jsonl", "tensorboard", "previews", "checkpoints", "export"} <= names
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    keys = {key for line in lines for key in line}
+    expected = {"student/loss/dm", "student/loss/gan", "student/grad_norm/dm", "student/grad_norm/gan"}
+    assert expected | {"critic/loss/denoising", "drift/mean", "drift/std"} <= keys
+    with Image.open(tmp_path / "run" / "previews" / "000002.png") as image:
+        # Teacher, student and critic: three rows of pictures.
+        assert image.height > 3 * 32
+    again = load(tmp_path / "run" / "recipe.yaml")
+    assert again == load(recipe)
+
+
+def test_adapters_leave_the_teacher_alone(teacher, tmp_path):
+    recipe = make_recipe(teacher, tmp_path, {"name": "dmd2"}, student={"train": "lora", "lora_rank": 4})
+    trainer = make_trainer(recipe)
+    roles, batch = trainer.method.roles, trainer.session.batch(0, 0, 4)
+    x, t = torch.randn(4, 4, 8, 8), torch.full((4,), 0.5)
+
+    def outputs():
+        with torch.no_grad():
+            return [role(x, t, batch.cond).raw for role in (roles.teacher, roles.student, roles.critic)]
+
+    before = outputs()
+    assert torch.equal(before[0], before[1]) and torch.equal(before[0], before[2])
+    trainer.step(0)
+    after = outputs()
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(after[0], after[1]) and not torch.equal(after[1], after[2])
