@@ -11,7 +11,7 @@ quickstart: $(STAMP)
 	@echo "Open runs/quickstart/report/index.html in a browser."
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
