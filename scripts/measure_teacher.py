@@ -88,7 +88,7 @@ def main() -> None:
     model = bench.model(arguments.teacher)
     samplings = [
         Sampling(f"{Path(arguments.teacher).name} w={w:g}", "teacher", model, model.scheduler, TEACHER_STEPS, w)
-        for w in (1.0, *arguments.guidance)
+        for w in (*arguments.guidance, 1.0)
     ]
     for w in arguments.guidance or [1.0]:
         samplings += [one for nfe in arguments.nfe for one in solver_samplings(model, w, nfe)]

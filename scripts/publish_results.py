@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stepdistill import assets
 from stepdistill.eval.pictures import image_grid
-from stepdistill.eval.report import METRICS, metric_name, metric_text
+from stepdistill.eval.report import metric_name, metric_text
 from stepdistill.sampling import sample
 
 BEGIN, END = "<!-- results: written by scripts/publish_results.py -->", "<!-- end of results -->"

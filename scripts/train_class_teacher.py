@@ -251,7 +251,7 @@ def pack(work: Path, out: Path) -> None:
     save_pipeline(pipeline.to(torch.float16), out)
     half = {name: p.half() for name, p in load_file(work / "classifier.safetensors").items()}
     save_file(half, out / "classifier.safetensors")
-    size = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
+    size = sum(f.stat().st_size for f in out.glob("*/*.safetensors"))
     log("pack", f"{out}: {size / 2**20:.2f} MiB")
 
 

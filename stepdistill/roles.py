@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from collections.abc import Iterator
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -56,9 +57,12 @@ def build_roles(teacher: Denoiser, train: str, extra: tuple[str, ...], scale: fl
         return Roles(teacher, scale=scale, **{name: teacher.on(network) for name, network in networks.items()})
     backbone = teacher.network
     # A new adapter starts with B = 0, so each role starts as the teacher exactly.
-    for name in names:
-        config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules="all-linear", init_lora_weights=True)
-        inject_adapter_in_model(config, backbone, adapter_name=name)
+    with warnings.catch_warnings():
+        # Several adapters on one network are the point here, and peft warns of the second.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        for name in names:
+            config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules="all-linear", init_lora_weights=True)
+            inject_adapter_in_model(config, backbone, adapter_name=name)
     backbone.requires_grad_(False)
     views = {name: teacher.on(AdapterView(backbone, name)) for name in names}
     if "target" in views:

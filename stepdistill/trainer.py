@@ -20,6 +20,7 @@ from stepdistill import checkpoint
 from stepdistill.bench import bench
 from stepdistill.data.batch import Batch
 from stepdistill.errors import InputError
+from stepdistill.eval.row_cache import cache_folder
 from stepdistill.pipeline.export import export
 from stepdistill.preview import Preview
 from stepdistill.progress import TrainingProgress, WorkProgress, say
@@ -67,7 +68,7 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
             f"training runs in one process so far, found {accelerator.num_processes}; start it without a launcher"
         )
     start = _prepare_folder(folder, recipe)
-    session = build(recipe, accelerator.device, cache=folder / "cache")
+    session = build(recipe, accelerator.device, cache=cache_folder())
     step, interrupted = Trainer(session, accelerator, folder).run(start)
     if interrupted:
         say(f"stopped at step {step}; go on with: stepdistill train {folder / 'recipe.yaml'}")

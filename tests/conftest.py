@@ -1,10 +1,12 @@
 """Settings for the whole suite: no network, one way to draw, repeatable examples, GPU tests only where there is one."""
 
 import os
+import tempfile
 
 # Before any test imports these libraries.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["STEPDISTILL_CACHE"] = tempfile.mkdtemp(prefix="stepdistill-tests-")
 
 import hypothesis
 import pytest

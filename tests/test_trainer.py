@@ -13,8 +13,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from pipeline.tiny import save_dit, tiny_dit
 
+from pipeline.tiny import save_dit, tiny_dit
 from stepdistill import checkpoint
 from stepdistill.errors import InputError
 from stepdistill.methods import METHODS

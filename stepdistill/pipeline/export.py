@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepdistill import checkpoint
 from stepdistill.errors import InputError
+from stepdistill.eval.row_cache import cache_folder
 from stepdistill.pipeline.card import model_card
 from stepdistill.pipeline.generate import call_pipeline, last_latents
 from stepdistill.pipeline.load import load_pipeline, save_pipeline
@@ -55,7 +56,7 @@ def export(run: str | Path, out: str | Path) -> ExportResult:
         raise InputError(f"{out}: exists and is not an export of stepdistill; choose another folder")
     recipe = load(run / "recipe.yaml")
     path = newest_checkpoint(run, say)
-    session = build(recipe, torch.device("cpu"), cache=run / "cache", with_data=False)
+    session = build(recipe, torch.device("cpu"), cache=cache_folder(), with_data=False)
     step = load_student(session, path)
     pipeline = session.trace.pipeline
     setattr(pipeline, session.trace.component, plain_network(session.method.roles.student.network))

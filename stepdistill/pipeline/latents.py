@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.trace import Trace
+from stepdistill.progress import say
 
 
 def image_shape(pipeline: Any) -> tuple[int, int]:
@@ -32,6 +33,7 @@ def encode_images(trace: Trace, images: Tensor, cache: Path | None = None, batch
     file = cache / f"latents-{_key(vae, images)}.safetensors" if cache else None
     if file is not None and file.exists():
         return load_file(file)["latents"]
+    say(f"encoding {len(images)} images")
     shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
     device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
     parts = [vae.encode(x.to(device, dtype) / 127.5 - 1).latent_dist.mean for x in images.split(batch)]

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTPipeline
-from pipeline.tiny import save_dit, tiny_dit
+from safetensors.torch import load_file
 
+from pipeline.tiny import save_dit, tiny_dit
 from stepdistill.errors import InputError
-from stepdistill.pipeline import export as export_module
 from stepdistill.pipeline.export import ExportError, export
 from stepdistill.samplers import DDIM
+from stepdistill.session import newest_checkpoint
 from stepdistill.trainer import train
 
 
@@ -78,13 +79,10 @@ def test_a_pipeline_that_differs_is_refused_and_leaves_nothing(tmp_path, monkeyp
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_the_average_is_what_is_exported(tmp_path, monkeypatch):
+def test_the_average_is_what_is_exported(tmp_path):
     run = make_run(tmp_path, {"name": "sfd", "substeps": 1}, ema=0.9)
     pipeline = DiTPipeline.from_pretrained(run / "export")
-    average = export_module.newest_checkpoint(run) / "student.average.safetensors"
-    from safetensors.torch import load_file
-
-    stored = load_file(average)
+    stored = load_file(newest_checkpoint(run) / "student.average.safetensors")
     found = dict(pipeline.transformer.named_parameters())
     assert all(torch.equal(stored[name], found[name]) for name in stored)
 
@@ -93,7 +91,7 @@ def test_the_average_is_what_is_exported(tmp_path, monkeypatch):
 def test_wrong_input_is_one_line(tmp_path, case):
     run = tmp_path / "run"
     if case == "no run":
-        with pytest.raises(InputError, match="recipe.yaml"):
+        with pytest.raises(InputError, match=r"recipe\.yaml"):
             export(run, tmp_path / "out")
         return
     run = make_run(tmp_path, {"name": "sfd", "substeps": 1})
