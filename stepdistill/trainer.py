@@ -21,6 +21,7 @@ from stepdistill.bench import bench
 from stepdistill.data.batch import Batch
 from stepdistill.errors import InputError
 from stepdistill.eval.row_cache import cache_folder
+from stepdistill.pipeline.card import fill_in_quality
 from stepdistill.pipeline.export import export
 from stepdistill.preview import Preview
 from stepdistill.progress import TrainingProgress, WorkProgress, say
@@ -68,26 +69,39 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
             f"training runs in one process so far, found {accelerator.num_processes}; start it without a launcher"
         )
     start = _prepare_folder(folder, recipe)
-    session = build(recipe, accelerator.device, cache=cache_folder())
-    step, interrupted = Trainer(session, accelerator, folder).run(start)
+    step, report = 0, None
+    try:
+        session = build(recipe, accelerator.device, cache=cache_folder())
+        step, interrupted = Trainer(session, accelerator, folder).run(start)
+        if not interrupted:
+            export(folder, folder / "export")
+            report = _write_report(folder, recipe)
+    except KeyboardInterrupt:  # outside the loop, which takes signals itself: nothing half done is kept
+        interrupted = True
     if interrupted:
-        say(f"stopped at step {step}; go on with: stepdistill train {folder / 'recipe.yaml'}")
-        return RunResult(folder, step, interrupted=True)
-    export(folder, folder / "export")
-    report = None
-    if recipe.report.samples:
-        wanted, report = recipe.report, folder / "report"
-        with WorkProgress() as progress:
-            bench(
-                [folder],
-                wanted.steps,
-                wanted.samples,
-                out=report,
-                networks=wanted.networks,
-                solvers=wanted.solvers,
-                progress=progress,
-            )
-    return RunResult(folder, step, report=report)
+        say(f"stopped after step {step}; go on with: stepdistill train {folder / 'recipe.yaml'}")
+    return RunResult(folder, step, interrupted, report)
+
+
+def _write_report(folder: Path, recipe: Recipe) -> Path | None:
+    """Measure the exported student, and put the table on its card; None where the recipe wants no report."""
+    if not recipe.report.samples:
+        return None
+    wanted, out = recipe.report, folder / "report"
+    with WorkProgress() as progress:
+        report = bench(
+            [folder],
+            wanted.steps,
+            wanted.samples,
+            out=out,
+            networks=wanted.networks,
+            solvers=wanted.solvers,
+            progress=progress,
+        )
+    fill_in_quality(folder / "export" / "README.md", report.to_markdown())
+    for verdict in report.verdict:
+        say(verdict.text)
+    return out
 
 
 class Trainer:

@@ -1,16 +1,18 @@
 """The model card of an exported pipeline: README.md with the metadata the hub reads and a snippet that runs."""
 
+from pathlib import Path
 from typing import Any
 
 from stepdistill.pipeline.trace import Trace
 
+NOT_MEASURED = "Not measured yet: `stepdistill bench PATH_OF_THIS_FOLDER`."
 
-def model_card(facts: dict[str, Any], trace: Trace, error: float, metrics: str | None = None) -> str:
+
+def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
     """The card's text.
 
     Args:
         facts: the export's stepdistill.json. error: the verified difference to the training-time sampler.
-        metrics: a Markdown table of the report, once there is one.
     """
     steps, name = facts["steps"], type(trace.pipeline).__name__
     argument = "class_labels=[0, 1, 2, 3]" if trace.entry == "class_labels" else 'prompt="a photo of a cat"'
@@ -45,7 +47,13 @@ images = pipe({argument}, num_inference_steps={steps}, guidance_scale=1.0).image
 
 ## Quality
 
-{metrics or "Not measured yet: `stepdistill bench PATH_OF_THIS_FOLDER`."}
+{NOT_MEASURED}
 
 The complete recipe and the library versions are in `stepdistill.json`.
 """
+
+
+def fill_in_quality(card: Path, report: str) -> None:
+    """Put a report's Markdown where the card says that nothing was measured yet."""
+    body = report.partition("\n")[2].strip()
+    card.write_text(card.read_text(encoding="utf-8").replace(NOT_MEASURED, body), encoding="utf-8")
