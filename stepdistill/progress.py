@@ -36,42 +36,13 @@ def bar() -> Progress:
     )
 
 
-class TrainingProgress:
-    """The training line: losses, gradient norms and drift beside the bar; plain lines where there is no terminal."""
-
-    def __init__(self, first: int, total: int):
-        self.total = total
-        self.bar = bar()
-        self.task = self.bar.add_task("train", total=total, completed=first, signals="")
-
-    def __enter__(self) -> "TrainingProgress":
-        if _console.is_terminal:
-            self.bar.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if _console.is_terminal:
-            self.bar.stop()
-
-    def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Advance to ``step``; ``metrics`` is empty for steps that are not logged."""
-        signals = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if "/" in name)
-        if metrics:
-            self.bar.update(self.task, completed=step, signals=signals)
-        else:
-            self.bar.update(self.task, completed=step)
-        if metrics and not _console.is_terminal:
-            say(f"step {step}/{self.total}  {signals}")
-
-
-class WorkProgress:
-    """One line per piece of work, called as ``progress(name, done, total)``; a line each where there is no terminal."""
+class _Line:
+    """A progress bar that is drawn on a terminal only."""
 
     def __init__(self) -> None:
         self.bar = bar()
-        self.tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> "WorkProgress":
+    def __enter__(self) -> "_Line":
         if _console.is_terminal:
             self.bar.start()
         return self
@@ -79,6 +50,32 @@ class WorkProgress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if _console.is_terminal:
             self.bar.stop()
+
+
+class TrainingProgress(_Line):
+    """The training line: losses, gradient norms and drift beside the bar; plain lines where there is no terminal."""
+
+    def __init__(self, first: int, total: int):
+        super().__init__()
+        self.total = total
+        self.task = self.bar.add_task("train", total=total, completed=first, signals="")
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        """Advance to ``step``; ``metrics`` is empty for steps that are not logged."""
+        self.bar.update(self.task, completed=step)
+        if metrics:
+            signals = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if "/" in name)
+            self.bar.update(self.task, signals=signals)
+            if not _console.is_terminal:
+                say(f"step {step}/{self.total}  {signals}")
+
+
+class WorkProgress(_Line):
+    """One line per piece of work, called as ``progress(name, done, total)``; a line each where there is no terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks: dict[str, TaskID] = {}
 
     def __call__(self, name: str, done: int, total: int) -> None:
         if name not in self.tasks:
