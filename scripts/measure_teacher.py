@@ -27,6 +27,7 @@ from stepdistill.eval.protocol import (
     load_networks,
     load_protocol,
     locate,
+    measure,
     pin,
 )
 from stepdistill.eval.report import metric_text
@@ -55,6 +56,17 @@ def make_reference(protocol_name: str, device: torch.device) -> Protocol:
         protocol_name, {"reference": sha256(out), "classifier": sha256(locate(protocol.networks["classifier"].weights))}
     )
     return load_protocol(protocol_name)
+
+
+@torch.no_grad()
+def reconstructions(vae, images, labels, count: int, instruments) -> dict[str, float]:
+    """The metrics of real images after encoding and decoding: what no denoiser on these latents can beat by much."""
+    device = next(vae.parameters()).device
+    parts = []
+    for x in images[:count].split(250):
+        decoded = vae.decode(vae.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean).sample
+        parts.append(((decoded + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).cpu())
+    return measure(instruments, torch.cat(parts), labels[:count]).metrics
 
 
 def line(metrics: dict[str, float]) -> str:
@@ -86,6 +98,10 @@ def main() -> None:
 
     bench = Bench(instruments, RowCache(path.parent, path, protocol.digest), 0, arguments.seed, device)
     model = bench.model(arguments.teacher)
+    if "autoencoder" not in stored and real is not None:
+        stored["autoencoder"] = {"1000": reconstructions(model.trace.pipeline.vae, *real, 1000, instruments)}
+        write_json(path, stored)
+        say(f"real images through the autoencoder, N = 1000: {line(stored['autoencoder']['1000'])}")
     samplings = [
         Sampling(f"{Path(arguments.teacher).name} w={w:g}", "teacher", model, model.scheduler, TEACHER_STEPS, w)
         for w in (*arguments.guidance, 1.0)
