@@ -233,3 +233,28 @@ def test_adapters_leave_the_teacher_alone(teacher, tmp_path):
     after = outputs()
     assert torch.equal(before[0], after[0])
     assert not torch.equal(after[0], after[1]) and not torch.equal(after[1], after[2])
+
+
+def test_resume_from_a_path_goes_on_from_there(teacher, tmp_path):
+    method = {"name": "sfd", "substeps": 1}
+    recipe = make_recipe(teacher, tmp_path / "whole", method, steps=3, keep_checkpoints=3)
+    train(recipe)
+    start = tmp_path / "whole" / "checkpoints" / "step-000001"
+    train(recipe, [f"output={tmp_path / 'other'}", f"resume={start}"])
+    whole, other = weights(tmp_path / "whole"), weights(tmp_path / "other")
+    assert [name for name in whole if whole[name] != other[name]] == []
+    with pytest.raises(InputError, match="resume: expected"):
+        train(recipe, [f"output={tmp_path / 'third'}", f"resume={teacher}"])
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32_weights(teacher, tmp_path):
+    recipe = make_recipe(teacher, tmp_path / "run", {"name": "dmd2"}, precision="bf16")
+    trainer = make_trainer(recipe)
+    seen = set()
+    layer = trainer.method.roles.student.network.transformer_blocks[0].attn1.to_q
+    layer.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    before = trainer.parameters["student"][0].detach().clone()
+    trainer.step(0, log=True)
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in trainer.parameters["student"]} == {torch.float32}
+    assert not torch.equal(before, trainer.parameters["student"][0])
