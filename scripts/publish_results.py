@@ -1,6 +1,6 @@
 """Publish finished runs: copy their reports to assets/benchmarks, draw the README's picture, write its table.
 
-    python scripts/publish_results.py runs/quickstart runs/fashion_dmd2 runs/fashion_tcd
+    python scripts/publish_results.py runs/fashion_dmd2 runs/fashion_tcd runs/quickstart
 
 The picture shows the first run's student. The table between the markers in README.md is written from the stored
 reports alone, so ``--table-only`` repeats it without the runs.
@@ -47,19 +47,19 @@ def picture(run: Path, out: Path) -> None:
     canvas.save(out, optimize=True)
 
 
-def table(reports: dict[str, dict[str, Any]]) -> str:
-    """One Markdown table; rows measured in several reports stand once."""
-    first = next(iter(reports.values()))
+def table(reports: list[dict[str, Any]]) -> str:
+    """One Markdown table of reports with the same N; rows measured in several of them stand once."""
+    first = reports[0]
     samples = first["rows"][0]["samples"]
     lines = [
         "| | NFE | " + " | ".join(metric_name(metric, samples) for metric in SHOWN) + " |",
         "|---|---|" + "---|" * len(SHOWN),
     ]
     seen = set()
-    for report in reports.values():
+    for report in reports:
         for row in report["rows"]:
             key = (row["name"], row["steps"], row["guidance"])
-            if key in seen or row["samples"] != samples:
+            if key in seen:
                 continue
             seen.add(key)
             values = " | ".join(metric_text(metric, row["metrics"].get(metric)) for metric in SHOWN)
@@ -84,12 +84,17 @@ def main() -> None:
         for run in arguments.runs:
             shutil.copy(run / "report" / "report.json", benchmarks / f"{run.name}.json")
         picture(arguments.runs[0], assets.root() / "assets" / "pictures" / "four_steps.png")
-    stored = {path.stem: json.loads(path.read_text()) for path in sorted(benchmarks.glob("fashion_*.json"))}
+    stored = [json.loads(path.read_text()) for path in sorted(benchmarks.glob("*.json"))]
+    tables = [
+        table([report for report in stored if report["rows"][0]["samples"] == samples])
+        for samples in sorted({report["rows"][0]["samples"] for report in stored}, reverse=True)
+    ]
+    joined = "\n\n".join(tables)
     readme = assets.root() / "README.md"
     text = readme.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{table(stored)}\n{END}{after}", encoding="utf-8")
+    readme.write_text(f"{before}{BEGIN}\n{joined}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
