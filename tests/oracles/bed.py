@@ -63,7 +63,7 @@ class OnGrid(Sampler):
         self.schedule, self.times, self.steps, self.like = schedule, times, len(times), like
 
     def stock(self, config):
-        raise NotImplementedError
+        return None
 
     def grid(self, steps: int | None = None) -> list[Step]:
         return [Step(t, r) for t, r in zip(self.times, [*self.times[1:], None], strict=True)]
