@@ -13,19 +13,19 @@ def guided(
     t: torch.Tensor,
     cond: Conditions,
     null: Conditions | None,
-    scale: float,
+    scale: float | torch.Tensor,
 ) -> Prediction:
     """The denoiser under classifier-free guidance (Ho & Salimans 2022), as one doubled batch.
 
     Args:
         x_t: noisy samples (B, ...). t: times (B,) in [0, 1].
         cond: conditions, B rows. null: the empty condition, B rows; unused when ``scale`` is 1.
-        scale: w; 1 means no guidance and costs one pass instead of two.
+        scale: w, a number or one per row (B,); the number 1 means no guidance and costs one pass instead of two.
 
     Raises:
         ValueError: ``scale`` is not 1 and there is no null condition.
     """
-    if scale == 1:
+    if not isinstance(scale, torch.Tensor) and scale == 1:
         return denoiser(x_t, t, cond)
     if null is None:
         raise ValueError(f"guidance scale {scale} needs a null condition, and this teacher has none")

@@ -42,7 +42,7 @@ class Teacher(Section):
 
 
 class Student(Section):
-    steps: int = Field(ge=1, le=16, description="steps (= NFE per image) the student is trained for")
+    steps: int = Field(ge=1, le=100, description="steps (= NFE per image) the student is trained for")
     train: Literal["full", "lora"] = Field("full", description="train all weights, or a LoRA adapter")
     lora_rank: int = Field(32, gt=0, description="rank of the adapter when train is lora")
     init: str | None = Field(None, description="run folder or exported pipeline to start from; null: the teacher")

@@ -13,7 +13,7 @@ from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries
 from stepdistill.pipeline.denoiser import Denoiser
-from stepdistill.pipeline.latents import encode_images, image_shape
+from stepdistill.pipeline.latents import decoder, encode_images, image_shape
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.trace import Trace, trace
 from stepdistill.recipe import Recipe
@@ -83,11 +83,19 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     student = recipe.student
     # Adapters and heads start from global random numbers.
     torch.manual_seed(recipe.train.seed)
-    roles = build_roles(
-        traced.denoiser, student.train, implementation.extra_roles, recipe.teacher.guidance.scale, student.lora_rank
-    )
+    names, scale = ("student", *implementation.extra_roles), recipe.teacher.guidance.scale
+    training = {name: student.train for name in names} | dict(implementation.role_training(config))
+    roles = build_roles(traced.denoiser, training, scale, student.lora_rank)
+    roles.decode = decoder(pipeline)
     if student.init is not None:
         _start_from(Path(student.init), roles.student, traced.component)
+    for name in names:
+        role = getattr(roles, name)
+        setattr(roles, name, role.on(implementation.adapt(config, name, role.network, scale).to(device)))
+    if roles.target is not None:
+        # It starts as the student, with what the method added at random or student.init loaded.
+        for slow, fast in zip(roles.target.network.parameters(), roles.student.network.parameters(), strict=True):
+            slow.data.copy_(fast.data)
     method = implementation(config, roles, sampler)
     rows = None
     if with_data and implementation.data_needs(config).images:

@@ -121,6 +121,7 @@ class Trainer:
         student = dict(self.method.roles.student.network.named_parameters())
         self.average = {name: p.detach().clone() for name, p in student.items()} if self.recipe.student.ema else {}
         self.stop_requested = False
+        self.spent = 0
 
     def _parameters(self, player: str) -> list[nn.Parameter]:
         return [p for module in self.method.modules(player) for p in module.parameters()]
@@ -147,7 +148,7 @@ class Trainer:
         first = checkpoint.load(start, self.state(0)) if start else 0
         if start:
             say(f"resumed from {start}")
-        _keep_lines_before(self.folder / "metrics.jsonl", first)
+        self.spent = _keep_lines_before(self.folder / "metrics.jsonl", first)
         if first >= train.steps:
             return first, False
         preview = Preview(self.session, self.folder)
@@ -185,7 +186,16 @@ class Trainer:
             measured = self._turn(player, step, batches, log)
             for name, value in measured.items():
                 metrics[f"{player}/{name}"] = value
-        return metrics | {"lr": self._rate(step, train.lr), "seconds": time.perf_counter() - began} if log else {}
+        if not log:
+            return {}
+        cost = {"seconds": time.perf_counter() - began, "evaluations": self.evaluations()}
+        return metrics | {"lr": self._rate(step, train.lr)} | cost
+
+    def evaluations(self) -> int:
+        """Rows that went through any of the run's networks so far, an interrupted run's first part included."""
+        roles = self.method.roles
+        players = (getattr(roles, name) for name in ("teacher", "student", *self.method.extra_roles))
+        return self.spent + sum(player.evaluations for player in players)
 
     def _turn(self, player: str, step: int, batches: list[Batch], log: bool) -> dict[str, float]:
         train, parameters, optimizer = self.recipe.train, self.parameters[player], self.optimizers[player]
@@ -242,7 +252,8 @@ class Trainer:
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in metrics.items()}}) + "\n")
+            rounded = {k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in metrics.items()}
+            file.write(json.dumps({"step": step, **rounded}) + "\n")
         self.accelerator.log(metrics, step=step)
 
     @contextmanager
@@ -340,15 +351,21 @@ def _difference(old: Recipe, new: Recipe) -> str | None:
     return None
 
 
-def _keep_lines_before(path: Path, step: int) -> None:
-    """Drop the metrics of steps that will be run again, and a line that a kill cut short."""
+def _keep_lines_before(path: Path, step: int) -> int:
+    """Drop the metrics of steps that will be run again, and a line that a kill cut short.
+
+    Returns the evaluations that the last kept line counts.
+    """
     if not path.exists():
-        return
-    kept = []
+        return 0
+    kept, evaluations = [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            if values["step"] <= step:
                 kept.append(line)
+                evaluations = int(values.get("evaluations", evaluations))
         except (ValueError, KeyError):
             continue
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return evaluations

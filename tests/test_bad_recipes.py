@@ -51,8 +51,12 @@ TEXTS = {
     "text for a count": ("steps: 60", "steps: '60'", ":14: train.steps: expected a positive integer, found '60'"),
     "nothing for a count": ("steps: 60", "steps:", ":14: train.steps: expected a positive integer, found null"),
     "wrong type in method": ("substeps: 3", "substeps: many", ":12: method.substeps: expected an integer from 1 up"),
-    "no students of 0 steps": ("steps: 4", "steps: 0", ":7: student.steps: expected an integer from 1 to 16, found 0"),
-    "impossible step count": ("steps: 4", "steps: 99", ":7: student.steps: expected an integer from 1 to 16, found 99"),
+    "no students of 0 steps": ("steps: 4", "steps: 0", ":7: student.steps: expected an integer from 1 to 100, found 0"),
+    "impossible step count": (
+        "steps: 4",
+        "steps: 999",
+        ":7: student.steps: expected an integer from 1 to 100, found 999",
+    ),
     "negative guidance": (
         "scale: 1.5",
         "scale: -2",

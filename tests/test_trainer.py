@@ -133,7 +133,7 @@ def test_only_the_moving_player_moves(teacher, pictures, tmp_path, train_mode):
         "teacher": dict(roles.teacher.network.named_parameters()),
         "student": dict(roles.student.network.named_parameters()),
         "critic": dict(roles.critic.network.named_parameters()),
-        "heads": dict(method.heads.named_parameters()),
+        "heads": dict(method.gan.heads.named_parameters()),
     }
     batch = trainer.session.batch(0, 0, 4)
     for player, moving in {"student": {"student"}, "critic": {"critic", "heads"}}.items():

@@ -1,9 +1,9 @@
 """What every distillation method is: who plays when, and each player's loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -22,26 +22,51 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+RoleTraining = Literal["full", "lora", "frozen"]
+"""A role's weights: a copy of the teacher's, an adapter on them, or the teacher's own, untouched."""
+
+
+@dataclass(frozen=True)
+class PathNeeds:
+    """Teacher trajectories a method trains on, made once from noise and stored.
+
+    Args:
+        count: how many. steps: DDIM steps of the guided teacher, from noise to the clean end.
+        keep: "ends" (noise and clean end) or "all" (every point between as well).
+        scales: the guidance scale of each is uniform in [low, high]; None: the teacher's own for all.
+    """
+
+    count: int
+    steps: int
+    keep: Literal["ends", "all"] = "ends"
+    scales: tuple[float, float] | None = None
+
+
 @dataclass(frozen=True)
 class DataNeeds:
-    """What a method must be given: conditions (prompts or classes) always, images only where stated."""
+    """What a method must be given: conditions (prompts or classes) always, the rest only where stated."""
 
     images: bool = False
     conditions: bool = True
+    paths: PathNeeds | None = None
 
 
 @dataclass
 class Roles:
-    """The networks of a run. ``target`` is the student's slow copy where a method wants one.
+    """The networks of a run.
 
-    ``scale`` is the teacher's guidance scale, the one that is distilled.
+    ``target`` is the student's slow copy and ``encoder`` its inverse, where a method wants them. ``scale`` is the
+    teacher's guidance scale, the one that is distilled. ``decode`` maps latents (B, ...) to images (B, C, H, W) in
+    [-1, 1], with graph; None where the pipeline has no autoencoder.
     """
 
     teacher: Denoiser
     student: Denoiser
     critic: Denoiser | None = None
     target: Denoiser | None = None
+    encoder: Denoiser | None = None
     scale: float = 1.0
+    decode: Callable[[Tensor], Tensor] | None = None
 
 
 class DistillMethod(ABC):
@@ -50,7 +75,8 @@ class DistillMethod(ABC):
     Class attributes:
         Config: its keys of the recipe's ``method`` section.
         summary: one line for ``stepdistill methods``. sampler: the default few-step sampler's name.
-        roles: the roles it needs beside teacher and student: "critic", "target".
+        extra_roles: the roles it needs beside teacher and student: "critic", "target", "encoder".
+        exported: the roles beside the student whose networks belong in an export, in folders of their names.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -58,6 +84,7 @@ class DistillMethod(ABC):
     sampler_name: ClassVar[str] = "renoise"
     players: ClassVar[tuple[str, ...]] = ("student",)
     extra_roles: ClassVar[tuple[str, ...]] = ()
+    exported: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: MethodConfig, roles: Roles, sampler: Sampler):
         self.config, self.roles, self.sampler = config, roles, sampler
@@ -72,6 +99,16 @@ class DistillMethod(ABC):
     def sampler_of(cls, config: MethodConfig) -> str:
         """The name of the few-step sampler this configuration trains for."""
         return cls.sampler_name
+
+    @classmethod
+    def role_training(cls, config: MethodConfig) -> Mapping[str, RoleTraining]:
+        """Roles whose weights are made otherwise than ``student.train`` says."""
+        return {}
+
+    @classmethod
+    def adapt(cls, config: MethodConfig, role: str, network: nn.Module, scale: float) -> nn.Module:
+        """The network of ``role`` with whatever the method adds to it (see stepdistill.adapters); ``scale`` is w."""
+        return network
 
     def turns(self, step: int) -> Sequence[str]:
         """The players that move at ``step``, in order; a player may move more than once."""
@@ -95,10 +132,11 @@ class DistillMethod(ABC):
         """Networks of the method's own that belong in a checkpoint, by name."""
         return {}
 
-    def teacher(self, x_t: Tensor, t: Tensor, batch: Batch) -> Prediction:
-        """The guided teacher, without graph."""
+    def teacher(self, x_t: Tensor, t: Tensor, batch: Batch, scale: float | Tensor | None = None) -> Prediction:
+        """The guided teacher, without graph; ``scale`` is a number or one per row (B,), by default the recipe's."""
+        scale = self.roles.scale if scale is None else scale
         with torch.no_grad():
-            return guided(self.roles.teacher, x_t, t, batch.cond, batch.null, self.roles.scale)
+            return guided(self.roles.teacher, x_t, t, batch.cond, batch.null, scale)
 
     def student(self, x_t: Tensor, t: Tensor, batch: Batch) -> Prediction:
         """The student, with graph unless the caller forbids it."""
@@ -117,7 +155,17 @@ class DistillMethod(ABC):
             x = self.sampler.advance(prediction, step, lambda i=index: batch.noise(f"rollout {i}"))
         return x
 
+    def generate(self, batch: Batch) -> Tensor:
+        """x_0 from the student at a random grid position of its own rollout; with graph where grad is enabled.
 
-def mean_per_sample(value: Tensor) -> Tensor:
-    """Mean over all but the batch dimension, kept broadcastable: (B, ...) -> (B, 1, ...)."""
-    return value.mean(dim=tuple(range(1, value.ndim)), keepdim=True)
+        The position is the same for the whole batch (and on every device), as in DMD2.
+        """
+        k = batch.integer("k", len(self.sampler.grid()))
+        x_t = self.backward_simulation(batch, k)
+        return self.student(x_t, self.times(self.sampler.grid()[k].t, batch), batch).x0
+
+    @torch.no_grad()
+    def average(self, role: Denoiser, decay: float) -> None:
+        """Move the weights of ``role`` towards the student's: role <- decay role + (1 - decay) student."""
+        slow, fast = role.network.parameters(), self.roles.student.network.parameters()
+        torch._foreach_lerp_(list(slow), [p.detach() for p in fast], 1 - decay)

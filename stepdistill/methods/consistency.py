@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig
+from stepdistill.methods.losses import pseudo_huber
 from stepdistill.schedule import EDMSchedule, Prediction, Schedule, per_sample
 
 
@@ -42,11 +43,6 @@ def boundary(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
         return variance / (beyond**2 + variance), beyond * (variance / (sigma**2 + variance)).sqrt()
     scaled = 10 * schedule.timestep(t)
     return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
-
-
-def pseudo_huber(difference: Tensor, c: float) -> Tensor:
-    """mean( sqrt(d^2 + c^2) - c )."""
-    return ((difference.square() + c**2).sqrt() - c).mean()
 
 
 class LCM(DistillMethod):
@@ -81,10 +77,8 @@ class LCM(DistillMethod):
         x_t, x0 = prediction.x_t, prediction.x0
         return per_sample(c_skip, x0) * x_t + per_sample(c_out, x0) * x0
 
-    @torch.no_grad()
     def after_update(self, player: str) -> None:
-        target, student = self.roles.target.network.parameters(), self.roles.student.network.parameters()
-        torch._foreach_lerp_(list(target), [p.detach() for p in student], 1 - self.config.target_ema)
+        self.average(self.roles.target, self.config.target_ema)
 
 
 class TCD(LCM):

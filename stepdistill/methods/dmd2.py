@@ -17,19 +17,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
-from stepdistill.discriminator import Heads
-from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, Roles, mean_per_sample
+from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, Roles
+from stepdistill.methods.gan import LatentDiscriminator
+from stepdistill.methods.losses import denoising_loss, dmd_gradient, surrogate
+from stepdistill.methods.times import uniform_times
 from stepdistill.methods.trajectory import TrajectoryRegression
-from stepdistill.pipeline.denoiser import Denoiser
 from stepdistill.samplers import Sampler
-
-# The critic sees the whole range of noise, short of none at all, where an epsilon has no meaning.
-T_FLOOR = 0.001
 
 
 class DMD2Config(MethodConfig):
@@ -46,24 +43,6 @@ class DMD2Config(MethodConfig):
     sampler: Literal["renoise", "ddim"] = Field("renoise", description="how the student moves between steps")
 
 
-def dmd_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """(D_fake - D_real) / mean|x - D_real|, per sample (DMD eq. 7-8 in x_0 space, as DMD2's code); shapes (B, ...)."""
-    return (fake - real) / mean_per_sample((x - real).abs())
-
-
-def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
-    """A loss whose gradient with respect to ``x`` is ``gradient / x.numel()``."""
-    return 0.5 * F.mse_loss(x, (x - gradient).detach())
-
-
-def denoising_loss(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, cond: dict[str, Tensor]) -> Tensor:
-    """MSE between what the denoiser emits at ``x_t`` and what it should emit for ``x0``, in its own prediction kind."""
-    schedule = denoiser.schedule
-    x_t = schedule.add_noise(x0, eps, t)
-    target = schedule.from_x0(x0, x_t, t, denoiser.kind)
-    return F.mse_loss(denoiser(x_t, t, cond).raw.to(target.dtype), target)
-
-
 class DMD2(DistillMethod):
     """Distribution matching distillation with a critic on its own clock and multi-step students."""
 
@@ -75,7 +54,7 @@ class DMD2(DistillMethod):
 
     def __init__(self, config: DMD2Config, roles: Roles, sampler: Sampler):
         super().__init__(config, roles, sampler)
-        self.heads: Heads | None = None
+        self.gan = LatentDiscriminator(roles.critic) if config.gan_weight > 0 else None
         self.regression = TrajectoryRegression(TrajectoryRegression.Config(), roles, sampler)
 
     @classmethod
@@ -94,41 +73,32 @@ class DMD2(DistillMethod):
         return ("student", "critic") if step >= 0 and step % self.config.critic_steps == 0 else ("critic",)
 
     def prepare(self, batch: Batch) -> None:
-        if self.config.gan_weight > 0 and self.heads is None:
-            with torch.no_grad():
-                features = self.roles.critic.features(batch.latents, self.times(0.5, batch), batch.cond)
-            self.heads = Heads([f.shape[1:] for f in features]).to(batch.device)
+        if self.gan:
+            self.gan.build(batch)
 
     def modules(self, player: str) -> list[nn.Module]:
-        own = [self.heads] if player == "critic" and self.heads is not None else []
-        return super().modules(player) + own
+        return super().modules(player) + ([self.gan.heads] if self.gan and player == "critic" else [])
 
     def extra_modules(self) -> dict[str, nn.Module]:
-        return {} if self.heads is None else {"heads": self.heads}
+        return {"heads": self.gan.heads} if self.gan else {}
 
     def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
         if batch.step < self.config.regression_steps:
             return self.regression.losses(player, batch)
         return self.student_losses(batch) if player == "student" else self.critic_losses(batch)
 
-    def generate(self, batch: Batch) -> Tensor:
-        """x_0 from the student at a random grid position of its own rollout; with graph where grad is enabled."""
-        k = batch.integer("k", len(self.sampler.grid()))
-        x_t = self.backward_simulation(batch, k)
-        return self.student(x_t, self.times(self.sampler.grid()[k].t, batch), batch).x0
-
     def student_losses(self, batch: Batch) -> dict[str, Tensor]:
         x = self.generate(batch)
         batch.state["x"] = x.detach()
-        t = self.schedule.snap(batch.uniform("dm time", self.config.t_min, self.config.t_max))
+        t = uniform_times(batch, "dm time", self.schedule, self.config.t_min, self.config.t_max)
         with torch.no_grad():
             x_t = self.schedule.add_noise(x, batch.noise("dm"), t)
             real = self.teacher(x_t, t, batch).x0
             fake = self.roles.critic(x_t, t, batch.cond).x0
             gradient = dmd_gradient(x, real, fake)
         losses = {"dm": self.config.dm_weight * surrogate(x, gradient)}
-        if self.heads is not None:
-            losses["gan"] = self.config.gan_weight * F.softplus(-self.logits(x, batch)).mean()
+        if self.gan:
+            losses["gan"] = self.config.gan_weight * self.gan.student_loss(x, batch)
         return losses
 
     def critic_losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -136,15 +106,8 @@ class DMD2(DistillMethod):
             with torch.no_grad():
                 batch.state["x"] = self.generate(batch)
         x = batch.state["x"]
-        t = self.schedule.snap(batch.uniform("critic time", T_FLOOR, 1.0))
+        t = uniform_times(batch, "critic time", self.schedule)
         losses = {"denoising": denoising_loss(self.roles.critic, x, t, batch.noise("critic"), batch.cond)}
-        if self.heads is not None:
-            fake, real = self.logits(x, batch), self.logits(batch.latents, batch)
-            losses["gan"] = self.config.gan_critic_weight * (F.softplus(fake) + F.softplus(-real)).mean()
+        if self.gan:
+            losses["gan"] = self.config.gan_critic_weight * self.gan.loss_of_heads(x, batch.latents, batch)
         return losses
-
-    def logits(self, x0: Tensor, batch: Batch) -> Tensor:
-        """Discriminator logits of noised samples, from heads on the critic's features ("diffusion GAN")."""
-        t = self.schedule.snap(batch.uniform("gan time", T_FLOOR, 1.0))
-        x_t = self.schedule.add_noise(x0, batch.noise("gan"), t)
-        return self.heads(self.roles.critic.features(x_t, t, batch.cond))

@@ -98,11 +98,14 @@ class Denoiser:
     Args:
         network: any module; it is put in eval mode and stays there (label dropout lives in train mode).
         spec: how it is called. schedule, kind: what its output means.
+
+    ``evaluations`` counts the rows that went through the network so far, the unit of a run's cost.
     """
 
     def __init__(self, network: nn.Module, spec: CallSpec, schedule: Schedule, kind: Kind):
         self.network = network.eval()
         self.spec, self.schedule, self.kind = spec, schedule, kind
+        self.evaluations = 0
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Prediction:
         """What the network says at ``x_t`` (B, ...) and time ``t`` (B,) in [0, 1], 1 = noise."""
@@ -130,6 +133,7 @@ class Denoiser:
     def arguments(self, x_t: Tensor, t: Tensor, cond: Conditions) -> dict[str, Any]:
         """The keyword arguments of the network's call; floating tensors in the network's dtype."""
         spec, batch = self.spec, len(x_t)
+        self.evaluations += batch
         dtype = _dtype(self.network)
         flat: dict[str, Any] = {}
         for name, value in spec.constants.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stepdistill import checkpoint
+from stepdistill.adapters import plain_network
 from stepdistill.errors import InputError
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.pipeline.card import model_card
@@ -19,7 +20,6 @@ from stepdistill.pipeline.generate import call_pipeline, last_latents
 from stepdistill.pipeline.load import load_pipeline, save_pipeline
 from stepdistill.progress import say
 from stepdistill.recipe import Recipe, load
-from stepdistill.roles import plain_network
 from stepdistill.session import Session, build, newest_checkpoint
 
 FACTS = "stepdistill.json"
@@ -64,6 +64,8 @@ def export(run: str | Path, out: str | Path) -> ExportResult:
     draft = out.with_name(f".{out.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     save_pipeline(pipeline, draft)
+    for role in session.method.exported:
+        plain_network(getattr(session.method.roles, role).network).save_pretrained(draft / role)
     facts = _facts(recipe, session, step)
     (draft / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     error = verify(draft, session)
@@ -85,7 +87,10 @@ def load_student(session: Session, path: Path) -> int:
     step = checkpoint.verify(path)
     average = path / "student.average.safetensors"
     source = average if average.is_file() else path / "student.safetensors"
-    checkpoint.copy_parameters(source, dict(session.method.roles.student.network.named_parameters()))
+    roles = session.method.roles
+    checkpoint.copy_parameters(source, dict(roles.student.network.named_parameters()))
+    for name in session.method.exported:
+        checkpoint.copy_parameters(path / f"{name}.safetensors", dict(getattr(roles, name).network.named_parameters()))
     return step
 
 

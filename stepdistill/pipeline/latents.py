@@ -1,6 +1,7 @@
 """Real images as the pipeline's own latents."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def encode_images(trace: Trace, images: Tensor, cache: Path | None = None, batch
         save_file({"latents": latents}, draft)
         draft.rename(file)
     return latents
+
+
+def decoder(pipeline: Any) -> Callable[[Tensor], Tensor] | None:
+    """Latents (B, ...) -> images (B, C, H, W) in about [-1, 1], with graph; None for a pipeline without autoencoder."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None or not hasattr(vae, "decode"):
+        return None
+    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, getattr(vae.config, "scaling_factor", 1.0)
+    vae.requires_grad_(False)
+    return lambda latents: vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0]
 
 
 def _autoencoder(pipeline: Any) -> Any:

@@ -9,7 +9,8 @@ from bed import G1, M1, SCHEDULES, OnGrid, Spy, at, batch, column, corners, ddim
 
 from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser
 from stepdistill.methods import Roles
-from stepdistill.methods.consistency import LCM, TCD, ConsistencyConfig, boundary, pseudo_huber, solver_grid
+from stepdistill.methods.consistency import LCM, TCD, ConsistencyConfig, boundary, solver_grid
+from stepdistill.methods.losses import pseudo_huber
 from stepdistill.samplers import TCD as TCDSampler
 from stepdistill.samplers import Renoise, Step, renoise_up
 from stepdistill.schedule import KINDS, Prediction, Schedule, from_scheduler

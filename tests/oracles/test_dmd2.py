@@ -10,7 +10,8 @@ from torch import nn
 
 from stepdistill.analytic import GaussianDenoiser, affine_critic
 from stepdistill.methods import Roles
-from stepdistill.methods.dmd2 import DMD2, DMD2Config, denoising_loss, dmd_gradient, surrogate
+from stepdistill.methods.dmd2 import DMD2, DMD2Config
+from stepdistill.methods.losses import denoising_loss, dmd_gradient, surrogate
 from stepdistill.samplers import Renoise
 from stepdistill.schedule import KINDS, from_scheduler
 
@@ -279,7 +280,7 @@ def test_the_gan_term_pulls_along_the_score_difference(name):
     real, fake = (GaussianDenoiser(*moments, schedule, "v") for moments in (REAL, FAKE))
     student, critic = generator(schedule, "v", FAKE[1], FAKE[0]), WithFeatures(fake)
     method = one_step(student, real, critic, gan_weight=0.3)
-    method.heads = OptimalHeads(real, fake)
+    method.gan.heads = OptimalHeads(real, fake)
     found = gradients(method.losses("student", batch(32))["gan"], student)
     x_t, t = critic.calls[-1]
     logit = (real.log_density(x_t, t) - fake.log_density(x_t, t))[:, None]
@@ -296,6 +297,6 @@ def test_the_discriminator_cannot_tell_equal_distributions_apart():
     method = one_step(
         generator(schedule, "flow", REAL[1], REAL[0]), real, critic, gan_weight=1.0, gan_critic_weight=0.01
     )
-    method.heads = OptimalHeads(real, real)
+    method.gan.heads = OptimalHeads(real, real)
     loss = method.losses("critic", batch(16, latents=torch.randn(16, 1, dtype=torch.float64)))["gan"]
     assert loss.item() == pytest.approx(0.01 * 2 * math.log(2))

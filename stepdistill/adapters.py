@@ -1,0 +1,165 @@
+"""What is put around a network: LoRA views of a shared backbone, a guidance-scale input, small trained parts."""
+
+import copy
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from stepdistill.errors import InputError
+
+
+class AdapterView(nn.Module):
+    """The shared backbone with one adapter switched on, or with none (the teacher).
+
+    Its parameters are the adapter's alone, so an optimizer or a checkpoint of this role never sees another's.
+    """
+
+    def __init__(self, backbone: nn.Module, adapter: str | None):
+        super().__init__()
+        self.backbone, self.adapter = backbone, adapter
+
+    def forward(self, *arguments, **keywords):
+        for layer in _adapter_layers(self.backbone):
+            # peft's set_adapter() would also rewrite requires_grad, which belongs to the trainer.
+            layer._disable_adapters = self.adapter is None
+            layer._active_adapter = [self.adapter] if self.adapter else []
+        return self.backbone(*arguments, **keywords)
+
+    def named_parameters(self, *arguments, **keywords) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in super().named_parameters(*arguments, **keywords):
+            pairs = itertools.pairwise(name.split("."))
+            owner = next((part for before, part in pairs if before.startswith("lora_")), None)
+            if owner == self.adapter:
+                yield name, parameter
+
+
+def _adapter_layers(backbone: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
+
+
+class Adapted(nn.Module, ABC):
+    """A network with something added; called like the network, with an optional ``guidance_scale`` (B,).
+
+    Its parameters are those the network's view admits to (none of a frozen one) and those that were added.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def named_parameters(self, prefix: str = "", *arguments, **keywords) -> Iterator[tuple[str, nn.Parameter]]:
+        start = f"{prefix}." if prefix else ""
+        for name, child in self.named_children():
+            yield from child.named_parameters(start + name, *arguments, **keywords)
+
+    @abstractmethod
+    def plain(self) -> nn.Module:
+        """The network of the stock class that does the same; always a copy.
+
+        Raises:
+            InputError: no stock network can.
+        """
+
+
+class GuidanceEmbedded(Adapted):
+    """A network that is told the guidance scale w, on any diffusers UNet or transformer (Meng et al. 2023, sec. 3.1).
+
+    A small MLP of w's Fourier features is added to every timestep embedding. It starts at zero, so the network starts
+    as it was. At one w it adds a constant, which :meth:`plain` folds into the embedding's bias: stock again.
+
+    Args:
+        network: the network or an adapter view of it. scale: the w of calls that name none, and of the export.
+    """
+
+    FEATURES = 256
+
+    def __init__(self, network: nn.Module, scale: float, width: int = 256):
+        super().__init__(network)
+        self.scale = scale
+        modules = _timestep_embeddings(network)
+        if not modules:
+            raise InputError(f"{type(network).__name__} has no timestep embedding that a guidance scale could join")
+        self.trunk = nn.Sequential(nn.Linear(self.FEATURES, width), nn.SiLU())
+        self.leaves = nn.ModuleList(nn.Linear(width, module.linear_2.out_features) for module in modules)
+        for leaf in self.leaves:
+            nn.init.zeros_(leaf.weight)
+            nn.init.zeros_(leaf.bias)
+
+    def forward(self, *arguments, guidance_scale: Tensor | None = None, **keywords):
+        device = self.leaves[0].weight.device
+        w = torch.full((1,), self.scale, device=device) if guidance_scale is None else guidance_scale
+        hidden = self.trunk(fourier(w.to(device), self.FEATURES))
+        with ExitStack() as hooks:
+            for module, leaf in zip(_timestep_embeddings(self.network), self.leaves, strict=True):
+                handle = module.register_forward_hook(
+                    lambda _module, _inputs, out, added=leaf(hidden): out + added.to(out.dtype)
+                )
+                hooks.callback(handle.remove)
+            return self.network(*arguments, **keywords)
+
+    @torch.no_grad()
+    def plain(self) -> nn.Module:
+        device = self.leaves[0].weight.device
+        hidden = self.trunk(fourier(torch.full((1,), self.scale, device=device), self.FEATURES))
+        stock = plain_network(self.network)
+        for module, leaf in zip(_timestep_embeddings(stock), self.leaves, strict=True):
+            bias = leaf(hidden)[0].to(module.linear_2.weight)
+            module.linear_2.bias = nn.Parameter(bias + (0 if module.linear_2.bias is None else module.linear_2.bias))
+        return stock
+
+
+def fourier(w: Tensor, features: int) -> Tensor:
+    """sin and cos features (B, features) of guidance scales (B,), as LCM embeds them: of 1000 (w - 1), base 10000."""
+    half = features // 2
+    rates = torch.exp(-math.log(10000) * torch.arange(half, device=w.device, dtype=torch.float32) / (half - 1))
+    angles = 1000 * (w.float() - 1)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _timestep_embeddings(network: nn.Module) -> list[TimestepEmbedding]:
+    return [module for module in network.modules() if isinstance(module, TimestepEmbedding)]
+
+
+class FrozenView(nn.Module):
+    """A network that a role uses and must not train: it runs, and has no parameters to show."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, *arguments, **keywords):
+        return self.backbone(*arguments, **keywords)
+
+    def named_parameters(self, *arguments, **keywords) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(())
+
+    def plain(self) -> nn.Module:
+        """A copy of the network itself."""
+        return copy.deepcopy(self.backbone)
+
+
+def plain_network(network: nn.Module) -> nn.Module:
+    """The network of a role as one plain module, adapters merged into the weights; always a copy.
+
+    Raises:
+        InputError: what was added to the network has no stock form.
+    """
+    if isinstance(network, Adapted | FrozenView):
+        return network.plain()
+    if not isinstance(network, AdapterView):
+        return copy.deepcopy(network)
+    merged = copy.deepcopy(network.backbone)
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            if network.adapter:
+                module.merge(adapter_names=[network.adapter])
+            parent = merged.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+    return merged
