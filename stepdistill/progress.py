@@ -1,5 +1,7 @@
 """What a long command says while it works: a line on stderr, or a progress line with the time left."""
 
+import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -57,7 +59,8 @@ class TrainingProgress(_Line):
 
     def __init__(self, first: int, total: int):
         super().__init__()
-        self.total = total
+        self.first, self.total = first, total
+        self.began = time.monotonic()
         self.task = self.bar.add_task("train", total=total, completed=first, signals="")
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
@@ -67,7 +70,8 @@ class TrainingProgress(_Line):
             signals = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if "/" in name)
             self.bar.update(self.task, signals=signals)
             if not _console.is_terminal:
-                say(f"step {step}/{self.total}  {signals}")
+                left = (time.monotonic() - self.began) * (self.total - step) / max(1, step - self.first)
+                say(f"step {step}/{self.total}  left {timedelta(seconds=round(left))}  {signals}")
 
 
 class WorkProgress(_Line):

@@ -13,26 +13,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import stepdistill
-from pipeline.tiny import save_dit, tiny_dit
+from pipeline.tiny import INSPECT_KEYS, save_dit, tiny_dit
 from stepdistill import assets, cli, yaml_lines
 from stepdistill.methods import METHODS
 from stepdistill.recipe import load
 
 ROOT = Path(__file__).parents[1]
-
-INSPECT_KEYS = {
-    "pipeline",
-    "denoiser",
-    "parameters",
-    "schedule",
-    "prediction",
-    "timestep",
-    "output",
-    "guidance",
-    "conditioning",
-    "latent_shape",
-    "self_test_error",
-}
 
 
 @pytest.fixture(scope="session")

@@ -17,24 +17,11 @@ from diffusers import (
 )
 
 from pipeline import tiny
+from pipeline.tiny import INSPECT_KEYS
 from pipeline.toy import toy
 from stepdistill.errors import InputError
 from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.trace import TraceError, load_pipeline, trace
-
-KEYS = {
-    "pipeline",
-    "denoiser",
-    "parameters",
-    "schedule",
-    "prediction",
-    "timestep",
-    "output",
-    "guidance",
-    "conditioning",
-    "latent_shape",
-    "self_test_error",
-}
 
 EXPECTED = {
     "tiny_dit": {
@@ -103,7 +90,7 @@ def traced(request):
 def test_stock_pipelines_are_learned(traced):
     name, result = traced
     summary = result.summary()
-    assert summary.keys() == KEYS
+    assert summary.keys() == INSPECT_KEYS
     assert {key: summary[key] for key in EXPECTED[name]} == EXPECTED[name]
     assert summary["parameters"] == sum(p.numel() for p in result.denoiser.network.parameters())
     assert summary["self_test_error"] <= 1e-5

@@ -41,6 +41,22 @@ CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
 TOKENS = 40
 
 
+# What `stepdistill inspect --json` promises (docs/contracts.md).
+INSPECT_KEYS = {
+    "pipeline",
+    "denoiser",
+    "parameters",
+    "schedule",
+    "prediction",
+    "timestep",
+    "output",
+    "guidance",
+    "conditioning",
+    "latent_shape",
+    "self_test_error",
+}
+
+
 def redraw(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Every weight a normal of deviation 1/sqrt(fan in), norms near one, biases small; eval mode."""
     generator = torch.Generator().manual_seed(seed)
