@@ -1,14 +1,18 @@
-# make quickstart | test | lint. Uses the active virtual environment, else makes .venv; set-up runs once.
+# make quickstart | compare | test | lint. Uses the active virtual environment, else makes .venv; set-up runs once.
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
 # Named after the checkout: an environment that is shared by two of them is set up for each.
 STAMP := $(VENV)/.set-up$(subst /,-,$(CURDIR))
 
-.PHONY: quickstart test lint
+.PHONY: quickstart compare test lint
 
 quickstart: $(STAMP)
 	$(BIN)/stepdistill train recipes/quickstart.yaml
 	@echo "Open runs/quickstart/report/index.html in a browser."
+
+# Hours on a CPU; picks up where it was stopped. Pieces: make compare ARGUMENTS='--methods dmd2 lcm --seeds 0 1 2'
+compare: $(STAMP)
+	$(BIN)/python scripts/compare.py $(ARGUMENTS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

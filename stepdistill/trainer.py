@@ -26,6 +26,7 @@ from stepdistill.pipeline.export import export
 from stepdistill.preview import Preview
 from stepdistill.progress import TrainingProgress, WorkProgress, say
 from stepdistill.recipe import Recipe, load
+from stepdistill.selfcheck import check_conventions
 from stepdistill.session import Session, build
 
 # Keys that may differ between a run and its resumption without making it another run.
@@ -72,6 +73,8 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     step, report = 0, None
     try:
         session = build(recipe, accelerator.device, cache=cache_folder())
+        if start is None:
+            check_conventions(session)
         step, interrupted = Trainer(session, accelerator, folder).run(start)
         if not interrupted:
             export(folder, folder / "export")
@@ -148,7 +151,8 @@ class Trainer:
         first = checkpoint.load(start, self.state(0)) if start else 0
         if start:
             say(f"resumed from {start}")
-        self.spent = _keep_lines_before(self.folder / "metrics.jsonl", first)
+        # What building the session cost has been counted by the interrupted run's lines as well.
+        self.spent = max(0, _keep_lines_before(self.folder / "metrics.jsonl", first) - self.evaluations())
         if first >= train.steps:
             return first, False
         preview = Preview(self.session, self.folder)
@@ -158,7 +162,7 @@ class Trainer:
             if first == 0:
                 preview.write(0, self.averaged())
             while step < train.steps and not self.stop_requested:
-                metrics = self.step(step, log=(step + 1) % train.log_every == 0 or step == first)
+                metrics = self.step(step, log=(step + 1) % train.log_every == 0 or step in (first, train.steps - 1))
                 step += 1
                 if step % train.preview_every == 0 or step == train.steps:
                     metrics |= preview.write(step, self.averaged())
@@ -182,7 +186,7 @@ class Trainer:
         began = time.perf_counter()
         for turn, player in enumerate(self.method.turns(step)):
             for batch in batches:
-                batch.turn = turn
+                batch.turn, batch.signals = turn, {}
             measured = self._turn(player, step, batches, log)
             for name, value in measured.items():
                 metrics[f"{player}/{name}"] = value
@@ -210,6 +214,10 @@ class Trainer:
                     if log:
                         previous = metrics.get(f"loss/{term}", 0.0)
                         metrics[f"loss/{term}"] = previous + loss.item() / len(batches)
+                if log:
+                    for name, value in batch.signals.items():
+                        previous = metrics.get(f"signal/{name}", 0.0)
+                        metrics[f"signal/{name}"] = previous + value.item() / len(batches)
                 if log and number == 0 and len(losses) > 1:
                     for term, loss in losses.items():
                         metrics[f"grad_norm/{term}"] = _norm(loss, parameters)

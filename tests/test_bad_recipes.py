@@ -81,8 +81,8 @@ TEXTS = {
     ),
     "unknown method": (
         "name: sfd",
-        "name: dmd3",
-        ":11: method.name: expected one of dmd2, lcm, tcd, sfd or FILE.py:CLASS, found 'dmd3'; did you mean 'dmd2'?",
+        "name: diff_instruct",
+        " or FILE.py:CLASS, found 'diff_instruct'; did you mean 'diff-instruct'?",
     ),
     "method from a missing file": (
         "name: sfd",
@@ -93,6 +93,16 @@ TEXTS = {
         "name: sfd\n  substeps: 3",
         "name: tcd",
         ":11: method.name: tcd trains on real images",
+    ),
+    "divergence without its ratio": (
+        "name: sfd\n  substeps: 3",
+        "name: dmd2\n  divergence: neyman",
+        ":12: method.divergence: expected 'reverse-kl', or method.gan_weight above 0, whose head estimates the",
+    ),
+    "range that descends": (
+        "name: sfd\n  substeps: 3",
+        "name: vsd\n  guidance_range: [5, 2]",
+        ":12: method.guidance_range: expected the lower end first, found [5, 2]",
     ),
     "steps beyond the solver's": (
         "conditions: classes\nmethod:\n  name: sfd\n  substeps: 3",

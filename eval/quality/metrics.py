@@ -108,6 +108,16 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).double().mean())
 
 
+def class_variance(rows: Tensor, labels: Tensor) -> float:
+    """Diversity: the trace of the unbiased feature covariance (N, d) within a class, averaged over classes (N,).
+
+    It has no bias in N. Classes with a single row are left out; nan when there is no other.
+    """
+    classes = [rows[labels == label].double() for label in labels.unique()]
+    traces = [rows.var(0).sum() for rows in classes if len(rows) >= 2]
+    return float(torch.stack(traces).mean()) if traces else float("nan")
+
+
 def variance_ratio(fake: Tensor, fake_labels: Tensor, real: Tensor, real_labels: Tensor) -> float:
     """Mean over classes of (total feature variance of the fake rows) / (that of the real rows).
 

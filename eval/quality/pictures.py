@@ -15,6 +15,7 @@ from torch import Tensor
 
 INK, MUTED, GRID = "#1f2328", "#6b7280", "#e5e7eb"
 COLOURS = {"teacher": "#1f2328", "solver": "#b45309"}
+LINES = ("#0b6e4f", "#b45309", "#4057a8", "#a23b72", "#2a9d8f", "#c1121f", "#7c6a0a", "#8d6cab")
 PALETTE = ("#0b6e4f", "#b45309", "#4057a8", "#a23b72", "#6b7280", "#2a9d8f")
 
 
@@ -64,6 +65,52 @@ def quality_plot(rows: Sequence[Any], metric: str, label: str, floor: float | No
     _logarithmic(axes)
     if rows:
         axes.legend(frameon=False, fontsize=8, loc="best")
+    return _render(figure)
+
+
+def panels_plot(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
+    label: str,
+    levels: Mapping[str, float],
+    reference: Mapping[str, Sequence[tuple[int, float]]],
+    marked: Mapping[str, int],
+    columns: int = 3,
+) -> Image.Image:
+    """A value against NFE on logarithmic axes, a panel for each group of lines; the y axis is shared.
+
+    Args:
+        panels: points (NFE, value) by panel and line. label: the y axis. levels: horizontal lines in every panel.
+        reference: lines to be drawn in every panel that lies at their NFE. marked: the NFE of a line's ring.
+    """
+    columns = min(columns, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(4.1 * columns, 3.6 * rows), dpi=140, layout="constrained")
+    drawn = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for axes, (title, lines) in itertools.zip_longest(drawn, panels.items(), fillvalue=(None, None)):
+        if title is None:
+            axes.set_visible(False)
+            continue
+        _clean(axes)
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        reach = {nfe for points in lines.values() for nfe, _ in points}
+        for (name, value), style in zip(levels.items(), itertools.cycle(["-", (0, (4, 3))])):
+            axes.axhline(value, color=INK, linestyle=style, linewidth=1, label=name)
+        for name, points in reference.items():
+            if inside := [point for point in points if point[0] in reach]:
+                axes.plot(*zip(*inside, strict=True), "x:", color=MUTED, linewidth=1.2, markersize=5, label=name)
+        marks = itertools.cycle("os^Dv")
+        for (name, points), colour, mark in zip(lines.items(), itertools.cycle(LINES), marks):
+            axes.plot(*zip(*points, strict=True), color=colour, marker=mark, linewidth=1.6, markersize=4, label=name)
+            if at := [point for point in points if point[0] == marked.get(name)]:
+                axes.plot(*zip(*at, strict=True), color=colour, marker=mark, markersize=10, markerfacecolor="none")
+        axes.set(xscale="log", xlabel="NFE per image")
+        axes.set_xticks(ticks := sorted(reach), [str(tick) for tick in ticks])
+        axes.set_xlim(min(ticks) / 1.25, max(ticks) * 1.25)
+        _logarithmic(axes)
+        axes.tick_params(labelleft=True)
+        axes.legend(frameon=False, fontsize=7, ncols=2, loc="best")
+    for axes in drawn[::columns]:
+        axes.set_ylabel(label)
     return _render(figure)
 
 

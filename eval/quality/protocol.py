@@ -20,11 +20,21 @@ from torch import Tensor
 from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.eval.features import Classifier, EfficientNetLite, Progress, check_sha256, enet, extract
-from stepdistill.eval.metrics import Moments, class_accuracy, frechet_distance, kid, precision_recall, variance_ratio
+from stepdistill.eval.metrics import (
+    Moments,
+    class_accuracy,
+    class_variance,
+    frechet_distance,
+    kid,
+    precision_recall,
+    variance_ratio,
+)
 
 NetworkName = Literal["classifier", "enet"]
 NETWORKS: tuple[NetworkName, ...] = ("classifier", "enet")
-METRICS = ("fd_classifier", "kid_classifier", "fd_enet", "kid_enet", "precision", "recall", "accuracy")
+DIVERSITY = ("diversity_classifier", "diversity_enet")
+"""Younger than protocol fashion-v1: a stored row without them is whole, and is not measured again."""
+METRICS = ("fd_classifier", "kid_classifier", "fd_enet", "kid_enet", "precision", "recall", "accuracy", *DIVERSITY)
 
 _FOLDER = Path(__file__).parent / "protocols"
 
@@ -273,6 +283,7 @@ def measure(instruments: Instruments, images: Tensor, labels: Tensor, progress: 
         rows = extract(network, images, progress=progress)
         values[f"fd_{name}"] = frechet_distance(reference.moments[name], Moments.of(rows))
         values[f"kid_{name}"], diagnostics[f"kid_{name}_std"] = kid(reference.rows[name], rows, **settings)
+        values[f"diversity_{name}"] = class_variance(rows, labels)
         if name == "classifier":
             real = reference.rows[name]
             pair = precision_recall(real[: len(rows)], rows, k=protocol.neighbours)

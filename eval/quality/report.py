@@ -12,7 +12,7 @@ from PIL import Image
 
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import png_data_uri, quality_plot, training_plot
-from stepdistill.eval.protocol import METRICS
+from stepdistill.eval.protocol import DIVERSITY, METRICS
 from stepdistill.eval.row_cache import write_json
 
 SCHEMA = 1
@@ -30,6 +30,8 @@ _NAMES = {
     "precision": "Precision",
     "recall": "Recall",
     "accuracy": "Class accuracy",
+    "diversity_classifier": "Diversity-classifier / teacher's",
+    "diversity_enet": "Diversity-ENetLite0 / teacher's",
 }
 
 
@@ -39,7 +41,10 @@ def metric_name(metric: str, samples: int) -> str:
 
 
 def metric_text(metric: str, value: float | None) -> str:
-    """A metric's value as people are shown it; kernel distances are multiplied by 1000."""
+    """A metric's value as people are shown it; kernel distances are multiplied by 1000.
+
+    People see a diversity as the ratio to the teacher's (:meth:`Report.shown`), which is what ``value`` is then.
+    """
     if value is None or not math.isfinite(value):
         return "–"
     if metric.startswith("fd_"):
@@ -151,8 +156,20 @@ class Report:
 
     @property
     def metric_names(self) -> list[str]:
-        """The metrics of these rows, in the report's order."""
-        return [metric for metric in METRICS if any(metric in row.metrics for row in self.rows)]
+        """The metrics to show, in the report's order; a diversity only where the teacher's is known."""
+        found = [metric for metric in METRICS if any(metric in row.metrics for row in self.rows)]
+        return [metric for metric in found if metric not in DIVERSITY or self._teachers(metric) is not None]
+
+    def shown(self, metrics: Mapping[str, float], metric: str) -> float | None:
+        """A row's value of a metric as people are shown it: a diversity as the ratio to the first teacher's."""
+        value = metrics.get(metric)
+        if value is None or metric not in DIVERSITY:
+            return value
+        teacher = self._teachers(metric)
+        return value / teacher if teacher else None
+
+    def _teachers(self, metric: str) -> float | None:
+        return next((row.metrics[metric] for row in self.rows if row.role == "teacher" and metric in row.metrics), None)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json, schema 1."""
@@ -224,6 +241,19 @@ def merge(reports: Sequence[Report]) -> Report:
     return Report(**stated, rows=rows, verdict=list(merged.values()))
 
 
+def between_markers(path: Path, begin: str, end: str, text: str) -> None:
+    """Put ``text`` between two marker lines of a file.
+
+    Raises:
+        InputError: the file does not have them.
+    """
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise InputError(f"{path}: expected the lines {begin} and {end}, found no such place for a table")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 def notes(report: Report) -> list[str]:
     """What a reader must know to read the table rightly."""
     lines = [
@@ -233,6 +263,12 @@ def notes(report: Report) -> list[str]:
         "compared with FIDs. KID is the unbiased kernel distance and may be below zero.",
         "NFE counts network evaluations per image, guidance's second pass included. Solvers run the teacher.",
     ]
+    if any(metric in DIVERSITY for metric in report.metric_names):
+        lines.append(
+            "Diversity is the variance of the features within a class, mean over classes, as a ratio to the (first) "
+            "teacher's; below 1, images of one class resemble each other more than the teacher's do. Rows that were "
+            "measured before it existed show none."
+        )
     if report.samples < 10_000:
         lines.append(
             f"At N = {report.samples} every FD is biased upwards: compare it with the row of real images, which has "
@@ -272,11 +308,11 @@ def table_of(report: Report) -> Table:
     header = ["Sampler", "Steps", "NFE", *(metric_name(m, report.samples) for m in metrics), "s / image", "Memory MiB"]
     rows: list[tuple[str, list[str]]] = []
     if report.floor:
-        cells = [metric_text(metric, report.floor.get(metric)) for metric in metrics]
+        cells = [metric_text(metric, report.shown(report.floor, metric)) for metric in metrics]
         rows.append(("floor", ["real images", "–", "–", *cells, "–", "–"]))
     order = {"teacher": 0, "student": 1, "solver": 2}
     for row in sorted(report.rows, key=lambda row: order[row.role]):
-        cells = [metric_text(metric, row.metrics.get(metric)) for metric in metrics]
+        cells = [metric_text(metric, report.shown(row.metrics, metric)) for metric in metrics]
         cost = [f"{row.cost['seconds_per_image']:.4f}", f"{row.cost['peak_memory_mib']:.0f}"]
         name = f"{row.name}{' °' if row.cached else ''}"
         rows.append((row.role, [name, str(row.steps), str(row.nfe), *cells, *cost]))

@@ -14,6 +14,22 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+@dataclass(frozen=True)
+class PathRows:
+    """Stored trajectories of the guided teacher, one per row of the batch and independent of the batch's conditions.
+
+    Args:
+        points: (B, K + 1, ...) from noise, index 0, to the clean end, index K. times: theirs (K + 1,), from 1 to 0.
+        cond, null: the conditions they were made with. scales: the guidance scales they were made with (B,).
+    """
+
+    points: Tensor
+    times: Tensor
+    cond: dict[str, Tensor]
+    null: dict[str, Tensor] | None
+    scales: Tensor
+
+
 @dataclass
 class Batch:
     """Rows ``first`` .. ``first + size`` of the global batch of one step.
@@ -24,8 +40,10 @@ class Batch:
     Args:
         cond, null: conditions of these rows, and the empty condition of the same length (or None).
         latents: real x_0, (size, ...), or None when the method needs no images.
+        path: stored trajectories, or None when the method needs none.
         shape: one sample's shape. total: the global batch size.
         state: scratch of the method, kept between the turns of one step.
+        signals: numbers of this turn that nobody minimises and the metrics should show, by name (0-d tensors).
     """
 
     seed: int
@@ -37,10 +55,12 @@ class Batch:
     cond: dict[str, Tensor]
     null: dict[str, Tensor] | None = None
     latents: Tensor | None = None
+    path: PathRows | None = None
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
     turn: int = 0
     state: dict[str, Any] = field(default_factory=dict)
+    signals: dict[str, Tensor] = field(default_factory=dict)
 
     def _generator(self, name: str) -> torch.Generator:
         return generator(self.seed, self.step, self.turn, name)

@@ -31,15 +31,17 @@ class PathNeeds:
     """Teacher trajectories a method trains on, made once from noise and stored.
 
     Args:
-        count: how many. steps: DDIM steps of the guided teacher, from noise to the clean end.
+        count: how many. steps: solver steps of the guided teacher, from noise to the clean end.
         keep: "ends" (noise and clean end) or "all" (every point between as well).
         scales: the guidance scale of each is uniform in [low, high]; None: the teacher's own for all.
+        solver: "ddim", or "dpm" for DPM-Solver++(2M), which is as exact in fewer steps.
     """
 
     count: int
     steps: int
     keep: Literal["ends", "all"] = "ends"
     scales: tuple[float, float] | None = None
+    solver: Literal["ddim", "dpm"] = "ddim"
 
 
 @dataclass(frozen=True)

@@ -6,33 +6,45 @@ every step:
     LCM:  f(x, t)    = c_skip(t) x + c_out(t) x_0(x, t)
     TCD:  f(x, t, s) = alpha_s x_0(x, t) + sigma_s eps(x, t),   s ~ U{grid[0..n-1]}
     minimise Huber( f_student(x_t, t) - f_target(x_r, r) );   target <- moving average of the student
+
+With ``w_min`` and ``w_max`` the guidance of every row is w ~ U[w_min, w_max], and student and target are told it, as in
+LCM's full training; the export keeps the recipe's own w. Its convention: LCM's w is this w minus 1.
 """
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
+from stepdistill.adapters import GuidanceEmbedded
 from stepdistill.data.batch import Batch
+from stepdistill.errors import InputError
 from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig
 from stepdistill.methods.losses import pseudo_huber
+from stepdistill.pipeline.denoiser import Conditions, Denoiser
+from stepdistill.samplers import solver_grid
 from stepdistill.schedule import EDMSchedule, Prediction, Schedule, per_sample
 
 
-class ConsistencyConfig(MethodConfig):
-    """Keys of ``method`` for LCM and TCD."""
+class SolverConfig(MethodConfig):
+    """Keys of ``method`` that the whole family shares."""
 
     solver_steps: int = Field(50, ge=2, description="N: length of the teacher's DDIM grid")
     huber: float = Field(1e-3, gt=0, description="c of the pseudo-Huber loss sqrt(d^2 + c^2) - c")
+    w_min: float | None = Field(None, ge=0, description="lowest guidance scale the student is told; null: a fixed one")
+    w_max: float | None = Field(None, ge=0, description="highest guidance scale the student is told")
+
+    @model_validator(mode="after")
+    def _range_of_w(self) -> "SolverConfig":
+        both = self.w_min is not None and self.w_max is not None
+        if (self.w_min is not None or self.w_max is not None) and not (both and self.w_min < self.w_max):
+            raise ValueError(f"expected w_min below w_max or neither of them, got {self.w_min} and {self.w_max}")
+        return self
+
+
+class ConsistencyConfig(SolverConfig):
+    """Keys of ``method`` for LCM, TCD and PCM."""
+
     target_ema: float = Field(0.95, ge=0, lt=1, description="decay of the target network")
-
-
-def solver_grid(schedule: Schedule, steps: int) -> Tensor:
-    """Ascending times (steps + 1,) from the clean end 0: VP timesteps 0, 19, 39, ..., 999 for 50 steps."""
-    fractions = torch.arange(steps + 1, dtype=torch.float64) / steps
-    if schedule.name != "vp_discrete":
-        return fractions
-    count = len(schedule.alphas_cumprod)
-    return schedule.time((fractions * count - 1).round().clamp_min(0))
 
 
 def boundary(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,17 +71,52 @@ class LCM(DistillMethod):
     def data_needs(cls, config: ConsistencyConfig) -> DataNeeds:
         return DataNeeds(images=True)
 
+    @classmethod
+    def adapt(cls, config: SolverConfig, role: str, network: nn.Module, scale: float) -> nn.Module:
+        if config.w_min is None:
+            return network
+        if not config.w_min <= scale <= config.w_max:
+            found = f"expected from method.w_min ({config.w_min}) to method.w_max ({config.w_max}), found {scale}"
+            raise InputError(f"teacher.guidance.scale: {found}")
+        return GuidanceEmbedded(network, scale)
+
+    def prepare(self, batch: Batch) -> None:
+        if self.config.w_min is not None and batch.null is None:
+            raise InputError("method.w_min: expected null for a pipeline without guidance")
+
     def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
+        student, target = self.roles.student, self.roles.target
+        return {"consistency": self.consistency(student, target, *self.draw(batch), batch)}
+
+    def consistency(self, fast: Denoiser, slow: Denoiser, t: Tensor, r: Tensor, s: Tensor, batch: Batch) -> Tensor:
+        """Huber between where ``fast`` jumps from x_t and where ``slow`` jumps from the teacher's x_r; times (B,)."""
+        x_t = self.schedule.add_noise(batch.latents, batch.noise("forward"), t)
+        scale, cond = self.guidance(batch)
+        x_r = self.solver_step(self.teacher(x_t, t, batch, scale), r)
+        with torch.no_grad():
+            target = self.target(slow, x_r, r, s, cond)
+        return pseudo_huber(self.jump(fast(x_t, t, cond), s) - target, self.config.huber)
+
+    def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, r, s), (B,) each: where the student stands, the solver's next time, and where both are sent."""
         grid = solver_grid(self.schedule, self.config.solver_steps).to(batch.device)
         n = self.first_index + batch.integers("n", len(grid) - self.first_index)
-        t, r = grid[n], grid[n - 1]
-        s = grid[(batch.uniform("s") * n).long()]
-        x_t = self.schedule.add_noise(batch.latents, batch.noise("forward"), t)
-        teacher = self.teacher(x_t, t, batch)
-        x_r = self.schedule.add_noise(teacher.x0, teacher.eps, r)
-        with torch.no_grad():
-            target = self.jump(self.roles.target(x_r, r, batch.cond), s)
-        return {"consistency": pseudo_huber(self.jump(self.student(x_t, t, batch), s) - target, self.config.huber)}
+        return grid[n], grid[n - 1], grid[(batch.uniform("s") * n).long()]
+
+    def guidance(self, batch: Batch) -> tuple[float | Tensor, Conditions]:
+        """The teacher's w, and the conditions of the networks that are told it."""
+        if self.config.w_min is None:
+            return self.roles.scale, batch.cond
+        w = batch.uniform("w", self.config.w_min, self.config.w_max)
+        return w, batch.cond | {"guidance_scale": w}
+
+    def solver_step(self, teacher: Prediction, r: Tensor) -> Tensor:
+        """The teacher's DDIM step to ``r``."""
+        return self.schedule.add_noise(teacher.x0, teacher.eps, r)
+
+    def target(self, slow: Denoiser, x_r: Tensor, r: Tensor, s: Tensor, cond: Conditions) -> Tensor:
+        """Where ``slow`` jumps from one solver step further on."""
+        return self.jump(slow(x_r, r, cond), s)
 
     def jump(self, prediction: Prediction, s: Tensor) -> Tensor:
         """f(x_t, t): the predicted clean end, exact at t = 0."""

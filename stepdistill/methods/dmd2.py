@@ -1,5 +1,6 @@
 """DMD2: distribution matching with a learned fake score (Yin et al. 2024, "Improved Distribution Matching
-Distillation"), building on DMD (Yin et al. 2023).
+Distillation"), and what was built on it: f-distill's divergences (Xu et al. 2025) and Decoupled DMD (Liu et al. 2025,
+"CFG Augmentation as the Spear, Distribution Matching as the Shield").
 
     every step:
         k ~ U{0..K-1}, the same for the whole batch
@@ -8,106 +9,137 @@ Distillation"), building on DMD (Yin et al. 2023).
         student, every ``critic_steps``-th step:
             s ~ U[0.02, 0.98];  x_s = alpha x + sigma eps
             g = (D_fake(x_s) - D_real(x_s)) / mean|x - D_real(x_s)|         (per sample)
+            f-distill:   g <- h(r) g,   r = exp(head(critic features of x_s))
             minimise 1/2 |x - sg(x - g)|^2  +  w_G softplus(-head(critic features of x_s'))
         critic, every step, on sg(x):
             minimise its denoising loss  +  w_D [softplus(head(fake)) + softplus(-head(real))]
+
+    Decoupled DMD:   D_fake - D_w = (D_fake - D_cond) - (w - 1) (D_cond - D_uncond),  each part at times of its own:
+        matching:        s ~ U[0.02, 0.98]    whatever k
+        augmentation:    u ~ U[0.02, t_k]     guidance for what the student has yet to decide at t_k
 """
 
-from collections.abc import Sequence
-from typing import Literal
-
-import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
-from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, Roles
+from stepdistill.methods.base import DataNeeds, Roles
+from stepdistill.methods.divergence import Divergence, RatioWeight
 from stepdistill.methods.gan import LatentDiscriminator
-from stepdistill.methods.losses import denoising_loss, dmd_gradient, surrogate
+from stepdistill.methods.losses import dmd_gradient
+from stepdistill.methods.matching import DistributionMatching, MatchingConfig
 from stepdistill.methods.times import uniform_times
-from stepdistill.methods.trajectory import TrajectoryRegression
 from stepdistill.samplers import Sampler
+from stepdistill.schedule import per_sample
 
 
-class DMD2Config(MethodConfig):
+class DMD2Config(MatchingConfig):
     """Keys of ``method`` for DMD2."""
 
     critic_steps: int = Field(5, ge=1, description="critic updates per student update (two time scales)")
-    critic_warmup: int = Field(0, ge=0, description="first steps in which the critic moves alone")
-    regression_steps: int = Field(0, ge=0, description="first steps of trajectory regression instead of DMD2")
-    t_min: float = Field(0.02, ge=0, lt=1, description="lowest time of the distribution-matching noise")
-    t_max: float = Field(0.98, gt=0, le=1, description="highest time of the distribution-matching noise")
     dm_weight: float = Field(1.0, ge=0, description="weight of the distribution-matching term")
     gan_weight: float = Field(0.0, ge=0, description="weight of the student's GAN term; 0 needs no images")
     gan_critic_weight: float = Field(0.01, gt=0, description="weight of the discriminator's loss in the critic")
-    sampler: Literal["renoise", "ddim"] = Field("renoise", description="how the student moves between steps")
+    divergence: Divergence = Field("reverse-kl", description="what is minimised; all others need gan_weight")
+
+    @field_validator("divergence")
+    @classmethod
+    def _has_a_ratio(cls, divergence: Divergence, info: ValidationInfo) -> Divergence:
+        if divergence != "reverse-kl" and not info.data.get("gan_weight"):
+            raise ValueError("expected 'reverse-kl', or method.gan_weight above 0, whose head estimates the ratio")
+        return divergence
 
 
-class DMD2(DistillMethod):
+class DMD2(DistributionMatching):
     """Distribution matching distillation with a critic on its own clock and multi-step students."""
 
     Config = DMD2Config
     config: DMD2Config
     summary = "DMD2: distribution matching with a learned critic, backward simulation, optional GAN head"
-    players = ("student", "critic")
-    extra_roles = ("critic",)
 
     def __init__(self, config: DMD2Config, roles: Roles, sampler: Sampler):
         super().__init__(config, roles, sampler)
         self.gan = LatentDiscriminator(roles.critic) if config.gan_weight > 0 else None
-        self.regression = TrajectoryRegression(TrajectoryRegression.Config(), roles, sampler)
+        self.ratio = RatioWeight(config.divergence) if config.divergence != "reverse-kl" else None
 
     @classmethod
     def data_needs(cls, config: DMD2Config) -> DataNeeds:
         return DataNeeds(images=config.gan_weight > 0)
 
-    @classmethod
-    def sampler_of(cls, config: DMD2Config) -> str:
-        return config.sampler
-
-    def turns(self, step: int) -> Sequence[str]:
-        step -= self.config.regression_steps
-        if step < 0:
-            return self.regression.turns(step)
-        step -= self.config.critic_warmup
-        return ("student", "critic") if step >= 0 and step % self.config.critic_steps == 0 else ("critic",)
-
     def prepare(self, batch: Batch) -> None:
         if self.gan:
             self.gan.build(batch)
+        if self.ratio:
+            self.ratio.to(batch.device)
 
     def modules(self, player: str) -> list[nn.Module]:
         return super().modules(player) + ([self.gan.heads] if self.gan and player == "critic" else [])
 
     def extra_modules(self) -> dict[str, nn.Module]:
-        return {"heads": self.gan.heads} if self.gan else {}
+        return ({"heads": self.gan.heads} if self.gan else {}) | ({"ratio": self.ratio} if self.ratio else {})
 
-    def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
-        if batch.step < self.config.regression_steps:
-            return self.regression.losses(player, batch)
-        return self.student_losses(batch) if player == "student" else self.critic_losses(batch)
-
-    def student_losses(self, batch: Batch) -> dict[str, Tensor]:
-        x = self.generate(batch)
-        batch.state["x"] = x.detach()
-        t = uniform_times(batch, "dm time", self.schedule, self.config.t_min, self.config.t_max)
-        with torch.no_grad():
-            x_t = self.schedule.add_noise(x, batch.noise("dm"), t)
-            real = self.teacher(x_t, t, batch).x0
-            fake = self.roles.critic(x_t, t, batch.cond).x0
-            gradient = dmd_gradient(x, real, fake)
-        losses = {"dm": self.config.dm_weight * surrogate(x, gradient)}
+    def sample_losses(self, x: Tensor, batch: Batch) -> dict[str, Tensor]:
+        losses = {"dm": self.config.dm_weight * super().sample_losses(x, batch)["dm"]}
         if self.gan:
             losses["gan"] = self.config.gan_weight * self.gan.student_loss(x, batch)
         return losses
 
     def critic_losses(self, batch: Batch) -> dict[str, Tensor]:
-        if "x" not in batch.state:
-            with torch.no_grad():
-                batch.state["x"] = self.generate(batch)
-        x = batch.state["x"]
-        t = uniform_times(batch, "critic time", self.schedule)
-        losses = {"denoising": denoising_loss(self.roles.critic, x, t, batch.noise("critic"), batch.cond)}
+        losses = super().critic_losses(batch)
         if self.gan:
-            losses["gan"] = self.config.gan_critic_weight * self.gan.loss_of_heads(x, batch.latents, batch)
+            heads = self.gan.loss_of_heads(batch.state["x"], batch.latents, batch)
+            losses["gan"] = self.config.gan_critic_weight * heads
         return losses
+
+    def gradient(self, x: Tensor, batch: Batch) -> Tensor:
+        return self.matching(x, batch, self.roles.scale)
+
+    def matching(self, x: Tensor, batch: Batch, scale: float) -> Tensor:
+        """The gradient between the teacher under guidance ``scale`` and the critic, weighted by the divergence."""
+        t = self.matching_times(batch)
+        x_t = self.schedule.add_noise(x, batch.noise("dm"), t)
+        real = self.teacher(x_t, t, batch, scale).x0
+        fake = self.roles.critic(x_t, t, batch.cond).x0
+        gradient = dmd_gradient(x, real, fake)
+        if self.ratio:
+            logit = self.gan.heads(self.roles.critic.features(x_t, t, batch.cond)).mean(1)
+            gradient = per_sample(self.ratio(logit, t), x) * gradient
+        return gradient
+
+    def after_update(self, player: str) -> None:
+        if self.ratio and player == "student":
+            self.ratio.update()
+
+
+class FDistillConfig(DMD2Config):
+    """Keys of ``method`` for f-distill."""
+
+    gan_weight: float = Field(1e-3, gt=0, description="weight of the student's GAN term")
+    divergence: Divergence = Field("jensen-shannon", description="what is minimised")
+
+
+class FDistill(DMD2):
+    """DMD2 with another divergence than the mode-seeking reverse KL."""
+
+    Config = FDistillConfig
+    summary = "f-distill: DMD2 under any f-divergence, its density ratio read off the GAN head"
+
+
+class DecoupledDMD(DMD2):
+    """DMD2 whose guidance acts only below the noise that the student still sees."""
+
+    summary = "Decoupled DMD: DMD2 with guidance and distribution matching at noise times of their own"
+
+    def gradient(self, x: Tensor, batch: Batch) -> Tensor:
+        gradient, guidance = self.matching(x, batch, 1.0), self.roles.scale - 1
+        return gradient + guidance * self.augmentation(x, batch) if guidance else gradient
+
+    def augmentation(self, x: Tensor, batch: Batch) -> Tensor:
+        """(D_uncond - D_cond) / mean|x - D_cond| of the teacher; the paper counts time from noise: its tau > t."""
+        grid, highest = self.sampler.grid(), self.config.t_max
+        now = grid[batch.integer("k", len(grid))].t
+        t = uniform_times(batch, "augmentation time", self.schedule, self.config.t_min, min(now, highest))
+        x_t = self.schedule.add_noise(x, batch.noise("augmentation"), t)
+        cond = self.teacher(x_t, t, batch, 1.0).x0
+        uncond = self.roles.teacher(x_t, t, batch.null).x0
+        return dmd_gradient(x, cond, uncond)

@@ -1,56 +1,113 @@
-"""An adversarial part that any method can hold: heads on a denoiser's hidden states of noised samples.
+"""An adversarial part that any method can hold: small heads on the hidden states of a network that sees samples.
 
-DMD2 reads the critic's features and lets the discriminator's loss reach the critic; LADD reads the frozen teacher's.
+latents (DMD2, SiDA, LADD):  x_s = alpha x + sigma eps,  s ~ times;  states of a denoiser at x_s
+pixels (ADD):                states of a frozen image network at decode(x)
 
-    x_s = alpha x + sigma eps,  s ~ times                    ("diffusion GAN": the heads never see clean samples)
-    logits = heads(features of the denoiser at x_s)
+student:  minimise softplus(-heads(fake))                            or -heads(fake)
+heads:    minimise softplus(heads(fake)) + softplus(-heads(real))    or the hinge loss,  + r1/2 |d heads/d states|^2
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
-from stepdistill.discriminator import Heads
-from stepdistill.methods.losses import GanLoss, discriminator_loss, generator_loss
+from stepdistill.discriminator import Heads, ImageFeatures, image_features
+from stepdistill.methods.losses import GanLoss, discriminator_loss, generator_loss, gradient_penalty
 from stepdistill.methods.times import uniform_times
 from stepdistill.pipeline.denoiser import Denoiser
 
 Times = Callable[[Batch, str], Tensor]
 
 
-class LatentDiscriminator:
-    """Heads on ``denoiser``'s features.
+class Discriminator(ABC):
+    """Heads on the hidden states that :meth:`features` gives.
 
     Args:
-        denoiser: the critic or the teacher. times: draws (B,) times from a batch under a name; default uniform.
-        loss: "softplus" (non-saturating) or "hinge".
+        loss: "softplus" (non-saturating) or "hinge". r1: weight of the gradient penalty on real samples; 0 is off.
     """
 
-    def __init__(self, denoiser: Denoiser, times: Times | None = None, loss: GanLoss = "softplus"):
-        self.denoiser, self.loss = denoiser, loss
-        self.times = times or (lambda batch, name: uniform_times(batch, name, denoiser.schedule))
+    def __init__(self, loss: GanLoss = "softplus", r1: float = 0.0):
+        self.loss, self.r1 = loss, r1
         self.heads: Heads | None = None
+
+    @abstractmethod
+    def features(self, x0: Tensor, batch: Batch) -> list[Tensor]:
+        """Hidden states of samples (B, ...); the same randomness for every call of one turn."""
 
     def build(self, batch: Batch, width: int = 64) -> None:
         """Make the heads for the shapes of ``batch``, once."""
         if self.heads is None:
-            t = torch.full((batch.size,), 0.5, device=batch.device, dtype=torch.float64)
             with torch.no_grad():
-                features = self.denoiser.features(batch.noise("gan"), t, batch.cond)
+                features = self.features(batch.noise("gan"), batch)
             self.heads = Heads([f.shape[1:] for f in features], width).to(batch.device)
 
     def logits(self, x0: Tensor, batch: Batch) -> Tensor:
-        """(B, votes) for noised samples; the same noise and times for every call of one turn."""
-        t = self.times(batch, "gan time")
-        x_t = self.denoiser.schedule.add_noise(x0, batch.noise("gan"), t)
-        return self.heads(self.denoiser.features(x_t, t, batch.cond))
+        """(B, votes)."""
+        return self.heads(self.features(x0, batch))
 
     def student_loss(self, x: Tensor, batch: Batch) -> Tensor:
-        """What the student minimises; gradients reach ``x`` through the denoiser."""
+        """What the student minimises; gradients reach ``x`` through the network that is read."""
         return generator_loss(self.logits(x, batch), self.loss)
 
     def loss_of_heads(self, fake: Tensor, real: Tensor, batch: Batch) -> Tensor:
         """What the discriminator minimises on detached samples (B, ...)."""
-        return discriminator_loss(self.logits(fake, batch), self.logits(real, batch), self.loss)
+        states = self.features(real, batch)
+        if self.r1:
+            # Those of a frozen network have no graph, and the penalty is on what the heads are given.
+            states = [state if state.requires_grad else state.detach().requires_grad_() for state in states]
+        logits = self.heads(states)
+        loss = discriminator_loss(self.logits(fake, batch), logits, self.loss)
+        return loss + self.r1 / 2 * gradient_penalty(logits, states) if self.r1 else loss
+
+
+class LatentDiscriminator(Discriminator):
+    """Heads on a denoiser's states of noised samples ("diffusion GAN": they never see clean ones).
+
+    Args:
+        denoiser: the critic or the teacher. times: draws (B,) times from a batch under a name; default uniform.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, times: Times | None = None, loss: GanLoss = "softplus", r1: float = 0.0
+    ):  # fmt: skip
+        super().__init__(loss, r1)
+        self.denoiser = denoiser
+        self.times = times or (lambda batch, name: uniform_times(batch, name, denoiser.schedule))
+
+    def features(self, x0: Tensor, batch: Batch) -> list[Tensor]:
+        t = self.times(batch, "gan time")
+        x_t = self.denoiser.schedule.add_noise(x0, batch.noise("gan"), t)
+        return self.denoiser.features(x_t, t, batch.cond)
+
+
+class PixelDiscriminator(Discriminator):
+    """Heads on a frozen image network's states of decoded samples, real ones decoded alike.
+
+    Args:
+        decode: latents to images in [-1, 1], with graph; None where samples are images.
+        network: name or folder for :func:`stepdistill.discriminator.image_features`; loaded by :meth:`build`.
+        resolution: side in pixels at which it looks.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Tensor], Tensor] | None,
+        network: str,
+        resolution: int,
+        loss: GanLoss = "hinge",
+        r1: float = 0.0,
+    ):
+        super().__init__(loss, r1)
+        self.decode, self.name, self.resolution = decode, network, resolution
+        self.network: ImageFeatures | None = None
+
+    def build(self, batch: Batch, width: int = 64) -> None:
+        if self.network is None:
+            self.network = image_features(self.name, self.resolution).to(batch.device)
+        super().build(batch, width)
+
+    def features(self, x0: Tensor, batch: Batch) -> list[Tensor]:
+        return self.network(self.decode(x0) if self.decode else x0)

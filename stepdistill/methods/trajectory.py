@@ -9,16 +9,28 @@ time. Errors made earlier are therefore corrected, not passed on.
         for k = 0 .. K-1:
             x_{k+1} = sampler step of the student from sg(x_k)
             minimise mean |x_{k+1} - y_{k+1}|,  update
+
+``paths`` trains on that many stored trajectories instead of new ones, so that most of a budget is the student's own.
+
+Regression on ODE pairs (knowledge distillation, Luhman & Luhman 2021; GET, Geng et al. 2023, with its L1): pairs of
+noise and the guided teacher's endpoint, made once; the student's whole sampler, K steps with graph, learns the map.
+
+    every step:
+        (noise, y) ~ stored pairs
+        minimise d( student's sample from noise, y ),  d = L1, L2 or pseudo-Huber
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.data.batch import Batch
-from stepdistill.methods.base import DistillMethod, MethodConfig
+from stepdistill.data.batch import Batch, PathRows
+from stepdistill.errors import InputError
+from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, PathNeeds
+from stepdistill.methods.losses import pseudo_huber
 from stepdistill.samplers import dpm_solver_step
 
 
@@ -26,6 +38,8 @@ class TrajectoryConfig(MethodConfig):
     """Keys of ``method`` for trajectory regression."""
 
     substeps: int = Field(3, ge=1, description="teacher solver steps per student step")
+    paths: int = Field(0, ge=0, description="stored teacher trajectories to train on; 0: new ones in every step")
+    path_steps: int = Field(12, ge=1, description="solver steps of a stored trajectory, a multiple of student.steps")
 
 
 class TrajectoryRegression(DistillMethod):
@@ -36,19 +50,40 @@ class TrajectoryRegression(DistillMethod):
     summary = "SFD: regression of the student's own trajectory on the teacher's (deterministic sampler)"
     sampler_name = "ddim"
 
+    @classmethod
+    def data_needs(cls, config: TrajectoryConfig) -> DataNeeds:
+        stored = PathNeeds(config.paths, config.path_steps, keep="all", solver="dpm")
+        return DataNeeds(paths=stored if config.paths else None)
+
     def turns(self, step: int) -> Sequence[str]:
         return ("student",) * len(self.sampler.grid())
 
     def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
         grid, turn = self.sampler.grid(), batch.turn
         if turn == 0:
-            batch.state["points"] = self.teacher_points(batch)
+            batch.state["points"] = self.stored_points(batch.path) if self.config.paths else self.teacher_points(batch)
             batch.state["x"] = batch.state["points"][0]
-        step = grid[turn]
-        prediction = self.student(batch.state["x"], self.times(step.t, batch), batch)
+        step, cond = grid[turn], batch.path.cond if self.config.paths else batch.cond
+        prediction = self.roles.student(batch.state["x"], self.times(step.t, batch), cond)
         x = self.sampler.advance(prediction, step, lambda: batch.noise("step"))
         batch.state["x"] = x.detach()
         return {"regression": (x - batch.state["points"][turn + 1]).abs().mean()}
+
+    def stored_points(self, path: PathRows) -> list[Tensor]:
+        """The stored trajectories' x at every time of the student's grid, from noise to the clean end.
+
+        Raises:
+            InputError: they were not stopped at those times.
+        """
+        times = torch.tensor([step.t for step in self.sampler.grid()] + [0.0], dtype=torch.float64)
+        apart, index = (path.times.cpu() - times[:, None]).abs().min(1)
+        # A table's entry may be rounded either way.
+        if apart.max() > 2e-3 or len(index.unique()) < len(index):
+            raise InputError(
+                f"method.path_steps: expected a number of steps whose grid holds the student's {len(times) - 1} steps, "
+                f"such as {3 * (len(times) - 1)}, found {self.config.path_steps}"
+            )
+        return [path.points[:, i] for i in index.tolist()]
 
     @torch.no_grad()
     def teacher_points(self, batch: Batch) -> list[Tensor]:
@@ -64,3 +99,42 @@ class TrajectoryRegression(DistillMethod):
                 x = dpm_solver_step(current, previous, None if r is None else self.times(r, batch))
                 previous = current
         return [*points, x]
+
+
+class OdeConfig(MethodConfig):
+    """Keys of ``method`` for regression on ODE pairs."""
+
+    pairs: int = Field(2000, ge=1, description="pairs of noise and teacher's endpoint, made once")
+    solver_steps: int = Field(12, ge=1, description="DPM-Solver++(2M) steps of the teacher for each pair")
+    metric: Literal["l1", "l2", "huber"] = Field("l1", description="distance between sample and endpoint")
+    huber: float = Field(0.1, gt=0, description="c of the pseudo-Huber metric sqrt(d^2 + c^2) - c")
+
+
+class OdeRegression(DistillMethod):
+    """The teacher's endpoint map by plain regression: no teacher, critic or images while it trains."""
+
+    Config = OdeConfig
+    config: OdeConfig
+    summary = "Regression on stored pairs of noise and the teacher's ODE endpoint (deterministic sampler)"
+    sampler_name = "ddim"
+
+    @classmethod
+    def data_needs(cls, config: OdeConfig) -> DataNeeds:
+        return DataNeeds(paths=PathNeeds(config.pairs, config.solver_steps, solver="dpm"))
+
+    def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
+        x, end = batch.path.points[:, 0], batch.path.points[:, -1]
+        for step in self.sampler.grid():
+            prediction = self.roles.student(x, self.times(step.t, batch), batch.path.cond)
+            x = self.sampler.advance(prediction, step, lambda: batch.noise("step"))
+        return {"regression": self.distance(x - end)}
+
+    def distance(self, difference: Tensor) -> Tensor:
+        """The mean over all elements of the chosen metric."""
+        match self.config.metric:
+            case "l1":
+                return difference.abs().mean()
+            case "l2":
+                return difference.square().mean()
+            case "huber":
+                return pseudo_huber(difference, self.config.huber)

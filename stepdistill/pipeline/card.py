@@ -16,6 +16,12 @@ def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
     """
     steps, name = facts["steps"], type(trace.pipeline).__name__
     argument = "class_labels=[0, 1, 2, 3]" if trace.entry == "class_labels" else 'prompt="a photo of a cat"'
+    place, imported, attached, reloaded = "inside the weights", "", "", "with plain diffusers"
+    if facts["adapter"]:
+        place = "in the adapter beside them (`guidance_adapter.safetensors`); without it they are the unguided model"
+        imported = "import stepdistill\n"
+        attached = f'stepdistill.attach(pipe, "PATH_OF_THIS_FOLDER", scale={facts["guidance"]:g})\n'
+        reloaded = "and the adapter attached"
     return f"""---
 library_name: diffusers
 license: other
@@ -27,13 +33,13 @@ tags: [diffusion, distillation, few-step, {facts["method"]}]
 # {facts["teacher"]} in {steps} step{"s" if steps > 1 else ""}
 
 A {steps}-step {name}, distilled from `{facts["teacher"]}` with stepdistill. One network pass per step, no
-classifier-free guidance: guidance {facts["guidance"]:g} of the teacher is inside the weights.
+classifier-free guidance: guidance {facts["guidance"]:g} of the teacher is {place}.
 
 ```python
-from diffusers import {name}
+{imported}from diffusers import {name}
 
 pipe = {name}.from_pretrained("PATH_OF_THIS_FOLDER")
-images = pipe({argument}, num_inference_steps={steps}, guidance_scale=1.0).images
+{attached}images = pipe({argument}, num_inference_steps={steps}, guidance_scale=1.0).images
 ```
 
 | | |
@@ -43,7 +49,7 @@ images = pipe({argument}, num_inference_steps={steps}, guidance_scale=1.0).image
 | scheduler | {type(trace.pipeline.scheduler).__name__}, its config holds the step grid; keep it |
 | teacher | {facts["teacher"]}, guidance scale {facts["guidance"]:g} |
 | licence | that of the teacher: the student is a derivative of its weights |
-| checked | reloaded with plain diffusers, differs from the training-time sampler by {error:.1e} |
+| checked | reloaded {reloaded}, differs from the training-time sampler by {error:.1e} |
 
 ## Quality
 

@@ -1,6 +1,6 @@
 """Denoiser: (x_t, t, cond) -> Prediction, for any network whose call is described by a CallSpec."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -69,6 +69,15 @@ def first_tensor(output: Any) -> Any:
     return next(iter(output.values() if isinstance(output, Mapping) else output))
 
 
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """``output`` with another first entry; the inverse of :func:`first_tensor`."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, Mapping):
+        return type(output)(**{**output, next(iter(output)): tensor})
+    return type(output)((tensor, *output[1:]))
+
+
 def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dict arguments as one level with dotted names; empty dicts stay values."""
     flat: dict[str, Any] = {}
@@ -122,13 +131,7 @@ class Denoiser:
         A network of equal blocks gives evenly spaced depths, (B, tokens, width) each; a UNet gives the
         deepest of its down blocks and its middle, (B, channels, h, w).
         """
-        captured: list[Tensor] = []
-        with ExitStack() as hooks:
-            for block in feature_blocks(self.network):
-                handle = block.register_forward_hook(lambda _module, _inputs, out: captured.append(_hidden(out)))
-                hooks.callback(handle.remove)
-            self.network(**self.arguments(x_t, t, cond))
-        return captured
+        return hidden_states(self.network, lambda: self.network(**self.arguments(x_t, t, cond)))
 
     def arguments(self, x_t: Tensor, t: Tensor, cond: Conditions) -> dict[str, Any]:
         """The keyword arguments of the network's call; floating tensors in the network's dtype."""
@@ -147,6 +150,17 @@ class Denoiser:
         flat[spec.sample] = x_t.to(dtype) if dtype else x_t
         flat[spec.timestep] = spec.network_timestep(self.schedule.timestep(t))
         return unflatten(flat)
+
+
+def hidden_states(network: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+    """What the feature blocks of ``network`` emit while ``run`` calls it, in order, with grad."""
+    captured: list[Tensor] = []
+    with ExitStack() as hooks:
+        for block in feature_blocks(network):
+            handle = block.register_forward_hook(lambda _module, _inputs, out: captured.append(_hidden(out)))
+            hooks.callback(handle.remove)
+        run()
+    return captured
 
 
 def feature_blocks(network: nn.Module) -> list[nn.Module]:

@@ -15,6 +15,7 @@ from stepdistill import checkpoint
 from stepdistill.adapters import plain_network
 from stepdistill.errors import InputError
 from stepdistill.eval.row_cache import cache_folder
+from stepdistill.guidance_adapters import fastened
 from stepdistill.pipeline.card import model_card
 from stepdistill.pipeline.generate import call_pipeline, last_latents
 from stepdistill.pipeline.load import load_pipeline, save_pipeline
@@ -40,7 +41,7 @@ class ExportResult:
 
 
 def export(run: str | Path, out: str | Path) -> ExportResult:
-    """Write the student of ``run`` as a stock pipeline into ``out``.
+    """Write the student of ``run`` as a stock pipeline into ``out``; a guidance adapter lies beside its network.
 
     The folder appears whole or not at all: it is written beside ``out``, reloaded with plain diffusers, run
     with ``num_inference_steps = n`` without guidance, compared with the training-time sampler, and renamed.
@@ -130,6 +131,7 @@ def _facts(recipe: Recipe, session: Session, step: int) -> dict[str, Any]:
         "steps": recipe.student.steps,
         "sampler": session.sampler.name,
         "trained_steps": step,
+        "adapter": fastened(getattr(session.trace.pipeline, session.trace.component)) is not None,
         "recipe": recipe.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("stepdistill", "torch", "diffusers")},
     }

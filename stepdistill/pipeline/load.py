@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ from transformers.utils import logging as transformers_logging
 
 from stepdistill import assets
 from stepdistill.errors import InputError
+from stepdistill.guidance_adapters import NAME, fastened
+from stepdistill.pipeline.attach import CONFIG, attach, write_adapter
 
 
 def load_pipeline(
     path: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
 ) -> DiffusionPipeline:
     """A pipeline by the name of an embedded teacher, a local folder or a hub id; safetensors only, no remote code.
+
+    A guidance adapter in a local folder is attached to it.
 
     Args:
         revision: of a hub id. dtype: of all its networks.
@@ -51,12 +55,22 @@ def load_pipeline(
         reason = " ".join(str(error).split())
         raise InputError(f"pipeline {name}: cannot be loaded as a diffusers pipeline: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return attach(pipeline, source) if (Path(source) / CONFIG).is_file() else pipeline
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
-    """A stock pipeline folder, with the class names (id2label) that ``save_pretrained`` forgets."""
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    """A stock pipeline folder, with the class names (id2label) that ``save_pretrained`` forgets.
+
+    A guidance adapter is written beside its network, which is the unguided one to plain diffusers.
+    """
+    with ExitStack() as stack:
+        for name, network in pipeline.components.items():
+            if (adapter := fastened(network)) is not None:
+                del network._modules[NAME]
+                stack.callback(network.add_module, NAME, adapter)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_adapter(adapter, name, network, folder)
+        pipeline.save_pretrained(folder, safe_serialization=True)
     if labels := getattr(pipeline, "labels", None):
         names: dict[str, str] = {}
         for name, number in labels.items():

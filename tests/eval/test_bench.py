@@ -10,7 +10,7 @@ from synthetic import ROWS, pictures, reference_file
 
 from pipeline.tiny import tiny_dit
 from stepdistill import bench as run_bench
-from stepdistill.bench import Sampling, fit, read_source, sample, solver_samplings, stock_solvers
+from stepdistill.bench import Bench, Sampling, fit, read_source, sample, solver_samplings, stock_solvers
 from stepdistill.errors import InputError
 from stepdistill.eval.protocol import build_reference, load_networks, load_protocol
 from stepdistill.eval.row_cache import RowCache, empty_measurements, row_key, weights_digest, write_json
@@ -82,7 +82,9 @@ def test_a_run_gives_students_teacher_solvers_and_a_verdict(folders, measured, t
     assert conclusion.ratio == pytest.approx(student["fd_classifier"] / teacher["fd_classifier"])
     for row in report.rows:
         assert row.cost["seconds_per_image"] > 0 and row.cost["peak_memory_mib"] > 1 and row.cost["parameters"] > 1000
-        assert tuple(row.metrics) == ("fd_classifier", "kid_classifier", "precision", "recall", "accuracy")
+        assert tuple(row.metrics) == (
+            "fd_classifier", "kid_classifier", "precision", "recall", "accuracy", "diversity_classifier",
+        )  # fmt: skip
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert page.count("<figure>") == 4 and "losses, gradient norms" in page
     assert said[0] == ("mine (dmd2), 1 steps", 20, 20)
@@ -93,6 +95,25 @@ def test_a_second_benchmark_runs_nothing_and_says_so(folders, measured):
     again = measured(folders / "mine", steps=(1, 2), progress=lambda *line: pytest.fail(f"ran {line}"))
     assert not any(row.cached for row in first.rows) and all(row.cached for row in again.rows)
     assert [row.metrics for row in again.rows] == [row.metrics for row in first.rows]
+
+
+def test_rows_from_before_a_metric_are_whole_unless_asked_for(folders, measured, tmp_path):
+    measured(folders / "teacher", steps=(1,), solvers=False)
+    (path,) = (tmp_path / "cache" / "rows").glob("*.json")
+    stored = json.loads(path.read_text())
+    young = stored["metrics"].pop("diversity_classifier")
+    write_json(path, stored)
+    report = measured(folders / "teacher", steps=(1,), solvers=False)
+    assert report.rows[0].cached and "diversity_classifier" not in report.rows[0].metrics
+    assert "Diversity" not in report.to_markdown()
+    module = sys.modules["stepdistill.bench"]
+    instruments = module.load_instruments(tmp_path / "test-v1.yaml", ["classifier"])
+    cache = RowCache(tmp_path / "cache", None, instruments.protocol.digest)
+    bench = Bench(instruments, cache, 20, 0, CPU, complete=True)
+    teacher = bench.model(str(folders / "teacher"))
+    row = bench.row(Sampling("teacher", "teacher", teacher, teacher.scheduler, TEACHER_STEPS))
+    assert not row.cached and row.metrics["diversity_classifier"] == pytest.approx(young)
+    assert {**stored["metrics"], "diversity_classifier": young} == pytest.approx(row.metrics)
 
 
 def test_two_students_share_their_teacher(folders, measured):

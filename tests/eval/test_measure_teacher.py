@@ -10,6 +10,7 @@ from synthetic import ROWS, pictures
 
 from pipeline.tiny import tiny_dit
 from stepdistill import bench
+from stepdistill.errors import InputError
 from stepdistill.eval.protocol import load_protocol
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_teacher.py"
@@ -50,6 +51,23 @@ def test_the_script_builds_pins_measures_resumes_and_feeds_the_benchmark(protoco
     script.main()
     after = json.loads(measurements.read_text())["rows"]
     assert len(after) == 4 and after[dropped]["metrics"] == before["metrics"]
+
+    # A row from before a metric gets it, and keeps the rest to the bit.
+    stored["rows"][dropped] = old = json.loads(json.dumps(before))
+    young = old["metrics"].pop("diversity_enet")
+    old["metrics"]["fd_enet"] *= 1.001
+    old["cost"]["seconds_per_image"] = 7.0
+    stored["floors"] = {"10": {"fd_enet": 1.0}}
+    measurements.write_text(json.dumps(stored))
+    script.main()
+    again = json.loads(measurements.read_text())
+    assert again["rows"][dropped] == old | {"metrics": {**old["metrics"], "diversity_enet": young}}
+    assert again["floors"] == stored["floors"]
+    old["metrics"]["fd_enet"] *= 1.1
+    measurements.write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="fd_enet: measured"):
+        script.main()
+    measurements.write_text(json.dumps(again))
 
     monkeypatch.setattr(sys.modules["stepdistill.bench"], "solver_samplings", script.solver_samplings)
     stated = {"samples": 10, "steps": (2,), "guidance": 2.0, "protocol": protocol_file, "cache": tmp_path / "cache"}

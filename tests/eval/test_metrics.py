@@ -10,6 +10,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from stepdistill.eval.metrics import (
     Moments,
     class_accuracy,
+    class_variance,
     frechet_distance,
     kid,
     precision_recall,
@@ -135,6 +136,19 @@ def test_a_collapsed_set_keeps_precision_and_loses_recall_and_variance():
     precision, recall = precision_recall(real, collapsed)
     assert precision > 0.95 and recall < 0.2
     assert variance_ratio(collapsed, labels, real, labels) == pytest.approx(0.04, rel=1e-9)
+
+
+def test_class_variance_is_the_mean_trace_by_hand_and_is_blind_to_where_the_classes_are():
+    rows = torch.tensor([[0.0, 0.0], [2.0, 0.0], [10.0, 5.0], [10.0, 9.0], [7.0, 7.0]])
+    labels = torch.tensor([0, 0, 1, 1, 2])  # traces 2 and 8; a class of one row has none
+    assert class_variance(rows, labels) == 5.0
+    assert class_variance(rows + 100 * labels[:, None], labels) == 5.0
+    assert math.isnan(class_variance(rows[4:], labels[4:]))
+    many = gaussian(5000, 3, seed=0, scale=2.0)
+    assert class_variance(many, torch.arange(5000) % 2) == pytest.approx(3 * 4, rel=0.05)
+    # Unbiased: small sets have the same value on average.
+    small = [class_variance(gaussian(6, 3, seed=i, scale=2.0), torch.arange(6) % 2) for i in range(2000)]
+    assert sum(small) / len(small) == pytest.approx(12, rel=0.03)
 
 
 def test_class_accuracy_counts_the_class_that_was_asked_for():

@@ -63,6 +63,7 @@ def test_measure_gives_every_metric_and_orders_images_by_how_far_they_are(instru
     assert tuple(near.metrics) == METRICS == instruments.metric_names
     for metric in ("fd_classifier", "kid_classifier", "fd_enet", "kid_enet"):
         assert near.metrics[metric] < far.metrics[metric]
+    assert near.metrics["diversity_enet"] < far.metrics["diversity_enet"]
     assert near.metrics["precision"] > far.metrics["precision"]
     assert set(near.diagnostics) == {"kid_classifier_std", "kid_enet_std", "variance_ratio"}
 
@@ -76,7 +77,7 @@ def test_floor_takes_the_first_images_and_refuses_more_than_there_are(instrument
 
 def test_one_network_gives_its_metrics_alone(instruments):
     alone = Instruments(instruments.protocol, {"enet": instruments.networks["enet"]}, instruments.reference)
-    assert alone.metric_names == ("fd_enet", "kid_enet")
+    assert alone.metric_names == ("fd_enet", "kid_enet", "diversity_enet")
     assert tuple(measure(alone, *pictures(20, seed=1)).metrics) == alone.metric_names
 
 

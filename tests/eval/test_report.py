@@ -11,11 +11,11 @@ import torch
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid
 from stepdistill.eval.protocol import METRICS
-from stepdistill.eval.report import Report, Row, merge, read_report, verdict
+from stepdistill.eval.report import Report, Row, merge, notes, read_report, table_of, verdict
 
 
 def row(name, role, steps, fd, guidance=1.0, **changes):
-    metrics = dict(zip(METRICS, (fd, 0.001, 3 * fd, 0.002, 0.8, 0.7, 0.93), strict=True))
+    metrics = dict(zip(METRICS, (fd, 0.001, 3 * fd, 0.002, 0.8, 0.7, 0.93, 2 * fd, 4 * fd), strict=True))
     cost = {"seconds_per_image": 0.0123, "peak_memory_mib": 512.0, "parameters": 4_600_000}
     nfe = steps * (1 if guidance == 1 else 2)
     return Row(name, role, steps, nfe, guidance, 1000, metrics, cost, **changes)
@@ -145,6 +145,30 @@ def test_metrics_that_were_not_measured_have_no_column():
         entry.metrics = {"fd_classifier": 1.0, "kid_classifier": 0.0}
     assert report.metric_names == ["fd_classifier", "kid_classifier"]
     assert "ENet" not in report.to_markdown().split("Protocol")[0]
+
+
+def test_people_read_diversity_as_a_ratio_to_the_teachers():
+    report = a_report(row("a", "student", 4, 7.5))
+    old = next(entry for entry in report.rows if entry.name == "DDIM")
+    del old.metrics["diversity_enet"]
+    table = table_of(report)
+    column = table.header.index("Diversity-ENetLite0 / teacher's")
+    cells = {cells[0]: cells[column] for _, cells in table.rows}
+    # The teacher's is 40; real images have 0.5.
+    assert cells == {
+        "real images": "0.013",
+        "fashion-dit w=1.5": "1.000",
+        "a": "0.750",
+        "DDIM": "–",
+        "UniPC w=1.5": "3.000",
+    }
+    assert any(note.startswith("Diversity is") for note in notes(report))
+    for entry in report.rows:
+        if entry.role == "teacher":
+            del entry.metrics["diversity_classifier"], entry.metrics["diversity_enet"]
+    assert not any("Diversity" in cell for cell in table_of(report).header)
+    assert not any(note.startswith("Diversity") for note in notes(report))
+    assert report.to_dict()["rows"][0]["metrics"]["diversity_enet"] == 30
 
 
 def test_merge_keeps_equal_rows_once_and_refuses_what_cannot_be_compared():

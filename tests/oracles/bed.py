@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
 from stepdistill.pipeline.denoiser import CallSpec, Denoiser
-from stepdistill.samplers import Renoise, Sampler, Step
+from stepdistill.samplers import DDIM, Renoise, Sampler, Step
 from stepdistill.schedule import EDMSchedule, FlowSchedule, Kind, Schedule, VPSchedule
 
 SD_TABLE = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
@@ -35,8 +35,9 @@ class Map(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
         t = self.schedule.time(timestep)
         x0 = self.scale * self.function(x, t, class_labels) + self.shift
-        # At sigma = 0 what a network emits is irrelevant, but finite.
-        return self.schedule.from_x0(x0, x, t.clamp_min(1e-6), self.kind)
+        # At flow's sigma = 0 what a network emits is irrelevant, but finite.
+        t = t.clamp_min(1e-6) if self.schedule.name == "flow" else t
+        return self.schedule.from_x0(x0, x, t, self.kind)
 
 
 def player(function: Callable[..., Tensor], schedule: Schedule, kind: Kind, scale=1.0, shift=0.0) -> Denoiser:
@@ -70,6 +71,56 @@ class OnGrid(Sampler):
 
     def advance(self, prediction, step, noise):
         return self.like.advance(self, prediction, step, noise)
+
+
+class EvenGrid(OnGrid):
+    """Any number of even steps from noise to the clean end, on schedules that no stock scheduler runs."""
+
+    def __init__(self, schedule: Schedule, steps: int, like: type[Sampler] = DDIM):
+        super().__init__(schedule, [], like)
+        self.steps = steps
+
+    def grid(self, steps: int | None = None) -> list[Step]:
+        times = self.schedule.snap(torch.linspace(1, 0, (steps or self.steps) + 1, dtype=torch.float64)).tolist()
+        return [Step(t, r or None) for t, r in itertools.pairwise(times)]
+
+
+class Table(nn.Module):
+    """A trainable network that means x_0 = scale x + shift, with numbers of its own at each of ``times`` (K,).
+
+    It starts as the Gaussian teacher N(mean, std^2), the way students do.
+    """
+
+    def __init__(self, times: Tensor, mean: float, std: float, schedule: Schedule, kind: Kind):
+        super().__init__()
+        self.times, self.schedule, self.kind = times, schedule, kind
+        alpha, sigma = schedule.coefficients(times)
+        gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+        self.scale, self.shift = nn.Parameter(gain), nn.Parameter(mean * (1 - alpha * gain))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        t = self.schedule.time(timestep)
+        nearest = (t[:, None] - self.times).abs().argmin(1)
+        x0 = self.scale[nearest][:, None] * x + self.shift[nearest][:, None]
+        return self.schedule.from_x0(x0, x, t.clamp_min(1e-6), self.kind)
+
+
+def table(times: Tensor, gaussian: tuple[float, float], schedule: Schedule, kind: Kind) -> Denoiser:
+    """A :class:`Table` behind the library's own Denoiser."""
+    spec = CallSpec("x", "timestep", timestep_dtype=torch.float64)
+    return Denoiser(Table(times, *gaussian, schedule, kind), spec, schedule, kind)
+
+
+def descend(method, rows_of: Callable[[int], Batch], steps: int, lr: float) -> None:
+    """Train the method's student with Adam, a cosine learning rate and the method's own updates."""
+    optimizer = torch.optim.Adam(method.roles.student.network.parameters(), lr)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        sum(method.losses("student", rows_of(step)).values()).backward()
+        optimizer.step()
+        rate.step()
+        method.after_update("student")
 
 
 def batch(size: int = 6, step: int = 0, latents: Tensor | None = None, labels: tuple[int, int] | None = None) -> Batch:
@@ -112,8 +163,29 @@ class Spy:
 
     def __init__(self, denoiser):
         self.denoiser, self.schedule, self.kind = denoiser, denoiser.schedule, denoiser.kind
+        self.network = getattr(denoiser, "network", None)
         self.calls: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, x_t: Tensor, t: Tensor, cond):
         self.calls.append((x_t, t))
         return self.denoiser(x_t, t, cond)
+
+
+class OptimalHeads(nn.Module):
+    """The Bayes discriminator: log p_real,t(x_t) - log p_fake,t(x_t) from "features" that are (x_t, t)."""
+
+    def __init__(self, real, fake):
+        super().__init__()
+        self.real, self.fake = real, fake
+
+    def forward(self, features):
+        x_t, t = features
+        return (self.real.log_density(x_t, t) - self.fake.log_density(x_t, t))[:, None]
+
+
+class WithFeatures(Spy):
+    """A denoiser whose "features" are (x_t, t) themselves."""
+
+    def features(self, x_t, t, cond):
+        self.calls.append((x_t, t))
+        return [x_t, t]

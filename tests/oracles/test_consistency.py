@@ -1,16 +1,39 @@
 """LCM and TCD against closed forms: targets, losses, fixed points and the stock schedulers they are exported as."""
 
+import copy
 import math
 
 import diffusers
 import pytest
 import torch
-from bed import G1, M1, SCHEDULES, OnGrid, Spy, at, batch, column, corners, ddim_path, gradients, player
+from bed import (
+    G1,
+    M1,
+    SCHEDULES,
+    Map,
+    OnGrid,
+    Spy,
+    at,
+    batch,
+    column,
+    corners,
+    ddim_path,
+    descend,
+    gradients,
+    player,
+    table,
+)
+from pydantic import ValidationError
+from torch import nn
 
+from pipeline.tiny import tiny_dit
+from stepdistill.adapters import GuidanceEmbedded
 from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser
+from stepdistill.errors import InputError
 from stepdistill.methods import Roles
 from stepdistill.methods.consistency import LCM, TCD, ConsistencyConfig, boundary, solver_grid
 from stepdistill.methods.losses import pseudo_huber
+from stepdistill.pipeline.denoiser import CallSpec, Denoiser
 from stepdistill.samplers import TCD as TCDSampler
 from stepdistill.samplers import Renoise, Step, renoise_up
 from stepdistill.schedule import KINDS, Prediction, Schedule, from_scheduler
@@ -177,6 +200,118 @@ def test_lcms_guided_fixed_point():
     assert loss_of(unguided, batch(32, latents=data(32), labels=(1, 2))).item() > 1e-3
 
 
+class TellingMap(Map):
+    """A :class:`bed.Map` of (x_t, t, guidance_scale): a student that is told w."""
+
+    def forward(self, x, timestep, class_labels=None, guidance_scale=None):
+        return super().forward(x, timestep, guidance_scale)
+
+
+def telling_player(function, schedule: Schedule, kind) -> Denoiser:
+    spec = CallSpec("x", "timestep", timestep_dtype=torch.float64)
+    return Denoiser(TellingMap(function, schedule, kind), spec, schedule, kind)
+
+
+def guided_mixture(teacher):
+    """D_w of class 2 of M1, from the formula; w (B,)."""
+    label, null = ({"class_labels": torch.tensor([value])} for value in (1, 2))
+
+    def x0_of(x, t, w):
+        plain = teacher.posterior_mean(x, t, null)
+        return plain + w[:, None] * (teacher.posterior_mean(x, t, label) - plain)
+
+    return x0_of
+
+
+@pytest.mark.parametrize("name,kind", ALL)
+def test_a_range_of_w_has_the_guided_fixed_point_at_every_w(name, kind):
+    """Told w, the student is the solver on D_w for each row's own w; told another w, it is not."""
+    schedule = SCHEDULES[name]
+    teacher = MixtureDenoiser(*M1, schedule, kind)
+    x0_of = guided_mixture(teacher)
+
+    def composite(bias: float):
+        def function(x, t, w):
+            return solver_composite(lambda y, time: x0_of(y, time, w + bias), schedule, 10)(x, t, None)
+
+        return function
+
+    student, wrong = (telling_player(composite(bias), schedule, kind) for bias in (0.0, 0.2))
+    method = method_of(LCM, teacher, student, scale=2.0, solver_steps=10, w_min=1.0, w_max=3.0)
+    loss = loss_of(method, batch(64, latents=data(), labels=(1, 2)))
+    assert loss.item() < 1e-12 and math.hypot(*gradients(loss, student)) < 1e-6
+    other = method_of(LCM, teacher, wrong, scale=2.0, solver_steps=10, w_min=1.0, w_max=3.0)
+    assert loss_of(other, batch(64, latents=data(), labels=(1, 2))).item() > 1e-4
+
+
+@pytest.mark.parametrize("cls", [LCM, TCD])
+def test_every_network_is_told_the_w_that_the_teacher_is_guided_with(cls):
+    schedule, told = SCHEDULES["vp"], []
+    teacher = Spy(MixtureDenoiser(*M1, schedule, "v"))
+
+    def listen(x, t, w):
+        told.append(w)
+        return x
+
+    student = telling_player(listen, schedule, "v")
+    target = Spy(student)
+    method = method_of(cls, teacher, student, target, scale=2.0, w_min=1.5, w_max=4.0)
+    loss_of(method, batch(2000, latents=data(2000), labels=(1, 2)))
+    assert torch.equal(told[0], told[1])
+    w = told[0]
+    assert w.min().item() == pytest.approx(1.5, abs=0.01) and w.max().item() == pytest.approx(4, abs=0.01)
+    assert w.mean().item() == pytest.approx(2.75, abs=0.06)
+    (x_t, t), (x_r, r) = teacher.calls[0], target.calls[0]
+    x_t, t = x_t[:2000], t[:2000]
+    real = guided_mixture(teacher.denoiser)(x_t, t, w)
+    (alpha, sigma), (alpha_r, sigma_r) = ([c[:, None] for c in schedule.coefficients(time)] for time in (t, r))
+    torch.testing.assert_close(x_r, alpha_r * real + sigma_r * (x_t - alpha * real) / sigma, rtol=1e-8, atol=1e-8)
+
+
+def test_a_fixed_w_is_told_to_nobody():
+    schedule = SCHEDULES["vp"]
+    method = method_of(LCM, MixtureDenoiser(*M1, schedule, "v"), affine_student(schedule, "v"), scale=2.0)
+    assert method.guidance(batch(labels=(1, 2)))[1].keys() == {"class_labels"}
+    network = nn.Linear(2, 2)
+    assert LCM.adapt(ConsistencyConfig(), "student", network, 2.0) is network
+
+
+def test_the_range_of_w_is_checked():
+    for keys in ({"w_min": 1.0}, {"w_max": 2.0}, {"w_min": 2.0, "w_max": 1.0}):
+        with pytest.raises(ValidationError, match="expected w_min below w_max or neither"):
+            ConsistencyConfig(**keys)
+    config = ConsistencyConfig(w_min=1.0, w_max=2.0)
+    with pytest.raises(InputError, match=r"teacher.guidance.scale: expected from method.w_min \(1.0\) .*, found 3.0"):
+        LCM.adapt(config, "student", nn.Linear(2, 2), 3.0)
+    schedule = SCHEDULES["vp"]
+    method = method_of(LCM, None, affine_student(schedule, "v"), w_min=1.0, w_max=2.0)
+    with pytest.raises(InputError, match=r"method.w_min: expected null for a pipeline without guidance"):
+        method.prepare(batch())
+    method.prepare(batch(labels=(1, 2)))
+
+
+def test_the_told_student_is_the_network_of_the_embedding():
+    network = LCM.adapt(ConsistencyConfig(w_min=1.0, w_max=3.0), "student", tiny_dit().transformer, 2.0)
+    assert isinstance(network, GuidanceEmbedded) and network.scale == 2.0
+
+
+def test_an_lcm_student_converges_to_the_composed_solver():
+    schedule = SCHEDULES["flow"]
+    teacher, grid = GaussianDenoiser(*G1, schedule, "flow"), solver_grid(schedule, 5)
+    student = table(grid, G1, schedule, "flow")
+    method = method_of(LCM, teacher, student, copy.deepcopy(student), solver_steps=5, target_ema=0.8)
+    x = column(-1.0, 0.0, 1.0)
+    wanted = ddim_path(teacher.posterior_mean, x, grid.flip(0).tolist(), schedule)
+
+    def error() -> float:
+        with torch.no_grad():
+            return (student(x, at(1.0, 3), {}).x0 - wanted).abs().max().item()
+
+    before = error()
+    descend(method, lambda step: batch(48, step=step, latents=data(48)), steps=300, lr=0.03)
+    assert error() < 2e-2 < 0.2 < before
+
+
 def test_the_composed_solver_approaches_the_exact_map_at_first_order():
     schedule = SCHEDULES["edm"]
     teacher = GaussianDenoiser(*G1, schedule, "epsilon")
@@ -197,6 +332,16 @@ def test_tcds_fixed_point_where_trajectories_are_straight(name, kind):
     method = method_of(TCD, teacher, student)
     loss = loss_of(method, batch(64, latents=torch.full((64, 1), mean, dtype=torch.float64)))
     assert loss.item() < 1e-12 and math.hypot(*gradients(loss, student)) < 1e-6
+
+
+def test_tcd_has_a_floor_where_trajectories_bend():
+    """One x_0 per time cannot serve every s: even LCM's optimum, exact at s = 0, leaves TCD a loss."""
+    schedule = SCHEDULES["flow"]
+    teacher = GaussianDenoiser(*G1, schedule, "flow")
+    student = player(solver_composite(teacher.posterior_mean, schedule, 10), schedule, "flow")
+    lcm, tcd = (method_of(cls, teacher, student, solver_steps=10) for cls in (LCM, TCD))
+    rows = batch(256, latents=data(256))
+    assert loss_of(lcm, rows).item() < 1e-12 and loss_of(tcd, rows).item() > 1e-4
 
 
 @pytest.mark.parametrize("name,kind", ALL)

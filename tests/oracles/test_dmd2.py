@@ -4,14 +4,28 @@ import math
 
 import pytest
 import torch
-from bed import G1, SCHEDULES, OnGrid, Spy, at, batch, column, corners, generator, gradients, player
+from bed import (
+    G1,
+    SCHEDULES,
+    OnGrid,
+    OptimalHeads,
+    Spy,
+    WithFeatures,
+    at,
+    batch,
+    column,
+    corners,
+    generator,
+    gradients,
+    player,
+)
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from torch import nn
 
 from stepdistill.analytic import GaussianDenoiser, affine_critic
 from stepdistill.methods import Roles
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.losses import denoising_loss, dmd_gradient, surrogate
+from stepdistill.methods.trajectory import TrajectoryConfig, TrajectoryRegression
 from stepdistill.samplers import Renoise
 from stepdistill.schedule import KINDS, from_scheduler
 
@@ -241,26 +255,8 @@ def test_the_critic_learns_from_the_sample_the_student_was_judged_by():
     assert not torch.equal(t_dm, t_critic) and not torch.equal(x_dm, x_critic)
 
 
-# Data N(.7, .5^2), generator N(.2, .7^2), EDM at sigma = 1.
-REAL, FAKE = (0.7, 0.5), (0.2, 0.7)
-
-
-class OptimalHeads(nn.Module):
-    """The Bayes discriminator: log p_real,t(x_t) - log p_fake,t(x_t) from "features" that are (x_t, t)."""
-
-    def __init__(self, real, fake):
-        super().__init__()
-        self.real, self.fake = real, fake
-
-    def forward(self, features):
-        x_t, t = features
-        return (self.real.log_density(x_t, t) - self.fake.log_density(x_t, t))[:, None]
-
-
-class WithFeatures(Spy):
-    def features(self, x_t, t, cond):
-        self.calls.append((x_t, t))
-        return [x_t, t]
+# Data and generator, EDM at sigma = 1.
+REAL, FAKE = G1, (0.2, 0.7)
 
 
 def test_the_optimal_logit_and_its_gradient():
@@ -300,3 +296,15 @@ def test_the_discriminator_cannot_tell_equal_distributions_apart():
     method.gan.heads = OptimalHeads(real, real)
     loss = method.losses("critic", batch(16, latents=torch.randn(16, 1, dtype=torch.float64)))["gan"]
     assert loss.item() == pytest.approx(0.01 * 2 * math.log(2))
+
+
+def test_the_warm_up_is_trajectory_regression():
+    schedule, rows = SCHEDULES["vp"], batch(8)
+    student, teacher = generator(schedule, "v", 0.9, 0.2), Spy(GaussianDenoiser(*G1, schedule, "v"))
+    method = one_step(student, teacher, None, regression_steps=1, regression_substeps=5)
+    sfd = TrajectoryRegression(TrajectoryConfig(substeps=5), method.roles, method.sampler)
+    found = method.losses("student", rows)["regression"]
+    assert len(teacher.calls) == 5
+    assert torch.equal(found, sfd.losses("student", batch(8))["regression"])
+    method.roles.critic = generator(schedule, "v", 1.0, 0.0)
+    assert set(method.losses("student", batch(8, step=1))) == {"dm"}

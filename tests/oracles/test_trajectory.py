@@ -1,16 +1,21 @@
-"""Trajectory regression against closed forms: the teacher's solver, the fixed point, the stock deterministic steps."""
+"""Regression on trajectories and on their ends against closed forms: the solver, the optima, the stock steps."""
 
 import itertools
+import math
 
 import diffusers
 import pytest
 import torch
-from bed import G1, M1, SCHEDULES, OnGrid, at, batch, column, ddim_path, generator, player
+from bed import G1, M1, SCHEDULES, OnGrid, at, batch, column, ddim_path, generator, gradients, player
 
 from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser
+from stepdistill.data.batch import Batch, PathRows
+from stepdistill.data.paths import teacher_paths
+from stepdistill.errors import InputError
 from stepdistill.methods import Roles
-from stepdistill.methods.trajectory import TrajectoryConfig, TrajectoryRegression
-from stepdistill.samplers import DDIM, dpm_solver_step
+from stepdistill.methods.trajectory import OdeConfig, OdeRegression, TrajectoryConfig, TrajectoryRegression
+from stepdistill.pipeline.conditioning import Conditioning
+from stepdistill.samplers import DDIM, dpm_solver_step, solver_grid
 from stepdistill.schedule import KINDS, Prediction, from_scheduler
 
 # Epsilon has no x_0 at flow's t = 1, where alpha is 0 and every solver starts.
@@ -115,6 +120,41 @@ def test_hitting_every_teacher_point_is_the_optimum(name, kind):
     assert min(walk(method, batch(32))) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["vp", "edm"])
+def test_stored_trajectories_are_those_it_would_make(name):
+    """Twelve stored steps hold the student's four, and are three of the teacher's for each."""
+    schedule, grid = SCHEDULES[name], GRID if name == "vp" else [1.0, 0.75, 0.5, 0.25]
+    teacher = GaussianDenoiser(*G1, schedule, "v")
+    network = player(lambda x, t, labels: teacher.posterior_mean(x, t), schedule, "v")
+    needs = TrajectoryRegression.data_needs(TrajectoryConfig(paths=8)).paths
+    conditions = Conditioning(("a",), {"class_labels": torch.tensor([0])}, None)
+    paths = teacher_paths(network, conditions, needs, 1.0, (1,), seed=0)
+    rows = batch(8)
+    rows.path = paths.rows(torch.arange(8), conditions, "cpu")
+    method = method_of(teacher, generator(schedule, "v", 1.0, 0.0), times=grid, paths=8)
+    stored = method.stored_points(rows.path)
+    rows.noise = lambda name: rows.path.points[:, 0].double()
+    made = method.teacher_points(rows)
+    # A table's entry between the student's may be rounded the other way.
+    tolerance = 3e-3 if name == "vp" else 1e-4
+    for a, b in zip(stored, made, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance)
+    walk(method, rows)
+    assert torch.equal(rows.state["points"][-1], rows.path.points[:, -1])
+
+
+def test_stored_trajectories_must_stop_where_the_student_does():
+    schedule = SCHEDULES["vp"]
+    method = method_of(None, generator(schedule, "v", 1.0, 0.0), paths=8, path_steps=10)
+    path = PathRows(torch.zeros(2, 11, 1), solver_grid(schedule, 10).flip(0), {}, None, torch.ones(2))
+    with pytest.raises(InputError, match="such as 12, found 10"):
+        method.stored_points(path)
+
+
+def test_needs_trajectories_only_where_it_stores_them():
+    assert TrajectoryRegression.data_needs(TrajectoryConfig()).paths is None
+
+
 def test_earlier_errors_are_corrected_not_passed_on():
     """The target is the teacher's own point, so a student that is wrong at the first step still has it as target."""
     schedule = SCHEDULES["flow"]
@@ -170,3 +210,89 @@ def test_the_deterministic_step_is_the_stock_schedulers(name, steps):
         found = sampler.advance(prediction, step)
         x = stock.step(raw, timestep, x).prev_sample
         torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+
+
+def pairs(teacher, start: torch.Tensor, labels: torch.Tensor | None = None, step: int = 0) -> Batch:
+    """A batch of exact ODE pairs: ``start`` (B, 1) at t = 1 and where the teacher's flow takes it."""
+    size = len(start)
+    cond = {} if labels is None else {"class_labels": labels}
+    end = teacher.flow_map(start, at(1.0, size), at(0.0, size), cond)
+    rows, times = batch(size, step), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    rows.path = PathRows(torch.stack([start, end], 1), times, cond, None, torch.ones(size, dtype=torch.float64))
+    return rows
+
+
+def ode_of(student, steps: int = 1, **config) -> OdeRegression:
+    roles = Roles(teacher=None, student=student)
+    return OdeRegression(OdeConfig(**config), roles, OnGrid(student.schedule, GRID[:steps], DDIM))
+
+
+METRICS = {
+    "l1": (lambda d: abs(d), lambda d: math.copysign(1, d)),
+    "l2": (lambda d: d * d, lambda d: 2 * d),
+    "huber": (lambda d: math.hypot(d, 0.1) - 0.1, lambda d: d / math.hypot(d, 0.1)),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name,kind", ALL)
+def test_the_endpoint_map_is_the_optimum_of_regression_on_pairs(name, kind, metric):
+    """Beside it, a sample that is off by d costs d's metric, and moves back along the metric's slope."""
+    schedule = SCHEDULES[name]
+    teacher = GaussianDenoiser(*G1, schedule, kind)
+    student = player(lambda x, t, labels: teacher.flow_map(x, t, torch.zeros_like(t)), schedule, kind)
+    method, rows = ode_of(student, metric=metric), pairs(teacher, batch(32).noise("x"))
+    loss = method.losses("student", rows)["regression"]
+    assert loss.item() < 1e-8
+    value, slope = METRICS[metric]
+    for shift in (0.3, -0.2):
+        student.network.shift.data.fill_(shift)
+        loss = method.losses("student", rows)["regression"]
+        assert loss.item() == pytest.approx(value(shift), rel=1e-6)
+        assert gradients(loss, student)[1] == pytest.approx(slope(shift), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_student_of_several_steps_answers_for_its_last_point_with_all_of_them(name):
+    """Every step moves the sample: with x_0 = b everywhere DDIM ends at b, whatever the steps before."""
+    schedule = SCHEDULES[name]
+    teacher, student = GaussianDenoiser(*G1, schedule, "v"), generator(schedule, "v", 0.4, 0.3)
+    method, rows = ode_of(student, steps=3, metric="l2"), pairs(teacher, batch(16).noise("x"))
+    loss = method.losses("student", rows)["regression"]
+    scale, shift = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.4, 0.3))
+    x = ddim_path(lambda x, t: scale * x + shift, rows.path.points[:, 0], GRID[:3], schedule)
+    expected = (scale * x + shift - rows.path.points[:, 1]).square().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-8)
+    wanted = torch.autograd.grad(expected, [scale, shift])
+    assert gradients(loss, student) == pytest.approx([g.item() for g in wanted], rel=1e-6)
+
+
+def test_pairs_bring_their_own_conditions():
+    schedule = SCHEDULES["flow"]
+    teacher = GaussianDenoiser(torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.3]), schedule, "flow")
+    labels = torch.tensor([0, 1] * 8)
+    student = player(lambda x, t, y: teacher.flow_map(x, t, 0 * t, {"class_labels": y}), schedule, "flow")
+    rows = pairs(teacher, batch(16).noise("x"), labels)
+    rows.cond = {"class_labels": 1 - labels}
+    assert ode_of(student).losses("student", rows)["regression"].item() < 1e-10
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_regression_on_pairs_converges_to_the_mixtures_quantile_map(metric):
+    """A network of 64 units learns the endpoint map of bed M1, two modes from one Gaussian."""
+    schedule = SCHEDULES["flow"]
+    teacher = MixtureDenoiser(*M1, schedule, "sample")
+    body = torch.nn.Sequential(torch.nn.Linear(1, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)).double()
+    student = player(lambda x, t, labels: body(2 * x), schedule, "sample")
+    method = ode_of(student, metric=metric)
+    whole = pairs(teacher, torch.randn(2000, 1, dtype=torch.float64)).path.points
+    optimizer, steps = torch.optim.Adam(body.parameters(), lr=0.02), 500
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
+        rows = batch(64, step)
+        rows.path = PathRows(whole[rows.integers("path row", 2000)], torch.tensor([1.0, 0.0]), {}, None, torch.ones(64))
+        optimizer.zero_grad()
+        sum(method.losses("student", rows).values()).backward()
+        optimizer.step()
+    x = column(-1.0, 0.0, 1.0)
+    assert (student(x, at(1.0, 3), {}).x0 - teacher.flow_map(x, at(1.0, 3), at(0.0, 3))).abs().max() < 0.1

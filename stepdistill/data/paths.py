@@ -1,0 +1,160 @@
+"""Trajectories of the guided teacher, made once from noise and kept on disk for every run that wants the same ones.
+
+    x_1 ~ N(0, I);  c ~ the recipe's conditions;  w = the teacher's scale, or ~ U[low, high]
+    times 1 = t_0 > ... > t_S = 0, evenly spaced:  x_{k+1} = solver step of the guided teacher from t_k to t_{k+1}
+
+The last step lands on the teacher's x_0.
+"""
+
+import hashlib
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepdistill.data.batch import PathRows, generator
+from stepdistill.errors import InputError
+from stepdistill.guidance import guided
+from stepdistill.methods.base import PathNeeds
+from stepdistill.pipeline.conditioning import Conditioning
+from stepdistill.pipeline.denoiser import Denoiser
+from stepdistill.progress import WorkProgress
+from stepdistill.samplers import dpm_solver_step, solver_grid
+
+CHUNK = 250
+# Above this, points are kept as float16: latents are of order one, and the error is far below a solver step's.
+HALF_ABOVE = 2**30
+
+
+@dataclass(frozen=True)
+class Paths:
+    """All stored trajectories, on the CPU.
+
+    Args:
+        points: (N, K + 1, ...), float32, or float16 where they would take more than 1 GiB. times: (K + 1,).
+        index: (N,), the entry of the conditioning. scales: (N,) guidance scales.
+        evaluations: rows that went through the teacher to make them.
+    """
+
+    points: Tensor
+    times: Tensor
+    index: Tensor
+    scales: Tensor
+    evaluations: int
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def rows(self, row: Tensor, conditioning: Conditioning, device: torch.device | str) -> PathRows:
+        """The trajectories ``row`` (B,), in float32 on ``device``, with their conditions."""
+        row = row.cpu()
+        cond, null = conditioning.batch(self.index[row])
+        points = self.points[row].to(device, torch.float32)
+        return PathRows(points, self.times.to(device), cond, null, self.scales[row].to(device))
+
+
+def teacher_paths(
+    teacher: Denoiser,
+    conditioning: Conditioning,
+    needs: PathNeeds,
+    scale: float,
+    shape: tuple[int, ...],
+    seed: int,
+    cache: Path | None = None,
+) -> Paths:
+    """The trajectories that ``needs`` describes, from ``cache`` where they have been made before.
+
+    Args:
+        scale: the guidance scale of all of them where ``needs`` names no range. shape: of one sample.
+        seed: of noise, conditions and scales. cache: folder; the file's name is a hash of all that they depend on.
+
+    Raises:
+        InputError: guidance scales are wanted of a teacher without guidance.
+    """
+    if needs.scales is not None and conditioning.null is None:
+        raise InputError(
+            f"method: trains on guidance scales from {needs.scales[0]:g} to {needs.scales[1]:g}; expected a teacher "
+            "with guidance, found a pipeline without an empty condition"
+        )
+    times = solver_grid(teacher.schedule, needs.steps).flip(0)
+    key = _key(teacher, conditioning, times, needs, scale, shape, seed)
+    file = cache / f"paths-{key}.safetensors" if cache else None
+    if file is not None and file.is_file():
+        stored = load_file(file)
+    else:
+        stored = _solve(teacher, conditioning, times, needs, scale, shape, seed)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Two runs may make the same file at once.
+            draft = file.with_suffix(f".{os.getpid()}.partial")
+            save_file(stored, draft)
+            draft.replace(file)
+    kept = times if needs.keep == "all" else times[[0, -1]]
+    return Paths(stored["points"], kept, stored["index"], stored["scales"], int(stored["evaluations"]))
+
+
+@torch.no_grad()
+def _solve(
+    teacher: Denoiser,
+    conditioning: Conditioning,
+    times: Tensor,
+    needs: PathNeeds,
+    scale: float,
+    shape: tuple[int, ...],
+    seed: int,
+) -> dict[str, Tensor]:
+    """The file's tensors."""
+    count, draws = needs.count, generator(seed, "paths")
+    index = torch.randint(len(conditioning), (count,), generator=draws)
+    scales = torch.full((count,), float(scale), dtype=torch.float64)
+    if needs.scales is not None:
+        low, high = needs.scales
+        scales = low + (high - low) * torch.rand(count, generator=draws, dtype=torch.float64)
+    device = next(teacher.network.parameters()).device
+    kept = len(times) if needs.keep == "all" else 2
+    dtype = torch.float16 if 4 * count * kept * torch.Size(shape).numel() > HALF_ABOVE else torch.float32
+    points = torch.empty(count, kept, *shape, dtype=dtype)
+    before = teacher.evaluations
+    with WorkProgress() as progress:
+        for start in range(0, count, CHUNK):
+            rows = slice(start, min(start + CHUNK, count))
+            x = torch.randn(rows.stop - start, *shape, generator=draws).to(device)
+            points[rows, 0] = x.cpu().to(dtype)
+            cond, null = conditioning.batch(index[rows])
+            w = scale if needs.scales is None else scales[rows].to(device)
+            previous = None
+            for k, (t, r) in enumerate(itertools.pairwise(times), 1):
+                prediction = guided(teacher, x, t.expand(len(x)).to(device), cond, null, w)
+                # The end is clean, though a VP table's first entry is not quite. The first-order step is DDIM's.
+                end = None if k == needs.steps else r.expand(len(x)).to(device)
+                x = dpm_solver_step(prediction, previous, end)
+                previous = prediction if needs.solver == "dpm" else None
+                if needs.keep == "all" or end is None:
+                    points[rows, min(k, kept - 1)] = x.cpu().to(dtype)
+            progress("teacher trajectories", rows.stop, count)
+    evaluations = torch.tensor(teacher.evaluations - before)
+    return {"points": points, "index": index, "scales": scales, "evaluations": evaluations}
+
+
+def _key(teacher: Denoiser, conditioning: Conditioning, times: Tensor, *values: object) -> str:
+    """A hash of everything the trajectories depend on: weights, call, schedule, conditions and ``values``."""
+    digest, schedule, spec = hashlib.sha256(), teacher.schedule, teacher.spec
+
+    def add(*values: object) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            else:
+                digest.update(repr(value).encode())
+
+    add(type(teacher.network).__name__, spec.output, teacher.kind, *values)
+    add(*schedule.coefficients(times), spec.network_timestep(schedule.timestep(times)))
+    for tensors in (teacher.network.state_dict(), spec.constants, conditioning.cond, conditioning.null or {}):
+        for name, value in sorted(tensors.items()):
+            add(name, value)
+    return digest.hexdigest()[:24]

@@ -1,0 +1,142 @@
+"""Adversarial distillation: LADD (Sauer et al. 2024, "Fast High-Resolution Image Synthesis with Latent Adversarial
+Diffusion Distillation") and ADD (Sauer et al. 2023, "Adversarial Diffusion Distillation").
+
+    every step:
+        s ~ student's times;  x_s = alpha x_0 + sigma eps  (x_0 real), or the student's own rollout to s
+        x = student(x_s, s).x0
+        student:
+            minimise GAN loss(x)  +  lambda c(t) |x - sg D_teacher(x_t)|^2,   c = alpha_t,  t ~ U[0.02, 0.98]
+        discriminator, on sg(x):
+            minimise hinge( heads(x), heads(x_0) )  +  r1/2 |d heads/d features|^2
+
+    LADD:  heads on the frozen teacher's features of x_u,  ln(sigma/alpha)(u) ~ N(m, s^2);  lambda = 0
+    ADD:   heads on a frozen image network's features of the decoded x;  lambda = 2.5
+
+The discriminator's real samples are the recipe's images; the papers' are made by the teacher under guidance (LADD), or
+photographs (ADD). LADD's heads learn the condition from the features they read; ADD's see no condition, which the
+distillation term has to bring in. Samples of one batch may have different student times.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from stepdistill.data.batch import Batch
+from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, Roles
+from stepdistill.methods.gan import Discriminator, LatentDiscriminator, PixelDiscriminator
+from stepdistill.methods.losses import GanLoss
+from stepdistill.methods.times import normal_log_snr_times, uniform_times
+from stepdistill.samplers import Sampler
+
+
+class AdversarialConfig(MethodConfig):
+    """Keys of ``method`` that LADD and ADD share."""
+
+    inputs: Literal["data", "rollout"] = Field(
+        "data", description="what the student denoises: noised real samples, or its own rollout from noise"
+    )
+    gan: GanLoss = Field("hinge", description="the GAN loss: hinge, or softplus (non-saturating)")
+    gan_weight: float = Field(1.0, gt=0, description="weight of the student's GAN term")
+    r1: float = Field(0.0, ge=0, description="weight of the gradient penalty on the heads' input; 0 is off")
+    distill_weight: float = Field(0.0, ge=0, description="lambda: weight of the distance to the teacher's guess")
+    t_min: float = Field(0.02, ge=0, lt=1, description="lowest time of the noise in the distance")
+    t_max: float = Field(0.98, gt=0, le=1, description="highest time of the noise in the distance")
+    discriminator_steps: int = Field(1, ge=1, description="discriminator updates per student update, on its samples")
+    sampler: Literal["renoise", "ddim"] = Field("renoise", description="how the student moves between steps")
+
+
+class LADDConfig(AdversarialConfig):
+    """Keys of ``method`` for LADD."""
+
+    noise_mean: float = Field(1.0, description="m: mean of ln(sigma/alpha) of what the discriminator sees")
+    noise_std: float = Field(1.0, gt=0, description="s: its standard deviation")
+
+
+class ADDConfig(AdversarialConfig):
+    """Keys of ``method`` for ADD."""
+
+    distill_weight: float = Field(2.5, ge=0, description=AdversarialConfig.model_fields["distill_weight"].description)
+    r1: float = Field(1e-5, ge=0, description=AdversarialConfig.model_fields["r1"].description)
+    features: str = Field(
+        "efficientnet-lite2",
+        description="the image network that is read: efficientnet-lite2, or a transformers vision model, folder or id",
+    )
+    resolution: int = Field(224, gt=0, description="side in pixels to which images are resized for it")
+
+
+class LADD(DistillMethod):
+    """Latent adversarial diffusion distillation: the teacher itself, frozen, is the discriminator's eye."""
+
+    Config = LADDConfig
+    config: LADDConfig
+    summary = "LADD: adversarial distillation, discriminator heads on the frozen teacher's features"
+    players = ("student", "discriminator")
+
+    def __init__(self, config: LADDConfig, roles: Roles, sampler: Sampler):
+        super().__init__(config, roles, sampler)
+        self.gan = self.discriminator()
+
+    @classmethod
+    def data_needs(cls, config: AdversarialConfig) -> DataNeeds:
+        return DataNeeds(images=True)
+
+    @classmethod
+    def sampler_of(cls, config: AdversarialConfig) -> str:
+        return config.sampler
+
+    def discriminator(self) -> Discriminator:
+        """The part that tells samples from real ones."""
+        return LatentDiscriminator(self.roles.teacher, self.noise_times, self.config.gan, self.config.r1)
+
+    def noise_times(self, batch: Batch, name: str) -> Tensor:
+        return normal_log_snr_times(batch, name, self.schedule, self.config.noise_mean, self.config.noise_std)
+
+    def turns(self, step: int) -> Sequence[str]:
+        return ("student",) + ("discriminator",) * self.config.discriminator_steps
+
+    def prepare(self, batch: Batch) -> None:
+        self.gan.build(batch)
+
+    def modules(self, player: str) -> list[nn.Module]:
+        return super().modules(player) if player == "student" else [self.gan.heads]
+
+    def extra_modules(self) -> dict[str, nn.Module]:
+        return {"heads": self.gan.heads}
+
+    def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
+        if player == "discriminator":
+            return {"gan": self.gan.loss_of_heads(batch.state["x"], batch.latents, batch)}
+        x = self.generate(batch) if self.config.inputs == "rollout" else self.denoise_data(batch)
+        batch.state["x"] = x.detach()
+        losses = {"gan": self.config.gan_weight * self.gan.student_loss(x, batch)}
+        if self.config.distill_weight:
+            losses["distill"] = self.config.distill_weight * self.distance(x, batch)
+        return losses
+
+    def denoise_data(self, batch: Batch) -> Tensor:
+        """The student's x_0 of real samples, each noised to a random time of its own grid."""
+        times = torch.tensor([step.t for step in self.sampler.grid()], dtype=torch.float64, device=batch.device)
+        t = times[batch.integers("start time", len(times))]
+        return self.student(self.schedule.add_noise(batch.latents, batch.noise("start"), t), t, batch).x0
+
+    def distance(self, x: Tensor, batch: Batch) -> Tensor:
+        """c(t) times the mean squared distance to what the guided teacher makes of the re-noised sample."""
+        t = uniform_times(batch, "distill time", self.schedule, self.config.t_min, self.config.t_max)
+        x_t = self.schedule.add_noise(x.detach(), batch.noise("distill"), t)
+        target = self.teacher(x_t, t, batch).x0
+        return (self.schedule.alpha(t).to(x) * (x - target).square().flatten(1).mean(1)).mean()
+
+
+class ADD(LADD):
+    """Adversarial diffusion distillation: a frozen image network looks at decoded samples."""
+
+    Config = ADDConfig
+    config: ADDConfig
+    summary = "ADD: adversarial distillation in pixels, with a distance to the teacher's guess"
+
+    def discriminator(self) -> Discriminator:
+        config = self.config
+        return PixelDiscriminator(self.roles.decode, config.features, config.resolution, config.gan, config.r1)

@@ -1,0 +1,60 @@
+"""f-divergences for distribution matching: f-distill (Xu et al. 2025, "One-step Diffusion Models with f-Divergence
+Distribution Matching").
+
+    D_f(real || fake) = E_fake[ f(r) ],  r = p_real / p_fake
+    its gradient at a sample = h(r) (s_fake - s_real),  h(r) = r^2 f''(r)
+
+so that every divergence is DMD's gradient times a weight per sample. r comes from a discriminator: r = exp(logit).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Divergence = Literal[
+    "reverse-kl", "forward-kl", "jensen-shannon", "softened-reverse-kl", "squared-hellinger", "neyman", "jeffreys"
+]
+
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse-kl": torch.ones_like,
+    "forward-kl": lambda r: r,
+    "jensen-shannon": lambda r: r / (1 + r),
+    "softened-reverse-kl": lambda r: 1 / (1 + r),
+    "squared-hellinger": lambda r: r.sqrt(),
+    "neyman": lambda r: 1 / r,
+    "jeffreys": lambda r: 1 + r,
+}
+"""h(r), up to a constant factor."""
+
+
+class RatioWeight(nn.Module):
+    """h(r) with mean 1: the ratio is clipped, and h is divided by its running mean in each of ten bins of time.
+
+    So the divergence shifts weight between samples, and not between noise levels, where ratios differ in size.
+    """
+
+    BINS, LOWEST, HIGHEST, DECAY = 10, 0.1, 20.0, 0.9
+
+    def __init__(self, divergence: Divergence):
+        super().__init__()
+        self.h = WEIGHTS[divergence]
+        # A parameter that no player moves, because checkpoints keep parameters.
+        self.mean = nn.Parameter(self.h(torch.ones(self.BINS)), requires_grad=False)
+        self.register_buffer("seen", torch.zeros(2, self.BINS))
+
+    def forward(self, logit: Tensor, t: Tensor) -> Tensor:
+        """Weights (B,) for a discriminator's logits (B,) of samples at times ``t`` (B,)."""
+        h = self.h(logit.exp().clamp(self.LOWEST, self.HIGHEST))
+        where = (t * self.BINS).long().clamp(max=self.BINS - 1)
+        self.seen.index_add_(1, where, torch.stack([h, torch.ones_like(h)]).to(self.seen))
+        return h / self.mean[where].to(h)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the means towards what was seen since the last call: once a step, whatever its micro-batches."""
+        total, count = self.seen
+        current = torch.where(count > 0, total / count.clamp_min(1), self.mean)
+        self.mean.lerp_(current, 1 - self.DECAY)
+        self.seen.zero_()

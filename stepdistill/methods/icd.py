@@ -1,0 +1,97 @@
+"""Invertible consistency distillation, iCD (Starodubcev et al. 2024): a few-step student and its few-step inverse.
+
+    the trajectory is cut at the times of the k-step sampler, as in PCM; a segment goes from ``low`` to ``high``
+    decoder (the student), every step:          t > r neighbors in the segment, aim = low, start = high
+    encoder, every step:                        t < r neighbors in the segment, aim = high, start = low
+        x_r = one DDIM step of the guided teacher from x_t to r                           (x_t from real x_0)
+        y = x_r where r = aim, else sg f(x_r, r, aim);    f(x, t, s) = alpha_s x_0(x, t) + sigma_s eps(x, t)
+        minimise Huber( f(x_t, t, aim) - y )                                              (consistency)
+               + c Huber( f( sg other(x_aim, aim, start), start, aim ) - x_aim )          (preservation)
+
+Both follow the same guided trajectories, so that one inverts the other at the recipe's w. The paper's encoder is
+unguided, and its preservation holds for the decoder at no guidance. Each network is its own target.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stepdistill.data.batch import Batch
+from stepdistill.methods.base import Roles
+from stepdistill.methods.consistency import SolverConfig
+from stepdistill.methods.losses import pseudo_huber
+from stepdistill.methods.segments import PCM, pick
+from stepdistill.methods.times import T_FLOOR
+from stepdistill.pipeline.denoiser import Denoiser
+from stepdistill.samplers import Sampler
+from stepdistill.schedule import Prediction
+
+
+class ICDConfig(SolverConfig):
+    """Keys of ``method`` for iCD."""
+
+    preservation: float = Field(1.5, ge=0, description="weight of the losses that make the two networks inverses")
+
+
+class ICD(PCM):
+    """Invertible consistency: student and encoder map the ends of each segment onto one another."""
+
+    Config = ICDConfig
+    config: ICDConfig
+    summary = "iCD: a deterministic few-step student and an encoder that inverts it"
+    players = ("student", "encoder")
+    extra_roles = ("encoder",)
+    exported = ("encoder",)
+
+    def __init__(self, config: ICDConfig, roles: Roles, sampler: Sampler):
+        super().__init__(config, roles, sampler)
+        # An encoder needs some noise to tell points apart, and some predictions have no eps without.
+        clean = torch.zeros(1, dtype=torch.float64)
+        self.lowest = 0.0 if self.schedule.sigma(clean) > 0 else T_FLOOR
+
+    def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
+        points, position = self.place(batch)
+        above, below, high, low = pick(points, position), pick(points, position - 1), points[:, -1], points[:, 0]
+        if player == "student":
+            mine, other, t, r, start, aim = self.roles.student, self.roles.encoder, above, below, high, low
+        else:
+            mine, other, t, r, start, aim = self.roles.encoder, self.roles.student, below, above, low, high
+        losses = {"consistency": self.consistency(mine, mine, t, r, aim, batch)}
+        if self.config.preservation:
+            losses["preservation"] = self.config.preservation * self.preservation(mine, other, start, aim, batch)
+        return losses
+
+    def preservation(self, mine: Denoiser, other: Denoiser, start: Tensor, aim: Tensor, batch: Batch) -> Tensor:
+        """Huber between real points at ``aim`` and what ``mine`` makes of where ``other`` took them; times (B,)."""
+        cond = self.guidance(batch)[1]
+        x = self.schedule.add_noise(batch.latents, batch.noise("preservation"), aim)
+        with torch.no_grad():
+            away = self.jump(other(x, aim, cond), start)
+        return pseudo_huber(self.jump(mine(away, start, cond), aim) - x, self.config.huber)
+
+    def place(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        points, position = super().place(batch)
+        return points.clamp_min(self.lowest), position
+
+    def jump(self, prediction: Prediction, s: Tensor) -> Tensor:
+        """f(x_t, t, s); the lowest time keeps its trace of noise, for the encoder."""
+        return self.schedule.add_noise(prediction.x0, prediction.eps, s)
+
+    @torch.no_grad()
+    def decode(self, noise: Tensor, batch: Batch) -> Tensor:
+        """Samples (B, ...) at the lowest time from ``noise``; the sampler's last step, to clean, drops what is left."""
+        for step in self.sampler.grid():
+            prediction = self.student(noise, self.times(step.t, batch), batch)
+            noise = self.jump(prediction, self.times(step.r or self.lowest, batch))
+        return noise
+
+    @torch.no_grad()
+    def encode(self, x0: Tensor, batch: Batch) -> Tensor:
+        """The noise (B, ...) that :meth:`decode` turns into ``x0``."""
+        for step in reversed(self.sampler.grid()):
+            prediction = self.roles.encoder(x0, self.times(step.r or self.lowest, batch), batch.cond)
+            x0 = self.jump(prediction, self.times(step.t, batch))
+        return x0
+
+    def after_update(self, player: str) -> None:
+        """No moving average: each network is its own target."""
