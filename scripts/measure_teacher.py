@@ -138,6 +138,8 @@ def main() -> None:
             if not lacking(known["metrics"], instruments):
                 continue
             row = at_size.measured(sampling)
+            # Read again: another process may have stored rows of its own in the meantime.
+            stored = read_measurements(path, protocol.digest)
             stored["rows"][key] = asdict(row) | known | {"metrics": added(known["metrics"], row.metrics)}
             write_json(path, stored)
             say(f"{row.name}, {row.steps} steps, N = {samples}: {line(row.metrics)}")
