@@ -70,9 +70,7 @@ class LatentDiscriminator(Discriminator):
         denoiser: the critic or the teacher. times: draws (B,) times from a batch under a name; default uniform.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, times: Times | None = None, loss: GanLoss = "softplus", r1: float = 0.0
-    ):  # fmt: skip
+    def __init__(self, denoiser: Denoiser, times: Times | None = None, loss: GanLoss = "softplus", r1: float = 0.0):
         super().__init__(loss, r1)
         self.denoiser = denoiser
         self.times = times or (lambda batch, name: uniform_times(batch, name, denoiser.schedule))

@@ -130,9 +130,7 @@ class SiD(DistillMethod):
             losses["gan"] = self.config.gan_critic_weight * self.gan.loss_of_heads(x, batch.latents, batch)
         return losses
 
-    def guided(
-        self, denoiser: Denoiser, x_t: Tensor, t: Tensor, batch: Batch, scale: float | None
-    ) -> Prediction:  # fmt: skip
+    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, batch: Batch, scale: float | None) -> Prediction:
         """Teacher or critic under guidance, with graph back to ``x_t``; a scale of None is the teacher's."""
         return guided(denoiser, x_t, t, batch.cond, batch.null, self.roles.scale if scale is None else scale)
 
