@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import queue
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -250,7 +249,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         if content is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            content = {"schema": 1, **stated, "seed": 0, "command": shlex.join(["scripts/compare.py", *sys.argv[1:]])}
+            content = {"schema": 1, **stated, "seed": 0, "command": "make compare"}
             content |= {"versions": library_versions(), "device": device_name(device), "floor": {}, "rows": []}
             content |= {"failures": []}
         for key, value in stated.items():
