@@ -286,6 +286,8 @@ def _problems(recipe: Recipe, config: Any) -> Iterator[tuple[Keys, str]]:
     if data.images is None and recipe.method.implementation.data_needs(config).images:
         problem = "trains on real images with these settings; expected data.images: 'fashion-mnist' or a folder"
         yield ("method", "name"), f"{recipe.method.name} {problem}, found null"
+    for key, problem in recipe.method.implementation.problems(config, student.steps, train.steps):
+        yield tuple(key.split(".")), problem
     if train.batch_size % train.accumulation:
         problem = f"expected a divisor of train.batch_size ({train.batch_size}), found {train.accumulation}"
         yield ("train", "accumulation"), problem

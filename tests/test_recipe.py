@@ -1,5 +1,6 @@
 """A recipe is read, overridden, resolved and written back without loss."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,15 @@ def test_any_tree_is_a_recipe_or_an_input_error(tree: dict[str, Any], overrides:
         load(tree, overrides)
     except InputError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "override, problem",
+    [
+        ("train.steps=300", "train.steps: expected more than 300, at which the phase of 4 steps begins"),
+        ("method.start_steps=24", "method.start_steps: expected student.steps times 2, 4, 8, ..., found 24"),
+    ],
+)
+def test_a_method_refuses_a_run_that_does_not_fit_it(override, problem):
+    with pytest.raises(InputError, match=re.escape(f"override '{override}': {problem}")):
+        load("fashion_pd", [override])

@@ -75,6 +75,20 @@ class Batch:
         whole = torch.rand(self.total, generator=self._generator(name), dtype=torch.float64)
         return (low + (high - low) * whole[self.first : self.first + self.size]).to(self.device)
 
+    def partly_empty(self, name: str, share: float) -> tuple[dict[str, Tensor], Tensor]:
+        """The conditions with a random ``share`` of the rows replaced by the empty one, and which rows (size,).
+
+        A batch without an empty condition keeps all of its own.
+        """
+        if self.null is None or not share:
+            return self.cond, torch.zeros(self.size, dtype=torch.bool, device=self.device)
+        empty = self.uniform(name) < share
+        cond = {
+            key: torch.where(empty.reshape(-1, *[1] * (rows.ndim - 1)), self.null[key], rows)
+            for key, rows in self.cond.items()
+        }
+        return cond, empty
+
     def integers(self, name: str, high: int) -> Tensor:
         """Integers (size,) in 0 .. high - 1."""
         whole = torch.randint(high, (self.total,), generator=self._generator(name))

@@ -1,7 +1,7 @@
 """What every distillation method is: who plays when, and each player's loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -96,6 +96,11 @@ class DistillMethod(ABC):
     def data_needs(cls, config: MethodConfig) -> DataNeeds:
         """What this configuration must be given."""
         return DataNeeds()
+
+    @classmethod
+    def problems(cls, config: MethodConfig, student_steps: int, train_steps: int) -> Iterator[tuple[str, str]]:
+        """What of this configuration does not fit the run: a recipe key, dotted, and what is wrong with it."""
+        yield from ()
 
     @classmethod
     def sampler_of(cls, config: MethodConfig) -> str:

@@ -26,7 +26,6 @@ from stepdistill.errors import InputError
 from stepdistill.methods.base import DataNeeds, MethodConfig
 from stepdistill.methods.guidance_distillation import SCALE, GuidanceMethod, ScaleRange
 from stepdistill.methods.times import uniform_times
-from stepdistill.pipeline.denoiser import Conditions
 from stepdistill.schedule import per_sample
 
 
@@ -57,7 +56,7 @@ class ModelGuidance(GuidanceMethod):
     def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
         x_t, t, target = self.noised(batch)
         w = 1 - 1 / self.roles.scale
-        student = self.roles.student(x_t, t, dropped(batch, self.config.drop)[0]).raw.to(target.dtype)
+        student = self.roles.student(x_t, t, batch.partly_empty("drop", self.config.drop)[0]).raw.to(target.dtype)
         with torch.no_grad():
             target = target + w * (student - self.roles.student(x_t, t, batch.null).raw)
         return {"guidance": F.mse_loss(student, target)}
@@ -87,17 +86,10 @@ class GFT(ModelGuidance):
 
     def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
         x_t, t, target = self.noised(batch)
-        cond, drop = dropped(batch, self.config.drop)
+        cond, drop = batch.partly_empty("drop", self.config.drop)
         beta = torch.where(drop, 1.0, batch.uniform("beta", 1 / self.config.w_max, 1 / self.config.w_min))
         with torch.no_grad():
             null = self.roles.student(x_t, t, batch.null | {SCALE: torch.ones_like(beta)}).raw.to(target.dtype)
         student = self.roles.student(x_t, t, cond | {SCALE: 1 / beta}).raw.to(target.dtype)
         share = per_sample(beta, student)
         return {"guidance": F.mse_loss(share * student + (1 - share) * null, target)}
-
-
-def dropped(batch: Batch, probability: float) -> tuple[Conditions, Tensor]:
-    """The conditions with a share of them replaced by the empty one, and which (B,)."""
-    drop = batch.uniform("drop") < probability
-    rows = {name: drop.reshape(-1, *[1] * (value.ndim - 1)) for name, value in batch.cond.items()}
-    return {name: torch.where(rows[name], batch.null[name], value) for name, value in batch.cond.items()}, drop

@@ -14,7 +14,8 @@
 ``inputs: rollout`` needs no images: x_t are then the student's own points, all n of them in turn, as in SFD.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -22,7 +23,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
-from stepdistill.errors import InputError
 from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, Roles
 from stepdistill.samplers import Sampler, Step
 from stepdistill.schedule import Prediction, Schedule, per_sample
@@ -54,15 +54,20 @@ class ProgressiveDistillation(DistillMethod):
         self.grids = [sampler.grid()]
         while 2 * len(self.grids[0]) < config.start_steps:
             self.grids.insert(0, halved(self.grids[0], self.schedule))
-        if 2 * len(self.grids[0]) != config.start_steps:
-            raise InputError(
-                "method.start_steps: expected student.steps times 2, 4, 8, ..., "
-                f"found {config.start_steps} for {len(sampler.grid())} steps"
-            )
 
     @classmethod
     def data_needs(cls, config: ProgressiveConfig) -> DataNeeds:
         return DataNeeds(images=config.inputs == "images")
+
+    @classmethod
+    def problems(cls, config: ProgressiveConfig, student_steps: int, train_steps: int) -> Iterator[tuple[str, str]]:
+        halvings = math.log2(config.start_steps / student_steps)
+        if halvings < 1 or halvings % 1:
+            found = f"found {config.start_steps} for {student_steps} steps"
+            yield "method.start_steps", f"expected student.steps times 2, 4, 8, ..., {found}"
+        elif train_steps <= (last := round(halvings - 1) * config.phase_steps):
+            phases = f"which the phase of {student_steps} steps begins"
+            yield "train.steps", f"expected more than {last}, at {phases} (method.phase_steps), found {train_steps}"
 
     def phase(self, step: int) -> int:
         """The phase of a training step, from 0."""

@@ -15,6 +15,7 @@ teacher's DDIM steps composed to the segment's end; TSCD's cannot, and its free 
 The adversarial terms of both papers and Hyper-SD's human feedback are not part of it.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -96,6 +97,13 @@ class TSCD(PCM):
     @classmethod
     def sampler_of(cls, config: TSCDConfig) -> str:
         return config.sampler
+
+    @classmethod
+    def problems(cls, config: TSCDConfig, student_steps: int, train_steps: int) -> Iterator[tuple[str, str]]:
+        last = (len(config.segments) - 1) * config.stage_steps
+        if train_steps <= last:
+            stage = f"which the stage of {config.segments[-1]} segments begins"
+            yield "train.steps", f"expected more than {last}, at {stage} (method.stage_steps), found {train_steps}"
 
     def segments(self, step: int) -> int:
         stages = self.config.segments

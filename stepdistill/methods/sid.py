@@ -119,7 +119,7 @@ class SiD(DistillMethod):
         return losses
 
     def critic_losses(self, batch: Batch) -> dict[str, Tensor]:
-        batch = self.without_some_conditions(batch)
+        batch = replace(batch, cond=batch.partly_empty("null", self.config.null_dropout)[0])
         with torch.no_grad():
             x = self.generate(batch)
         t = uniform_times(batch, "critic time", self.schedule)
@@ -133,17 +133,6 @@ class SiD(DistillMethod):
     def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, batch: Batch, scale: float | None) -> Prediction:
         """Teacher or critic under guidance, with graph back to ``x_t``; a scale of None is the teacher's."""
         return guided(denoiser, x_t, t, batch.cond, batch.null, self.roles.scale if scale is None else scale)
-
-    def without_some_conditions(self, batch: Batch) -> Batch:
-        """The batch with a random part of its rows unconditional, if the teacher knows such rows."""
-        if not self.config.null_dropout or batch.null is None:
-            return batch
-        dropped = batch.uniform("null") < self.config.null_dropout
-        cond = {
-            name: torch.where(dropped.reshape(-1, *[1] * (rows.ndim - 1)), batch.null[name], rows)
-            for name, rows in batch.cond.items()
-        }
-        return replace(batch, cond=cond)
 
 
 class SiDLSG(SiD):

@@ -59,19 +59,9 @@ class TDD(TCD):
             raise InputError(f"method.null_share: expected 0 without an empty prompt, found {self.config.null_share}")
 
     def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
-        batch, student = self.with_empty_prompts(batch), self.roles.student
+        batch = replace(batch, cond=batch.partly_empty("empty", self.config.null_share)[0])
+        student = self.roles.student
         return {"consistency": self.consistency(student, student, *self.draw(batch), batch)}
-
-    def with_empty_prompts(self, batch: Batch) -> Batch:
-        """``batch`` with a share of its conditions replaced by the empty one."""
-        if not self.config.null_share:
-            return batch
-        empty = batch.uniform("empty") < self.config.null_share
-        mixed = {
-            name: torch.where(empty.reshape(-1, *[1] * (rows.ndim - 1)), batch.null[name], rows)
-            for name, rows in batch.cond.items()
-        }
-        return replace(batch, cond=mixed)
 
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         grid = solver_grid(self.schedule, self.config.solver_steps).to(batch.device)

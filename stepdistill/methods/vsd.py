@@ -16,7 +16,6 @@ for DMD2 and Diff-Instruct with guidance on the teacher alone. It shapes the way
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, field_validator
 from torch import Tensor
 
@@ -77,13 +76,7 @@ class VSD(DistributionMatching):
         return self.roles.scale if ends is None else batch.uniform("guidance", *ends)
 
     def critic_conditions(self, batch: Batch) -> Conditions:
-        if batch.null is None or not self.config.critic_dropout:
-            return batch.cond
-        empty = batch.uniform("dropout") < self.config.critic_dropout
-        return {
-            name: torch.where(empty.reshape(-1, *[1] * (rows.ndim - 1)), batch.null[name], rows)
-            for name, rows in batch.cond.items()
-        }
+        return batch.partly_empty("dropout", self.config.critic_dropout)[0]
 
 
 class PGSBConfig(VSDConfig):

@@ -24,3 +24,13 @@ def test_every_part_of_the_key_matters():
     others = [make().noise("b"), make(seed=2).noise("a"), make(step=3).noise("a"), make(turn=1).noise("a")]
     assert all(not torch.equal(base, other) for other in others)
     assert torch.equal(base, make().noise("a"))
+
+
+def test_a_share_of_the_conditions_is_replaced_by_the_empty_one():
+    labels, null = torch.arange(4000) % 9, torch.full((4000,), 9)
+    rows = {"size": 4000, "total": 4000, "cond": {"class_labels": labels}}
+    cond, empty = make(**rows, null={"class_labels": null}).partly_empty("a", 0.1)
+    assert torch.equal(cond["class_labels"], torch.where(empty, null, labels))
+    assert 0.08 < empty.double().mean() < 0.12
+    cond, empty = make(**rows).partly_empty("a", 0.1)
+    assert cond["class_labels"] is labels and not empty.any()

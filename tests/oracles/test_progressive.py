@@ -9,7 +9,6 @@ from bed import G1, SCHEDULES, OnGrid, Spy, at, batch, column, ddim_path, genera
 from torch import nn
 
 from stepdistill.analytic import GaussianDenoiser
-from stepdistill.errors import InputError
 from stepdistill.methods import Roles
 from stepdistill.methods.progressive import ProgressiveConfig, ProgressiveDistillation
 from stepdistill.pipeline.denoiser import CallSpec, Denoiser
@@ -157,10 +156,17 @@ def test_the_phases_end_at_the_exported_grid_and_refine_it(name, steps):
 
 @pytest.mark.parametrize("start", [2, 4, 12, 24])
 def test_a_start_that_is_no_power_of_two_times_the_steps_is_refused(start):
-    schedule = SCHEDULES["vp"]
-    any_player = generator(schedule, "v", 1.0, 0.0)
-    with pytest.raises(InputError, match=f"found {start} for 4 steps"):
-        method_of(any_player, any_player, start_steps=start)
+    problems = ProgressiveDistillation.problems(ProgressiveConfig(start_steps=start), 4, 10_000)
+    assert list(problems) == [
+        ("method.start_steps", f"expected student.steps times 2, 4, 8, ..., found {start} for 4 steps")
+    ]
+
+
+def test_a_run_that_never_reaches_the_students_own_phase_is_refused():
+    config = ProgressiveConfig(start_steps=16, phase_steps=100)  # 8 steps for 100 updates, then 4
+    assert not list(ProgressiveDistillation.problems(config, 4, 101))
+    ((key, problem),) = ProgressiveDistillation.problems(config, 4, 100)
+    assert key == "train.steps" and "expected more than 100" in problem and "found 100" in problem
 
 
 class Table(nn.Module):

@@ -196,6 +196,9 @@ def test_the_stage_is_known_from_the_step_alone():
     teacher = GaussianDenoiser(*G1, schedule, "flow")
     student = player(lambda x, t, labels: x, schedule, "flow", 0.8, 0.3)
     method, resumed = (method_of(TSCD, teacher, student, stage_steps=10, solver_steps=16) for _ in range(2))
+    assert not list(TSCD.problems(method.config, 4, 31))
+    ((key, problem),) = TSCD.problems(method.config, 4, 30)
+    assert key == "train.steps" and "expected more than 30" in problem and "found 30" in problem
     counts = [method.segments(step) for step in range(60)]
     assert counts == [8] * 10 + [4] * 10 + [2] * 10 + [1] * 30
     for step in (0, 10, 20, 30, 59):
