@@ -1,19 +1,25 @@
-"""Guidance rules for the teacher. One convention everywhere: uncond + w (cond - uncond), w = 1 is off."""
+"""Guidance rules for the teacher. One convention everywhere: uncond + w (cond - uncond), w = 1 is off.
+
+What follows a guided prediction (x_0, a solver's step) is linear in the sample and the networks' outputs; the
+``*_update`` functions give the coefficients, with which :func:`stepdistill.kernels.guide` does it in the same pass.
+"""
 
 import torch
+from torch import Tensor
 
-from stepdistill.kernels import cfg_affine
+from stepdistill.kernels import Rule, Update, guide
 from stepdistill.pipeline.denoiser import Conditions, Denoiser
-from stepdistill.schedule import Prediction
+from stepdistill.schedule import Kind, Prediction, Schedule
 
 
 def guided(
     denoiser: Denoiser,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
+    x_t: Tensor,
+    t: Tensor,
     cond: Conditions,
     null: Conditions | None,
-    scale: float | torch.Tensor,
+    scale: float | Tensor,
+    rule: Rule = Rule(),
 ) -> Prediction:
     """The denoiser under classifier-free guidance (Ho & Salimans 2022), as one doubled batch.
 
@@ -21,16 +27,56 @@ def guided(
         x_t: noisy samples (B, ...). t: times (B,) in [0, 1].
         cond: conditions, B rows. null: the empty condition, B rows; unused when ``scale`` is 1.
         scale: w, a number or one per row (B,); the number 1 means no guidance and costs one pass instead of two.
+        rule: how the two outputs are combined. Rows outside its interval cost no second pass, but knowing which they
+            are is one read from the device.
 
     Raises:
         ValueError: ``scale`` is not 1 and there is no null condition.
     """
-    if not isinstance(scale, torch.Tensor) and scale == 1:
+    if not isinstance(scale, Tensor) and scale == 1:
         return denoiser(x_t, t, cond)
     if null is None:
         raise ValueError(f"guidance scale {scale} needs a null condition, and this teacher has none")
-    both = {name: torch.cat([rows, null[name]]) for name, rows in cond.items()}
-    doubled = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-    conditional, unconditional = doubled.raw.chunk(2)
-    raw = cfg_affine(conditional, unconditional, x_t, scale, 0.0, 1.0)
+    if rule.interval is None:
+        both = {name: torch.cat([rows, null[name]]) for name, rows in cond.items()}
+        doubled = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        conditional, unconditional = doubled.raw.chunk(2)
+    else:
+        low, high = rule.interval
+        second = ((low <= t.float()) & (t.float() <= high)).nonzero()[:, 0]
+        both = {name: torch.cat([rows, null[name][second]]) for name, rows in cond.items()}
+        doubled = denoiser(torch.cat([x_t, x_t[second]]), torch.cat([t, t[second]]), both)
+        conditional = doubled.raw[: len(x_t)]
+        # Where both are the same, w makes no difference.
+        unconditional = conditional.index_copy(0, second, doubled.raw[len(x_t) :])
+    raw = guide(conditional, unconditional, scale, rule, t)
     return Prediction(raw, x_t, t, doubled.schedule, doubled.kind)
+
+
+def x0_update(schedule: Schedule, kind: Kind, x_t: Tensor, t: Tensor) -> Update:
+    """From a prediction of this ``kind`` at ``x_t`` (B, ...), t (B,), to x_0."""
+    return Update(x_t, *_linear(schedule.to_x0, t, kind))
+
+
+def ddim_update(schedule: Schedule, kind: Kind, x_t: Tensor, t: Tensor, r: Tensor, plus_plus: bool = False) -> Update:
+    """From a prediction at time t (B,) by DDIM (Euler on a flow) to time r (B,).
+
+    With ``plus_plus`` the noise that stays is that of the unguided prediction (CFG++, Chung et al. 2024).
+    """
+    (x_a, x_b), (eps_a, eps_b) = _linear(schedule.to_x0, t, kind), _linear(schedule.to_eps, t, kind)
+    alpha, sigma = schedule.coefficients(r)
+    a = alpha * x_a + sigma * eps_a
+    return Update(x_t, a, alpha * x_b, sigma * eps_b) if plus_plus else Update(x_t, a, alpha * x_b + sigma * eps_b)
+
+
+def renoise_update(schedule: Schedule, kind: Kind, x_t: Tensor, t: Tensor, r: Tensor, noise: Tensor) -> Update:
+    """From a prediction at time t (B,) to x_0, then with fresh ``noise`` (B, ...) to time r (B,): LCM's sampling."""
+    a, b = _linear(schedule.to_x0, t, kind)
+    alpha, sigma = schedule.coefficients(r)
+    return Update(x_t, alpha * a, alpha * b, d=sigma, noise=noise)
+
+
+def _linear(conversion, t: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+    """(a, b), (B,) each, of a conversion a x_t + b prediction, read off at unit arguments."""
+    one, zero = torch.ones_like(t, dtype=torch.float64), torch.zeros_like(t, dtype=torch.float64)
+    return conversion(zero, one, t, kind), conversion(one, zero, t, kind)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
+from stepdistill.kernels import add_noise
 
 Kind = Literal["epsilon", "v", "flow", "sample"]
 """What a network emits: eps; v = alpha eps - sigma x_0; flow velocity u = eps - x_0; or x_0 itself."""
@@ -64,8 +65,7 @@ class Schedule(ABC):
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha x_0 + sigma eps; shapes (B, ...), t (B,)."""
-        alpha, sigma = self._shaped(t, x0)
-        return alpha * x0 + sigma * eps
+        return add_noise(x0, eps, *self.coefficients(t))
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
         """x_0 from what a network of this ``kind`` emitted at ``(x_t, t)``."""

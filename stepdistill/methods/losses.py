@@ -1,4 +1,7 @@
-"""Losses that several methods share. All are means over every element, so their scale is that of one element."""
+"""Losses that several methods share. All are means over every element, so their scale is that of one element.
+
+Those that a kernel computes come from :mod:`stepdistill.kernels`.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,25 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepdistill.kernels import dmd_gradient, identity_loss, mean_per_sample, pseudo_huber, sid_loss, surrogate
 from stepdistill.pipeline.denoiser import Conditions, Denoiser
 from stepdistill.schedule import Prediction
 
+__all__ = [
+    "GanLoss",
+    "denoising_loss",
+    "discriminator_loss",
+    "dmd_gradient",
+    "generator_loss",
+    "gradient_penalty",
+    "identity_loss",
+    "mean_per_sample",
+    "prediction_loss",
+    "pseudo_huber",
+    "sid_loss",
+    "surrogate",
+]
+
 GanLoss = Literal["softplus", "hinge"]
-
-
-def mean_per_sample(value: Tensor) -> Tensor:
-    """Mean over all but the batch dimension, kept broadcastable: (B, ...) -> (B, 1, ...)."""
-    return value.mean(dim=tuple(range(1, value.ndim)), keepdim=True)
-
-
-def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
-    """A loss whose gradient with respect to ``x`` is ``gradient / x.numel()``."""
-    return 0.5 * F.mse_loss(x, (x - gradient).detach())
-
-
-def dmd_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """(D_fake - D_real) / mean|x - D_real|, per sample (DMD eq. 7-8 in x_0 space, as DMD2's code); shapes (B, ...)."""
-    return (fake - real) / mean_per_sample((x - real).abs())
 
 
 def denoising_loss(denoiser: Denoiser, x0: Tensor, t: Tensor, eps: Tensor, cond: Conditions) -> Tensor:
@@ -37,21 +41,6 @@ def prediction_loss(prediction: Prediction, x0: Tensor) -> Tensor:
     """MSE between what was emitted and what means ``x0`` (B, ...) at the same x_t, in the prediction's own kind."""
     target = prediction.schedule.from_x0(x0, prediction.x_t, prediction.t, prediction.kind)
     return F.mse_loss(prediction.raw.to(target.dtype), target)
-
-
-def identity_loss(x: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor:
-    """(r - f) (r - x - alpha (r - f)), elementwise: SiD's estimate of (1 - alpha) (r - f)^2 (Zhou et al. 2024, eq. 23).
-
-    Args:
-        x: the student's samples (B, ...). real, fake: r and f, denoised x_t by teacher and critic, with their graph
-            back to ``x``.
-    """
-    return (real - fake) * (real - x - alpha * (real - fake))
-
-
-def pseudo_huber(difference: Tensor, c: float) -> Tensor:
-    """mean( sqrt(d^2 + c^2) - c )."""
-    return ((difference.square() + c**2).sqrt() - c).mean()
 
 
 def generator_loss(fake: Tensor, kind: GanLoss) -> Tensor:

@@ -1,0 +1,244 @@
+"""The Triton kernels of ``guide``: one read of the pair, two where sums over a sample are needed; float32 inside."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stepdistill.kernels.dispatch import common_type
+from stepdistill.kernels.layout import empty_result, rows
+
+BLOCK = 1024
+# Partial sums of a sample. Their number depends on its size alone, and they are added in one order: deterministic.
+PARTS = 64
+SUMS = 5
+
+
+@triton.jit
+def _pair(cond, uncond, running, sample, s_cond, s_uncond, s_run, column, inside, momentum, MOMENTUM: tl.constexpr):
+    """cond and the difference to uncond, with its running part."""
+    c = tl.load(cond + sample * s_cond + column, mask=inside, other=0.0).to(tl.float32)
+    difference = c - tl.load(uncond + sample * s_uncond + column, mask=inside, other=0.0).to(tl.float32)
+    if MOMENTUM:
+        difference += momentum * tl.load(running + sample * s_run + column, mask=inside, other=0.0)
+    return c, difference
+
+
+@triton.jit
+def sums_kernel(
+    cond,
+    uncond,
+    running,
+    sums,
+    s_cond,
+    s_uncond,
+    s_run,
+    elements,
+    chunk,
+    momentum,
+    MOMENTUM: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (p, j): sums of c, d, c c, d d, c d over chunk p of sample j, to sums[j, :, p]; writes the running d."""
+    part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c_sum = tl.zeros((BLOCK,), tl.float32)
+    d_sum = tl.zeros((BLOCK,), tl.float32)
+    cc = tl.zeros((BLOCK,), tl.float32)
+    dd = tl.zeros((BLOCK,), tl.float32)
+    cd = tl.zeros((BLOCK,), tl.float32)
+    begin = part.to(tl.int64) * chunk
+    for start in range(0, chunk, BLOCK):
+        column = begin + start + tl.arange(0, BLOCK)
+        inside = column < elements
+        c, d = _pair(cond, uncond, running, sample, s_cond, s_uncond, s_run, column, inside, momentum, MOMENTUM)
+        if MOMENTUM:
+            tl.store(running + sample * s_run + column, d, mask=inside)
+        c_sum += c
+        d_sum += d
+        cc += c * c
+        dd += d * d
+        cd += c * d
+    at = sums + sample * 5 * PARTS + part
+    tl.store(at, tl.sum(c_sum))
+    tl.store(at + PARTS, tl.sum(d_sum))
+    tl.store(at + 2 * PARTS, tl.sum(cc))
+    tl.store(at + 3 * PARTS, tl.sum(dd))
+    tl.store(at + 4 * PARTS, tl.sum(cd))
+
+
+@triton.jit
+def guide_kernel(
+    cond,
+    uncond,
+    x_t,
+    noise,
+    running,
+    t,
+    w,
+    a,
+    b,
+    c,
+    d,
+    sums,
+    out,
+    s_cond,
+    s_uncond,
+    s_x,
+    s_noise,
+    s_run,
+    s_t,
+    s_w,
+    s_a,
+    s_b,
+    s_c,
+    s_d,
+    elements,
+    low,
+    high,
+    rescale,
+    parallel,
+    max_norm,
+    UPDATE: tl.constexpr,
+    PLUS: tl.constexpr,
+    NOISE: tl.constexpr,
+    LIMITED: tl.constexpr,
+    PROJECTS: tl.constexpr,
+    CLIPS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    RESCALE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (i, j) writes block i of sample j. g is lin_c cond + lin_d d with numbers of the sample for lin_*."""
+    sample = tl.program_id(1).to(tl.int64)  # a large batch has more than 2^31 elements
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < elements
+    scale = tl.load(w + sample * s_w)
+    if LIMITED:
+        time = tl.load(t + sample * s_t).to(tl.float32)
+        scale = tl.where((time >= low) & (time <= high), scale, 1.0)
+    lin_c = 1.0
+    lin_d = scale - 1.0
+    if PROJECTS or RESCALE:
+        at = sums + sample * 5 * PARTS + tl.arange(0, PARTS)
+        cc = tl.sum(tl.load(at + 2 * PARTS))
+        dd = tl.sum(tl.load(at + 3 * PARTS))
+        cd = tl.sum(tl.load(at + 4 * PARTS))
+        if PROJECTS:
+            if CLIPS:
+                lin_d *= tl.minimum(max_norm / tl.sqrt(dd), 1.0)
+            lin_c += lin_d * (parallel - 1.0) * cd / cc
+        if RESCALE:
+            # g is linear in c and d, and so its variance follows from their moments.
+            c_mean = tl.sum(tl.load(at)) / elements
+            d_mean = tl.sum(tl.load(at + PARTS)) / elements
+            c_var = cc / elements - c_mean * c_mean
+            d_var = dd / elements - d_mean * d_mean
+            cov = cd / elements - c_mean * d_mean
+            variance = lin_c * lin_c * c_var + lin_d * lin_d * d_var + 2.0 * lin_c * lin_d * cov
+            factor = rescale * tl.sqrt(c_var / variance) + 1.0 - rescale
+            lin_c *= factor
+            lin_d *= factor
+    value_c = tl.load(cond + sample * s_cond + column, mask=inside, other=0.0).to(tl.float32)
+    value_u = tl.load(uncond + sample * s_uncond + column, mask=inside, other=0.0).to(tl.float32)
+    if MOMENTUM:
+        guided = lin_c * value_c + lin_d * tl.load(running + sample * s_run + column, mask=inside, other=0.0)
+    elif PROJECTS or RESCALE:
+        guided = lin_c * value_c + lin_d * (value_c - value_u)
+    else:
+        guided = value_u + scale * (value_c - value_u)
+    if UPDATE:
+        x = tl.load(x_t + sample * s_x + column, mask=inside, other=0.0).to(tl.float32)
+        guided = tl.load(a + sample * s_a) * x + tl.load(b + sample * s_b) * guided
+    if PLUS:
+        guided += tl.load(c + sample * s_c) * value_u
+    if NOISE:
+        fresh = tl.load(noise + sample * s_noise + column, mask=inside, other=0.0).to(tl.float32)
+        guided += tl.load(d + sample * s_d) * fresh
+    tl.store(out + sample * elements + column, guided.to(out.dtype.element_ty), mask=inside)
+
+
+def guide_triton(
+    cond: Tensor,
+    uncond: Tensor,
+    x_t: Tensor | None,
+    noise: Tensor | None,
+    running: Tensor | None,
+    t: Tensor | None,
+    w: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    d: Tensor | None,
+    low: float,
+    high: float,
+    rescale: float,
+    parallel: float,
+    max_norm: float,
+    momentum: float,
+) -> Tensor:
+    """``torch.ops.stepdistill.guide`` by the kernels; arguments as there, coefficients (B,) float32 of any stride.
+
+    Raises:
+        ValueError: the samples differ in shape.
+    """
+    dtype = common_type(cond, uncond, x_t, noise)
+    out = empty_result(cond, dtype)
+    if out.numel() == 0:
+        return out
+    (cond, uncond, x_t, noise, state), (*strides, s_run) = rows(out, cond, uncond, x_t, noise, running)
+    batch, elements = len(cond), cond[0].numel()
+    projects, blocks = parallel != 1 or max_norm > 0 or momentum != 0, triton.cdiv(elements, BLOCK)
+    sums = None
+    if projects or rescale:
+        sums = torch.zeros(batch, SUMS, PARTS, dtype=torch.float32, device=cond.device)
+        chunk = triton.cdiv(blocks, PARTS) * BLOCK
+        # Samples lie on the second grid axis, which CUDA limits to 65535: far more than a batch of latents.
+        sums_kernel[(triton.cdiv(elements, chunk), batch)](
+            cond,
+            uncond,
+            state,
+            sums,
+            *strides[:2],
+            s_run,
+            elements,
+            chunk,
+            momentum,
+            MOMENTUM=momentum != 0,
+            PARTS=PARTS,
+            BLOCK=BLOCK,
+        )
+    columns = (t, w, a, b, c, d)
+    guide_kernel[(blocks, batch)](
+        cond,
+        uncond,
+        x_t,
+        noise,
+        state,
+        *columns,
+        sums,
+        out,
+        *strides,
+        s_run,
+        *(0 if column is None else column.stride(0) for column in columns),
+        elements,
+        low,
+        high,
+        rescale,
+        parallel,
+        max_norm,
+        UPDATE=x_t is not None,
+        PLUS=c is not None,
+        NOISE=noise is not None,
+        LIMITED=t is not None,
+        PROJECTS=projects,
+        CLIPS=max_norm > 0,
+        MOMENTUM=momentum != 0,
+        RESCALE=rescale != 0,
+        PARTS=PARTS,
+        BLOCK=BLOCK,
+    )
+    if state is not running:
+        running.copy_(state)
+    return out

@@ -1,0 +1,94 @@
+"""guide: its definition against the papers' formulas and diffusers' own, the operation, and torch.compile."""
+
+import pytest
+import torch
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+from diffusers.guiders.guider_utils import rescale_noise_cfg
+
+from stepdistill.kernels import Rule, Update, guide
+from stepdistill.kernels.guide import guide_op
+
+
+def test_w_is_the_scale_of_the_one_convention():
+    cond, uncond = torch.randn(2, 2, 4)
+    assert torch.equal(guide(cond, uncond, 0.0), uncond)
+    torch.testing.assert_close(guide(cond, uncond, 1.0), cond)
+    torch.testing.assert_close(guide(cond, uncond, torch.tensor([1.0, 4.0]))[1], uncond[1] + 4 * (cond[1] - uncond[1]))
+
+
+def test_outside_the_interval_there_is_no_guidance():
+    cond, uncond = torch.randn(2, 4, 5)
+    t = torch.tensor([0.1, 0.2, 0.7, 0.71], dtype=torch.float64)
+    found = guide(cond, uncond, 3.0, Rule(interval=(0.2, 0.7)), t)
+    expected = guide(cond, uncond, torch.tensor([1.0, 3.0, 3.0, 1.0]))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("phi", [0.7, 1.0])
+def test_rescale_is_that_of_diffusers(phi):
+    cond, uncond = torch.randn(2, 3, 4, 8, 8)
+    expected = rescale_noise_cfg(guide(cond, uncond, 5.0), cond, phi)
+    torch.testing.assert_close(guide(cond, uncond, 5.0, Rule(rescale=phi)), expected)
+
+
+def test_apg_is_that_of_diffusers():
+    """In the paper's form, whose scale is w - 1, over three steps of a trajectory."""
+    buffer, running = MomentumBuffer(-0.5), torch.zeros(2, 4, 8, 8)
+    rule = Rule(parallel=0.2, max_norm=15.0, momentum=-0.5)
+    for _ in range(3):
+        cond, uncond = torch.randn(2, 2, 4, 8, 8)
+        expected = normalized_guidance(cond, uncond, 6.5, buffer, 0.2, 15.0, True)
+        torch.testing.assert_close(guide(cond, uncond, 7.5, rule, running=running), expected)
+    torch.testing.assert_close(running, buffer.running_average)
+
+
+def test_apg_with_nothing_changed_is_plain_guidance():
+    cond, uncond = torch.randn(2, 3, 40, dtype=torch.float64)
+    torch.testing.assert_close(guide(cond, uncond, 4.0, Rule(max_norm=1e9)), guide(cond, uncond, 4.0))
+
+
+def test_half_precision_is_computed_in_float32():
+    cond, uncond, x_t = torch.randn(3, 2, 64).bfloat16()
+    exact = guide(cond.double(), uncond.double(), 8.0, update=Update(x_t.double(), 14.6, -14.6))
+    found = guide(cond, uncond, 8.0, update=Update(x_t, 14.6, -14.6))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4)
+    assert guide(cond, uncond, 8.0, update=Update(x_t.float(), 1.0, 1.0)).dtype == torch.float32
+
+
+def test_gradients_flow():
+    samples = torch.randn(4, 2, 4, dtype=torch.float64, requires_grad=True).unbind()
+    coefficients = torch.rand(5, 2, dtype=torch.float64, requires_grad=True).unbind()
+
+    def function(cond, uncond, x_t, noise, w, a, b, c, d):
+        return guide(cond, uncond, w, Rule(rescale=0.3, parallel=0.5), update=Update(x_t, a, b, c, d, noise))
+
+    assert torch.autograd.gradcheck(function, (*samples, *coefficients))
+
+
+def operands() -> list[torch.Tensor]:
+    return [value.to(memory_format=torch.channels_last) for value in torch.randn(3, 2, 3, 4, 5)]
+
+
+def test_the_operation_is_registered_as_torch_wants_it():
+    cond, uncond, x_t = operands()
+    row, running = torch.rand(2), torch.zeros(2, 3, 4, 5)
+    full = (cond, uncond, x_t, x_t, running, row.double(), row, row, row, row, row, 0.2, 0.8, 0.5, 0.3, 2.0, 0.1)
+    plain = (cond, uncond, None, None, None, None, row, None, None, None, None, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+    for arguments in (full, plain):
+        torch.library.opcheck(torch.ops.stepdistill.guide.default, arguments)
+
+
+def test_compiled_graphs_take_the_operation_whole():
+    cond, uncond, x_t = operands()
+    running = torch.zeros_like(cond)
+    rule = Rule(interval=(0.0, 0.5), momentum=0.3)
+
+    def step(cond, uncond, x_t, t, running):
+        return guide_op(cond, uncond, 3.0, rule, t, running, Update(x_t, 1.1, t)) * 2
+
+    t, other = torch.tensor([0.2, 0.9]), running.clone()
+    found = torch.compile(step, backend="aot_eager", fullgraph=True)(cond, uncond, x_t, t, running)
+    torch.testing.assert_close(found, step(cond, uncond, x_t, t, other))
+    assert torch.equal(running, other) and running.abs().sum() > 0
+    assert found.stride() == cond.stride()
