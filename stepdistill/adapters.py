@@ -4,8 +4,9 @@ import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import Literal
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -13,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from stepdistill.errors import InputError
+from stepdistill.recipe_errors import suggest
 
 
 class AdapterView(nn.Module):
@@ -38,6 +40,38 @@ class AdapterView(nn.Module):
             owner = next((part for before, part in pairs if before.startswith("lora_")), None)
             if owner == self.adapter:
                 yield name, parameter
+
+
+def lora_targets(network: nn.Module, wanted: Sequence[str] | Literal["auto"] = "auto") -> list[str]:
+    """Full names of the layers that get a LoRA.
+
+    Args:
+        wanted: endings of names, such as "to_q" or "ff.net.0.proj"; "auto": every linear layer, and the ungrouped
+            convolutions of a UNet's or transformer's blocks.
+
+    Raises:
+        InputError: an ending fits no linear layer or convolution.
+    """
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    if wanted == "auto":
+        # A convolution outside of the blocks reads or writes the image itself; peft's rank must divide into groups.
+        return [
+            name
+            for name, layer in layers.items()
+            if isinstance(layer, nn.Linear) or (layer.groups == 1 and "block" in name)
+        ]
+    for ending in wanted:
+        if not any(_ends(name, ending) for name in layers):
+            endings = {name.rpartition(".")[2] for name in layers}
+            raise InputError(
+                f"student.targets: expected endings of layers of {type(network).__name__}, found {ending!r}"
+                f"{suggest(ending, endings)}"
+            )
+    return [name for name in layers if any(_ends(name, ending) for ending in wanted)]
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
 
 
 def _adapter_layers(backbone: nn.Module) -> list[BaseTunerLayer]:

@@ -33,7 +33,8 @@ from stepdistill.eval.report import VERDICT_METRIC, Report, Role, Row, Verdict, 
 from stepdistill.eval.row_cache import RowCache, cache_folder, row_key, weights_digest
 from stepdistill.pipeline.conditioning import Conditioning, class_count, encode
 from stepdistill.pipeline.generate import decode, generate
-from stepdistill.pipeline.trace import Trace, load_pipeline, trace
+from stepdistill.pipeline.load import is_export, load_pipeline
+from stepdistill.pipeline.trace import Trace, trace
 from stepdistill.schedule import from_scheduler
 
 TEACHER_STEPS = 50
@@ -394,7 +395,7 @@ def read_source(path: str | Path) -> Source:
     folder = Path(path)
     run = folder if (folder / "recipe.yaml").is_file() else None
     pipeline = folder / "export" if run else folder
-    if run and not (pipeline / "model_index.json").is_file():
+    if run and not is_export(pipeline):
         raise InputError(f"{run}: the run has no export/ yet; finish it, or run stepdistill export {run} {pipeline}")
     facts = _facts(pipeline / "stepdistill.json")
     label = folder.name if folder.name != "export" else folder.resolve().parent.name

@@ -55,12 +55,16 @@ def train(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    out: Annotated[Path, typer.Argument(help="The pipeline folder to write.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    fuse: Annotated[bool | None, typer.Option(help="A LoRA student as a whole pipeline, or as a LoRA.")] = None,
+    keys: Annotated[str | None, typer.Option(help="Names in a LoRA's file: diffusers, or kohya for ComfyUI.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's student as a stock diffusers pipeline, checked against the training-time sampler."""
-    result = stepdistill.export(run, out)
-    _print_facts({"pipeline": str(result.folder), "max_error": result.max_error}, as_json)
+    """Write a run's student as a stock diffusers pipeline or LoRA, checked against the training-time sampler."""
+    if keys not in (None, "diffusers", "kohya"):
+        raise InputError(f"--keys: expected diffusers or kohya, found '{keys}'")
+    result = stepdistill.export(run, out, fuse, keys)
+    _print_facts({result.form: str(result.folder), "max_error": result.max_error}, as_json)
 
 
 @app.command()

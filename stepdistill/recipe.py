@@ -15,7 +15,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from stepdistill import assets, yaml_lines
 from stepdistill.errors import InputError
@@ -44,7 +53,17 @@ class Teacher(Section):
 class Student(Section):
     steps: int = Field(ge=1, le=100, description="steps (= NFE per image) the student is trained for")
     train: Literal["full", "lora"] = Field("full", description="train all weights, or a LoRA adapter")
-    lora_rank: int = Field(32, gt=0, description="rank of the adapter when train is lora")
+    rank: int = Field(
+        32,
+        gt=0,
+        # The second is its name in the recipes of earlier runs.
+        validation_alias=AliasChoices("rank", "lora_rank"),
+        description="rank of the adapter when train is lora; its alpha is the rank, so scale 1.0 is right",
+    )
+    targets: Literal["auto"] | list[str] = Field(
+        "auto",
+        description="layers with an adapter: 'auto' (all linear ones, and the blocks' convolutions) or name endings",
+    )
     init: str | None = Field(None, description="run folder or exported pipeline to start from; null: the teacher")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the exponential moving average per update; 0 is off")
 
@@ -99,6 +118,15 @@ class Train(Section):
         return self
 
 
+class Export(Section):
+    fuse: bool = Field(
+        False, description="write a LoRA student merged into a whole pipeline instead of as LoRA weights"
+    )
+    keys: Literal["diffusers", "kohya"] = Field(
+        "diffusers", description="names in the LoRA file; kohya's for UNets only"
+    )
+
+
 class Report(Section):
     samples: int = Field(1000, ge=0, description="images per row of the report; 0: no report")
     steps: list[PositiveInt] = Field([1, 2, 4], min_length=1, description="numbers of steps the student is measured at")
@@ -116,6 +144,7 @@ class Recipe(Section):
     data: Data = Field(Data(), description="what the method trains on")
     method: Method = Field(description="the distillation method and its own settings")
     train: Train = Field(description="optimisation, checkpoints, logging")
+    export: Export = Field(Export(), description="what a LoRA student is written as")
     report: Report = Field(Report(), description="the measurement at the end of the run")
     output: str | None = Field(None, min_length=1, description="run folder; null: runs/NAME OF THE RECIPE FILE")
     resume: str = Field("auto", min_length=1, description="auto, never, or a checkpoint or run folder")

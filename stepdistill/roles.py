@@ -1,25 +1,36 @@
 """Teacher, student, critic: full copies of the teacher's network, or adapters on one shared backbone."""
 
 import copy
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from stepdistill.adapters import AdapterView, FrozenView
+from stepdistill.adapters import AdapterView, FrozenView, lora_targets
 from stepdistill.methods.base import Roles, RoleTraining
 from stepdistill.pipeline.denoiser import Denoiser
 
 
-def build_roles(teacher: Denoiser, training: Mapping[str, RoleTraining], scale: float, lora_rank: int) -> Roles:
+def build_roles(
+    teacher: Denoiser,
+    training: Mapping[str, RoleTraining],
+    scale: float,
+    rank: int,
+    targets: Sequence[str] | Literal["auto"] = "auto",
+) -> Roles:
     """The roles of a run, all starting as the teacher.
 
     Args:
         teacher: the traced denoiser; its network is frozen here.
         training: how each role beside the teacher gets its weights, by the role's name: "full" (a copy), "lora" (an
             adapter on the teacher's own weights) or "frozen" (the teacher's own weights, for methods that add to them).
-        scale: the guidance scale to distil. lora_rank: rank and alpha of the adapters.
+        scale: the guidance scale to distil. rank: rank and alpha of the adapters. targets: see :func:`lora_targets`.
+
+    Raises:
+        InputError: a target names no layer.
     """
     teacher.network.requires_grad_(False)
     networks: dict[str, nn.Module] = {}
@@ -32,8 +43,9 @@ def build_roles(teacher: Denoiser, training: Mapping[str, RoleTraining], scale: 
     with warnings.catch_warnings():
         # Several adapters on one network are the point here, and peft warns of the second.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        layers = "|".join(map(re.escape, lora_targets(backbone, targets))) if adapters else ""
         for name in adapters:
-            config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules="all-linear", init_lora_weights=True)
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, init_lora_weights=True)
             inject_adapter_in_model(config, backbone, adapter_name=name)
     backbone.requires_grad_(False)
     bare = AdapterView(backbone, None) if adapters else backbone

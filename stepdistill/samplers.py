@@ -41,15 +41,24 @@ class Sampler(ABC):
         schedule: the teacher's schedule.
         source: the teacher's own diffusers scheduler; tables and prediction type are taken from its config.
         steps: the number of steps the student is trained for.
+        set_up: (scheduler, steps) -> the arguments that the pipeline gives its ``set_timesteps``; None: the number of
+            steps alone. Pipelines of flow matching pass sigmas of their own.
     """
 
     name: str
     stochastic: bool
 
-    def __init__(self, schedule: Schedule, source: Any, steps: int):
+    def __init__(
+        self,
+        schedule: Schedule,
+        source: Any,
+        steps: int,
+        set_up: Callable[[Any, int], dict[str, Any]] | None = None,
+    ):
         self.schedule = schedule
         self.steps = steps
         self.scheduler = self.stock(source.config)
+        self.set_up = set_up or (lambda _scheduler, steps: {"num_inference_steps": steps})
 
     @abstractmethod
     def stock(self, config: dict[str, Any]) -> Any:
@@ -63,7 +72,7 @@ class Sampler(ABC):
         """The (t, r) pairs of a run in ``steps`` steps (default: the trained number)."""
         # set_timesteps mutates; a copy keeps the exported scheduler as it was configured.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps or self.steps)
+        scheduler.set_timesteps(**self.set_up(scheduler, steps or self.steps))
         times = self.schedule.time(scheduler.timesteps.double()).tolist()
         return [Step(t, r) for t, r in zip(times, [*times[1:], None], strict=True)]
 
@@ -117,7 +126,12 @@ class DDIM(Sampler):
                 num_train_timesteps=config.get("num_train_timesteps", 1000), shift=self.schedule.shift
             )
         return DDIMScheduler(
-            **_vp(config, self.schedule), timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+            **_vp(config, self.schedule),
+            timestep_spacing="trailing",
+            set_alpha_to_one=True,
+            clip_sample=False,
+            # Without effect on trailing steps, but Stable Diffusion's pipeline rewrites a 0, with a warning.
+            steps_offset=config.get("steps_offset", 0),
         )
 
     def grid(self, steps: int | None = None) -> list[Step]:

@@ -12,7 +12,8 @@ from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.generate import decode, generate
-from stepdistill.pipeline.trace import Trace, load_pipeline, trace
+from stepdistill.pipeline.load import is_export, load_pipeline
+from stepdistill.pipeline.trace import Trace, trace
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def inspect(path: str | Path, revision: str | None = None) -> Trace:
         InputError: no such pipeline, or it cannot be traced; the message names the failed check.
     """
     run = Path(path) / "export"
-    return trace(load_pipeline(run if (run / "model_index.json").is_file() else path, revision))
+    return trace(load_pipeline(run if is_export(run) else path, revision))
 
 
 def sample(

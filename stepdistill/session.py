@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepdistill import checkpoint
+from stepdistill.adapters import AdapterView
 from stepdistill.data import images
 from stepdistill.data.batch import Batch
 from stepdistill.data.paths import Paths, teacher_paths
@@ -14,8 +16,10 @@ from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries
 from stepdistill.pipeline.denoiser import Denoiser
+from stepdistill.pipeline.generate import set_up
 from stepdistill.pipeline.latents import decoder, encode_images, image_shape
-from stepdistill.pipeline.load import load_pipeline
+from stepdistill.pipeline.load import is_export, load_pipeline
+from stepdistill.pipeline.lora import is_lora, load_adapter
 from stepdistill.pipeline.trace import Trace, trace
 from stepdistill.recipe import Recipe
 from stepdistill.roles import build_roles
@@ -84,7 +88,10 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         raise InputError(f"teacher.guidance.scale: expected 1 for a pipeline without guidance, found {scale}")
     implementation, config = recipe.method.implementation, recipe.method.config
     sampler = SAMPLERS[implementation.sampler_of(config)](
-        traced.denoiser.schedule, pipeline.scheduler, recipe.student.steps
+        traced.denoiser.schedule,
+        pipeline.scheduler,
+        recipe.student.steps,
+        lambda scheduler, steps: set_up(traced, scheduler, steps)[0],
     )
     student, needs, paths = recipe.student, implementation.data_needs(config), None
     if with_data and needs.paths is not None:
@@ -95,10 +102,10 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     torch.manual_seed(recipe.train.seed)
     names = ("student", *implementation.extra_roles)
     training = {name: student.train for name in names} | dict(implementation.role_training(config))
-    roles = build_roles(traced.denoiser, training, scale, student.lora_rank)
+    roles = build_roles(traced.denoiser, training, scale, student.rank, student.targets)
     roles.decode = decoder(pipeline)
     if student.init is not None:
-        _start_from(Path(student.init), roles.student, traced.component)
+        _start_from(Path(student.init), roles.student, pipeline, traced.component)
     for name in names:
         role = getattr(roles, name)
         setattr(roles, name, role.on(implementation.adapt(config, name, role.network, scale).to(device)))
@@ -133,11 +140,15 @@ def _real_rows(recipe: Recipe, traced: Trace, conditioning: Conditioning, cache:
     return encode_images(traced, pictures, cache), index
 
 
-def _start_from(path: Path, student: Denoiser, component: str) -> None:
-    """Copy the weights of an exported pipeline (or of a run's export) into the student."""
-    folder = path if (path / "model_index.json").is_file() else path / "export"
-    if not (folder / "model_index.json").is_file():
+def _start_from(path: Path, student: Denoiser, pipeline: Any, component: str) -> None:
+    """Copy the weights of an export (or of a run's export) into the student; a LoRA student takes those of a LoRA."""
+    folder = next((place for place in (path, path / "export") if is_export(place)), None)
+    if folder is None:
         raise InputError(f"student.init: expected an exported pipeline or a run with an export, found {path}")
+    if isinstance(student.network, AdapterView):
+        if not is_lora(folder):
+            raise InputError(f"student.init: expected the export of a LoRA student for a LoRA student, found {path}")
+        return load_adapter(pipeline, component, folder, student.network)
     source = getattr(load_pipeline(folder), component)
     try:
         student.network.load_state_dict(source.state_dict())

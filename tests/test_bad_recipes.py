@@ -79,6 +79,12 @@ TEXTS = {
         "steps: 4\n  train: lroa",
         ":8: student.train: expected one of 'full', 'lora', found",
     ),
+    "no rank": ("steps: 4", "steps: 4\n  rank: 0", ":8: student.rank: expected a positive integer, found 0"),
+    "unknown names of a LoRA's layers": (
+        "report:",
+        "export:\n  keys: a1111\nreport:",
+        ":18: export.keys: expected one of 'diffusers', 'kohya', found 'a1111'",
+    ),
     "unknown method": (
         "name: sfd",
         "name: diff_instruct",

@@ -122,7 +122,7 @@ def test_stop_and_resume_is_bit_exact(teacher, pictures, tmp_path, case, monkeyp
 @pytest.mark.parametrize("train_mode", ["full", "lora"])
 def test_an_encoder_is_exported_beside_the_student(teacher, pictures, tmp_path, train_mode):
     method = {"name": "icd", "solver_steps": 2, "w_min": 1.0, "w_max": 2.0}
-    recipe = make_recipe(teacher, tmp_path / "run", method, pictures, student={"train": train_mode, "lora_rank": 4})
+    recipe = make_recipe(teacher, tmp_path / "run", method, pictures, student={"train": train_mode, "rank": 4})
     train(recipe, ["train.steps=2", "student.ema=0"])
     session = build(load(recipe), CPU)
     load_student(session, checkpoint.latest(tmp_path / "run" / "checkpoints"))
@@ -158,7 +158,7 @@ def test_kill_and_resume_is_bit_exact(teacher, pictures, tmp_path):
 @pytest.mark.parametrize("train_mode", ["full", "lora"])
 def test_only_the_moving_player_moves(teacher, pictures, tmp_path, train_mode):
     recipe = make_recipe(
-        teacher, tmp_path, GAN | {"critic_warmup": 0}, pictures, student={"train": train_mode, "lora_rank": 4}
+        teacher, tmp_path, GAN | {"critic_warmup": 0}, pictures, student={"train": train_mode, "rank": 4}
     )
     trainer = make_trainer(recipe)
     method, roles = trainer.method, trainer.method.roles
@@ -251,7 +251,7 @@ def test_a_run_leaves_what_the_contract_says(teacher, pictures, tmp_path):
 
 
 def test_adapters_leave_the_teacher_alone(teacher, tmp_path):
-    recipe = make_recipe(teacher, tmp_path, {"name": "dmd2"}, student={"train": "lora", "lora_rank": 4})
+    recipe = make_recipe(teacher, tmp_path, {"name": "dmd2"}, student={"train": "lora", "rank": 4})
     trainer = make_trainer(recipe)
     roles, batch = trainer.method.roles, trainer.session.batch(0, 0, 4)
     x, t = torch.randn(4, 4, 8, 8), torch.full((4,), 0.5)

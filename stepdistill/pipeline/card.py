@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from stepdistill.pipeline.observe import guidance_argument
 from stepdistill.pipeline.trace import Trace
 
 NOT_MEASURED = "Not measured yet: `stepdistill bench PATH_OF_THIS_FOLDER`."
@@ -14,7 +15,7 @@ def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
     Args:
         facts: the export's stepdistill.json. error: the verified difference to the training-time sampler.
     """
-    steps, name = facts["steps"], type(trace.pipeline).__name__
+    steps, name, scheduler = facts["steps"], type(trace.pipeline).__name__, type(trace.pipeline.scheduler).__name__
     argument = "class_labels=[0, 1, 2, 3]" if trace.entry == "class_labels" else 'prompt="a photo of a cat"'
     place, imported, attached, reloaded = "inside the weights", "", "", "with plain diffusers"
     if facts["adapter"]:
@@ -22,6 +23,15 @@ def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
         imported = "import stepdistill\n"
         attached = f'stepdistill.attach(pipe, "PATH_OF_THIS_FOLDER", scale={facts["guidance"]:g})\n'
         reloaded = "and the adapter attached"
+    base, classes = "PATH_OF_THIS_FOLDER", name
+    if facts["form"] == "lora":
+        base, classes = facts["teacher"], f"{scheduler}, {name}"
+        place = "inside the LoRA"
+        attached = f"""pipe.load_lora_weights("PATH_OF_THIS_FOLDER")  # at scale 1.0, the default
+pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
+"""
+    guidance = guidance_argument(trace.pipeline)
+    told = "" if guidance is None else f", {guidance.name}={facts['call_guidance']:g}"
     return f"""---
 library_name: diffusers
 license: other
@@ -36,17 +46,17 @@ A {steps}-step {name}, distilled from `{facts["teacher"]}` with stepdistill. One
 classifier-free guidance: guidance {facts["guidance"]:g} of the teacher is {place}.
 
 ```python
-{imported}from diffusers import {name}
+{imported}from diffusers import {classes}
 
-pipe = {name}.from_pretrained("PATH_OF_THIS_FOLDER")
-{attached}images = pipe({argument}, num_inference_steps={steps}, guidance_scale=1.0).images
+pipe = {name}.from_pretrained("{base}")
+{attached}images = pipe({argument}, num_inference_steps={steps}{told}).images
 ```
 
 | | |
 |---|---|
 | NFE per image | {steps} |
 | method | {facts["method"]}, {facts["trained_steps"]} training steps |
-| scheduler | {type(trace.pipeline.scheduler).__name__}, its config holds the step grid; keep it |
+| scheduler | {scheduler}, its config holds the step grid; keep it |
 | teacher | {facts["teacher"]}, guidance scale {facts["guidance"]:g} |
 | licence | that of the teacher: the student is a derivative of its weights |
 | checked | reloaded {reloaded}, differs from the training-time sampler by {error:.1e} |

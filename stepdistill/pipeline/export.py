@@ -1,14 +1,19 @@
-"""From a run to a stock few-step pipeline folder, verified by reloading it, with a model card."""
+"""From a run to a stock few-step pipeline folder or LoRA, proven where this package cannot be imported, with a card."""
 
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stepdistill import checkpoint
@@ -16,15 +21,23 @@ from stepdistill.adapters import plain_network
 from stepdistill.errors import InputError
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.guidance_adapters import fastened
+from stepdistill.pipeline import stock_call
+from stepdistill.pipeline.attach import CONFIG as ATTACHED
 from stepdistill.pipeline.card import model_card
-from stepdistill.pipeline.generate import call_pipeline, last_latents
-from stepdistill.pipeline.load import load_pipeline, save_pipeline
+from stepdistill.pipeline.compare import deviation
+from stepdistill.pipeline.generate import decode
+from stepdistill.pipeline.load import load_pipeline, save_pipeline, source
+from stepdistill.pipeline.lora import Keys, save_lora, why_not_lora
+from stepdistill.pipeline.observe import call_arguments
+from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say
 from stepdistill.recipe import Recipe, load
 from stepdistill.session import Session, build, newest_checkpoint
 
 FACTS = "stepdistill.json"
 TOLERANCE = 1e-5
+LEVELS = 2
+"""How many of 255 levels a picture may differ by: latents that agree, rounded."""
 CHECKED = 4
 
 
@@ -34,17 +47,23 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The exported folder, and the largest relative difference to the training-time sampler."""
+    """The exported folder, the largest relative difference to the training-time sampler, and "pipeline" or "lora"."""
 
     folder: Path
     max_error: float
+    form: str = "pipeline"
 
 
-def export(run: str | Path, out: str | Path) -> ExportResult:
+def export(run: str | Path, out: str | Path, fuse: bool | None = None, keys: Keys | None = None) -> ExportResult:
     """Write the student of ``run`` as a stock pipeline into ``out``; a guidance adapter lies beside its network.
 
-    The folder appears whole or not at all: it is written beside ``out``, reloaded with plain diffusers, run
-    with ``num_inference_steps = n`` without guidance, compared with the training-time sampler, and renamed.
+    A LoRA student becomes a folder for ``load_lora_weights`` with its scheduler, unless the pipeline's class loads no
+    LoRAs. The folder appears whole or not at all: it is written beside ``out``, loaded by a process that has no
+    stepdistill, run with ``num_inference_steps = n`` without guidance, compared with the training-time sampler, and
+    renamed.
+
+    Args:
+        fuse: a LoRA student as a whole pipeline; None: as the recipe says. keys: names in a LoRA's file, likewise.
 
     Raises:
         InputError: ``run`` has no checkpoint, or ``out`` is something else than an earlier export.
@@ -59,28 +78,39 @@ def export(run: str | Path, out: str | Path) -> ExportResult:
     path = newest_checkpoint(run, say)
     session = build(recipe, torch.device("cpu"), cache=cache_folder(), with_data=False)
     step = load_student(session, path)
-    pipeline = session.trace.pipeline
-    setattr(pipeline, session.trace.component, plain_network(session.method.roles.student.network))
+    fuse, keys = recipe.export.fuse if fuse is None else fuse, keys or recipe.export.keys
+    pipeline, component, student = session.trace.pipeline, session.trace.component, session.method.roles.student.network
     pipeline.register_modules(scheduler=session.sampler.scheduler)
     draft = out.with_name(f".{out.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    save_pipeline(pipeline, draft)
+    reason = why_not_lora(pipeline, component, student)
+    form = "pipeline" if fuse or reason else "lora"
+    if form == "lora":
+        save_lora(pipeline, component, student, draft, keys)
+    else:
+        if reason and not fuse and recipe.student.train == "lora":
+            say(f"the LoRA student is exported as a whole pipeline: {reason}")
+        setattr(pipeline, component, plain_network(student))
+        save_pipeline(pipeline, draft)
     for role in session.method.exported:
         plain_network(getattr(session.method.roles, role).network).save_pretrained(draft / role)
-    facts = _facts(recipe, session, step)
+    facts = _facts(recipe, session, step) | {"form": form}
     (draft / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    error = verify(draft, session)
+    error, levels = verify(draft, session, form == "lora")
     if not error <= TOLERANCE:
         shutil.rmtree(draft)
         raise ExportError(
             f"{out}: the reloaded pipeline differs from the training-time sampler by {error:.2e} "
             f"(allowed {TOLERANCE:.0e}); the stock call of this pipeline does not run sampler {session.sampler.name}"
         )
+    if levels > LEVELS:
+        shutil.rmtree(draft)
+        raise ExportError(f"{out}: the reloaded pipeline's pictures differ by {levels} of 255 levels")
     (draft / "README.md").write_text(model_card(facts, session.trace, error), encoding="utf-8")
     if out.exists():
         shutil.rmtree(out)
     os.replace(draft, out)
-    return ExportResult(out, error)
+    return ExportResult(out, error, form)
 
 
 def load_student(session: Session, path: Path) -> int:
@@ -96,28 +126,69 @@ def load_student(session: Session, path: Path) -> int:
 
 
 @torch.no_grad()
-def verify(folder: Path, session: Session) -> float:
-    """Largest difference between a plain call of the pipeline in ``folder`` and the training-time sampler.
+def verify(folder: Path, session: Session, lora: bool = False) -> tuple[float, int]:
+    """How far a plain call of what is in ``folder`` is from the training-time sampler.
 
-    Relative to the largest value of the samples; both sides draw from the same global random numbers.
+    Both start from the same noise and draw the same random numbers.
+
+    Returns:
+        The largest difference of the latents, relative to their largest value; and that of the pictures in levels of
+        255 (0 for a pipeline whose pictures are no tensor).
     """
-    pipeline = load_pipeline(folder)
+    traced, recipe = session.trace, session.recipe
     rows = torch.arange(CHECKED) % len(session.conditioning)
     entries = [session.conditioning.entries[i] for i in rows.tolist()]
-    torch.manual_seed(0)
-    stock = last_latents(pipeline, lambda: call_pipeline(pipeline, entries, steps=session.sampler.steps, guidance=1.0))
+    request = {
+        "pipeline": source(recipe.teacher.pipeline) if lora else str(folder),
+        "revision": recipe.teacher.revision if lora else None,
+        "lora": str(folder) if lora else None,
+        "scheduler": type(session.sampler.scheduler).__name__,
+        "call": stock_arguments(traced, entries, session.sampler.steps),
+    }
+    if (folder / ATTACHED).is_file():  # attaching it takes this package
+        stock = stock_call.record(load_pipeline(folder), request["call"])
+    else:
+        stock = call_elsewhere(request)
     cond, _ = session.conditioning.batch(rows)
     student = session.method.roles.student
-    torch.manual_seed(0)
-    noise = torch.randn(CHECKED, *session.trace.latent_shape)
-    ours = session.sampler.sample(lambda x, t: student(x, t, cond), noise)
-    return _relative(stock, ours)
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(stock["random_state"])
+        ours = session.sampler.sample(lambda x, t: student(x, t, cond), stock["noise"])
+    error = deviation(stock["latents"], ours)
+    if "images" not in stock or not error <= TOLERANCE:
+        return error, 0
+    pictures = (stock["images"].float().clamp(0, 1) * 255).round()
+    return error, int((pictures - decode(traced, ours).float()).abs().max())
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
-        return float("inf")
-    return ((a - b).abs().max() / b.abs().max()).item()
+def stock_arguments(traced: Trace, entries: Sequence[str | int], steps: int) -> dict[str, Any]:
+    """What the exported pipeline is called with."""
+    guidance = call_guidance(traced)
+    return call_arguments(traced.pipeline, entries, steps=steps, guidance=guidance, output_type="pt")
+
+
+def call_guidance(traced: Trace) -> float:
+    """The guidance scale of a student's call: off, or the embedded one that the teacher was traced at."""
+    return traced.guidance.scale if traced.guidance.kind == "embedded" else 1.0
+
+
+def call_elsewhere(request: dict[str, Any]) -> dict[str, Tensor]:
+    """What :mod:`stepdistill.pipeline.stock_call` reports, run by a Python that cannot import stepdistill.
+
+    Raises:
+        ExportError: the export cannot be loaded or called there.
+    """
+    # As a string, so that the folder of that file, whose names shadow the standard library's, is not on its path.
+    program = Path(stock_call.__file__).read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as place:
+        asked, answered = Path(place) / "request.json", Path(place) / "result.safetensors"
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        command = [sys.executable, "-c", program, str(asked), str(answered)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            raise ExportError(f"plain diffusers cannot run the export: {reason}")
+        return load_file(answered)
 
 
 def _facts(recipe: Recipe, session: Session, step: int) -> dict[str, Any]:
@@ -130,6 +201,7 @@ def _facts(recipe: Recipe, session: Session, step: int) -> dict[str, Any]:
         "method": recipe.method.name,
         "steps": recipe.student.steps,
         "sampler": session.sampler.name,
+        "call_guidance": call_guidance(session.trace),
         "trained_steps": step,
         "adapter": fastened(getattr(session.trace.pipeline, session.trace.component)) is not None,
         "recipe": recipe.model_dump(mode="json"),

@@ -71,7 +71,7 @@ def generate(
             f"{type(scheduler).__name__}"
         )
     device = next(denoiser.network.parameters()).device
-    ready, options = _set_up(trace, scheduler, steps, timesteps, device)
+    ready, options = _ready(trace, scheduler, steps, timesteps, device)
     takes_generator = "generator" in inspect.signature(ready.step).parameters
     parts = []
     for start in range(0, len(labels_index), batch):
@@ -168,24 +168,27 @@ class _Output(tuple):
         return self[0]
 
 
-def _set_up(
-    trace: Trace, scheduler: Any, steps: int, timesteps: Sequence[int] | None, device: torch.device
-) -> tuple[Any, dict[str, Any]]:
-    """(a copy of the scheduler with its grid, the options of its step()), as the pipeline itself would have them.
+def set_up(trace: Trace, scheduler: Any, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of set_timesteps() and of step() that the pipeline itself gives this scheduler in ``steps`` steps.
 
     Pipelines compute sigmas and shifts for set_timesteps and pass eta to step; one image's first step shows
     both. The result is kept in the trace, so the text encoders may be gone afterwards.
     """
-    own_grid = timesteps is None
-    key = json.dumps([type(scheduler).__name__, dict(scheduler.config), steps if own_grid else 1], default=str)
+    key = json.dumps([type(scheduler).__name__, dict(scheduler.config), steps], default=str)
     if key not in trace.set_ups:
         with patched(trace.pipeline, "scheduler", copy.deepcopy(scheduler)):
-            recording = observe(
-                trace.pipeline, PROBES[trace.entry][:1], steps=steps if own_grid else 1, guidance=1.0, stop_steps=1
-            )
+            recording = observe(trace.pipeline, PROBES[trace.entry][:1], steps=steps, guidance=1.0, stop_steps=1)
         options = {name: value for name, value in recording.steps[0].options.items() if name != "return_dict"}
         trace.set_ups[key] = (recording.grid, options)
-    grid, options = trace.set_ups[key]
+    return trace.set_ups[key]
+
+
+def _ready(
+    trace: Trace, scheduler: Any, steps: int, timesteps: Sequence[int] | None, device: torch.device
+) -> tuple[Any, dict[str, Any]]:
+    """(a copy of the scheduler with its grid, the options of its step()), as the pipeline itself would have them."""
+    own_grid = timesteps is None
+    grid, options = set_up(trace, scheduler, steps if own_grid else 1)
     ready = copy.deepcopy(scheduler)
     ready.set_timesteps(**(grid if own_grid else {"timesteps": list(timesteps)}), device=device)
     if hasattr(ready, "set_begin_index"):

@@ -16,6 +16,7 @@ from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.guidance_adapters import NAME, fastened
 from stepdistill.pipeline.attach import CONFIG, attach, write_adapter
+from stepdistill.pipeline.lora import fuse, is_lora, teacher_of
 
 
 def load_pipeline(
@@ -23,7 +24,8 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """A pipeline by the name of an embedded teacher, a local folder or a hub id; safetensors only, no remote code.
 
-    A guidance adapter in a local folder is attached to it.
+    A guidance adapter in a local folder is attached to it. An exported LoRA gives its teacher with the LoRA in the
+    weights and the student's scheduler.
 
     Args:
         revision: of a hub id. dtype: of all its networks.
@@ -31,31 +33,47 @@ def load_pipeline(
     Raises:
         InputError: there is none, or it cannot be loaded that way.
     """
+    if is_lora(Path(path)):
+        return fuse(load_pipeline(*teacher_of(Path(path)), dtype), Path(path))
+    place = source(path)
+    try:
+        with _quiet():
+            pipeline = DiffusionPipeline.from_pretrained(place, revision=revision, use_safetensors=True)
+            # Not by an argument: its name depends on the version, and half-precision files would come as they are.
+            pipeline.to(dtype)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"pipeline {path}: cannot be loaded as a diffusers pipeline: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return attach(pipeline, place) if (Path(place) / CONFIG).is_file() else pipeline
+
+
+def source(path: str | Path) -> str:
+    """What diffusers loads for the name of an embedded teacher, a folder or a hub id.
+
+    Raises:
+        InputError: it is none of them.
+    """
     name = str(path)
-    source: str | Path = name
     if (Path(name) / "model_index.json").is_file():
-        source = Path(name)
-    elif name in assets.teachers():
-        source = assets.find(f"teachers/{name}")
-    elif Path(name).exists():
+        return name
+    if name in assets.teachers():
+        return str(assets.find(f"teachers/{name}"))
+    if Path(name).exists():
         raise InputError(f"pipeline {name}: expected a diffusers folder with model_index.json, found none in it")
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         close = difflib.get_close_matches(name, assets.teachers(), n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         known = ", ".join(assets.teachers()) or "none"
         raise InputError(
             f"pipeline {name}: expected a folder, a hub id or an embedded teacher ({known}), found no such thing{hint}"
         )
-    try:
-        with _quiet():
-            pipeline = DiffusionPipeline.from_pretrained(str(source), revision=revision, use_safetensors=True)
-            # Not by an argument: its name depends on the version, and half-precision files would come as they are.
-            pipeline.to(dtype)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"pipeline {name}: cannot be loaded as a diffusers pipeline: {reason}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return attach(pipeline, source) if (Path(source) / CONFIG).is_file() else pipeline
+    return name
+
+
+def is_export(folder: Path) -> bool:
+    """Whether :func:`load_pipeline` takes ``folder``: a pipeline, or an exported LoRA."""
+    return (folder / "model_index.json").is_file() or is_lora(folder)
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:

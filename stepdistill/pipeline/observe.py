@@ -100,6 +100,13 @@ def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
 
 def run(pipeline: Any, entries: Sequence[Any], *, steps: int, guidance: float, **wishes: Any) -> Any:
     """Call the pipeline for ``entries`` at this guidance; of ``wishes`` only what it accepts is passed."""
+    return pipeline(**call_arguments(pipeline, entries, steps=steps, guidance=guidance, **wishes))
+
+
+def call_arguments(
+    pipeline: Any, entries: Sequence[Any], *, steps: int, guidance: float, **wishes: Any
+) -> dict[str, Any]:
+    """What :func:`run` calls the pipeline with."""
     accepted = inspect.signature(pipeline.__call__).parameters
     entry = entry_argument(pipeline)
     arguments: dict[str, Any] = {entry: len(entries) if entry == "batch_size" else list(entries)}
@@ -110,7 +117,7 @@ def run(pipeline: Any, entries: Sequence[Any], *, steps: int, guidance: float, *
             # Such pipelines guide only against a stated negative prompt; the others fill in their own default.
             wishes = {"negative_prompt": [""] * len(entries), **wishes}
     wishes |= {"num_inference_steps": steps, "return_dict": False}
-    return pipeline(**arguments, **{name: value for name, value in wishes.items() if name in accepted})
+    return arguments | {name: value for name, value in wishes.items() if name in accepted}
 
 
 def observe(

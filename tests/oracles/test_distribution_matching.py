@@ -384,7 +384,7 @@ def test_the_vsd_critic_is_an_adapter_that_starts_as_the_teacher():
     teacher = Denoiser(Network(), CallSpec("x", "timestep"), schedule, "v")
     implementation = METHODS["vsd"]
     config = implementation.Config()
-    roles = build_roles(teacher, {"student": "full"} | dict(implementation.role_training(config)), 2.0, lora_rank=4)
+    roles = build_roles(teacher, {"student": "full"} | dict(implementation.role_training(config)), 2.0, rank=4)
     method = implementation(config, roles, OnGrid(schedule, [1.0]))
     x, t = torch.randn(32, 1), torch.rand(32)
     before = roles.teacher(x, t, rows.cond).raw

@@ -1,0 +1,96 @@
+"""LoRA students as files that a stock ``load_lora_weights`` takes, and pipelines with such a student in them."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from stepdistill.adapters import AdapterView
+from stepdistill.errors import InputError
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+"""diffusers' own name: ``load_lora_weights(folder)`` finds it."""
+
+Keys = Literal["diffusers", "kohya"]
+
+
+def why_not_lora(pipeline: Any, component: str, student: nn.Module) -> str | None:
+    """Why the student cannot be written as LoRA weights for this class of pipeline; None where it can."""
+    if not isinstance(student, AdapterView):
+        return "it is more than a LoRA on the teacher's weights"
+    if component not in getattr(pipeline, "_lora_loadable_modules", ()):
+        return f"{type(pipeline).__name__} loads no LoRA for its {component}"
+    return None
+
+
+def save_lora(pipeline: Any, component: str, student: AdapterView, folder: Path, keys: Keys = "diffusers") -> None:
+    """Write the student's adapter and the pipeline's scheduler into ``folder``.
+
+    Alpha is the rank, and a loader that is told no alpha takes just that: scale 1.0 is the student.
+
+    Raises:
+        InputError: kohya's key names for a network that is no UNet; ComfyUI reads diffusers' names of those.
+    """
+    weights = get_peft_model_state_dict(student.backbone, adapter_name=student.adapter)
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    if keys == "diffusers":
+        type(pipeline).save_lora_weights(folder, **{f"{component}_lora_layers": weights})
+    elif component == "unet":
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(kohya_keys(weights), folder / WEIGHTS)
+    else:
+        network = type(student.backbone).__name__
+        raise InputError(
+            f"export.keys: expected 'diffusers' for {network}, found 'kohya', which names UNets' layers only"
+        )
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+
+
+def kohya_keys(weights: dict[str, Any]) -> dict[str, Any]:
+    """peft's state dict of a UNet's LoRA under the names of kohya's scripts, with an alpha per layer."""
+    renamed = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in weights.items()})
+    # diffusers counts an integer alpha, which readers that scale by alpha / rank expect as a float.
+    return {name: value.float() if name.endswith(".alpha") else value for name, value in renamed.items()}
+
+
+def load_adapter(pipeline: Any, component: str, folder: Path, student: AdapterView) -> None:
+    """Copy the LoRA in ``folder`` into the student's adapter.
+
+    Raises:
+        InputError: its layers or ranks are not the student's.
+    """
+    state = type(pipeline).lora_state_dict(folder)
+    state = state[0] if isinstance(state, tuple) else state
+    weights = {name.removeprefix(f"{component}."): value for name, value in state.items()}
+    expected = get_peft_model_state_dict(student.backbone, adapter_name=student.adapter)
+    different = sorted(weights.keys() ^ expected.keys())
+    different += [name for name, value in expected.items() if name in weights and weights[name].shape != value.shape]
+    if different:
+        raise InputError(f"student.init: the LoRA in {folder} has other layers or another rank: {different[0]}")
+    set_peft_model_state_dict(student.backbone, weights, adapter_name=student.adapter)
+
+
+def is_lora(folder: Path) -> bool:
+    """Whether ``folder`` is a LoRA that this package has exported."""
+    return (folder / WEIGHTS).is_file() and (folder / "stepdistill.json").is_file()
+
+
+def teacher_of(folder: Path) -> tuple[str, str | None]:
+    """(pipeline, revision) that the LoRA in ``folder`` belongs to."""
+    facts = json.loads((folder / "stepdistill.json").read_text(encoding="utf-8"))
+    return facts["teacher"], facts.get("revision")
+
+
+def fuse(pipeline: Any, folder: Path) -> Any:
+    """The pipeline with the LoRA in ``folder`` in its weights, and the scheduler that lies beside it."""
+    pipeline.load_lora_weights(folder)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    pipeline.register_modules(scheduler=getattr(diffusers, config["_class_name"]).from_config(config))
+    return pipeline

@@ -1,0 +1,69 @@
+"""An export in the hands of someone who has diffusers and nothing else: run by a Python without stepdistill.
+
+    python stock_call.py REQUEST.json RESULT.safetensors
+
+It imports only torch, diffusers and safetensors, and drives the export as its model card says.
+"""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.modules["stepdistill"] = None  # an import of it is an error from here on
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+
+
+def main(request_path: str, result_path: str) -> None:
+    """Load the pipeline, call it once, and save what :func:`record` returns.
+
+    The request: ``pipeline`` (folder or hub id), ``revision``, ``lora`` (folder or null), ``scheduler`` (class of the
+    LoRA's own), ``call`` (keyword arguments of the pipeline).
+    """
+    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        request["pipeline"], revision=request["revision"], use_safetensors=True
+    )
+    pipeline.to(torch.float32)
+    if request["lora"]:
+        pipeline.load_lora_weights(request["lora"])
+        scheduler = getattr(diffusers, request["scheduler"])
+        pipeline.scheduler = scheduler.from_pretrained(request["lora"], subfolder="scheduler")
+    save_file(record(pipeline, request["call"]), result_path)
+
+
+def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
+    """Call a pipeline on fixed random numbers.
+
+    Returns:
+        ``noise``, the first sample its scheduler was given; ``random_state`` of torch at that moment; ``latents``, the
+        last sample; ``images`` if they are a tensor.
+    """
+    result = {}
+    pipeline.set_progress_bar_config(disable=True)
+    stock_step = pipeline.scheduler.step
+
+    @functools.wraps(stock_step)
+    def step(model_output, timestep, sample, *args, **kwargs):
+        if not result:
+            result.update(noise=sample.clone(), random_state=torch.get_rng_state())
+        output = stock_step(model_output, timestep, sample, *args, **kwargs)
+        result["latents"] = next(iter(output.values())) if isinstance(output, dict) else output[0]
+        return output
+
+    pipeline.scheduler.step = step
+    torch.manual_seed(0)
+    images = pipeline(**call)[0]
+    if isinstance(images, torch.Tensor):
+        result["images"] = images
+    return {name: value.contiguous().cpu() for name, value in result.items()}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

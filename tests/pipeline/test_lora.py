@@ -1,0 +1,236 @@
+"""LoRA students: the folder that stock load_lora_weights takes is the student, alone and beside another LoRA."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.tiny import tiny_dit, tiny_flux, tiny_sd, tiny_sd3
+from stepdistill.adapters import lora_targets
+from stepdistill.errors import InputError
+from stepdistill.pipeline.export import ExportError, export
+from stepdistill.pipeline.load import load_pipeline, save_pipeline
+from stepdistill.pipeline.lora import WEIGHTS
+from stepdistill.trainer import train
+
+PIPELINES = {"sd": (tiny_sd, "unet"), "sd3": (tiny_sd3, "transformer"), "flux": (tiny_flux, "transformer")}
+
+
+def recipe_of(teacher: Path, out: Path, **student: Any) -> dict:
+    return {
+        "teacher": {"pipeline": str(teacher)},
+        "student": {"steps": 2, "train": "lora", "rank": 2} | student,
+        "data": {"conditions": ["a red shoe", "rain"]},
+        "method": {"name": "sfd", "substeps": 3},
+        "train": {"steps": 2, "batch_size": 2, "lr": 1e-2, "preview_every": 100, "tracker": "none"},
+        "report": {"samples": 0},
+        "output": str(out),
+    }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_flux():
+    """Flux' pipeline makes images of 1024 pixels whatever its networks say."""
+    original = FluxPipeline.__init__
+
+    def init(self, *arguments, **keywords):
+        original(self, *arguments, **keywords)
+        self.default_sample_size = 8
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FluxPipeline, "__init__", functools.wraps(original)(init))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Short previews; and no check of conventions, which networks without training have none of."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stepdistill.preview.TEACHER_STEPS", 2)
+        patch.setattr("stepdistill.preview.COUNT", 2)
+        patch.setattr("stepdistill.trainer.check_conventions", lambda session: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Trains a LoRA student of a pipeline once; the folder holds teacher/ and run/."""
+    made: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            save_pipeline(PIPELINES[name][0](), made[name] / "teacher")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("stepdistill.trainer.export", lambda *_: None)
+                train(recipe_of(made[name] / "teacher", made[name] / "run"))
+        return made[name]
+
+    return of
+
+
+@pytest.fixture
+def lora(runs):
+    """The exported LoRA of a pipeline's run, written once."""
+
+    def of(name: str) -> Path:
+        folder = runs(name) / "lora"
+        if not folder.exists():
+            result = export(runs(name) / "run", folder)
+            assert result.form == "lora" and result.max_error <= 1e-5
+        return folder
+
+    return of
+
+
+def call_network(network: torch.nn.Module, name: str) -> Tensor:
+    random = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    match name:
+        case "sd":
+            inputs = {"sample": draw(1, 4, 8, 8), "encoder_hidden_states": draw(1, 5, 16)}
+        case "sd3":
+            inputs = {"hidden_states": draw(1, 4, 8, 8), "encoder_hidden_states": draw(1, 5, 32)}
+            inputs["pooled_projections"] = draw(1, 32)
+        case "flux":
+            inputs = {"hidden_states": draw(1, 16, 16), "encoder_hidden_states": draw(1, 5, 32)}
+            inputs |= {"pooled_projections": draw(1, 16), "guidance": torch.ones(1)}
+            inputs |= {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3)}
+    with torch.no_grad():
+        return network(**inputs, timestep=torch.tensor([0.3 if name == "flux" else 300.0]), return_dict=False)[0]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_stock_diffusers_loads_the_student_at_scale_one(name, runs, lora, tmp_path):
+    place, folder, component = runs(name), lora(name), PIPELINES[name][1]
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, "scheduler", "README.md", "stepdistill.json"}
+    weights = load_file(folder / WEIGHTS)
+    assert all(key.startswith(f"{component}.") for key in weights) and not any("alpha" in key for key in weights)
+    fused = export(place / "run", tmp_path / "fused", fuse=True)
+    assert fused.form == "pipeline"
+    whole = DiffusionPipeline.from_pretrained(fused.folder)
+    stock = DiffusionPipeline.from_pretrained(place / "teacher")
+    teacher = call_network(getattr(stock, component), name)
+    stock.load_lora_weights(folder)
+    student, expected = (call_network(getattr(pipe, component), name) for pipe in (stock, whole))
+    assert (student - teacher).abs().max() > 1e-3
+    torch.testing.assert_close(student, expected, atol=1e-5, rtol=1e-4)
+    again = load_pipeline(folder)
+    torch.testing.assert_close(call_network(getattr(again, component), name), expected, atol=1e-5, rtol=1e-4)
+    assert type(again.scheduler) is type(whole.scheduler) and again.scheduler.config == whole.scheduler.config
+
+
+def test_the_cards_snippet_runs(lora):
+    folder = lora("sd")
+    card = (folder / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].replace("PATH_OF_THIS_FOLDER", str(folder))
+    assert f'load_lora_weights("{folder}")' in code and "num_inference_steps=2, guidance_scale=1" in code
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert len(names["images"]) == 1 and names["pipe"].scheduler.config["_class_name"] == "DDIMScheduler"
+
+
+def test_kohyas_names_come_back_as_the_same_lora(runs, lora, tmp_path):
+    place, plain = runs("sd"), lora("sd")
+    kohya = export(place / "run", tmp_path / "kohya", keys="kohya").folder
+    renamed = load_file(kohya / WEIGHTS)
+    assert all(key.startswith("lora_unet_") for key in renamed)
+    layers = {key.partition(".")[0] for key in renamed}
+    assert {key.partition(".")[2] for key in renamed} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q" in layers
+    assert all(renamed[f"{layer}.alpha"] == len(renamed[f"{layer}.lora_down.weight"]) for layer in layers)
+    assert 2 * len(layers) == len(load_file(plain / WEIGHTS))
+    outputs = []
+    for folder in (plain, kohya):
+        pipe = DiffusionPipeline.from_pretrained(place / "teacher")
+        pipe.load_lora_weights(folder)
+        outputs.append(call_network(pipe.unet, "sd"))
+    assert torch.equal(*outputs)
+
+
+def test_kohyas_names_are_for_unets(runs, tmp_path):
+    with pytest.raises(InputError, match=r"export\.keys: expected 'diffusers' for SD3.*, found 'kohya'"):
+        export(runs("sd3") / "run", tmp_path / "lora", keys="kohya")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_beside_a_style_the_deltas_add_up(runs, lora):
+    """set_adapters with a second LoRA: each layer is W + student's delta + 0.7 times the style's."""
+    place, folder = runs("sd"), lora("sd")
+    style = {key: 0.1 * torch.randn_like(value) for key, value in load_file(folder / WEIGHTS).items() if "attn" in key}
+    pipe = DiffusionPipeline.from_pretrained(place / "teacher")
+    pipe.load_lora_weights(folder, adapter_name="step")
+    pipe.load_lora_weights(style, adapter_name="style")
+    pipe.set_adapters(["step", "style"], adapter_weights=[1.0, 0.7])
+    both = call_network(pipe.unet, "sd")
+
+    summed = DiffusionPipeline.from_pretrained(place / "teacher")
+    step = load_file(folder / WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in summed.unet.named_parameters():
+            layer = f"unet.{name.removesuffix('.weight')}"
+            for lora, scale in ((step, 1.0), (style, 0.7)):
+                if f"{layer}.lora_A.weight" in lora and name.endswith(".weight"):
+                    parameter += scale * delta(lora[f"{layer}.lora_A.weight"], lora[f"{layer}.lora_B.weight"])
+    torch.testing.assert_close(both, call_network(summed.unet, "sd"), atol=1e-5, rtol=1e-4)
+    pipe.set_adapters("step")
+    assert (call_network(pipe.unet, "sd") - both).abs().max() > 1e-3
+
+
+def delta(down: Tensor, up: Tensor) -> Tensor:
+    """B A as a weight: of a linear layer, or of a convolution whose B is 1x1."""
+    if down.ndim == 2:
+        return up @ down
+    return torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
+
+
+def test_a_lora_starts_from_a_lora(runs, lora, tmp_path):
+    place, folder = runs("sd"), lora("sd")
+    recipe = recipe_of(place / "teacher", tmp_path / "more", init=str(folder))
+    recipe["train"] |= {"steps": 1, "lr": 1e-12}
+    result = train(recipe)
+    before, after = load_file(folder / WEIGHTS), load_file(result.folder / "export" / WEIGHTS)
+    assert all((before[key] - after[key]).abs().max() < 1e-9 for key in before)
+    recipe["student"]["rank"], recipe["resume"] = 3, "never"
+    with pytest.raises(InputError, match=r"student\.init: the LoRA in .* has other layers or another rank"):
+        train(recipe)
+
+
+def test_a_class_without_loras_gets_a_whole_pipeline_and_is_told(tmp_path, capfd):
+    save_pipeline(tiny_dit(), tmp_path / "teacher")
+    result = train(recipe_of(tmp_path / "teacher", tmp_path / "run") | {"data": {"conditions": "classes"}})
+    facts = json.loads((result.folder / "export" / "stepdistill.json").read_text())
+    assert facts["form"] == "pipeline" and (result.folder / "export" / "model_index.json").is_file()
+    assert "DiTPipeline loads no LoRA for its transformer" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_damaged_lora_is_refused(runs, tmp_path, monkeypatch):
+    """The proof is of the file: a LoRA whose file holds other numbers than the student is not exported."""
+    from stepdistill.pipeline import lora
+
+    honest = lora.get_peft_model_state_dict
+    monkeypatch.setattr(
+        lora, "get_peft_model_state_dict", lambda *a, **k: {key: 1.01 * v for key, v in honest(*a, **k).items()}
+    )
+    with pytest.raises(ExportError, match="differs from the training-time sampler"):
+        export(runs("sd") / "run", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_auto_takes_linear_layers_and_the_blocks_convolutions():
+    unet = tiny_sd().unet
+    names = set(lora_targets(unet))
+    assert {"time_embedding.linear_1", "down_blocks.0.resnets.0.conv1", "mid_block.resnets.0.conv2"} <= names
+    assert not {"conv_in", "conv_out"} & names
+    assert lora_targets(unet, ["to_q"]) == [name for name, _ in unet.named_modules() if name.endswith(".to_q")]
+    with pytest.raises(InputError, match=r"student\.targets: .* found 'to_qq'; did you mean 'to_q'\?"):
+        lora_targets(unet, ["to_k", "to_qq"])
