@@ -142,7 +142,7 @@ def test_wrong_input_is_one_line_and_exit_2(
 
 
 def test_anything_else_is_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def fail(_run: Path, _out: Path) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("the disk\nis full")
 
     monkeypatch.setattr(stepdistill, "export", fail, raising=False)
