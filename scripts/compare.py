@@ -42,7 +42,8 @@ from stepdistill.eval.cost import metered
 from stepdistill.eval.protocol import NETWORKS, load_instruments, load_protocol
 from stepdistill.eval.report import between_markers
 from stepdistill.eval.row_cache import RowCache, cache_folder, write_json
-from stepdistill.trainer import NonFiniteError, train
+from stepdistill.finite import NonFiniteError
+from stepdistill.trainer import train
 
 # Students of more steps keep the teacher's and save its guidance: half the passes.
 ADAPTER_STEPS = (25, 50)

@@ -21,6 +21,7 @@ from stepdistill.bench import bench
 from stepdistill.data.batch import Batch
 from stepdistill.errors import InputError
 from stepdistill.eval.row_cache import cache_folder
+from stepdistill.finite import FiniteWatch
 from stepdistill.pipeline.card import fill_in_quality
 from stepdistill.pipeline.export import export
 from stepdistill.preview import Preview
@@ -34,10 +35,6 @@ _FREE_KEYS = {
     "train": {"steps", "checkpoint_every", "keep_checkpoints", "preview_every", "log_every", "tracker"},
     "report": {"samples", "steps", "networks", "solvers"},
 }
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not a number: names the player, the term and the step."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
 
     Raises:
         InputError: the recipe, the teacher or the data are not usable; nothing was changed.
-        NonFiniteError: training diverged; the last checkpoint is intact.
+        stepdistill.finite.NonFiniteError: training diverged; the last checkpoint is intact.
     """
     recipe = load(recipe, overrides)
     folder = Path(recipe.output)
@@ -123,6 +120,7 @@ class Trainer:
         self.optimizers = {player: self._optimizer(player) for player in self.method.players}
         student = dict(self.method.roles.student.network.named_parameters())
         self.average = {name: p.detach().clone() for name, p in student.items()} if self.recipe.student.ema else {}
+        self.finite = FiniteWatch()
         self.stop_requested = False
         self.spent = 0
 
@@ -136,6 +134,7 @@ class Trainer:
             lr=train.lr if player == "student" else train.critic_lr,
             betas=tuple(train.betas),
             weight_decay=train.weight_decay,
+            fused=True,
         )
 
     def state(self, step: int) -> checkpoint.State:
@@ -164,15 +163,20 @@ class Trainer:
             while step < train.steps and not self.stop_requested:
                 metrics = self.step(step, log=(step + 1) % train.log_every == 0 or step in (first, train.steps - 1))
                 step += 1
-                if step % train.preview_every == 0 or step == train.steps:
+                kept = step % train.checkpoint_every == 0 or step == train.steps or self.stop_requested
+                shown = step % train.preview_every == 0 or step == train.steps
+                if kept or shown:
+                    self.finite.check()
+                if shown:
                     metrics |= preview.write(step, self.averaged())
                 progress.update(step, metrics)
                 if metrics:
                     self._log(step, metrics)
-                if step % train.checkpoint_every == 0 or step == train.steps or self.stop_requested:
+                if kept:
                     checkpoint.save(checkpoints, self.state(step), train.keep_checkpoints)
                     saved = step
             if saved < step:
+                self.finite.check()
                 checkpoint.save(checkpoints, self.state(step), train.keep_checkpoints)
         self.accelerator.end_training()
         return step, self.stop_requested and step < train.steps
@@ -190,6 +194,7 @@ class Trainer:
             measured = self._turn(player, step, batches, log)
             for name, value in measured.items():
                 metrics[f"{player}/{name}"] = value
+        self.finite.end_step()
         if not log:
             return {}
         cost = {"seconds": time.perf_counter() - began, "evaluations": self.evaluations()}
@@ -209,8 +214,7 @@ class Trainer:
                 with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                     losses = self.method.losses(player, batch)
                 for term, loss in losses.items():
-                    if not torch.isfinite(loss):
-                        raise NonFiniteError(f"{player} loss term {term!r} is {loss.item()} at step {step + 1}")
+                    self.finite.add(f"{player} loss term {term!r}", step, loss)
                     if log:
                         previous = metrics.get(f"loss/{term}", 0.0)
                         metrics[f"loss/{term}"] = previous + loss.item() / len(batches)
@@ -223,8 +227,7 @@ class Trainer:
                         metrics[f"grad_norm/{term}"] = _norm(loss, parameters)
                 self.accelerator.backward(sum(losses.values()) / len(batches))
             norm = nn.utils.clip_grad_norm_(parameters, train.clip or math.inf)
-            if not torch.isfinite(norm):
-                raise NonFiniteError(f"{player} gradient ({' + '.join(losses)}) is {norm.item()} at step {step + 1}")
+            self.finite.add(f"{player} gradient ({' + '.join(losses)})", step, norm)
             optimizer.param_groups[0]["lr"] = self._rate(step, train.lr if player == "student" else train.critic_lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -18,11 +18,12 @@ from PIL import Image
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill import checkpoint
 from stepdistill.errors import InputError
+from stepdistill.finite import NonFiniteError
 from stepdistill.methods import METHODS
 from stepdistill.pipeline.export import load_student
 from stepdistill.recipe import load
 from stepdistill.session import build
-from stepdistill.trainer import NonFiniteError, Trainer, train
+from stepdistill.trainer import Trainer, train
 
 CPU = torch.device("cpu")
 GAN = {"name": "dmd2", "gan_weight": 0.05, "critic_steps": 2, "critic_warmup": 1}

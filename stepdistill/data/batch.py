@@ -65,15 +65,22 @@ class Batch:
     def _generator(self, name: str) -> torch.Generator:
         return generator(self.seed, self.step, self.turn, name)
 
+    def _mine(self, whole: Tensor) -> Tensor:
+        """This batch's rows of a draw for the global batch, on its device."""
+        rows = whole[self.first : self.first + self.size]
+        # From pinned memory the copy is queued, and the host does not wait for the device.
+        cuda = torch.device(self.device).type == "cuda"
+        return rows.pin_memory().to(self.device, non_blocking=True) if cuda else rows.to(self.device)
+
     def noise(self, name: str) -> Tensor:
         """Standard normal noise (size, *shape)."""
         whole = torch.randn(self.total, *self.shape, generator=self._generator(name), dtype=self.dtype)
-        return whole[self.first : self.first + self.size].to(self.device)
+        return self._mine(whole)
 
     def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform times (size,) in [low, high)."""
         whole = torch.rand(self.total, generator=self._generator(name), dtype=torch.float64)
-        return (low + (high - low) * whole[self.first : self.first + self.size]).to(self.device)
+        return self._mine(low + (high - low) * whole)
 
     def partly_empty(self, name: str, share: float) -> tuple[dict[str, Tensor], Tensor]:
         """The conditions with a random ``share`` of the rows replaced by the empty one, and which rows (size,).
@@ -91,8 +98,7 @@ class Batch:
 
     def integers(self, name: str, high: int) -> Tensor:
         """Integers (size,) in 0 .. high - 1."""
-        whole = torch.randint(high, (self.total,), generator=self._generator(name))
-        return whole[self.first : self.first + self.size].to(self.device)
+        return self._mine(torch.randint(high, (self.total,), generator=self._generator(name)))
 
     def integer(self, name: str, high: int) -> int:
         """One integer in 0 .. high - 1, the same for the whole global batch."""

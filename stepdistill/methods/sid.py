@@ -31,7 +31,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.guidance import guided
 from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, Roles
 from stepdistill.methods.gan import LatentDiscriminator
-from stepdistill.methods.losses import identity_loss, mean_per_sample, prediction_loss
+from stepdistill.methods.losses import prediction_loss, sid_loss
 from stepdistill.methods.times import uniform_times
 from stepdistill.pipeline.denoiser import Denoiser
 from stepdistill.samplers import Sampler
@@ -112,8 +112,7 @@ class SiD(DistillMethod):
         x_t = self.schedule.add_noise(x, batch.noise("identity"), t)
         real = self.guided(self.roles.teacher, x_t, t, batch, self.roles.scale).x0
         fake = self.guided(self.roles.critic, x_t, t, batch, self.config.critic_scale).x0
-        weight = mean_per_sample((x - real).abs()).detach().clamp_min(1e-5)
-        losses = {"identity": (identity_loss(x, real, fake, self.config.alpha) / weight).mean()}
+        losses = {"identity": sid_loss(x, real, fake, self.config.alpha)}
         if self.gan:
             losses["gan"] = self.config.gan_weight * self.gan.student_loss(x, batch)
         return losses
