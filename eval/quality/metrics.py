@@ -1,14 +1,17 @@
 """Distances between two sets of feature rows, all in float64 on the CPU.
 
 Every function takes plain tensors and knows nothing of images or networks. Sources: Frechet distance,
-Heusel et al. 2017; kernel distance, Binkowski et al. 2018; precision and recall, Kynkaanniemi et al. 2019.
+Heusel et al. 2017; kernel distance, Binkowski et al. 2018; precision and recall, Kynkaanniemi et al. 2019; density
+and coverage, Naeem et al. 2020; Inception score, Salimans et al. 2016; CMMD, Jayasumana et al. 2024.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -93,8 +96,74 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3, chunk: int = 100
     return _share_inside(fake, real, k, chunk), _share_inside(real, fake, k, chunk)
 
 
+def density_coverage(real: Tensor, fake: Tensor, *, k: int = 5, chunk: int = 1000) -> tuple[float, float]:
+    """Density and coverage of ``fake`` (N, d) against ``real`` (M, d).
+
+    Every real row has a ball that reaches to its k-th nearest real neighbour. Density: how many balls hold a fake
+    row, mean over fake rows, divided by k; it may exceed 1. Coverage: the share of balls that hold a fake row.
+    """
+    if min(len(real) - 1, len(fake)) < k:
+        raise ValueError(f"density and coverage need more than k={k} rows, found {len(real)} and {len(fake)}")
+    real, fake = real.double(), fake.double()
+    radii, inside, covered = _radii(real, k, chunk), 0, torch.zeros(len(real), dtype=torch.bool)
+    for rows in fake.split(chunk):
+        within = _squared(rows, real) < radii
+        inside += int(within.sum())
+        covered |= within.any(0)
+    return inside / (k * len(fake)), float(covered.double().mean())
+
+
+def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
+    """exp of the mean divergence of p(class | image) from p(class): mean and standard deviation over the splits.
+
+    Args:
+        logits: class logits (N, classes); splits are consecutive parts of it, as even as possible.
+    """
+    scores = []
+    for part in logits.double().tensor_split(min(splits, len(logits))):
+        log_p = part.log_softmax(1)
+        marginal = log_p.logsumexp(0) - math.log(len(part))
+        scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp())
+    values = torch.stack(scores)
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def cmmd(real: Tensor, fake: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, chunk: int = 2000) -> float:
+    """``scale`` times the squared MMD between normalised CLIP rows (M, d) and (N, d), kernel exp(-|x-y|^2 / 2 sigma^2).
+
+    The estimate keeps the diagonals, as the metric's authors do: it is biased, never negative, and needs few images.
+    """
+    real, fake = (F.normalize(rows.double(), dim=1) for rows in (real, fake))
+
+    def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
+        sums = [torch.exp(-_squared(rows, y) / (2 * sigma**2)).sum() for rows in x.split(chunk)]
+        return torch.stack(sums).sum() / (len(x) * len(y))
+
+    return float(scale * (mean_kernel(real, real) + mean_kernel(fake, fake) - 2 * mean_kernel(real, fake)))
+
+
+def clip_score(images: Tensor, texts: Tensor) -> float:
+    """Mean cosine between image rows and text rows (N, d); neither times 100 nor floored at zero."""
+    return float(F.cosine_similarity(images.double(), texts.double(), dim=1).mean())
+
+
+def prompt_diversity(rows: Tensor, prompts: Tensor) -> float:
+    """Mean cosine distance between rows (N, d) of one prompt, averaged over prompts (N,) with at least two."""
+    rows, means = F.normalize(rows.double(), dim=1), []
+    for prompt in prompts.unique():
+        group = rows[prompts == prompt]
+        if (n := len(group)) >= 2:
+            means.append(1 - ((group @ group.T).sum() - n) / (n * (n - 1)))
+    return float(torch.stack(means).mean()) if means else float("nan")
+
+
+def _radii(centres: Tensor, k: int, chunk: int) -> Tensor:
+    """Squared distance (N,) from every row to its k-th nearest other row."""
+    return torch.cat([_squared(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(chunk)])
+
+
 def _share_inside(points: Tensor, centres: Tensor, k: int, chunk: int) -> float:
-    radii = torch.cat([_squared(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(chunk)])
+    radii = _radii(centres, k, chunk)
     inside = [(_squared(rows, centres) <= radii).any(1) for rows in points.split(chunk)]
     return float(torch.cat(inside).double().mean())
 

@@ -11,9 +11,13 @@ from stepdistill.eval.metrics import (
     Moments,
     class_accuracy,
     class_variance,
+    cmmd,
+    density_coverage,
     frechet_distance,
+    inception_score,
     kid,
     precision_recall,
+    prompt_diversity,
     variance_ratio,
 )
 
@@ -162,3 +166,44 @@ def test_too_few_rows_are_refused(rows):
         kid(torch.zeros(rows, 2), torch.zeros(10, 2))
     with pytest.raises(ValueError, match="more than k=3"):
         precision_recall(torch.zeros(10, 2), torch.zeros(rows, 2))
+
+
+def test_density_and_coverage_are_brute_force():
+    real, fake = gaussian(40, 4, seed=0), gaussian(30, 4, seed=1, scale=0.7)
+    radii = [sorted(float((x - y).norm()) for y in real)[5] for x in real]
+    inside = [[float((x - y).norm()) < radius for y in fake] for x, radius in zip(real, radii, strict=True)]
+    expected = sum(map(sum, inside)) / (5 * 30), sum(map(any, inside)) / 40
+    assert density_coverage(real, fake) == pytest.approx(expected, rel=1e-12)
+    assert density_coverage(real, fake, chunk=7) == pytest.approx(expected, rel=1e-12)
+    assert density_coverage(real, fake * 0 + real[0])[1] < 0.3
+    with pytest.raises(ValueError, match="more than k=5 rows, found 5 and 30"):
+        density_coverage(real[:5], fake)
+
+
+def test_inception_score_by_hand_and_at_its_bounds():
+    logits = gaussian(20, 6, seed=0)
+    scores = []
+    for part in (logits[:10], logits[10:]):
+        p = part.softmax(1)
+        scores.append(math.exp(float((p * (p / p.mean(0)).log()).sum(1).mean())))
+    mean, std = inception_score(logits, splits=2)
+    assert mean == pytest.approx(sum(scores) / 2, rel=1e-12) and std == pytest.approx(abs(scores[0] - scores[1]) / 2)
+    assert inception_score(100 * torch.eye(6), splits=1)[0] == pytest.approx(6)
+    assert inception_score(torch.zeros(6, 6), splits=3) == (1.0, 0.0)
+
+
+def test_cmmd_is_brute_force_and_zero_for_equal_sets():
+    a, b = gaussian(9, 5, seed=0), gaussian(7, 5, seed=1, shift=0.5)
+    unit = lambda rows: [row / row.norm() for row in rows]  # noqa: E731
+    mean = lambda x, y: sum(math.exp(-float((p - q) @ (p - q)) / 200) for p in x for q in y) / (len(x) * len(y))  # noqa: E731
+    x, y = unit(a), unit(b)
+    assert cmmd(a, b) == pytest.approx(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)), rel=1e-9)
+    assert cmmd(a, b, chunk=2) == pytest.approx(cmmd(a, b), rel=1e-9)
+    assert cmmd(a, 3 * a) == pytest.approx(0, abs=1e-9)
+
+
+def test_prompt_diversity_is_the_mean_cosine_distance_of_pairs():
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [1.0, 1.0], [1.0, -1.0], [5.0, 5.0]])
+    prompts = torch.tensor([0, 0, 0, 1, 1, 2])
+    assert prompt_diversity(rows, prompts) == pytest.approx((2 / 3 + 1) / 2)
+    assert math.isnan(prompt_diversity(rows[5:], prompts[5:]))
