@@ -4,11 +4,12 @@ import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.utils.checkpoint
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -28,10 +29,7 @@ class AdapterView(nn.Module):
         self.backbone, self.adapter = backbone, adapter
 
     def forward(self, *arguments, **keywords):
-        for layer in _adapter_layers(self.backbone):
-            # peft's set_adapter() would also rewrite requires_grad, which belongs to the trainer.
-            layer._disable_adapters = self.adapter is None
-            layer._active_adapter = [self.adapter] if self.adapter else []
+        _switch(_adapter_layers(self.backbone), self.adapter is None, [self.adapter] if self.adapter else [])
         return self.backbone(*arguments, **keywords)
 
     def named_parameters(self, *arguments, **keywords) -> Iterator[tuple[str, nn.Parameter]]:
@@ -40,6 +38,45 @@ class AdapterView(nn.Module):
             owner = next((part for before, part in pairs if before.startswith("lora_")), None)
             if owner == self.adapter:
                 yield name, parameter
+
+
+def save_memory(network: nn.Module) -> None:
+    """Let a diffusers network recompute its blocks' activations in the backward pass, adapters as they were.
+
+    The adapter that is on belongs to the whole backbone, and another role has run by the time of the backward pass.
+
+    Raises:
+        InputError: the network has no blocks that it could recompute.
+    """
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise InputError(f"train.gradient_checkpointing: {type(network).__name__} does not support it")
+    layers = _adapter_layers(network)
+
+    def recomputed(block: Callable, *arguments: Any) -> Any:
+        then = _switches(layers)
+
+        def run(*inputs: Any) -> Any:
+            now = _switches(layers)
+            _switch(layers, *then)
+            try:
+                return block(*inputs)
+            finally:
+                _switch(layers, *now)
+
+        return torch.utils.checkpoint.checkpoint(run, *arguments, use_reentrant=False)
+
+    network.enable_gradient_checkpointing(recomputed)
+
+
+def _switches(layers: list[BaseTunerLayer]) -> tuple[bool, list[str]]:
+    """What is on: the same for all layers, since views switch them together."""
+    return (layers[0]._disable_adapters, layers[0]._active_adapter) if layers else (True, [])
+
+
+def _switch(layers: list[BaseTunerLayer], disabled: bool, active: list[str]) -> None:
+    for layer in layers:
+        # peft's set_adapter() would also rewrite requires_grad, which belongs to the trainer.
+        layer._disable_adapters, layer._active_adapter = disabled, active
 
 
 def lora_targets(network: nn.Module, wanted: Sequence[str] | Literal["auto"] = "auto") -> list[str]:

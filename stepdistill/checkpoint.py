@@ -129,14 +129,20 @@ def _numbered(folder: Path) -> list[Path]:
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Adam's state as flat tensors, keyed by the parameter's position; learning rates follow from the recipe."""
     states = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": value.detach().cpu() for i, state in states.items() for key, value in state.items()}
+    return {
+        f"{i}.{key}": torch.as_tensor(value).detach().cpu()
+        for i, state in states.items()
+        for key, value in state.items()
+    }
 
 
 def _restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     states: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(path).items():
         index, _, entry = key.partition(".")
-        states.setdefault(int(index), {})[entry] = value
+        # A count of steps that is no floating tensor was a plain number (bitsandbytes').
+        plain = value.ndim == 0 and not value.is_floating_point()
+        states.setdefault(int(index), {})[entry] = value.item() if plain else value
     whole = optimizer.state_dict()
     optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
 

@@ -48,6 +48,7 @@ class Teacher(Section):
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     guidance: Guidance = Field(Guidance(), description="the guidance that is distilled into the student")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen weights; what is trained is float32")
 
 
 class Student(Section):
@@ -104,6 +105,8 @@ class Train(Section):
     lr_warmup: int = Field(0, ge=0, description="updates of linear warm-up")
     lr_decay: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward passes; weights stay float32")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: moments in 8 bits (bitsandbytes)")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random in the run")
     checkpoint_every: int = Field(100, gt=0, description="updates between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept, the newest")

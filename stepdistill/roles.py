@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from stepdistill.adapters import AdapterView, FrozenView, lora_targets
@@ -37,7 +38,7 @@ def build_roles(
     # Copies first: an adapter changes the network it is put on.
     for name, how in training.items():
         if how == "full":
-            networks[name] = copy.deepcopy(teacher.network)
+            networks[name] = copy.deepcopy(teacher.network).float()
     backbone, adapters = teacher.network, [name for name, how in training.items() if how == "lora"]
     # A new adapter starts with B = 0, so each role starts as the teacher exactly.
     with warnings.catch_warnings():
@@ -47,6 +48,10 @@ def build_roles(
         for name in adapters:
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, init_lora_weights=True)
             inject_adapter_in_model(config, backbone, adapter_name=name)
+    for module in backbone.modules():
+        if isinstance(module, BaseTunerLayer):
+            for part in module.adapter_layer_names:
+                getattr(module, part).float()  # the backbone may be in half precision
     backbone.requires_grad_(False)
     bare = AdapterView(backbone, None) if adapters else backbone
     for name, how in training.items():

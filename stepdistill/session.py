@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill import checkpoint
-from stepdistill.adapters import AdapterView
+from stepdistill.adapters import Adapted, AdapterView, FrozenView, save_memory
 from stepdistill.data import images
 from stepdistill.data.batch import Batch
 from stepdistill.data.paths import Paths, teacher_paths
 from stepdistill.errors import InputError
-from stepdistill.methods.base import DistillMethod
+from stepdistill.methods.base import DistillMethod, Roles
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries
 from stepdistill.pipeline.denoiser import Denoiser
 from stepdistill.pipeline.generate import set_up
@@ -78,7 +78,8 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     Raises:
         InputError: whatever the recipe asks for and the pipeline or data cannot give.
     """
-    pipeline = load_pipeline(recipe.teacher.pipeline, recipe.teacher.revision)
+    dtype = torch.bfloat16 if recipe.teacher.precision == "bf16" else torch.float32
+    pipeline = load_pipeline(recipe.teacher.pipeline, recipe.teacher.revision, dtype)
     if device.type != "cpu":
         pipeline.to(device)
     traced = trace(pipeline)
@@ -113,6 +114,8 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         # It starts as the student, with what the method added at random or student.init loaded.
         for slow, fast in zip(roles.target.network.parameters(), roles.student.network.parameters(), strict=True):
             slow.data.copy_(fast.data)
+    if recipe.train.gradient_checkpointing:
+        _save_memory(roles, traced.denoiser.network)
     method = implementation(config, roles, sampler)
     rows = None
     if paths is not None:
@@ -125,6 +128,17 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     if with_data:
         method.prepare(session.batch(0, 0, 1))
     return session
+
+
+def _save_memory(roles: Roles, backbone: nn.Module) -> None:
+    """Recompute activations, of the teacher's network and of every copy of it."""
+    for role in (role for role in vars(roles).values() if isinstance(role, Denoiser)):
+        if isinstance(role.network, Adapted):
+            # What it adds by hooks would be missing when a block runs again.
+            raise InputError("train.gradient_checkpointing: expected false for a method that adds to its networks")
+        if not isinstance(role.network, AdapterView | FrozenView):
+            save_memory(role.network)
+    save_memory(backbone)
 
 
 def _real_rows(recipe: Recipe, traced: Trace, conditioning: Conditioning, cache: Path | None) -> tuple[Tensor, Tensor]:

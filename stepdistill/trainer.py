@@ -22,6 +22,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.errors import InputError
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.finite import FiniteWatch
+from stepdistill.optimizer import make_optimizer
 from stepdistill.pipeline.card import fill_in_quality
 from stepdistill.pipeline.export import export
 from stepdistill.preview import Preview
@@ -129,13 +130,7 @@ class Trainer:
 
     def _optimizer(self, player: str) -> torch.optim.Optimizer:
         train = self.recipe.train
-        return torch.optim.AdamW(
-            self.parameters[player],
-            lr=train.lr if player == "student" else train.critic_lr,
-            betas=tuple(train.betas),
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
+        return make_optimizer(self.parameters[player], train, train.lr if player == "student" else train.critic_lr)
 
     def state(self, step: int) -> checkpoint.State:
         """Everything that a checkpoint holds."""
@@ -209,7 +204,7 @@ class Trainer:
     def _turn(self, player: str, step: int, batches: list[Batch], log: bool) -> dict[str, float]:
         train, parameters, optimizer = self.recipe.train, self.parameters[player], self.optimizers[player]
         metrics: dict[str, float] = {}
-        with _moving(parameters):
+        with only_moving(parameters):
             for number, batch in enumerate(batches):
                 with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                     losses = self.method.losses(player, batch)
@@ -286,7 +281,7 @@ class Trainer:
 
 
 @contextmanager
-def _moving(parameters: list[nn.Parameter]) -> Iterator[None]:
+def only_moving(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Inside, these parameters and no others of the run receive gradients."""
     for parameter in parameters:
         parameter.requires_grad_(True)

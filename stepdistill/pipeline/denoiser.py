@@ -197,5 +197,7 @@ def _hidden(output: Any) -> Tensor:
 
 
 def _dtype(network: nn.Module) -> torch.dtype | None:
-    """The dtype of the network's floating parameters, None when it has none."""
+    """The dtype of the network's floating parameters, None when it has none; of a view those of what it looks at."""
+    while (inner := getattr(network, "backbone", getattr(network, "network", None))) is not None:
+        network = inner
     return next((p.dtype for p in network.parameters() if p.is_floating_point()), None)

@@ -76,7 +76,9 @@ def export(run: str | Path, out: str | Path, fuse: bool | None = None, keys: Key
         raise InputError(f"{out}: exists and is not an export of stepdistill; choose another folder")
     recipe = load(run / "recipe.yaml")
     path = newest_checkpoint(run, say)
-    session = build(recipe, torch.device("cpu"), cache=cache_folder(), with_data=False)
+    # The stock pipeline is in float32, and so is what it is compared with.
+    exact = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"precision": "fp32"})})
+    session = build(exact, torch.device("cpu"), cache=cache_folder(), with_data=False)
     step = load_student(session, path)
     fuse, keys = recipe.export.fuse if fuse is None else fuse, keys or recipe.export.keys
     pipeline, component, student = session.trace.pipeline, session.trace.component, session.method.roles.student.network

@@ -1,0 +1,27 @@
+"""The optimizers that a recipe can name: AdamW, or AdamW with its moments in 8 bits."""
+
+import importlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from stepdistill.errors import InputError
+from stepdistill.recipe import Train
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], train: Train, lr: float) -> torch.optim.Optimizer:
+    """The recipe's optimizer of one player.
+
+    Raises:
+        InputError: adamw8bit without the library that has it.
+    """
+    options = {"lr": lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay}
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options, fused=True)
+    try:
+        return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **options)
+    except ImportError as error:
+        raise InputError(
+            f"train.optimizer: adamw8bit needs bitsandbytes (pip install bitsandbytes), found: {error}"
+        ) from None

@@ -1,0 +1,118 @@
+"""What saves memory leaves the numbers alone, or says what it changes."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.tiny import tiny_dit, tiny_sd
+from stepdistill import checkpoint
+from stepdistill.errors import InputError
+from stepdistill.optimizer import make_optimizer
+from stepdistill.pipeline.load import save_pipeline
+from stepdistill.recipe import Train, load
+from stepdistill.session import Session, build
+
+TEACHERS = {"dit": tiny_dit, "unet": tiny_sd}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teachers")
+    for name, make in TEACHERS.items():
+        save_pipeline(make(), folder / name)
+    return folder
+
+
+def session(teacher: Path, how: str, method: str = "sid", precision: str = "fp32", **train) -> Session:
+    recipe = {
+        "teacher": {"pipeline": str(teacher), "precision": precision},
+        "student": {"steps": 2, "train": how, "rank": 2},
+        "data": {"conditions": ["0", "3"] if teacher.name == "dit" else ["a red shoe", "rain"]},
+        "method": {"name": method},
+        "train": {"steps": 2, "batch_size": 2, "lr": 1e-3} | train,
+    }
+    made = build(load(recipe), torch.device("cpu"))
+    # A fresh adapter adds nothing, and then it does not matter which one is on.
+    noise = torch.Generator().manual_seed(5)
+    for role in ("student", "critic"):
+        for parameter in getattr(made.method.roles, role).network.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=noise)
+    return made
+
+
+def gradients(made: Session, player: str) -> list[torch.Tensor]:
+    parameters = [p.requires_grad_() for module in made.method.modules(player) for p in module.parameters()]
+    loss = sum(made.method.losses(player, made.batch(0, 0, 2)).values())
+    return [g for g in torch.autograd.grad(loss, parameters, allow_unused=True) if g is not None]
+
+
+@pytest.mark.parametrize("how", ["lora", "full"])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_recomputed_activations_give_the_same_gradients(name, how, teachers, monkeypatch):
+    """SiD's student sends gradients through student, teacher and critic, which share the backbone as LoRAs."""
+    calls = []
+    original = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    plain = gradients(session(teachers / name, how), "student")
+    assert not calls
+    saving = gradients(session(teachers / name, how, gradient_checkpointing=True), "student")
+    assert len(calls) >= 6
+    assert len(plain) == len(saving) and all(map(torch.equal, plain, saving))
+
+
+def test_what_hooks_add_would_be_missing_from_recomputed_blocks(teachers):
+    with pytest.raises(InputError, match=r"train\.gradient_checkpointing: expected false for a method that adds"):
+        session(teachers / "dit", "full", method="tbcm", gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_half_precision_is_for_what_is_frozen(how, teachers):
+    made = session(teachers / "dit", how, precision="bf16")
+    roles = made.method.roles
+    assert made.trace.denoiser.network.pos_embed.proj.weight.dtype == torch.bfloat16
+    for role in (roles.student, roles.critic):
+        assert {p.dtype for p in role.network.parameters()} == {torch.float32}
+    half, exact = (gradients(one, "student") for one in (made, session(teachers / "dit", how)))
+    assert all(torch.isfinite(g).all() and g.dtype == torch.float32 for g in half)
+    a, b = (torch.cat([g.flatten() for g in one]) for one in (half, exact))
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9
+
+
+class EightBit(torch.optim.AdamW):
+    """Stands for bitsandbytes' class: the same arguments, and a count of steps that is a plain number."""
+
+    def __init__(self, params, lr, betas, weight_decay):
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
+
+    def step(self):
+        super().step()
+        for state in self.state.values():
+            state["steps"] = state.get("steps", 0) + 1
+
+
+def test_eight_bit_adam_is_bitsandbytes_and_survives_a_checkpoint(monkeypatch, tmp_path):
+    library = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=EightBit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+    train = Train(steps=1, batch_size=1, lr=0.1, betas=[0.5, 0.9], weight_decay=0.3, optimizer="adamw8bit")
+    layer = torch.nn.Linear(2, 2)
+    optimizer = make_optimizer(layer.parameters(), train, 0.05)
+    group = optimizer.param_groups[0]
+    assert isinstance(optimizer, EightBit)
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.05, (0.5, 0.9), 0.3)
+    layer(torch.ones(2)).sum().backward()
+    optimizer.step()
+    path = checkpoint.save(tmp_path, checkpoint.State(1, {"student": layer}, {"student": optimizer}), keep=1)
+    again = make_optimizer(layer.parameters(), train, 0.05)
+    checkpoint.load(path, checkpoint.State(0, {"student": layer}, {"student": again}))
+    steps = [state["steps"] for state in again.state.values()]
+    assert steps == [1, 1] and all(type(count) is int for count in steps)
+
+
+def test_eight_bit_adam_without_its_library_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    train = Train(steps=1, batch_size=1, lr=0.1, optimizer="adamw8bit")
+    with pytest.raises(InputError, match=r"train\.optimizer: adamw8bit needs bitsandbytes \(pip"):
+        make_optimizer(torch.nn.Linear(1, 1).parameters(), train, 0.1)
