@@ -24,6 +24,8 @@ Conditions = Mapping[str, Tensor]
 class AnalyticDenoiser(ABC):
     """What both distributions share: the call, the score and the labels. Times ``t`` are (B,), samples (B, ...)."""
 
+    keeps_norm = False
+
     def __init__(self, schedule: Schedule, kind: Kind):
         self.schedule = schedule
         self.kind: Kind = kind

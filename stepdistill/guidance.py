@@ -23,6 +23,8 @@ def guided(
 ) -> Prediction:
     """The denoiser under classifier-free guidance (Ho & Salimans 2022), as one doubled batch.
 
+    Where the pipeline scales the guided output back to the conditional one's norm, so does this.
+
     Args:
         x_t: noisy samples (B, ...). t: times (B,) in [0, 1].
         cond: conditions, B rows. null: the empty condition, B rows; unused when ``scale`` is 1.
@@ -50,7 +52,14 @@ def guided(
         # Where both are the same, w makes no difference.
         unconditional = conditional.index_copy(0, second, doubled.raw[len(x_t) :])
     raw = guide(conditional, unconditional, scale, rule, t)
+    if denoiser.keeps_norm:
+        raw = with_norm_of(conditional, raw)
     return Prediction(raw, x_t, t, doubled.schedule, doubled.kind)
+
+
+def with_norm_of(conditional: Tensor, guided: Tensor) -> Tensor:
+    """The guided output (B, ...) scaled to the conditional one's norm along the last axis (Lumina 2, Qwen-Image)."""
+    return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
 
 def x0_update(schedule: Schedule, kind: Kind, x_t: Tensor, t: Tensor) -> Update:

@@ -28,7 +28,7 @@ class Preview:
         self.folder.mkdir(exist_ok=True)
         self.index = torch.arange(COUNT) % len(session.conditioning)
         self.noise = noise(session.trace.latent_shape, SEED, range(COUNT)).to(session.device)
-        self.teacher = self._diffuse(session.trace, session.recipe.teacher.guidance.scale)
+        self.teacher = self._diffuse(session.trace, session.method.roles.scale)
         self.teacher_images = decode(session.trace, self.teacher)
 
     def _diffuse(self, trace, guidance: float) -> torch.Tensor:

@@ -49,6 +49,9 @@ class Teacher(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     guidance: Guidance = Field(Guidance(), description="the guidance that is distilled into the student")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen weights; what is trained is float32")
+    arguments: dict[str, Any] = Field(
+        {}, description="further arguments of the pipeline's call: height, width, num_frames, negative_prompt, ..."
+    )
 
 
 class Student(Section):

@@ -1,9 +1,10 @@
 """Looks at a pipeline: ``inspect`` says how it is driven, ``sample`` draws images from it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +27,17 @@ class SampleResult:
     seconds: float
 
 
-def inspect(path: str | Path, revision: str | None = None) -> Trace:
+def inspect(path: str | Path, revision: str | None = None, arguments: Mapping[str, Any] | None = None) -> Trace:
     """Trace a pipeline: an embedded teacher's name, a folder, a run folder (its export), or a hub id.
+
+    Args:
+        arguments: further arguments of the pipeline's call, such as height and width.
 
     Raises:
         InputError: no such pipeline, or it cannot be traced; the message names the failed check.
     """
     run = Path(path) / "export"
-    return trace(load_pipeline(run if is_export(run) else path, revision))
+    return trace(load_pipeline(run if is_export(run) else path, revision), arguments)
 
 
 def sample(

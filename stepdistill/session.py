@@ -20,7 +20,7 @@ from stepdistill.pipeline.generate import set_up
 from stepdistill.pipeline.latents import decoder, encode_images, image_shape
 from stepdistill.pipeline.load import is_export, load_pipeline
 from stepdistill.pipeline.lora import is_lora, load_adapter
-from stepdistill.pipeline.trace import Trace, trace
+from stepdistill.pipeline.trace import Trace, at_guidance, trace
 from stepdistill.recipe import Recipe
 from stepdistill.roles import build_roles
 from stepdistill.samplers import SAMPLERS, Sampler
@@ -82,9 +82,13 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     pipeline = load_pipeline(recipe.teacher.pipeline, recipe.teacher.revision, dtype)
     if device.type != "cpu":
         pipeline.to(device)
-    traced = trace(pipeline)
-    conditioning = encode(traced, entries(traced, recipe.data.conditions), cache).to(device)
+    traced = trace(pipeline, recipe.teacher.arguments)
     scale = recipe.teacher.guidance.scale
+    if traced.guidance.kind == "embedded":
+        # The scale is an input of the network, and there is nothing beside it to distil.
+        traced = traced if scale == 1 else at_guidance(traced, scale)
+        scale = 1.0
+    conditioning = encode(traced, entries(traced, recipe.data.conditions), cache).to(device)
     if scale != 1 and conditioning.null is None:
         raise InputError(f"teacher.guidance.scale: expected 1 for a pipeline without guidance, found {scale}")
     implementation, config = recipe.method.implementation, recipe.method.config

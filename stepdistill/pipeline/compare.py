@@ -28,9 +28,11 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Close tensors, identical objects, or equal values of one type."""
+    """Close tensors, identical objects, equal values of one type, or lists of such."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return close(a, b)
+    if isinstance(a, list | tuple) and type(a) is type(b):
+        return len(a) == len(b) and all(map(same, a, b))
     return a is b or (type(a) is type(b) and bool(a == b))
 
 

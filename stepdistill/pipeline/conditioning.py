@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.pipeline.denoiser import Conditions
+from stepdistill.pipeline.denoiser import Conditions, joined
 from stepdistill.pipeline.observe import modules, observe
 from stepdistill.pipeline.trace import Trace
 
@@ -129,9 +129,11 @@ def encode(trace: Trace, entries: Sequence[str | int], cache: Path | None = None
         cond, null = _section(stored, "cond/"), _section(stored, "null/")
         return Conditioning(labels, cond, null or None, entries)
     parts = [_caught(trace, entries[start : start + CHUNK]) for start in range(0, len(entries), CHUNK)]
-    cond = {name: torch.cat([part[0][name] for part in parts]) for name in trace.conditioning}
-    empty = parts[0][1]
-    null = None if empty is None else {name: rows[:1].clone() for name, rows in empty.items()}
+    cond, null = joined([part[0] for part in parts]), None
+    if parts[0][1] is not None:
+        # Padded to one length with the others.
+        both = joined([cond, {name: rows[:1] for name, rows in parts[0][1].items()}])
+        cond, null = ({name: rows[part] for name, rows in both.items()} for part in (slice(-1), slice(-1, None)))
     if file is not None and cond:
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(".partial")
@@ -144,10 +146,15 @@ def encode(trace: Trace, entries: Sequence[str | int], cache: Path | None = None
 def _caught(trace: Trace, entries: Sequence[str | int]) -> tuple[Conditions, Conditions | None]:
     calls = 2 if trace.guidance.kind == "two_calls" else 1
     recording = observe(
-        trace.pipeline, entries, steps=1, guidance=trace.guidance.scale, stop_calls=(trace.component, calls)
+        trace.pipeline,
+        entries,
+        trace.arguments,
+        steps=1,
+        guidance=trace.guidance.scale,
+        stop_calls=(trace.component, calls),
     )
     seen = [call for call in recording.calls if call.component == trace.component]
-    return trace.guidance.split(seen, trace.conditioning, len(entries))
+    return trace.guidance.split(seen, trace.denoiser.spec, trace.conditioning, len(entries))
 
 
 def _check(trace: Trace, entries: tuple[str | int, ...], names: tuple[str, ...]) -> None:
@@ -184,7 +191,7 @@ def _key(trace: Trace, entries: tuple[str | int, ...]) -> str:
     def add(*values: object) -> None:
         digest.update(json.dumps(values, sort_keys=True, default=str).encode())
 
-    add(type(pipeline).__name__, trace.component, trace.guidance.kind, trace.guidance.scale, entries)
+    add(type(pipeline).__name__, trace.component, trace.guidance.kind, trace.guidance.scale, entries, trace.arguments)
     add({name: shape for name, shape in trace.conditioning.items()})
     for name, component in sorted(pipeline.components.items()):
         config = getattr(component, "config", None)

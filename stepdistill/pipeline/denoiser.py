@@ -1,12 +1,14 @@
 """Denoiser: (x_t, t, cond) -> Prediction, for any network whose call is described by a CallSpec."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from stepdistill.schedule import Kind, Prediction, Schedule
 
@@ -32,7 +34,12 @@ class CallSpec:
         constants: arguments that are neither sample, time nor condition (img_ids, return_dict=False, ...),
             named like conditions.
         expanded: the constants that are stored as one row and want the batch's length (an embedded
-            guidance scale).
+            guidance scale, the size of each image).
+        frame_axis: where the network has an axis of length 1 that latents have not, or None.
+        lists: arguments that are lists with an entry per image; where the sample is one, so is the output.
+        masks: (mask, its dtype) of each condition that is padded with zeros to the longest of its rows. The mask is
+            a condition too: the network's own argument, or (for a list) what is cut out of each row.
+        keeps_norm: guided outputs are scaled back to the conditional ones' norm along the last axis.
     """
 
     sample: str
@@ -43,6 +50,10 @@ class CallSpec:
     output: Output = "identity"
     constants: Mapping[str, Any] = field(default_factory=dict)
     expanded: frozenset[str] = frozenset()
+    frame_axis: int | None = None
+    lists: frozenset[str] = frozenset()
+    masks: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
+    keeps_norm: bool = False
 
     def network_timestep(self, timestep: Tensor) -> Tensor:
         """A scheduler's timestep (any shape) in the unit and dtype of the network."""
@@ -52,6 +63,8 @@ class CallSpec:
     def decode_output(self, raw: Any) -> Tensor:
         """The prediction (B, ...) inside whatever the network returned."""
         tensor = first_tensor(raw)
+        if self.frame_axis is not None:
+            tensor = tensor.squeeze(self.frame_axis)
         match self.output:
             case "identity":
                 return tensor
@@ -61,21 +74,66 @@ class CallSpec:
                 return tensor.chunk(2, dim=1)[0]
         raise ValueError(f"unknown output map {self.output!r}")
 
+    def conditions(self, arguments: Mapping[str, Any], names: Iterable[str]) -> Conditions:
+        """The conditions ``names`` among the arguments of a call, batch first: the inverse of a Denoiser's call.
+
+        Lists become padded tensors with masks; a mask that was left out, as nothing is padded, becomes one of ones.
+        """
+        found: Conditions = {}
+        masks = {mask for mask, _ in self.masks.values()}
+        for name in (name for name in names if name not in masks):
+            value = arguments[name]
+            if name in self.masks:
+                mask, dtype = self.masks[name]
+                if name in self.lists:
+                    kept = pad_sequence([torch.ones(len(row), dtype=dtype) for row in value], batch_first=True)
+                    value = pad_sequence(list(value), batch_first=True)
+                    found[mask] = kept.to(value.device)
+                else:
+                    given = arguments.get(mask)
+                    found[mask] = given if given is not None else torch.ones_like(value[..., 0], dtype=dtype)
+            found[name] = torch.stack(list(value)) if isinstance(value, list | tuple) else value
+        return found
+
+
+def joined(parts: Sequence[Conditions]) -> Conditions:
+    """The rows of all ``parts``, padded with zeros to one length where their lengths differ."""
+    whole: Conditions = {}
+    for name in parts[0]:
+        rows = [part[name] for part in parts]
+        if rows[0].ndim > 1:
+            longest = max(value.shape[1] for value in rows)
+            padding = (0, 0) * (rows[0].ndim - 2)
+            rows = [functional.pad(value, (*padding, 0, longest - value.shape[1])) for value in rows]
+        whole[name] = torch.cat(rows)
+    return whole
+
 
 def first_tensor(output: Any) -> Any:
-    """The first entry of a network's return value: a tensor itself, a tuple's or a model output's first."""
-    if isinstance(output, Tensor):
-        return output
-    return next(iter(output.values() if isinstance(output, Mapping) else output))
+    """The first entry of a network's return value: a tensor itself, a tuple's or a model output's first.
+
+    A list that holds a tensor per image is stacked.
+    """
+    if not isinstance(output, Tensor | list):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return torch.stack(output) if is_list_of_rows(output) else output
+
+
+def is_list_of_rows(value: Any) -> bool:
+    """Whether ``value`` is a list of tensors of one shape."""
+    return isinstance(value, list) and all(isinstance(row, Tensor) for row in value) and len({*map(_shape, value)}) == 1
 
 
 def with_first_tensor(output: Any, tensor: Tensor) -> Any:
     """``output`` with another first entry; the inverse of :func:`first_tensor`."""
     if isinstance(output, Tensor):
         return tensor
+    if isinstance(output, list):
+        return list(tensor.unbind())
     if isinstance(output, Mapping):
-        return type(output)(**{**output, next(iter(output)): tensor})
-    return type(output)((tensor, *output[1:]))
+        name, first = next(iter(output.items()))
+        return type(output)(**{**output, name: with_first_tensor(first, tensor)})
+    return type(output)((with_first_tensor(output[0], tensor), *output[1:]))
 
 
 def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -116,6 +174,11 @@ class Denoiser:
         self.spec, self.schedule, self.kind = spec, schedule, kind
         self.evaluations = 0
 
+    @property
+    def keeps_norm(self) -> bool:
+        """Whether guidance leaves the conditional output's norm as it was, see :class:`CallSpec`."""
+        return self.spec.keeps_norm
+
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Prediction:
         """What the network says at ``x_t`` (B, ...) and time ``t`` (B,) in [0, 1], 1 = noise."""
         raw = self.network(**self.arguments(x_t, t, cond))
@@ -140,14 +203,20 @@ class Denoiser:
         dtype = _dtype(self.network)
         flat: dict[str, Any] = {}
         for name, value in spec.constants.items():
-            if isinstance(value, Tensor):
-                value = value.to(x_t.device)
-                if name in spec.expanded:
-                    value = value.expand(batch, *value.shape[1:])
+            value = _on(x_t.device, value)
+            if name in spec.expanded:
+                value = value.expand(batch, *value.shape[1:]) if isinstance(value, Tensor) else value * batch
             flat[name] = value
         for name, value in cond.items():
             flat[name] = value.to(dtype) if dtype and value.is_floating_point() else value
         flat[spec.sample] = x_t.to(dtype) if dtype else x_t
+        if spec.frame_axis is not None:
+            flat[spec.sample] = flat[spec.sample].unsqueeze(spec.frame_axis)
+        for name in spec.lists & flat.keys():
+            rows = list(flat[name].unbind())
+            if name in spec.masks:
+                rows = [row[kept] for row, kept in zip(rows, flat.pop(spec.masks[name][0]), strict=True)]
+            flat[name] = rows
         flat[spec.timestep] = spec.network_timestep(self.schedule.timestep(t))
         return unflatten(flat)
 
@@ -194,6 +263,17 @@ def _hidden(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     return [value for value in output if isinstance(value, Tensor)][-1]
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """``value`` with the tensors in it on ``device``."""
+    if isinstance(value, list | tuple):
+        return type(value)(_on(device, item) for item in value) if type(value) in (list, tuple) else value
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _shape(value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape)
 
 
 def _dtype(network: nn.Module) -> torch.dtype | None:

@@ -159,19 +159,17 @@ def verify(folder: Path, session: Session, lora: bool = False) -> tuple[float, i
     error = deviation(stock["latents"], ours)
     if "images" not in stock or not error <= TOLERANCE:
         return error, 0
-    pictures = (stock["images"].float().clamp(0, 1) * 255).round()
+    images = stock["images"]
+    if images.ndim == 5:
+        images = images[:, images.shape[1] // 2]  # as decode() does with a video
+    pictures = (images.float().clamp(0, 1) * 255).round()
     return error, int((pictures - decode(traced, ours).float()).abs().max())
 
 
 def stock_arguments(traced: Trace, entries: Sequence[str | int], steps: int) -> dict[str, Any]:
     """What the exported pipeline is called with."""
-    guidance = call_guidance(traced)
-    return call_arguments(traced.pipeline, entries, steps=steps, guidance=guidance, output_type="pt")
-
-
-def call_guidance(traced: Trace) -> float:
-    """The guidance scale of a student's call: off, or the embedded one that the teacher was traced at."""
-    return traced.guidance.scale if traced.guidance.kind == "embedded" else 1.0
+    guidance = traced.guidance.plain_scale
+    return call_arguments(traced.pipeline, entries, traced.arguments, steps=steps, guidance=guidance, output_type="pt")
 
 
 def call_elsewhere(request: dict[str, Any]) -> dict[str, Tensor]:
@@ -203,7 +201,7 @@ def _facts(recipe: Recipe, session: Session, step: int) -> dict[str, Any]:
         "method": recipe.method.name,
         "steps": recipe.student.steps,
         "sampler": session.sampler.name,
-        "call_guidance": call_guidance(session.trace),
+        "call_guidance": session.trace.guidance.plain_scale,
         "trained_steps": step,
         "adapter": fastened(getattr(session.trace.pipeline, session.trace.component)) is not None,
         "recipe": recipe.model_dump(mode="json"),

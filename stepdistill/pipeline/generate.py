@@ -5,7 +5,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,8 @@ def generate(
 def decode(trace: Trace, latents: Tensor, batch: int = 250) -> Tensor:
     """Images uint8 (N, C, H, W) of ``latents`` (N, *latent_shape), by the pipeline's own decoding code.
 
+    Of a video its middle frame.
+
     The pipeline runs one step in which the denoiser is silent and the scheduler returns ``latents``.
 
     Raises:
@@ -108,6 +110,8 @@ def decode(trace: Trace, latents: Tensor, batch: int = 250) -> Tensor:
 
     def silent(*args: Any, **kwargs: Any) -> "_Output":
         x = signature.bind(*args, **kwargs).arguments[spec.sample]
+        if isinstance(x, list):
+            return _Output(([torch.zeros_like(row) for row in x],))
         zeros = torch.zeros_like(x)
         return _Output((torch.cat([zeros, zeros], 1) if spec.output == "first_half" else zeros,))
 
@@ -117,7 +121,8 @@ def decode(trace: Trace, latents: Tensor, batch: int = 250) -> Tensor:
 
         @functools.wraps(scheduler.step)
         def given(*_args: Any, chunk: Tensor = chunk, **_kwargs: Any) -> "_Output":
-            return _Output((chunk,))
+            # LCM's pipeline takes the denoised latents from the second place.
+            return _Output((chunk, chunk))
 
         probe = PROBES[trace.entry][:1]
         many = {"num_images_per_prompt": len(chunk)} if "num_images_per_prompt" in accepted else {}
@@ -127,16 +132,26 @@ def decode(trace: Trace, latents: Tensor, batch: int = 250) -> Tensor:
             forked_random(chunk.device),
         ):
             entries = probe if many else probe * len(chunk)
-            images = first_tensor(run(pipeline, entries, steps=1, guidance=1.0, output_type="pt", **many))
+            wishes = {"guidance": trace.guidance.plain_scale, "output_type": "pt", **many}
+            images = first_tensor(run(pipeline, entries, trace.arguments, steps=1, **wishes))
         if not isinstance(images, Tensor) or len(images) != len(chunk):
             raise TraceError("decode", f"{type(pipeline).__name__} does not return its images as one tensor")
+        if images.ndim == 5:
+            images = images[:, images.shape[1] // 2]
         parts.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
     return torch.cat(parts)
 
 
-def call_pipeline(pipeline: Any, entries: Sequence[str | int], *, steps: int, guidance: float) -> Any:
+def call_pipeline(
+    pipeline: Any,
+    entries: Sequence[str | int],
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    steps: int,
+    guidance: float,
+) -> Any:
     """A plain call of the pipeline for prompts or class ids, on torch's global random numbers."""
-    return run(pipeline, entries, steps=steps, guidance=guidance, output_type="latent")
+    return run(pipeline, entries, arguments, steps=steps, guidance=guidance, output_type="latent")
 
 
 def last_latents(pipeline: Any, call: Callable[[], Any]) -> Tensor:
@@ -177,7 +192,14 @@ def set_up(trace: Trace, scheduler: Any, steps: int) -> tuple[dict[str, Any], di
     key = json.dumps([type(scheduler).__name__, dict(scheduler.config), steps], default=str)
     if key not in trace.set_ups:
         with patched(trace.pipeline, "scheduler", copy.deepcopy(scheduler)):
-            recording = observe(trace.pipeline, PROBES[trace.entry][:1], steps=steps, guidance=1.0, stop_steps=1)
+            recording = observe(
+                trace.pipeline,
+                PROBES[trace.entry][:1],
+                trace.arguments,
+                steps=steps,
+                guidance=trace.guidance.plain_scale,
+                stop_steps=1,
+            )
         options = {name: value for name, value in recording.steps[0].options.items() if name != "return_dict"}
         trace.set_ups[key] = (recording.grid, options)
     return trace.set_ups[key]

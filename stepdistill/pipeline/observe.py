@@ -1,9 +1,10 @@
 """Run a pipeline and write down what its modules and its scheduler were asked, leaving no trace behind."""
 
 import copy
+import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,36 +94,63 @@ def entry_argument(pipeline: Any) -> str:
 
 
 def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
-    """The parameter that sets the guidance scale, None when the pipeline has none."""
+    """The parameter that sets the guidance scale, None when the pipeline has none.
+
+    Of several the first that is on by default: the others are for variants of the network.
+    """
     accepted = inspect.signature(pipeline.__call__).parameters
-    return next((accepted[name] for name in GUIDANCE_ARGUMENTS if name in accepted), None)
+    found = [accepted[name] for name in GUIDANCE_ARGUMENTS if name in accepted]
+    on = [one for one in found if isinstance(one.default, int | float) and one.default > 1]
+    return next(iter([*on, *found]), None)
 
 
-def run(pipeline: Any, entries: Sequence[Any], *, steps: int, guidance: float, **wishes: Any) -> Any:
-    """Call the pipeline for ``entries`` at this guidance; of ``wishes`` only what it accepts is passed."""
-    return pipeline(**call_arguments(pipeline, entries, steps=steps, guidance=guidance, **wishes))
+def run(pipeline: Any, entries: Sequence[Any], arguments: Mapping[str, Any] | None = None, **wishes: Any) -> Any:
+    """Call the pipeline with :func:`call_arguments`."""
+    return pipeline(**call_arguments(pipeline, entries, arguments, **wishes))
 
 
 def call_arguments(
-    pipeline: Any, entries: Sequence[Any], *, steps: int, guidance: float, **wishes: Any
+    pipeline: Any,
+    entries: Sequence[Any],
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    steps: int,
+    guidance: float,
+    **wishes: Any,
 ) -> dict[str, Any]:
-    """What :func:`run` calls the pipeline with."""
+    """What the pipeline is called with for ``entries`` at this guidance; of ``wishes`` what it accepts is passed.
+
+    Args:
+        arguments: further arguments of the call, such as height, num_frames or negative_prompt (one for all entries).
+
+    Raises:
+        InputError: the pipeline takes no argument of such a name.
+    """
     accepted = inspect.signature(pipeline.__call__).parameters
     entry = entry_argument(pipeline)
-    arguments: dict[str, Any] = {entry: len(entries) if entry == "batch_size" else list(entries)}
+    for name in arguments or {}:
+        if name not in accepted or name == entry:
+            close = difflib.get_close_matches(name, accepted, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"arguments: expected arguments of {type(pipeline).__name__}, found {name!r}{hint}")
+    wishes |= arguments or {}
+    call: dict[str, Any] = {entry: len(entries) if entry == "batch_size" else list(entries)}
     scale = guidance_argument(pipeline)
     if scale is not None:
-        arguments[scale.name] = guidance
+        call[scale.name] = guidance
         if scale.name == "true_cfg_scale":
             # Such pipelines guide only against a stated negative prompt; the others fill in their own default.
-            wishes = {"negative_prompt": [""] * len(entries), **wishes}
+            wishes = {"negative_prompt": "", **wishes}
+    if isinstance(wishes.get("negative_prompt"), str):
+        wishes["negative_prompt"] = [wishes["negative_prompt"]] * len(entries)
     wishes |= {"num_inference_steps": steps, "return_dict": False}
-    return arguments | {name: value for name, value in wishes.items() if name in accepted}
+    return call | {name: value for name, value in wishes.items() if name in accepted}
 
 
 def observe(
     pipeline: Any,
     entries: Sequence[Any],
+    arguments: Mapping[str, Any] | None = None,
     *,
     steps: int,
     guidance: float,
@@ -132,7 +160,7 @@ def observe(
     """Run the pipeline and record it; everything hooked or replaced is restored, whatever happens.
 
     Args:
-        entries: prompts or class ids, one per image.
+        entries: prompts or class ids, one per image. arguments: further arguments of the call.
         steps: the pipeline's num_inference_steps. guidance: its guidance scale.
         stop_steps: end the run after that many scheduler steps. stop_calls: (component, n): end it just
             before that component's n-th call does its work.
@@ -156,6 +184,7 @@ def observe(
             run(
                 pipeline,
                 entries,
+                arguments,
                 steps=steps,
                 guidance=guidance,
                 output_type="latent",
@@ -280,6 +309,8 @@ def _snapshot(scheduler: Any) -> Any:
 
 
 def _copied(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 

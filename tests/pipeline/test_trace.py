@@ -20,6 +20,7 @@ from pipeline import tiny
 from pipeline.tiny import INSPECT_KEYS
 from pipeline.toy import toy
 from stepdistill.errors import InputError
+from stepdistill.guidance import guided
 from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.trace import TraceError, load_pipeline, trace
 
@@ -195,6 +196,30 @@ def rescaled(cond, uncond, scale):
     return guided * (cond.std() / guided.std())
 
 
+def norm_kept(cond, uncond, scale):
+    guided = uncond + scale * (cond - uncond)
+    return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("rule", "shift", "keeps_norm"),
+    [
+        (norm_kept, 0.0, True),
+        (lambda c, u, w: c + w * (c - u), 1.0, False),
+        (lambda c, u, w: u + w * (c - u), 0, False),
+    ],
+)
+def test_guidance_rules(rule, shift, keeps_norm):
+    """What the pipeline does at its scale is what the library does at w = scale + shift."""
+    result = trace(toy(rule=rule))
+    assert (result.guidance.shift, result.denoiser.spec.keeps_norm) == (shift, keeps_norm)
+    x, t = torch.randn(2, 4, 8, 8), torch.full((2,), 0.5)
+    cond, null = ({"extra.what": torch.tensor(labels)} for labels in ([1, 2], [10, 10]))
+    outputs = [result.denoiser(x, t, one).raw for one in (cond, null)]
+    found = guided(result.denoiser, x, t, cond, null, 2.5).raw
+    torch.testing.assert_close(found, rule(*outputs, 2.5 - shift), rtol=1e-5, atol=1e-5)
+
+
 class Doubling(DDIMScheduler):
     """A scheduler whose step does not do what its configuration says."""
 
@@ -223,7 +248,7 @@ def silent(channels=4):
 BROKEN = {
     "output": lambda: toy(read=lambda raw: 1.7 * raw),
     "guidance": lambda: toy(rule=rescaled),
-    "guidance ": lambda: toy(rule=lambda c, u, w: c + w * (c - u)),
+    "guidance ": lambda: toy(rule=lambda c, u, w: 1.1 * c + w * (c - u)),
     "guidance  ": silent,
     "self-test": lambda: toy(scheduler=altered_step()),
     "schedule": lambda: toy(scheduler=Doubling(clip_sample=False)),
@@ -231,16 +256,9 @@ BROKEN = {
     "timestep": lambda: toy(level=lambda t: (t.float() / 1000) ** 2),
     "timestep ": lambda: toy(level=lambda t: torch.tensor(0.5)),
     "denoiser": lambda: toy(calls=3),
-    "constants": lambda: toy(bias=lambda step: 0.1 * step),
-    "conditioning": lambda: toy(bias=lambda step: Biases([torch.zeros(())])),
+    "constants": lambda: toy(bias=lambda step, count: 0.1 * step),
+    "conditioning": lambda: toy(bias=lambda step, count: torch.zeros(count, count)),
 }
-
-
-class Biases(list):
-    """A list of tensors that can be added to one."""
-
-    def __radd__(self, other):
-        return other + self[0]
 
 
 @pytest.mark.parametrize("case", BROKEN)

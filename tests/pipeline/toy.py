@@ -22,7 +22,7 @@ class ToyNetwork(nn.Module):
     def forward(self, picture: Tensor, noise_level: Tensor, extra: dict[str, Any], flag: bool = False) -> Any:
         shift = self.label(extra["what"]) + self.speed(noise_level.reshape(-1, 1).to(picture.dtype))
         hidden = torch.tanh(self.blocks[0](picture + shift[:, :, None, None]))
-        return (self.blocks[1](hidden) + extra["bias"],)
+        return (self.blocks[1](hidden) + torch.as_tensor(extra["bias"]).mean(),)
 
 
 class ToyPipeline(DiffusionPipeline):
@@ -37,12 +37,12 @@ class ToyPipeline(DiffusionPipeline):
         self.read: Callable[[Tensor], Tensor] = lambda raw: raw
         self.rule: Callable[[Tensor, Tensor, float], Tensor] = lambda c, u, w: u + w * (c - u)
         self.calls = 1
-        self.bias: Callable[[int], Any] = lambda step: 0.25
+        self.bias: Callable[[int, int], Any] = lambda step, count: 0.25
 
     def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
         level = self.level(t).expand(len(x))
         for _ in range(self.calls):
-            raw = self.network(self.feed(x), level, extra={"what": labels, "bias": self.bias(step)})[0]
+            raw = self.network(self.feed(x), level, extra={"what": labels, "bias": self.bias(step, len(x))})[0]
         return self.read(raw)
 
     @torch.no_grad()
