@@ -68,6 +68,33 @@ def export(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")] = None,
+    gpu: Annotated[float | None, typer.Option(min=1, help="Memory of the device in GiB: propose what fits.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Write the proposals into the recipe.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what memory a recipe will need, before any weight is loaded."""
+    if fit and gpu is None:
+        raise InputError("--fit: expected --gpu with the device's memory in GiB, found none")
+    if fit and overrides:
+        raise InputError("--fit: expected the recipe alone, found overrides; they are not in its file")
+    # torch is not needed for --help.
+    from stepdistill import plan as planning
+
+    taken = overrides or ()
+    first, changes = planning.fit(recipe, taken, gpu) if gpu else (planning.plan(recipe, taken), [])
+    written = planning.write_fit(recipe, changes) if fit and changes else None
+    if as_json:
+        print(json.dumps(planning.as_dict(first, changes, gpu), indent=2))
+    else:
+        print(planning.as_text(first, changes, gpu))
+    if written:
+        print(f"written to {written}", file=sys.stderr)
+
+
+@app.command()
 def sample(
     path: Annotated[str, typer.Argument(help="A run, an exported pipeline, an embedded teacher or a hub id.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps of the pipeline's own scheduler.")] = 4,

@@ -98,19 +98,40 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         recipe.student.steps,
         lambda scheduler, steps: set_up(traced, scheduler, steps)[0],
     )
-    student, needs, paths = recipe.student, implementation.data_needs(config), None
+    needs, paths = implementation.data_needs(config), None
     if with_data and needs.paths is not None:
         # Before adapters rename the teacher's weights: what is stored serves every run with this teacher.
         shape, seed = traced.latent_shape, recipe.train.seed
         paths = teacher_paths(traced.denoiser, conditioning, needs.paths, scale, shape, seed, cache)
     # Adapters and heads start from global random numbers.
     torch.manual_seed(recipe.train.seed)
+    method = make_method(recipe, traced, sampler, scale, device)
+    rows = None
+    if paths is not None:
+        # What they cost belongs to the run, whoever made them.
+        method.roles.teacher.evaluations += paths.evaluations
+    if with_data and needs.images:
+        rows = _real_rows(recipe, traced, conditioning, cache)
+        rows = (rows[0].to(device), rows[1].to(device))
+    session = Session(recipe, traced, conditioning, method, sampler, rows, device, paths)
+    if with_data:
+        method.prepare(session.batch(0, 0, 1))
+    return session
+
+
+def make_method(recipe: Recipe, traced: Trace, sampler: Sampler, scale: float, device: torch.device) -> DistillMethod:
+    """The recipe's method with its roles on the traced teacher's network; ``scale`` is the guidance to distil.
+
+    Raises:
+        InputError: the network does not allow what the recipe asks of it.
+    """
+    implementation, config, student = recipe.method.implementation, recipe.method.config, recipe.student
     names = ("student", *implementation.extra_roles)
     training = {name: student.train for name in names} | dict(implementation.role_training(config))
     roles = build_roles(traced.denoiser, training, scale, student.rank, student.targets)
-    roles.decode = decoder(pipeline)
+    roles.decode = decoder(traced.pipeline)
     if student.init is not None:
-        _start_from(Path(student.init), roles.student, pipeline, traced.component)
+        _start_from(Path(student.init), roles.student, traced.pipeline, traced.component)
     for name in names:
         role = getattr(roles, name)
         setattr(roles, name, role.on(implementation.adapt(config, name, role.network, scale).to(device)))
@@ -120,18 +141,7 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
             slow.data.copy_(fast.data)
     if recipe.train.gradient_checkpointing:
         _save_memory(roles, traced.denoiser.network)
-    method = implementation(config, roles, sampler)
-    rows = None
-    if paths is not None:
-        # What they cost belongs to the run, whoever made them.
-        roles.teacher.evaluations += paths.evaluations
-    if with_data and needs.images:
-        rows = _real_rows(recipe, traced, conditioning, cache)
-        rows = (rows[0].to(device), rows[1].to(device))
-    session = Session(recipe, traced, conditioning, method, sampler, rows, device, paths)
-    if with_data:
-        method.prepare(session.batch(0, 0, 1))
-    return session
+    return implementation(config, roles, sampler)
 
 
 def _save_memory(roles: Roles, backbone: nn.Module) -> None:

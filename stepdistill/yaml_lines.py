@@ -83,6 +83,43 @@ def dump(tree: Any) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
 
 
+def scalar(value: Any) -> str:
+    """One scalar as it stands in a file."""
+    return dump([value]).strip()[1:-1]
+
+
+def put(text: str, keys: Keys, value: Any, name: str) -> str:
+    """The document with the scalar at ``keys`` set to ``value``; every other line, and its comment, stay as they are.
+
+    Args:
+        keys: a key, or one of a section at the top level. name: as in :func:`read`.
+
+    Raises:
+        InputError: the place is not written as a line of its own.
+    """
+    lines, places = text.splitlines(), read(text, name)[1]
+    *parent, key = keys
+    wanted = f"{key}: {scalar(value)}"
+    if keys in places:
+        number = places[keys] - 1
+        match = re.fullmatch(rf"(\s*){re.escape(str(key))}\s*:[^#\[{{|>]*?(\s+#.*)?", lines[number])
+        if match is None:
+            raise InputError(f"{name}:{number + 1}: cannot be rewritten; put '{wanted}' there by hand")
+        lines[number] = f"{match[1]}{wanted}{match[2] or ''}"
+    elif parent and tuple(parent) in places:
+        number = places[tuple(parent)] - 1
+        below = [line for place, line in places.items() if place[:-1] == tuple(parent) and line - 1 > number]
+        if not below:
+            raise InputError(f"{name}:{number + 1}: cannot be added to; put '{wanted}' there by hand")
+        indent = re.match(r"\s*", lines[min(below) - 1])[0]
+        # Below what is there, and above the comments and blank lines that lead to the next section.
+        last = max(line for place, line in places.items() if place[: len(parent)] == tuple(parent))
+        lines.insert(last, f"{indent}{wanted}")
+    else:
+        lines += [f"{parent[0]}:", f"  {wanted}"] if parent else [wanted]
+    return "\n".join(lines) + "\n"
+
+
 def _build(loader: _Loader, node: yaml.Node, keys: Keys, lines: dict[Keys, int], name: str) -> Any:
     here = f"{name}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode) and node.tag == loader.DEFAULT_MAPPING_TAG:

@@ -37,7 +37,7 @@ def load_pipeline(
         return fuse(load_pipeline(*teacher_of(Path(path)), dtype), Path(path))
     place = source(path)
     try:
-        with _quiet():
+        with quiet():
             pipeline = DiffusionPipeline.from_pretrained(place, revision=revision, use_safetensors=True)
             # Not by an argument: its name depends on the version, and half-precision files would come as they are.
             pipeline.to(dtype)
@@ -99,7 +99,7 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no warnings of diffusers and transformers inside the block."""
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]

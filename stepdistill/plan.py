@@ -1,0 +1,323 @@
+"""What a recipe will need of a device's memory, before any weight is loaded, and what would make it fit.
+
+The recipe's own method runs one step on networks of fake tensors (:mod:`stepdistill.pipeline.blueprint`), forward and
+backward, for every player; what is alive at any moment is counted. Nothing is estimated from formulas but the
+optimizer's moments.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepdistill import assets, yaml_lines
+from stepdistill.data.batch import Batch, PathRows
+from stepdistill.data.images import SUFFIXES
+from stepdistill.errors import InputError
+from stepdistill.memory import LiveBytes
+from stepdistill.methods.base import DistillMethod
+from stepdistill.pipeline.blueprint import Blueprint, blueprint, without_data
+from stepdistill.pipeline.conditioning import class_names
+from stepdistill.recipe import Recipe, load
+from stepdistill.samplers import SAMPLERS
+from stepdistill.session import make_method
+from stepdistill.trainer import only_moving
+
+GIB = 2**30
+RESERVE = 1.0
+"""GiB that CUDA's context, workspaces and fragmentation take beside the tensors."""
+# Of an 8-bit moment: one byte a value, and a float32 scale for each block of 256.
+ADAM_BYTES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
+
+
+@dataclass(frozen=True)
+class Line:
+    """The bytes of one role, player or store; ``parameters`` is a count."""
+
+    name: str
+    parameters: int = 0
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    average: int = 0
+    activations: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Lines of the table, the expected peak in bytes, and the player in whose turn it comes."""
+
+    lines: list[Line]
+    peak: int
+    player: str
+
+    def fits(self, gpu: float) -> bool:
+        """Whether the peak and what CUDA needs stay within ``gpu`` GiB."""
+        return self.peak / GIB + RESERVE <= gpu
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of the recipe, its new value, what that does, and the plan with this and the changes before it."""
+
+    key: str
+    value: Any
+    effect: str
+    plan: Plan
+
+
+def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Plan:
+    """The memory that a recipe will need.
+
+    Raises:
+        InputError: the recipe is wrong, or its pipeline or method cannot be run on shapes alone.
+    """
+    recipe = load(recipe, overrides)
+    dtype = torch.bfloat16 if recipe.teacher.precision == "bf16" else torch.float32
+    drawn = blueprint(recipe.teacher.pipeline, recipe.teacher.revision, dtype)
+    method = _method(recipe, drawn)
+    weights = _weights(recipe, drawn, method)
+    averaged = _count(method.roles.student.network) * 4 if recipe.student.ema else 0
+    optimizer, gradients, activations = {}, {}, {}
+    for player in method.players:
+        count = sum(_count(module) for module in method.modules(player))
+        optimizer[player], gradients[player] = int(count * ADAM_BYTES[recipe.train.optimizer]), 4 * count
+    known = [t for m in _networks(drawn, method) for t in (*nn.Module.parameters(m), *m.buffers())]
+    for player, peak in _turns(recipe, drawn, method, known):
+        activations[player] = max(activations.get(player, 0), peak - gradients[player])
+    store = _stored(recipe, drawn)
+    player = max(activations, key=lambda name: activations[name] + gradients[name])
+    lines = [
+        Line(
+            name,
+            parameters,
+            size,
+            gradients.get(name, 0),
+            optimizer.get(name, 0),
+            averaged if name == "student" else 0,
+            activations.get(name, 0),
+        )
+        for name, (parameters, size) in weights.items()
+    ]
+    lines.append(Line("stored conditions and images", weights=store))
+    fixed = sum(line.weights + line.optimizer + line.average for line in lines)
+    return Plan(lines, fixed + gradients[player] + activations[player], player)
+
+
+def fit(recipe: str | Path, overrides: Sequence[str], gpu: float) -> tuple[Plan, list[Change]]:
+    """The plan as it is, and the changes, in order of what they cost, that bring it within ``gpu`` GiB.
+
+    A change that the pipeline or the method does not allow, or that saves less than 1 %, is left out. The last plan may
+    still not fit.
+    """
+    first = now = plan(recipe, overrides)
+    changes: list[Change] = []
+    for key, value, effect in _proposals(load(recipe, overrides)):
+        if now.fits(gpu):
+            break
+        taken = [*overrides, *(f"{change.key}={yaml_lines.scalar(change.value)}" for change in changes)]
+        try:
+            then = plan(recipe, [*taken, f"{key}={yaml_lines.scalar(value)}"])
+        except InputError:
+            continue
+        if then.peak < 0.99 * now.peak:
+            changes.append(Change(key, value, effect, then))
+            now = then
+    return first, changes
+
+
+def write_fit(recipe: str | Path, changes: Sequence[Change]) -> Path:
+    """Put the changes into the recipe's file, comments and order kept; a shipped recipe becomes a file here first.
+
+    Raises:
+        InputError: a section is written in a way that a line cannot be put into, or the copy would overwrite a file.
+    """
+    file = Path(recipe)
+    if not file.is_file():
+        shipped = assets.recipe(str(recipe))
+        file, text = Path(shipped.name), shipped.read_text(encoding="utf-8")
+        if file.exists():
+            raise InputError(f"{file}: exists; plan it by that path, or move it aside")
+    else:
+        text = file.read_text(encoding="utf-8")
+    for change in changes:
+        text = yaml_lines.put(text, tuple(change.key.split(".")), change.value, str(file))
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def _proposals(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """(key, value, effect): first what leaves the numbers alone, then what does not."""
+    train = recipe.train
+    if not train.gradient_checkpointing:
+        yield "train.gradient_checkpointing", True, "the same numbers, about a third slower"
+    if train.accumulation < train.batch_size:
+        yield "train.accumulation", train.batch_size, "micro-batches of 1: the same numbers, slower"
+    if train.precision == "fp32":
+        yield "train.precision", "bf16", "forward passes in half precision, faster"
+    if recipe.teacher.precision == "fp32":
+        yield "teacher.precision", "bf16", "frozen weights in half precision"
+    if train.optimizer == "adamw":
+        yield "train.optimizer", "adamw8bit", "Adam's moments in 8 bits, needs bitsandbytes"
+    if recipe.student.train == "full":
+        yield "student.train", "lora", "adapters on one backbone instead of copies; another learning rate suits them"
+
+
+def _method(recipe: Recipe, drawn: Blueprint) -> DistillMethod:
+    recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"init": None})})
+    implementation, config = recipe.method.implementation, recipe.method.config
+    traced, device = drawn.trace, torch.device("cpu")
+    steps, schedule = recipe.student.steps, traced.denoiser.schedule
+    sampler = SAMPLERS[implementation.sampler_of(config)](schedule, traced.pipeline.scheduler, steps)
+    with without_data(drawn.mode):
+        method = make_method(recipe, traced, sampler, recipe.teacher.guidance.scale, device)
+        method.prepare(_batch(recipe, drawn, method, 0, 0))
+    return method
+
+
+def _batch(recipe: Recipe, drawn: Blueprint, method: DistillMethod, step: int, first: int) -> Batch:
+    train, shape = recipe.train, drawn.trace.latent_shape
+    size = train.batch_size // train.accumulation
+    rows = {name: row.expand(size, *row.shape[1:]).clone() for name, row in drawn.condition.items()}
+    batch = _FirstBatch(train.seed, step, first, size, train.batch_size, shape, rows)
+    if recipe.teacher.guidance.scale != 1:
+        batch.null = {name: row.clone() for name, row in rows.items()}
+    needs = method.data_needs(recipe.method.config)
+    if needs.images:
+        batch.latents = torch.zeros(size, *shape)
+    if needs.paths is not None:
+        count = needs.paths.steps + 1 if needs.paths.keep == "all" else 2
+        points, times = torch.zeros(size, count, *shape), torch.linspace(1, 0, count)
+        batch.path = PathRows(points, times, batch.cond, batch.null, torch.full((size,), recipe.teacher.guidance.scale))
+    return batch
+
+
+class _FirstBatch(Batch):
+    """A batch whose samples are the student's first step: the steps that led to a later one need no memory by then."""
+
+    def integer(self, name: str, high: int) -> int:
+        return 0
+
+
+def _turns(
+    recipe: Recipe, drawn: Blueprint, method: DistillMethod, known: list[torch.Tensor]
+) -> Iterator[tuple[str, int]]:
+    """(player, most bytes that its turn makes), for a step in which all players move, or as many as ever do."""
+    train = recipe.train
+    step = max(range(min(train.steps, 5000)), key=lambda step: (len(set(method.turns(step))), -step))
+    # A second micro-batch runs while the first one's gradients are there.
+    firsts = [i * (train.batch_size // train.accumulation) for i in range(min(train.accumulation, 2))]
+    batches = [_batch(recipe, drawn, method, step, first) for first in firsts]
+    done = set()
+    for turn, player in enumerate(method.turns(step)):
+        if player in done:
+            continue
+        done.add(player)
+        parameters = [p for module in method.modules(player) for p in module.parameters()]
+        with only_moving(parameters), LiveBytes(known) as live:
+            for batch in batches:
+                batch.turn = turn
+                with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16"):
+                    losses = method.losses(player, batch)
+                if len(losses) > 1:
+                    # Steps that are logged measure each term's gradient first.
+                    for loss in losses.values():
+                        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                sum(losses.values()).backward()
+                del losses
+            for parameter in parameters:
+                parameter.grad = None
+        yield player, live.peak
+
+
+def _weights(recipe: Recipe, drawn: Blueprint, method: DistillMethod) -> dict[str, tuple[int, int]]:
+    """(parameters, bytes) by name; what several share counts for the first of them."""
+    roles, pipeline = method.roles, drawn.trace.pipeline
+    backbone = getattr(roles.teacher.network, "backbone", roles.teacher.network)
+    adapters = {id(p) for name in _role_names(method) for p in getattr(roles, name).network.parameters()}
+    groups: dict[str, list[torch.Tensor]] = {
+        "teacher": [t for t in (*nn.Module.parameters(backbone), *backbone.buffers()) if id(t) not in adapters]
+    }
+    for name in _role_names(method):
+        network = getattr(roles, name).network
+        groups[name] = [*network.parameters(), *network.buffers()]
+    for player in method.players:
+        groups.setdefault(player, []).extend(p for module in method.modules(player) for p in module.parameters())
+    others = [c for n, c in pipeline.components.items() if isinstance(c, nn.Module) and n != drawn.trace.component]
+    groups["encoders and autoencoder"] = [t for m in others for t in (*m.parameters(), *m.buffers())]
+    seen: set[int] = set()
+    found = {}
+    for name, tensors in groups.items():
+        storages = {id(t.untyped_storage()): t for t in tensors if id(t.untyped_storage()) not in seen}
+        seen |= storages.keys()
+        count = sum(t.numel() for t in storages.values() if isinstance(t, nn.Parameter))
+        found[name] = count, sum(t.untyped_storage().nbytes() for t in storages.values())
+    return found
+
+
+def _role_names(method: DistillMethod) -> list[str]:
+    return ["student", *method.extra_roles]
+
+
+def _networks(drawn: Blueprint, method: DistillMethod) -> list[nn.Module]:
+    roles = [getattr(method.roles, name).network for name in ("teacher", *_role_names(method))]
+    others = [c for c in drawn.trace.pipeline.components.values() if isinstance(c, nn.Module)]
+    return [*roles, *others, *(module for player in method.players for module in method.modules(player))]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _stored(recipe: Recipe, drawn: Blueprint) -> int:
+    """Bytes of all encoded conditions and of the latents of all images, which stay on the device."""
+    wanted = recipe.data.conditions
+    if wanted == "classes":
+        count = max(1, len(class_names(drawn.trace)))
+    elif isinstance(wanted, str):
+        count = sum(bool(line.strip()) for line in Path(wanted).read_text(encoding="utf-8").splitlines())
+    else:
+        count = len(wanted)
+    size = count * sum(row.numel() * row.element_size() for row in drawn.condition.values())
+    folder = recipe.data.images
+    if folder is None:
+        return size
+    images = 60_000 if folder == "fashion-mnist" else sum(p.suffix.lower() in SUFFIXES for p in Path(folder).rglob("*"))
+    return size + images * torch.Size(drawn.trace.latent_shape).numel() * 4
+
+
+def as_text(first: Plan, changes: Sequence[Change], gpu: float | None) -> str:
+    """The table, the peak, and the proposals, for people; GiB."""
+    columns = ("weights", "gradients", "optimizer", "average", "activations")
+    width = max(len(line.name) for line in first.lines)
+    rows = [f"{'GiB':{width}} {'parameters':>12} " + " ".join(f"{name:>11}" for name in columns)]
+    for line in first.lines:
+        sizes = " ".join(f"{getattr(line, name) / GIB:11.3f}" for name in columns)
+        rows.append(f"{line.name:{width}} {line.parameters / 1e6:10.2f} M {sizes}")
+    last = changes[-1].plan if changes else first
+    rows += ["", f"peak {first.peak / GIB:.2f} GiB, in the turn of the {first.player}"]
+    if gpu is not None:
+        rows[-1] += f"; {_verdict(first, gpu)}"
+        rows += [
+            f"  {change.key}={yaml_lines.scalar(change.value)}: {change.plan.peak / GIB:.2f} GiB; {change.effect}"
+            for change in changes
+        ]
+        if changes:
+            rows.append(f"with these {_verdict(last, gpu)}")
+    return "\n".join(rows)
+
+
+def _verdict(plan: Plan, gpu: float) -> str:
+    return f"{'fits' if plan.fits(gpu) else 'does not fit'} {gpu:g} GiB, of which {RESERVE:g} is left to the driver"
+
+
+def as_dict(first: Plan, changes: Sequence[Change], gpu: float | None) -> dict[str, Any]:
+    """The same for scripts; bytes."""
+    facts = {"schema": 1, "peak": first.peak, "player": first.player, "lines": [asdict(line) for line in first.lines]}
+    if gpu is None:
+        return facts
+    proposals = [{"key": c.key, "value": c.value, "peak": c.plan.peak, "effect": c.effect} for c in changes]
+    return facts | {"gpu": gpu, "fits": (changes[-1].plan if changes else first).fits(gpu), "proposals": proposals}
