@@ -21,6 +21,7 @@ from stepdistill import assets
 from stepdistill.bench import TEACHER_STEPS, Bench, Sampling, real_images, solver_samplings
 from stepdistill.data import fashion_mnist
 from stepdistill.errors import InputError
+from stepdistill.eval.names import metric_text
 from stepdistill.eval.protocol import (
     Instruments,
     Protocol,
@@ -33,7 +34,6 @@ from stepdistill.eval.protocol import (
     measure,
     pin,
 )
-from stepdistill.eval.report import metric_text
 from stepdistill.eval.row_cache import RowCache, read_measurements, write_json
 
 FLOORS = (1000, 2000, 10_000)

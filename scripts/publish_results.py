@@ -16,8 +16,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from stepdistill import assets
+from stepdistill.eval.names import metric_name, metric_text
 from stepdistill.eval.pictures import image_grid
-from stepdistill.eval.report import between_markers, metric_name, metric_text
+from stepdistill.eval.report import between_markers
 from stepdistill.sampling import sample
 
 BEGIN, END = "<!-- results: written by scripts/publish_results.py -->", "<!-- end of results -->"

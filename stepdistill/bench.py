@@ -4,13 +4,10 @@ Image i is of class i modulo the number of classes and its noise depends on (see
 sees the same requests and no row depends on batch size or device count.
 """
 
-import json
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +24,25 @@ from stepdistill import assets
 from stepdistill.data import fashion_mnist
 from stepdistill.errors import InputError
 from stepdistill.eval.cost import metered
+from stepdistill.eval.names import metric_name, metric_text
 from stepdistill.eval.pictures import image_grid
 from stepdistill.eval.protocol import DIVERSITY, NETWORKS, Instruments, Protocol, floor, load_instruments, measure
-from stepdistill.eval.report import VERDICT_METRIC, Report, Role, Row, Verdict, metric_name, metric_text, verdict
+from stepdistill.eval.report import VERDICT_METRIC, Report, Role, Row, Verdict, verdict
 from stepdistill.eval.row_cache import RowCache, cache_folder, row_key, weights_digest
+from stepdistill.eval.standard import is_standard
 from stepdistill.pipeline.conditioning import Conditioning, class_count, encode
 from stepdistill.pipeline.generate import decode, generate
-from stepdistill.pipeline.load import is_export, load_pipeline
+from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.trace import Trace, trace
+from stepdistill.sampling_cost import sampling_cost
 from stepdistill.schedule import from_scheduler
+from stepdistill.sources import Progress, Source, check_numbers, device_name, library_versions, read_all, training_lines
+from stepdistill.standard_bench import standard_bench
 
 TEACHER_STEPS = 50
 PICTURES_PER_CLASS = 4
+WORST_OF, WORST_SHOWN = 200, 20
 CHUNK = 500
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, images done, images in all)."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What the user named: a run, an export or a plain pipeline. ``facts`` is the export's stepdistill.json."""
-
-    label: str
-    pipeline: str
-    facts: dict[str, Any] | None = None
-    run: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +96,7 @@ class Bench:
     progress: Progress | None = None
     complete: bool = False
     rows: dict[str, Row] = field(default_factory=dict)
+    samplings: dict[str, Sampling] = field(default_factory=dict)
     models: dict[str, Model] = field(default_factory=dict)
 
     @property
@@ -148,7 +139,7 @@ class Bench:
         else:
             row = self.measured(sampling)
             self.cache.put(key, asdict(row))
-        self.rows[key] = row
+        self.rows[key], self.samplings[key] = row, sampling
         return row
 
     def known(self, stored: Mapping[str, float]) -> dict[str, float] | None:
@@ -179,6 +170,13 @@ class Bench:
             diagnostics=found.diagnostics,
         )
 
+    def measure_costs(self, batch: int) -> None:
+        """Put the cost of every row, measured now on this device, in place of what it said."""
+        for key, sampling in self.samplings.items():
+            model = sampling.model
+            settings = {"steps": sampling.steps, "guidance": sampling.guidance, "batch": batch}
+            self.rows[key].cost = sampling_cost(model.trace, model.conditioning, sampling.scheduler, **settings)
+
     def _tell(self, title: str) -> Callable[[int, int], None] | None:
         progress = self.progress
         return None if progress is None else lambda done, total: progress(title, done, total)
@@ -200,7 +198,7 @@ class Bench:
 def bench(
     sources: Sequence[str | Path],
     steps: Sequence[int] = (1, 2, 4),
-    samples: int = 2000,
+    samples: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     *,
@@ -208,6 +206,10 @@ def bench(
     networks: Sequence[str] = NETWORKS,
     solvers: bool = True,
     guidance: float = 1.0,
+    cost: bool = False,
+    data: str | Path = "data",
+    offline: bool = False,
+    batch: int = 16,
     device: str | torch.device | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
@@ -218,8 +220,11 @@ def bench(
         sources: run folders, exported pipelines, or any pipeline (folder, embedded teacher, hub id). A student's
             teacher, guidance scale and trained number of steps are read from its export.
         steps: the numbers of steps that students run at; the trained one is always among them.
-        samples: images per row. networks: of "classifier" and "enet". solvers: also run the teacher under
-            stock fast solvers at the student's NFE, with and without guidance.
+        samples: images per row; None: what a standard protocol says, 2000 of the embedded one.
+        networks: of "classifier" and "enet". solvers: also run the teacher under stock fast solvers at the
+            student's NFE, with and without guidance. Both of the embedded protocol alone.
+        cost: measure latency, throughput and operations of every row now, on this device, cached rows too.
+        data, offline, batch: see :func:`stepdistill.standard_bench.standard_bench`; ``batch`` is also that of cost.
         guidance: w for a plain pipeline's own row and solvers.
         device: default cuda if there is one. cache: default $STEPDISTILL_CACHE or ~/.cache/stepdistill.
 
@@ -227,8 +232,13 @@ def bench(
         InputError: a source cannot be loaded or does not fit the protocol, or an argument is out of range.
     """
     sources = [sources] if isinstance(sources, str | Path) else sources
-    _check(sources, steps, samples)
-    found = _read_all(sources)
+    check_numbers(sources, steps, samples)
+    if is_standard(protocol):
+        settings = {"guidance": guidance, "device": device, "cache": cache, "progress": progress}
+        settings |= {"data": data, "offline": offline, "batch": batch}
+        return standard_bench(sources, steps, samples, seed, out, protocol=protocol, **settings)
+    samples = 2000 if samples is None else samples
+    found = read_all(sources)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     instruments = load_instruments(protocol, networks, device)
     shipped = assets.root() / "assets" / instruments.protocol.measurements
@@ -247,6 +257,8 @@ def bench(
         shown, conclusion = _measure_source(state, source, sorted(set(steps)), guidance, solvers)
         grids |= {state.key(sampling): sampling for sampling in shown}
         verdicts += [conclusion] if conclusion else []
+    if cost:
+        state.measure_costs(batch)
     report = Report(
         protocol=instruments.protocol.id,
         seed=seed,
@@ -259,7 +271,8 @@ def bench(
     )
     if out is not None:
         report.pictures = [_picture(state, sampling) for sampling in grids.values()]
-        report.training = _training(found)
+        report.worst = [_worst(state, sampling) for sampling in grids.values() if _has_classes(state, sampling)]
+        report.training = training_lines(found)
         report.write(out)
     return report
 
@@ -386,55 +399,6 @@ def real_images(protocol: Protocol) -> tuple[Tensor, Tensor] | None:
         return None
 
 
-def read_source(path: str | Path) -> Source:
-    """A run folder, an exported pipeline or any pipeline, as the user named it.
-
-    Raises:
-        InputError: it is a run without an export, or an export with a damaged stepdistill.json.
-    """
-    folder = Path(path)
-    run = folder if (folder / "recipe.yaml").is_file() else None
-    pipeline = folder / "export" if run else folder
-    if run and not is_export(pipeline):
-        raise InputError(f"{run}: the run has no export/ yet; finish it, or run stepdistill export {run} {pipeline}")
-    facts = _facts(pipeline / "stepdistill.json")
-    label = folder.name if folder.name != "export" else folder.resolve().parent.name
-    if facts is not None:
-        label = f"{label} ({facts['method']})"
-    return Source(label, str(pipeline if run else path), facts, run)
-
-
-def _facts(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: expected JSON, found {error.msg}") from error
-    missing = [key for key in ("teacher", "guidance", "method", "steps") if key not in facts]
-    if missing:
-        raise InputError(f"{path}: expected the keys teacher, guidance, method and steps, {', '.join(missing)} missing")
-    return facts
-
-
-def _read_all(sources: Sequence[str | Path]) -> list[Source]:
-    found = [read_source(path) for path in sources]
-    labels = [source.label for source in found]
-    return [
-        replace(source, label=f"{source.label} [{index + 1}]") if labels.count(source.label) > 1 else source
-        for index, source in enumerate(found)
-    ]
-
-
-def _check(sources: Sequence[str | Path], steps: Sequence[int], samples: int) -> None:
-    if not sources:
-        raise InputError("bench: expected at least one run or pipeline, found none")
-    if not steps or min(steps) < 1:
-        raise InputError(f"steps: expected numbers of at least 1, found {list(steps)}")
-    if samples < 2:
-        raise InputError(f"samples: expected at least 2, found {samples}")
-
-
 def _check_steps(source: Source, model: Model, steps: Sequence[int]) -> None:
     """Few-step schedulers refuse more steps than they were made for; say so before anything is measured."""
     for number in steps:
@@ -443,6 +407,20 @@ def _check_steps(source: Source, model: Model, steps: Sequence[int]) -> None:
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"steps: {source.pipeline} cannot run {number} steps: {reason}") from error
+
+
+def _has_classes(state: Bench, sampling: Sampling) -> bool:
+    return sampling.role == "student" and "classifier" in state.instruments.networks
+
+
+def _worst(state: Bench, sampling: Sampling) -> tuple[str, Any]:
+    """The images whose class the classifier believes least, of the first ``WORST_OF``, worst first."""
+    images, labels = sample(sampling, state.seed, min(WORST_OF, state.samples))
+    classifier = state.instruments.networks["classifier"]
+    logits = classifier.logits(images.to(state.device)).cpu()
+    order = logits.log_softmax(1).gather(1, labels[:, None])[:, 0].argsort()[:WORST_SHOWN]
+    caption = f"{sampling.name} · {sampling.steps} steps · least like their class, of the first {len(images)}"
+    return caption, image_grid(images[order], columns=10)
 
 
 def _picture(state: Bench, sampling: Sampling) -> tuple[str, Any]:
@@ -454,24 +432,3 @@ def _picture(state: Bench, sampling: Sampling) -> tuple[str, Any]:
         value = metric_text(VERDICT_METRIC, metrics[VERDICT_METRIC])
         caption += f" · {metric_name(VERDICT_METRIC, state.samples)} {value}"
     return caption, image_grid(images, columns=classes)
-
-
-def _training(sources: Sequence[Source]) -> list[dict[str, float]]:
-    """The lines of the first run's metrics.jsonl; a last line cut short by a kill is left out."""
-    for source in sources:
-        path = source.run / "metrics.jsonl" if source.run else None
-        if path and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-    return []
-
-
-def library_versions() -> dict[str, str]:
-    names = ("stepdistill", "torch", "diffusers", "transformers", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"

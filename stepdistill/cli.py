@@ -117,20 +117,38 @@ def sample(
 
 @app.command()
 def bench(
-    sources: Annotated[list[str], typer.Argument(help="Runs or pipelines.")],
+    sources: Annotated[list[str], typer.Argument(help="Runs or pipelines; with --compare, reports.")],
     steps: Annotated[str, typer.Option(help="Student steps, separated by commas.")] = "1,2,4",
-    samples: Annotated[int, typer.Option(min=2, help="Images per row of the report.")] = 2000,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Images per row; default: the protocol's, 2000 of fashion-v1.")
+    ] = None,
     seed: Seed = 0,
     guidance: Annotated[float, typer.Option(help="w of a plain pipeline's row; students run without.")] = 1.0,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
+    protocol: Annotated[str, typer.Option(help="fashion-v1, coco30k-gigagan-v1, ... or a YAML file.")] = "fashion-v1",
+    data: Annotated[Path, typer.Option(help="Folder of a protocol's prompts, images and weights.")] = Path("data"),
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing; say what is missing.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once; decides no result.")] = 16,
+    cost: Annotated[bool, typer.Option("--cost", help="Measure latency and operations of every row now.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Merge finished reports into one table.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure quality and cost: students, their teacher, and the teacher under stock fast solvers."""
+    if compare:
+        # The report needs matplotlib, which --help must not wait for.
+        from stepdistill.eval.report import compare as merged
+
+        report = merged(sources, out)
+        print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
+        return
     if not all(one.strip().isdecimal() for one in steps.split(",")):
         raise InputError(f"--steps: expected numbers separated by commas, found '{steps}'")
     numbers = [int(one) for one in steps.split(",")]
     with WorkProgress() as progress:
-        report = stepdistill.bench(sources, numbers, samples, seed, out, guidance=guidance, progress=progress)
+        settings = {"guidance": guidance, "protocol": protocol, "data": data, "offline": offline, "batch": batch}
+        report = stepdistill.bench(sources, numbers, samples, seed, out, cost=cost, progress=progress, **settings)
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
 
 

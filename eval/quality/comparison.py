@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from stepdistill.eval.names import metric_name, metric_text
 from stepdistill.eval.pictures import panels_plot
 from stepdistill.eval.protocol import DIVERSITY, METRICS
-from stepdistill.eval.report import metric_name, metric_text
 
 NFES = (1, 2, 4, 8)
 PHASES = ("critic_warmup", "regression_steps", "stage_steps", "phase_steps", "tangent_warmup")

@@ -168,7 +168,10 @@ def clip(arch: str, weights: str | Path | None, *, prefix: str = "", crop: str =
         raise InputError(f"clip: expected an architecture of open_clip such as ViT-g-14, found {arch!r}")
     model, _, transform = open_clip.create_model_and_transforms(arch, pretrained=None)
     if weights is not None:
-        load_weights(model, Path(weights))
+        try:
+            open_clip.load_checkpoint(model, str(weights))
+        except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            raise InputError(f"weights: {weights} does not fit {arch}: {str(error).splitlines()[0]}") from error
     return Clip(model, transform, open_clip.get_tokenizer(arch), prefix=prefix, crop=crop)
 
 

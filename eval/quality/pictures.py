@@ -4,7 +4,7 @@ import base64
 import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -40,28 +40,37 @@ def png_data_uri(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def quality_plot(rows: Sequence[Any], metric: str, label: str, floor: float | None = None) -> Image.Image:
-    """``metric`` against NFE on logarithmic axes: students as lines, teachers and solvers as marks.
+def quality_plot(
+    rows: Sequence[Any], metric: str, label: str, floor: float | None = None, axis: Literal["nfe", "seconds"] = "nfe"
+) -> Image.Image:
+    """``metric`` against NFE or time on logarithmic axes: students as lines, teachers and solvers as marks.
 
     Args:
-        rows: report rows (name, role, nfe, metrics). label: the y axis. floor: real images' value, drawn as a line.
+        rows: report rows (name, role, nfe, metrics, cost). label: the y axis. floor: real images' value, drawn as a
+            line. axis: ``seconds`` is the latency at batch 1 where every row has it, seconds per image elsewhere.
     """
+    rows = [row for row in rows if (row.metrics.get(metric) or 0) > 0]
+    timed = all("latency_seconds" in row.cost for row in rows)
+    key = "latency_seconds" if timed else "seconds_per_image"
+    place = {id(row): row.nfe if axis == "nfe" else row.cost.get(key) for row in rows}
+    rows = [row for row in rows if place[id(row)]]
+    named = {"nfe": "NFE per image", "seconds": "latency, s" if timed else "seconds per image"}
     figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     _clean(axes)
-    axes.set(xscale="log", xlabel="NFE per image", ylabel=label)
-    rows = [row for row in rows if row.metrics.get(metric, 0) > 0]
+    axes.set(xscale="log", xlabel=named[axis], ylabel=label)
     students = dict.fromkeys(row.name for row in rows if row.role == "student")
     for name, colour in zip(students, itertools.cycle(PALETTE)):
-        points = sorted((row.nfe, row.metrics[metric]) for row in rows if row.name == name)
+        points = sorted((place[id(row)], row.metrics[metric]) for row in rows if row.name == name)
         axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=2, markersize=7, label=name)
     for role, mark, legend in (("teacher", "D", "teacher"), ("solver", "x", "teacher under stock solvers")):
-        points = [(row.nfe, row.metrics[metric]) for row in rows if row.role == role]
+        points = [(place[id(row)], row.metrics[metric]) for row in rows if row.role == role]
         if points:
             axes.plot(*zip(*points, strict=True), mark, color=COLOURS[role], markeredgewidth=2, label=legend)
     if floor is not None and floor > 0:
         axes.axhline(floor, color=MUTED, linestyle=(0, (4, 3)), linewidth=1, label="real images")
-    axes.set_xticks(ticks := sorted({row.nfe for row in rows}), [str(tick) for tick in ticks])
+    if axis == "nfe":
+        axes.set_xticks(ticks := sorted({row.nfe for row in rows}), [str(tick) for tick in ticks])
     _logarithmic(axes)
     if rows:
         axes.legend(frameon=False, fontsize=8, loc="best")

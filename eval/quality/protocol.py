@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from stepdistill import assets
 from stepdistill.errors import InputError
+from stepdistill.eval.bootstrap import standard_error
 from stepdistill.eval.features import Classifier, EfficientNetLite, Progress, check_sha256, enet, extract
 from stepdistill.eval.metrics import (
     Moments,
@@ -258,7 +260,7 @@ def load_instruments(
 @dataclass(frozen=True)
 class Measurement:
     """``metrics`` are the report's; ``diagnostics`` explain them: spread of the kernel distance over its
-    subsets, and the within-class feature variance relative to real images."""
+    subsets, standard errors by bootstrap, and the within-class feature variance relative to real images."""
 
     metrics: dict[str, float]
     diagnostics: dict[str, float]
@@ -286,12 +288,18 @@ def measure(instruments: Instruments, images: Tensor, labels: Tensor, progress: 
         values[f"diversity_{name}"] = class_variance(rows, labels)
         if name == "classifier":
             real = reference.rows[name]
+            moved = partial(_resampled, reference.moments[name], rows)
+            diagnostics["fd_classifier_error"] = standard_error(moved, len(rows))
             pair = precision_recall(real[: len(rows)], rows, k=protocol.neighbours)
             values["precision"], values["recall"] = pair
             logits = network.head(rows.to(network.head.weight.device)).cpu()
             values["accuracy"] = class_accuracy(logits, labels)
             diagnostics["variance_ratio"] = variance_ratio(rows, labels, real, reference.labels)
     return Measurement({metric: values[metric] for metric in METRICS if metric in values}, diagnostics)
+
+
+def _resampled(real: Moments, rows: Tensor, index: Tensor) -> float:
+    return frechet_distance(real, Moments.of(rows[index]))
 
 
 def floor(instruments: Instruments, test_images: Tensor, test_labels: Tensor, n: int) -> Measurement:

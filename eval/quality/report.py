@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 from PIL import Image
 
 from stepdistill.errors import InputError
-from stepdistill.eval.pictures import png_data_uri, quality_plot, training_plot
+from stepdistill.eval.names import metric_name
 from stepdistill.eval.protocol import DIVERSITY, METRICS
+from stepdistill.eval.render import html, markdown
 from stepdistill.eval.row_cache import write_json
 
 SCHEMA = 1
@@ -22,41 +22,15 @@ VERDICT_METRIC = "fd_classifier"
 
 Role = Literal["teacher", "student", "solver"]
 
-_NAMES = {
-    "fd_classifier": "FD-classifier@{n}",
-    "kid_classifier": "KID-classifier@{n} ×1000",
-    "fd_enet": "FD-ENetLite0@{n}",
-    "kid_enet": "KID-ENetLite0@{n} ×1000",
-    "precision": "Precision",
-    "recall": "Recall",
-    "accuracy": "Class accuracy",
-    "diversity_classifier": "Diversity-classifier / teacher's",
-    "diversity_enet": "Diversity-ENetLite0 / teacher's",
-}
-
-
-def metric_name(metric: str, samples: int) -> str:
-    """What people are shown, such as ``FD-classifier@2000``; these distances are never called FID."""
-    return _NAMES[metric].format(n=samples)
-
-
-def metric_text(metric: str, value: float | None) -> str:
-    """A metric's value as people are shown it; kernel distances are multiplied by 1000.
-
-    People see a diversity as the ratio to the teacher's (:meth:`Report.shown`), which is what ``value`` is then.
-    """
-    if value is None or not math.isfinite(value):
-        return "–"
-    if metric.startswith("fd_"):
-        return f"{value:.2f}"
-    if metric.startswith("kid_"):
-        return f"{1000 * value:.2f}"
-    return f"{value:.3f}"
+_STATED = ("protocol", "seed", "command", "versions", "device", "floor")
+_OPTIONAL = ("labels", "files", "remarks")
 
 
 @dataclass
 class Row:
-    """One sampler of one pipeline, measured. ``cost``: seconds_per_image, peak_memory_mib, parameters.
+    """One sampler of one pipeline, measured. ``cost``: seconds_per_image, peak_memory_mib, parameters; where it was
+    asked for also latency_seconds, batch and flops (stepdistill.sampling_cost). ``diagnostics`` hold a standard error
+    ``<metric>_error`` where one was estimated.
 
     ``cached`` says that nothing was run: the row's cost is that of the machine which measured it.
     """
@@ -93,19 +67,26 @@ class Verdict:
     text: str
 
 
-def verdict(student: Row, teacher: Row, solvers: Sequence[Row]) -> Verdict | None:
-    """The verdict on one student row; None when the rows lack the metric that it is about."""
-    if any(VERDICT_METRIC not in row.metrics for row in (student, teacher, *solvers)):
+def verdict(
+    student: Row, teacher: Row, solvers: Sequence[Row], labels: Mapping[str, str] | None = None
+) -> Verdict | None:
+    """The verdict on one student row; None when the rows lack the metric that it is about.
+
+    Args:
+        labels: the metrics' names under a standard protocol, whose verdicts are by FID.
+    """
+    metric = "fid" if labels else VERDICT_METRIC
+    if any(metric not in row.metrics for row in (student, teacher, *solvers)):
         return None
-    ours, theirs = student.metrics[VERDICT_METRIC], teacher.metrics[VERDICT_METRIC]
-    best = min(solvers, key=lambda row: row.metrics[VERDICT_METRIC], default=None)
+    ours, theirs = student.metrics[metric], teacher.metrics[metric]
+    best = min(solvers, key=lambda row: row.metrics[metric], default=None)
     ratio = ours / theirs if theirs > 0 else math.inf
     gap = None
-    if best is not None and best.metrics[VERDICT_METRIC] > theirs:
-        reference = best.metrics[VERDICT_METRIC]
+    if best is not None and best.metrics[metric] > theirs:
+        reference = best.metrics[metric]
         gap = (reference - ours) / (reference - theirs)
     passed = ratio <= RATIO_TARGET and (gap is None or gap >= GAP_TARGET)
-    name = metric_name(VERDICT_METRIC, student.samples)
+    name = labels[metric] if labels else metric_name(metric, student.samples)
     text = (
         f"{'Pass' if passed else 'Fail'}: {student.name} in {student.steps} {_plural('step', student.steps)} "
         f"(NFE {student.nfe}) has {name} {ours:.2f}, {ratio:.2f}× that of its teacher ({theirs:.2f}, {teacher.steps} "
@@ -114,7 +95,7 @@ def verdict(student: Row, teacher: Row, solvers: Sequence[Row]) -> Verdict | Non
     if gap is not None:
         text += (
             f", and closes {100 * gap:.0f} % of the gap to the teacher that the best stock solver at NFE {best.nfe} "
-            f"leaves ({best.name}, {best.metrics[VERDICT_METRIC]:.2f}; target at least {100 * GAP_TARGET:.0f} %)"
+            f"leaves ({best.name}, {best.metrics[metric]:.2f}; target at least {100 * GAP_TARGET:.0f} %)"
         )
     elif best is not None:
         text += (
@@ -136,7 +117,9 @@ def verdict(student: Row, teacher: Row, solvers: Sequence[Row]) -> Verdict | Non
 class Report:
     """Everything a benchmark found. ``floor``: the metrics of real images at the same number of samples.
 
-    ``pictures`` (caption, grid) and ``training`` (lines of metrics.jsonl) go into the page, not into report.json.
+    ``labels``: metrics' names under a standard protocol. ``files``: SHA-256 of what it stands on. ``remarks``: notes
+    for the reader. ``pictures`` (caption, grid), ``strips`` (images of one prompt a row), ``worst`` and ``training``
+    (lines of metrics.jsonl) go into the page, not into report.json.
     """
 
     protocol: str
@@ -147,7 +130,12 @@ class Report:
     floor: dict[str, float]
     rows: list[Row]
     verdict: list[Verdict] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     pictures: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
+    strips: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
+    worst: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
     training: list[Mapping[str, float]] = field(default_factory=list, repr=False)
 
     @property
@@ -157,8 +145,12 @@ class Report:
     @property
     def metric_names(self) -> list[str]:
         """The metrics to show, in the report's order; a diversity only where the teacher's is known."""
-        found = [metric for metric in METRICS if any(metric in row.metrics for row in self.rows)]
+        found = [metric for metric in self.labels or METRICS if any(metric in row.metrics for row in self.rows)]
         return [metric for metric in found if metric not in DIVERSITY or self._teachers(metric) is not None]
+
+    def title(self, metric: str) -> str:
+        """A metric's name as people are shown it."""
+        return self.labels.get(metric) or metric_name(metric, self.samples)
 
     def shown(self, metrics: Mapping[str, float], metric: str) -> float | None:
         """A row's value of a metric as people are shown it: a diversity as the ratio to the first teacher's."""
@@ -173,7 +165,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json, schema 1."""
-        stated = {name: getattr(self, name) for name in ("protocol", "seed", "command", "versions", "device", "floor")}
+        stated = {name: getattr(self, name) for name in _STATED}
+        stated |= {name: value for name in _OPTIONAL if (value := getattr(self, name))}
         rows, verdicts = [asdict(row) for row in self.rows], [asdict(verdict) for verdict in self.verdict]
         return _finite({"schema": SCHEMA, **stated, "rows": rows, "verdict": verdicts})
 
@@ -214,7 +207,7 @@ def read_report(path: str | Path) -> Report:
         raise InputError(f"{path}: expected a report of schema {SCHEMA}, found {found!r}")
     rows = [Row(**_known(Row, row)) for row in stored["rows"]]
     verdicts = [Verdict(**_known(Verdict, entry)) for entry in stored.get("verdict", [])]
-    kept = {name: stored[name] for name in ("protocol", "seed", "command", "versions", "device", "floor")}
+    kept = {name: stored[name] for name in _STATED} | {name: stored[name] for name in _OPTIONAL if name in stored}
     return Report(**kept, rows=rows, verdict=verdicts)
 
 
@@ -232,13 +225,30 @@ def merge(reports: Sequence[Report]) -> Report:
             raise InputError(f"rows of protocols {first.protocol} and {other.protocol} cannot stand in one table")
         if other.samples != first.samples:
             raise InputError(f"rows of {first.samples} and of {other.samples} samples cannot stand in one table")
+        if differ := [n for n in sorted({**first.files, **other.files}) if first.files.get(n) != other.files.get(n)]:
+            raise InputError(f"rows measured with different {', '.join(differ)} cannot stand in one table")
     rows: list[Row] = []
     for row in (row for report in reports for row in report.rows):
         if not any((row.name, row.steps, row.metrics) == (kept.name, kept.steps, kept.metrics) for kept in rows):
             rows.append(row)
     merged = {entry.student: entry for report in reports for entry in report.verdict}
-    stated = {name: getattr(first, name) for name in ("protocol", "seed", "command", "versions", "device", "floor")}
+    stated = {name: getattr(first, name) for name in (*_STATED, *_OPTIONAL)}
+    devices = list(dict.fromkeys(report.device for report in reports))
+    if len(devices) > 1:
+        stated["remarks"] = [*first.remarks, f"Rows come from several devices ({'; '.join(devices)}): costs differ."]
     return Report(**stated, rows=rows, verdict=list(merged.values()))
+
+
+def compare(paths: Sequence[str | Path], out: str | Path | None = None) -> Report:
+    """Merge finished reports into one table, written into ``out``; pictures stay in the reports they came from.
+
+    Raises:
+        InputError: see :func:`read_report` and :func:`merge`.
+    """
+    merged = merge([read_report(path) for path in paths])
+    if out is not None:
+        merged.write(out)
+    return merged
 
 
 def between_markers(path: Path, begin: str, end: str, text: str) -> None:
@@ -252,91 +262,6 @@ def between_markers(path: Path, begin: str, end: str, text: str) -> None:
     if not found or not closed:
         raise InputError(f"{path}: expected the lines {begin} and {end}, found no such place for a table")
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
-def notes(report: Report) -> list[str]:
-    """What a reader must know to read the table rightly."""
-    lines = [
-        f"Protocol {report.protocol}, N = {report.samples} images a row, seed {report.seed}: image i is of class i "
-        "modulo the number of classes, and its noise depends on the seed and i alone.",
-        "FD is the Fréchet distance on the features of the named network, lower is better; it is not FID and cannot be "
-        "compared with FIDs. KID is the unbiased kernel distance and may be below zero.",
-        "NFE counts network evaluations per image, guidance's second pass included. Solvers run the teacher.",
-    ]
-    if any(metric in DIVERSITY for metric in report.metric_names):
-        lines.append(
-            "Diversity is the variance of the features within a class, mean over classes, as a ratio to the (first) "
-            "teacher's; below 1, images of one class resemble each other more than the teacher's do. Rows that were "
-            "measured before it existed show none."
-        )
-    if report.samples < 10_000:
-        lines.append(
-            f"At N = {report.samples} every FD is biased upwards: compare it with the row of real images, which has "
-            "the same bias, or look at KID."
-        )
-    if not report.floor:
-        lines.append("Real images were not measured at this N: the data set is not installed here.")
-    if any(row.cached for row in report.rows):
-        lines.append("Rows marked ° were measured before; their seconds are those of the machine that measured them.")
-    return lines
-
-
-def markdown(report: Report) -> str:
-    """See :meth:`Report.to_markdown`."""
-    table = table_of(report)
-    lines = ["# Benchmark", ""]
-    lines += [line for entry in report.verdict for line in (f"**{entry.text}**", "")]
-    lines.append("| " + " | ".join(table.header) + " |")
-    lines.append("|" + "|".join(" :--- " if index < 1 else " ---: " for index in range(len(table.header))) + "|")
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for _, cells in table.rows]
-    lines += ["", *(f"- {note}" for note in notes(report)), ""]
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    return "\n".join([*lines, f"Device: {report.device}. {versions}.", "", f"    {report.command}", ""])
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text cells under ``header``; every row comes with its role, ``floor`` for real images."""
-
-    header: list[str]
-    rows: list[tuple[str, list[str]]]
-
-
-def table_of(report: Report) -> Table:
-    """The report's rows as text, real images first; the page, the Markdown and the terminal all show this."""
-    metrics = report.metric_names
-    header = ["Sampler", "Steps", "NFE", *(metric_name(m, report.samples) for m in metrics), "s / image", "Memory MiB"]
-    rows: list[tuple[str, list[str]]] = []
-    if report.floor:
-        cells = [metric_text(metric, report.shown(report.floor, metric)) for metric in metrics]
-        rows.append(("floor", ["real images", "–", "–", *cells, "–", "–"]))
-    order = {"teacher": 0, "student": 1, "solver": 2}
-    for row in sorted(report.rows, key=lambda row: order[row.role]):
-        cells = [metric_text(metric, report.shown(row.metrics, metric)) for metric in metrics]
-        cost = [f"{row.cost['seconds_per_image']:.4f}", f"{row.cost['peak_memory_mib']:.0f}"]
-        name = f"{row.name}{' °' if row.cached else ''}"
-        rows.append((row.role, [name, str(row.steps), str(row.nfe), *cells, *cost]))
-    return Table(header, rows)
-
-
-def html(report: Report) -> str:
-    """See :meth:`Report.to_html`."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html.j2")
-    plots = []
-    for metric in (m for m in report.metric_names if m.startswith("fd_")):
-        label = metric_name(metric, report.samples)
-        picture = quality_plot(report.rows, metric, label, report.floor.get(metric))
-        plots.append((f"{label} against NFE", png_data_uri(picture)))
-    curves = training_plot(report.training)
-    return template.render(
-        report=report,
-        table=table_of(report),
-        notes=notes(report),
-        plots=plots,
-        pictures=[(caption, png_data_uri(picture)) for caption, picture in report.pictures],
-        curves=png_data_uri(curves) if curves else None,
-    )
 
 
 def _plural(word: str, count: int) -> str:

@@ -10,11 +10,12 @@ from synthetic import ROWS, pictures, reference_file
 
 from pipeline.tiny import tiny_dit
 from stepdistill import bench as run_bench
-from stepdistill.bench import Bench, Sampling, fit, read_source, sample, solver_samplings, stock_solvers
+from stepdistill.bench import Bench, Sampling, fit, sample, solver_samplings, stock_solvers
 from stepdistill.errors import InputError
 from stepdistill.eval.protocol import build_reference, load_networks, load_protocol
 from stepdistill.eval.row_cache import RowCache, empty_measurements, row_key, weights_digest, write_json
 from stepdistill.pipeline.trace import trace
+from stepdistill.sources import read_source
 
 CPU = torch.device("cpu")
 TEACHER_STEPS = 5
@@ -86,7 +87,7 @@ def test_a_run_gives_students_teacher_solvers_and_a_verdict(folders, measured, t
             "fd_classifier", "kid_classifier", "precision", "recall", "accuracy", "diversity_classifier",
         )  # fmt: skip
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    assert page.count("<figure>") == 4 and "losses, gradient norms" in page
+    assert page.count("<figure>") == 6 and "losses, gradient norms" in page
     assert said[0] == ("mine (dmd2), 1 steps", 20, 20)
 
 

@@ -3,15 +3,20 @@
 import copy
 import json
 import re
+from dataclasses import fields
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 
+from stepdistill import assets
 from stepdistill.errors import InputError
+from stepdistill.eval import report as report_module
 from stepdistill.eval.pictures import image_grid
 from stepdistill.eval.protocol import METRICS
-from stepdistill.eval.report import Report, Row, merge, notes, read_report, table_of, verdict
+from stepdistill.eval.render import notes, table_of
+from stepdistill.eval.report import Report, Row, Verdict, compare, merge, read_report, verdict
 
 
 def row(name, role, steps, fd, guidance=1.0, **changes):
@@ -121,7 +126,7 @@ def test_page_is_whole_self_contained_and_escapes(tmp_path):
     structure = Structure()
     structure.feed(page)
     assert structure.open == []
-    assert structure.count["img"] == 1 + 2 + 1 and "script" not in structure.count and "i" not in structure.count
+    assert structure.count["img"] == 1 + 4 + 1 and "script" not in structure.count and "i" not in structure.count
     assert all(source.startswith("data:image/png;base64,") for source in structure.fetched)
     assert "url(" not in page and "runs/&lt;a&gt; &amp; b" in page
     assert page.index('class="verdict pass"') < page.index("<table>")
@@ -195,3 +200,51 @@ def test_what_is_not_a_report_is_refused(tmp_path, content, message):
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(InputError, match=message):
         read_report(tmp_path)
+
+
+SCHEMA_FILE = Path(report_module.__file__).with_name("report.schema.json")
+
+
+def test_the_schema_lists_every_field_and_no_other():
+    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    names = lambda kind: {entry.name for entry in fields(kind)}  # noqa: E731
+    assert set(schema["properties"]["rows"]["items"]["properties"]) == names(Row)
+    assert set(schema["properties"]["verdict"]["items"]["properties"]) == names(Verdict)
+    kept_out = {"pictures", "strips", "worst", "training"}
+    assert set(schema["properties"]) == names(Report) - kept_out | {"schema"}
+    assert set(schema["required"]) == set(a_report().to_dict())
+
+
+def test_reports_are_what_the_schema_says(tmp_path):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    shipped = [
+        Path(assets.root()) / "assets" / "benchmarks" / f"{name}.json" for name in ("quickstart", "fashion_dmd2")
+    ]
+    full = a_report(row("a", "student", 4, float("nan")), labels={"fid": "FID"}, files={"w": "0"}, remarks=["x"])
+    for content in (full.to_dict(), *(json.loads(path.read_text()) for path in shipped)):
+        jsonschema.validate(content, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(full.to_dict() | {"schema": 2}, schema)
+
+
+def test_compare_merges_finished_reports_and_refuses_other_protocols(tmp_path):
+    a_report(row("a", "student", 4, 11.0)).write(tmp_path / "a")
+    a_report(row("b", "student", 4, 9.0), device="a GPU").write(tmp_path / "b")
+    merged = compare([tmp_path / "a", tmp_path / "b" / "report.json"], tmp_path / "both")
+    assert [entry.name for entry in read_report(tmp_path / "both").rows if entry.role == "student"] == ["a", "b"]
+    assert "several devices (cpu, 2 threads; a GPU)" in merged.to_markdown()
+    a_report(row("c", "student", 4, 9.0), protocol="other-v1").write(tmp_path / "c")
+    with pytest.raises(InputError, match="rows of protocols fashion-v1 and other-v1 cannot stand in one table"):
+        compare([tmp_path / "a", tmp_path / "c"])
+
+
+def test_costs_and_intervals_are_shown_where_they_were_measured():
+    student = row("a", "student", 4, 11.0, diagnostics={"fd_classifier_error": 0.5})
+    student.cost |= {"latency_seconds": 0.25, "batch": 16, "flops": 3e12}
+    table = table_of(a_report(student))
+    cells = dict(zip(table.header, next(cells for role, cells in table.rows if role == "student"), strict=True))
+    assert cells["FD-classifier@1000"] == "11.00 ± 0.98"
+    assert (cells["Latency ms"], cells["Batch"], cells["GFLOPs / image"]) == ("250.0", "16", "3e+03")
+    assert "95 % interval" in a_report(student).to_markdown()
+    assert "Latency ms" not in table_of(a_report(row("a", "student", 4, 11.0))).header

@@ -1,0 +1,160 @@
+"""The report as people read it: the table, the notes under it, Markdown and one page of HTML."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from stepdistill.eval.names import metric_text
+from stepdistill.eval.pictures import png_data_uri, quality_plot, training_plot
+from stepdistill.eval.protocol import DIVERSITY
+
+if TYPE_CHECKING:
+    from stepdistill.eval.report import Report, Row
+
+
+def notes(report: "Report") -> list[str]:
+    """What a reader must know to read the table rightly."""
+    if report.labels:
+        return [*_standard_notes(report), *report.remarks]
+    lines = [
+        f"Protocol {report.protocol}, N = {report.samples} images a row, seed {report.seed}: image i is of class i "
+        "modulo the number of classes, and its noise depends on the seed and i alone.",
+        "FD is the Fréchet distance on the features of the named network, lower is better; it is not FID and cannot be "
+        "compared with FIDs. KID is the unbiased kernel distance and may be below zero.",
+        "NFE counts network evaluations per image, guidance's second pass included. Solvers run the teacher.",
+    ]
+    if any(metric in DIVERSITY for metric in report.metric_names):
+        lines.append(
+            "Diversity is the variance of the features within a class, mean over classes, as a ratio to the (first) "
+            "teacher's; below 1, images of one class resemble each other more than the teacher's do. Rows that were "
+            "measured before it existed show none."
+        )
+    if report.samples < 10_000:
+        lines.append(
+            f"At N = {report.samples} every FD is biased upwards: compare it with the row of real images, which has "
+            "the same bias, or look at KID."
+        )
+    if not report.floor:
+        lines.append("Real images were not measured at this N: the data set is not installed here.")
+    if any(row.cached for row in report.rows):
+        lines.append("Rows marked ° were measured before; their seconds are those of the machine that measured them.")
+    if any(key.endswith("_error") for row in report.rows for key in row.diagnostics):
+        lines.append(_INTERVALS)
+    return [*lines, *report.remarks]
+
+
+_INTERVALS = "± is half of a 95 % interval over other samples of the same model, by bootstrap."
+
+
+def _standard_notes(report: "Report") -> list[str]:
+    lines = [
+        f"Protocol {report.protocol}, N = {report.samples:,} images a row, seed {report.seed}: the noise of image i "
+        "depends on the seed and i alone, and teacher and students see the same prompts and noise.",
+        "Numbers of another protocol, or measured with other files than those whose SHA-256 report.json states, must "
+        "not be compared with these.",
+        "NFE counts network evaluations per image, guidance's second pass included.",
+        _INTERVALS,
+    ]
+    if report.samples < 10_000 and "fid" in report.metric_names:
+        lines.append(
+            f"Warning: at N = {report.samples:,}, below 10,000, every FID is biased upwards; compare it at equal N "
+            "only, or look at KID or CMMD."
+        )
+    return lines
+
+
+def markdown(report: "Report") -> str:
+    """The report as GitHub-flavoured Markdown."""
+    table = table_of(report)
+    lines = ["# Benchmark", ""]
+    lines += [line for entry in report.verdict for line in (f"**{entry.text}**", "")]
+    lines.append("| " + " | ".join(table.header) + " |")
+    lines.append("|" + "|".join(" :--- " if index < 1 else " ---: " for index in range(len(table.header))) + "|")
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for _, cells in table.rows]
+    lines += ["", *(f"- {note}" for note in notes(report)), ""]
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    return "\n".join([*lines, f"Device: {report.device}. {versions}.", "", f"    {report.command}", ""])
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells under ``header``; every row comes with its role, ``floor`` for real images."""
+
+    header: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
+def table_of(report: "Report") -> Table:
+    """The report's rows as text, real images first; the page, the Markdown and the terminal all show this."""
+    metrics = report.metric_names
+    costs = [cost for cost in COSTS if cost.always or any(cost.key in row.cost for row in report.rows)]
+    header = ["Sampler", "Steps", "NFE", *(report.title(metric) for metric in metrics), *(cost.title for cost in costs)]
+    rows: list[tuple[str, list[str]]] = []
+    if report.floor:
+        cells = [metric_text(metric, report.shown(report.floor, metric)) for metric in metrics]
+        rows.append(("floor", ["real images", "–", "–", *cells, *("–" for _ in costs)]))
+    order = {"teacher": 0, "student": 1, "solver": 2}
+    for row in sorted(report.rows, key=lambda row: order[row.role]):
+        name = f"{row.name}{' °' if row.cached else ''}"
+        cells = [_with_interval(report, row, metric) for metric in metrics]
+        rows.append((row.role, [name, str(row.steps), str(row.nfe), *cells, *(cost.text(row.cost) for cost in costs)]))
+    return Table(header, rows)
+
+
+@dataclass(frozen=True)
+class CostColumn:
+    """A column of the table: ``key`` of a row's cost, multiplied by ``scale``. ``always``: also where no row has it."""
+
+    key: str
+    title: str
+    scale: float
+    form: str
+    always: bool = False
+
+    def text(self, cost: Mapping[str, float]) -> str:
+        return format(cost[self.key] * self.scale, self.form) if self.key in cost else "–"
+
+
+COSTS = (
+    CostColumn("seconds_per_image", "s / image", 1, ".4f", always=True),
+    CostColumn("latency_seconds", "Latency ms", 1e3, ".1f"),
+    CostColumn("batch", "Batch", 1, ".0f"),
+    CostColumn("peak_memory_mib", "Memory MiB", 1, ".0f", always=True),
+    CostColumn("flops", "GFLOPs / image", 1e-9, ".3g"),
+)
+
+
+def _with_interval(report: "Report", row: "Row", metric: str) -> str:
+    text, error = metric_text(metric, report.shown(row.metrics, metric)), row.diagnostics.get(f"{metric}_error")
+    return text if error is None or text == "–" else f"{text} ± {metric_text(metric, 1.96 * error)}"
+
+
+def html(report: "Report") -> str:
+    """The report as one self-contained page: no script, no request, pictures inside."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html.j2")
+    plots = []
+    for metric in (m for m in report.metric_names if m.startswith("fd_") or m == "fid"):
+        for axis in ("nfe", "seconds"):
+            picture = quality_plot(report.rows, metric, report.title(metric), report.floor.get(metric), axis)
+            plots.append((f"{report.title(metric)} against {axis}", png_data_uri(picture)))
+    curves = training_plot(report.training)
+    return template.render(
+        report=report,
+        table=table_of(report),
+        notes=notes(report),
+        plots=plots,
+        sections=[
+            (title, [(caption, png_data_uri(picture)) for caption, picture in pictures])
+            for title, pictures in (
+                ("The same seeds, side by side", report.pictures),
+                ("One prompt a row, several seeds", report.strips),
+                ("The worst of its samples", report.worst),
+            )
+            if pictures
+        ],
+        curves=png_data_uri(curves) if curves else None,
+    )

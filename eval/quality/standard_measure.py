@@ -1,0 +1,161 @@
+"""Metrics of a standard protocol from rows on disk; every network has looked at every image once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepdistill.errors import InputError
+from stepdistill.eval.bootstrap import standard_error
+from stepdistill.eval.metrics import (
+    Moments,
+    clip_score,
+    cmmd,
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kid,
+    precision_recall,
+    prompt_diversity,
+)
+from stepdistill.eval.networks import FeatureNetwork, clip, dino, inception
+from stepdistill.eval.protocol import Measurement
+from stepdistill.eval.shards import Shards
+from stepdistill.eval.standard import StandardProtocol, ViewSpec
+
+FRECHET = ("fid", "patch_fid", "fd_dinov2")
+NEEDS_REAL_ROWS = ("kid", "precision", "recall", "density", "coverage", "cmmd")
+
+
+@dataclass
+class RealSide:
+    """What samples are compared with: moments, and rows where a metric needs them."""
+
+    moments: Moments | None = None
+    rows: Callable[[], Tensor] | None = None
+
+
+@dataclass
+class ViewRows:
+    """One view's rows of one row of the report.
+
+    ``texts``: rows of the prompts (N, d), for CLIP. ``repeats`` and ``repeat_prompts``: rows of the further samples
+    for diversity and the number of each one's prompt.
+    """
+
+    samples: Shards
+    texts: Tensor | None = None
+    repeats: Tensor | None = None
+    repeat_prompts: Tensor | None = None
+    real: RealSide = field(default_factory=RealSide)
+
+
+def load_view(view: ViewSpec, folder: Path, device: str | torch.device) -> FeatureNetwork:
+    """The network of a view, on ``device``, with its weights from the data folder."""
+    weights = folder / view.weights.file
+    if view.network == "inception":
+        return inception(weights, crop=view.crop, resize=view.resize).to(device)
+    if view.network == "clip":
+        return clip(view.arch, weights, prefix=view.prefix, crop=view.crop).to(device)
+    return dino(weights, crop=view.crop).to(device)
+
+
+def measure_standard(
+    protocol: StandardProtocol, views: Mapping[str, ViewRows], metrics: Sequence[str], *, resamples: int = 10
+) -> Measurement:
+    """The protocol's metrics, of ``metrics`` alone; diagnostics ``<metric>_error`` are bootstrap standard errors."""
+    values: dict[str, float] = {}
+    diagnostics: dict[str, float] = {}
+    for name, spec in protocol.views.items():
+        wanted = [metric for metric in spec.metrics if metric in metrics]
+        found, errors = _measure_view(protocol, views[name], wanted, resamples)
+        values |= found
+        diagnostics |= {f"{metric}_error": error for metric, error in errors.items()}
+    return Measurement(values, diagnostics)
+
+
+def _measure_view(
+    protocol: StandardProtocol, view: ViewRows, wanted: Sequence[str], resamples: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    values: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for metric in set(wanted) & set(FRECHET):
+        values[metric] = frechet_distance(view.real.moments, view.samples.moments())
+        if resamples:
+            rows = view.samples.all("rows")
+            errors[metric] = standard_error(
+                lambda index, rows=rows: frechet_distance(view.real.moments, Moments.of(rows[index])),
+                len(rows),
+                resamples=resamples,
+            )
+    if set(wanted) & set(NEEDS_REAL_ROWS):
+        values |= _against_rows(protocol, view, wanted, errors)
+    if "inception_score" in wanted:
+        values["inception_score"], errors["inception_score"] = inception_score(view.samples.all("logits"))
+    if "clip_score" in wanted:
+        rows = view.samples.all("rows")
+        values["clip_score"] = clip_score(rows, view.texts)
+        if resamples:
+            errors["clip_score"] = standard_error(lambda index: clip_score(rows[index], view.texts[index]), len(rows))
+    if "diversity" in wanted and view.repeats is not None:
+        values["diversity"] = prompt_diversity(view.repeats, view.repeat_prompts)
+    return {metric: values[metric] for metric in wanted if metric in values}, errors
+
+
+def _against_rows(
+    protocol: StandardProtocol, view: ViewRows, wanted: Sequence[str], errors: dict[str, float]
+) -> dict[str, float]:
+    real, fake = view.real.rows(), view.samples.all("rows")
+    values: dict[str, float] = {}
+    if "kid" in wanted:
+        values["kid"], spread = kid(real, fake, **protocol.kid.model_dump())
+        errors["kid"] = spread / protocol.kid.subsets**0.5
+    if "cmmd" in wanted:
+        values["cmmd"] = cmmd(real, fake)
+    # Both sides as many rows: these metrics depend on their numbers.
+    n, k = min(len(real), len(fake), protocol.neighbours.rows), protocol.neighbours.k
+    if n <= k:
+        raise InputError(f"samples: protocol {protocol.id} needs more than {k}, found {n}")
+    if {"precision", "recall"} & set(wanted):
+        values["precision"], values["recall"] = precision_recall(real[:n], fake[:n], k=k)
+    if {"density", "coverage"} & set(wanted):
+        values["density"], values["coverage"] = density_coverage(real[:n], fake[:n], k=k)
+    return values
+
+
+def stored_moments(path: Path, features: int) -> Moments:
+    """Moments of an .npz with mu (d,) and sigma (d, d), as EDM and ADM publish them.
+
+    Raises:
+        InputError: the file has no such arrays.
+    """
+    arrays = _npz(path)
+    try:
+        mean, cov = torch.from_numpy(arrays["mu"]).double(), torch.from_numpy(arrays["sigma"]).double()
+    except KeyError as error:
+        raise InputError(f"{path}: expected the arrays mu and sigma, found {', '.join(arrays.files)}") from error
+    if mean.shape != (features,) or cov.shape != (features, features):
+        raise InputError(f"{path}: expected moments of {features} features, found {tuple(cov.shape)}")
+    return Moments(mean, cov)
+
+
+def stored_images(path: Path) -> Tensor:
+    """Images uint8 (N, 3, H, W) of an .npz whose arr_0 holds them channels-last.
+
+    Raises:
+        InputError: the file has none.
+    """
+    arrays = _npz(path)
+    if "arr_0" not in arrays.files or arrays["arr_0"].dtype != np.uint8:
+        raise InputError(f"{path}: expected uint8 images arr_0, found {', '.join(arrays.files)}")
+    return torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
+
+
+def _npz(path: Path) -> np.lib.npyio.NpzFile:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected an .npz file, found {error}") from error

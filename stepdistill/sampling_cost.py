@@ -1,0 +1,64 @@
+"""What a sampler costs: warm latency, throughput, peak memory, floating-point operations and parameters."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from stepdistill.eval.cost import metered
+from stepdistill.pipeline.conditioning import Conditioning
+from stepdistill.pipeline.generate import decode, generate
+from stepdistill.pipeline.trace import Trace
+
+REPEATS = 3
+
+
+def sampling_cost(
+    trace: Trace,
+    conditioning: Conditioning,
+    scheduler: Any,
+    *,
+    steps: int,
+    guidance: float,
+    batch: int,
+    repeats: int = REPEATS,
+) -> dict[str, float]:
+    """The cost of images from encoded conditions to pixels, measured now on the pipeline's device.
+
+    Returns:
+        latency_seconds: median of warm runs at batch 1. seconds_per_image: of a warm run at ``batch``, median over
+        images. peak_memory_mib: at ``batch``. flops: of one image as torch counts them, matrix products and
+        convolutions, guidance's second pass and decoding included. parameters: of the denoiser.
+    """
+    device = next(trace.denoiser.network.parameters()).device
+
+    def images(count: int) -> None:
+        rows = torch.arange(count) % len(conditioning)
+        options = {"steps": steps, "guidance": guidance, "seed": 0, "batch": count}
+        decode(trace, generate(trace, scheduler, conditioning, rows, **options), batch=count)
+
+    with FlopCounterMode(display=False) as counter:
+        images(1)
+    latency, _ = _warm_median(lambda: images(1), device, repeats)
+    seconds, memory = _warm_median(lambda: images(batch), device, repeats)
+    return {
+        "latency_seconds": latency,
+        "seconds_per_image": seconds / batch,
+        "batch": batch,
+        "peak_memory_mib": memory,
+        "flops": counter.get_total_flops(),
+        "parameters": sum(p.numel() for p in trace.denoiser.network.parameters()),
+    }
+
+
+def _warm_median(work: Callable[[], None], device: torch.device, repeats: int) -> tuple[float, float]:
+    """(median seconds, largest peak in MiB) over ``repeats`` runs after one that is not counted."""
+    work()
+    costs = []
+    for _ in range(repeats):
+        with metered(device) as cost:
+            work()
+        costs.append(cost)
+    return statistics.median(cost.seconds for cost in costs), max(cost.peak_memory_mib for cost in costs)

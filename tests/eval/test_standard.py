@@ -1,0 +1,144 @@
+"""Standard protocols: what they state, and their files: missing, wrong, pinned, downloaded."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from stepdistill.errors import InputError
+from stepdistill.eval.bootstrap import standard_error
+from stepdistill.eval.protocol import load_protocol
+from stepdistill.eval.standard import (
+    FileSpec,
+    content_sha256,
+    is_standard,
+    load_standard,
+    obtain,
+    pin_commands,
+    read_prompts,
+)
+
+FROZEN = {
+    "adm50k-v1": "f777e84672b2b873",
+    "coco10k-sdxl-dmd2-v1": "739d349072364710",
+    "coco30k-gigagan-v1": "3863d9692f3de6c5",
+    "coco5k-val17-v1": "0c771bdf5d9811d0",
+    "edm50k-v1/cifar10": "c3a6ac961bbe865c",
+    "edm50k-v1/imagenet64": "585beed0558b17f4",
+    "edm50k-v1/ffhq": "32dd156a1b595fd4",
+    "edm50k-v1/afhq": "2ef5d601427c5c42",
+    "mjhq30k-v1": "d22f79edf8b7250d",
+    "teacher-fid-5k-v1": "8cca71bc2413b09b",
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_shipped_protocol_is_frozen(name):
+    protocol = load_standard(name)
+    assert protocol.id == name and is_standard(name)
+    assert protocol.digest[:16] == FROZEN[name]
+
+
+def test_the_embedded_protocol_did_not_move():
+    assert load_protocol("fashion-v1").digest == "ca11eaf158fa30aee39cc309e66772f89ff08f6a2974769e7db6479da8d6aaff"
+    assert not is_standard("fashion-v1")
+
+
+def test_metrics_are_named_by_what_they_depend_on():
+    labels = load_standard("coco30k-gigagan-v1").labels(30_000)
+    assert labels["fid"] == "FID@30000"
+    assert labels["clip_score"] == "CLIP ViT-g-14/laion2b_s12b_b42k/A photo depicts"
+    assert load_standard("coco5k-val17-v1").labels(9)["clip_score"].endswith("no prefix")
+
+
+def test_a_reference_must_be_chosen_where_there_are_several():
+    with pytest.raises(InputError, match="edm50k-v1/ and one of cifar10, imagenet64, ffhq, afhq, found 'edm50k-v1'"):
+        load_standard("edm50k-v1")
+    with pytest.raises(InputError, match=r"expected one of .*coco30k-gigagan-v1.*, found 'coco30k'"):
+        load_standard("coco30k")
+
+
+def test_offline_says_every_missing_file_and_where_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("used the network"))
+    specs = [
+        FileSpec(file="net/weights.pth", sha256=None, url="https://example.org/w.pth"),
+        FileSpec(file="images", sha256=None, how="unpack images.zip into DATA/images"),
+    ]
+    with pytest.raises(InputError) as caught:
+        obtain(specs, tmp_path, offline=True)
+    assert f"curl -L --create-dirs -o {tmp_path}/net/weights.pth https://example.org/w.pth" in str(caught.value)
+    assert f"{tmp_path}/images is missing; get it: unpack images.zip into {tmp_path}/images" in str(caught.value)
+    with pytest.raises(InputError, match="images is missing"):
+        obtain(specs, tmp_path, offline=False)
+
+
+def test_a_missing_file_with_a_link_is_downloaded_once(tmp_path, monkeypatch):
+    asked = []
+
+    def download(url, path, progress):
+        asked.append(url)
+        with open(path, "wb") as file:
+            file.write(b"weights")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    expected = hashlib.sha256(b"weights").hexdigest()
+    spec = FileSpec(file="net/w.pth", sha256=expected[:8], url="https://example.org/w.pth")
+    assert obtain([spec, spec], tmp_path, offline=False) == {"net/w.pth": expected}
+    assert obtain([spec], tmp_path, offline=True) == {"net/w.pth": expected}
+    assert asked == ["https://example.org/w.pth"]
+    (tmp_path / "net" / "w.pth").write_bytes(b"others")
+    with pytest.raises(InputError, match=rf"w\.pth: SHA-256 is \w+, pinned is {expected[:8]}"):
+        obtain([spec], tmp_path, offline=True)
+
+
+def test_the_printed_command_pins_an_open_file(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"a")
+    spec = FileSpec(file="images", sha256=None, how="")
+    found = obtain([spec], tmp_path, offline=True)
+    (command,) = pin_commands([spec], found, tmp_path)
+    words = command.removeprefix("echo '").partition("' >> ")
+    assert words[2] == str(tmp_path / "pins.yaml")
+    (tmp_path / "pins.yaml").write_text(words[0] + "\n")
+    assert obtain([spec], tmp_path, offline=True) == found
+    (folder / "b.png").write_bytes(b"b")
+    with pytest.raises(InputError, match="images: SHA-256 is"):
+        obtain([spec], tmp_path, offline=True)
+    assert pin_commands([FileSpec(file="x", sha256="0" * 64)], {"x": "0" * 64}, tmp_path) == []
+
+
+def test_a_folders_hash_sees_names_and_contents(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(b"1")
+    same = content_sha256(tmp_path / "a")
+    assert content_sha256(tmp_path / "b") == same
+    (tmp_path / "b" / "1.png").rename(tmp_path / "b" / "2.png")
+    assert content_sha256(tmp_path / "b") != same
+
+
+def test_prompts_are_read_from_text_coco_and_mjhq(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat\n\n a dog \n")
+    assert read_prompts(tmp_path / "a.txt", 2) == ["a cat", "a dog"]
+    coco = [{"image_id": 7, "id": 2, "caption": "late"}, {"image_id": 7, "id": 1, "caption": "first\n"}]
+    coco += [{"image_id": 3, "id": 9, "caption": "other"}]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [], "annotations": coco}))
+    assert read_prompts(tmp_path / "coco.json", 2) == ["other", "first"]
+    (tmp_path / "mjhq.json").write_text(json.dumps({"k1": {"prompt": "p1"}, "k0": {"prompt": "p0"}}))
+    assert read_prompts(tmp_path / "mjhq.json", None) == ["p1", "p0"]
+    with pytest.raises(InputError, match=r"a\.txt: expected 3 prompts, found 2"):
+        read_prompts(tmp_path / "a.txt", 3)
+    (tmp_path / "bad.json").write_text('["p"]')
+    with pytest.raises(InputError, match=r"bad\.json: expected COCO captions or entries with a prompt"):
+        read_prompts(tmp_path / "bad.json", None)
+
+
+def test_standard_error_of_a_mean_is_the_textbooks():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = standard_error(lambda index: float(values[index].mean()), 400, resamples=400)
+    assert found == pytest.approx(float(values.std()) / 20, rel=0.1)
+    assert found == standard_error(lambda index: float(values[index].mean()), 400, resamples=400)
+    with pytest.raises(ValueError, match="at least 2 rows and 2 resamples, found 1 and 20"):
+        standard_error(lambda index: 0.0, 1)

@@ -1,0 +1,239 @@
+"""Benchmarks under a standard protocol on tiny pipelines, with a cheap network in Inception's place."""
+
+import copy
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import PartialState
+from diffusers import LCMScheduler
+from PIL import Image
+
+from pipeline.tiny import tiny_dit, tiny_sd
+from stepdistill import bench as run_bench
+from stepdistill.errors import InputError
+from stepdistill.eval.metrics import Moments, frechet_distance
+from stepdistill.eval.report import merge, read_report
+from stepdistill.eval.shards import SHARD, Shards
+from stepdistill.pipeline.trace import trace
+from stepdistill.standard_bench import Sampler, draw
+
+SAMPLES = SHARD + 16
+
+
+class Shrunk(torch.nn.Module):
+    """Rows are images shrunk to 3 x 2 x 2, in float64 so that batches of any size give the same."""
+
+    features = 12
+
+    def prepare(self, image):
+        return torch.nn.functional.adaptive_avg_pool2d(image.expand(3, -1, -1).double(), 2)
+
+    def rows(self, batch):
+        rows = batch.flatten(1).float()
+        return {"rows": rows, "logits": rows[:, :5] / 100}
+
+    def texts(self, prompts):
+        return torch.stack([torch.full((12,), float(len(prompt))) for prompt in prompts])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Data (dummy weights, prompts, references), a class teacher with a 1-step student, a text pipeline."""
+    root = tmp_path_factory.mktemp("standard")
+    pipeline = tiny_dit()
+    pipeline.save_pretrained(root / "teacher")
+    with torch.no_grad():
+        next(pipeline.transformer.parameters()).mul_(1.1)
+    pipeline.scheduler = LCMScheduler.from_config(
+        pipeline.scheduler.config, original_inference_steps=1, clip_sample=False
+    )
+    pipeline.save_pretrained(root / "student")
+    facts = {"teacher": str(root / "teacher"), "guidance": 2.0, "method": "dmd2", "steps": 1, "sampler": "renoise"}
+    (root / "student" / "stepdistill.json").write_text(json.dumps(facts))
+    data = root / "data"
+    (data / "real").mkdir(parents=True)
+    (data / "w.pth").write_bytes(b"weights")
+    (data / "prompts.txt").write_text("a red shoe\nrain\n")
+    generator = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(generator.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)).save(data / "real" / f"{i}.png")
+    np.savez(data / "moments.npz", mu=np.zeros(12), sigma=np.eye(12))
+    return root
+
+
+def protocol(root, name, **changes):
+    view = {"network": "inception", "crop": "none", "weights": {"file": "w.pth", "sha256": None, "how": ""}}
+    view["metrics"] = ["fid", "kid", "precision", "recall"]
+    stated = {
+        "id": name,
+        "conditions": "any",
+        "samples": SAMPLES,
+        "seed": 3,
+        "teacher": {"steps": 2, "guidance": None},
+        "prompts": {"file": "prompts.txt", "sha256": None, "count": None, "how": "write it"},
+        "views": {"inception": view},
+        "kid": {"subsets": 2, "size": 20, "seed": 0},
+        "neighbours": {"k": 3, "rows": 30},
+    } | changes
+    path = root / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(stated, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def measured(root, monkeypatch):
+    monkeypatch.setattr(sys.modules["stepdistill.standard_bench"], "load_view", lambda *_: Shrunk())
+    monkeypatch.setattr(sys.modules["stepdistill.sampling_cost"], "REPEATS", 1)
+    monkeypatch.delenv("RANK", raising=False)
+
+    def run(path, source="student", **options):
+        stated = {"steps": (1,), "data": root / "data", "cache": root / "cache", "device": "cpu", "offline": True}
+        return run_bench(root / source, protocol=path, **(stated | options))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def double():
+    """A text pipeline in float64: rounding to uint8 hides what a batch's size does to the last digits."""
+    pipeline = tiny_sd().to(torch.float64)
+    return Sampler("sd", "student", trace(pipeline), "w", ("a red shoe", "rain", ""), steps=2, guidance=2.0)
+
+
+@pytest.mark.parametrize("batch", [7, 64])
+def test_a_sample_depends_on_its_seed_and_index_alone(double, batch):
+    numbers = range(10)
+    alone = draw(double, numbers, 40, seed=3, batch=1)
+    assert torch.equal(draw(double, numbers, 40, seed=3, batch=batch), alone)
+    assert torch.equal(draw(double, numbers[6:8], 46, seed=3, batch=batch), alone[6:8])
+    assert not torch.equal(draw(double, numbers[:2], 40, seed=4, batch=batch), alone[:2])
+
+
+def test_teacher_fid_of_a_student_is_against_its_teachers_samples(root, measured, tmp_path):
+    path = protocol(root, "teacher-fid")
+    report = measured(path, out=tmp_path)
+    rows = {row.role: row for row in report.rows}
+    assert list(rows) == ["teacher", "student"] and rows["teacher"].metrics == {} and rows["teacher"].nfe == 4
+    stored = read_images(root)
+    assert [len(images) for images in stored] == [SAMPLES, SAMPLES]
+    moments = [
+        Moments.of(Shrunk().rows(torch.stack([Shrunk().prepare(i) for i in images]))["rows"]) for images in stored
+    ]
+    assert rows["student"].metrics["fid"] == pytest.approx(frechet_distance(*moments), rel=1e-6)
+    assert rows["student"].diagnostics["fid_error"] > 0
+    assert {"latency_seconds", "seconds_per_image", "batch", "flops", "peak_memory_mib", "parameters"} == set(
+        rows["student"].cost
+    )
+    # Both decode once; the teacher evaluates its network four times and the student once.
+    evaluations, remainder = divmod(rows["teacher"].cost["flops"] - rows["student"].cost["flops"], 3)
+    assert remainder == 0 and evaluations > 100_000
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "Warning: at N = 80" in page and "pins.yaml" in page and "Latency ms" in page
+    assert read_report(tmp_path).files == {"w.pth": report.files["w.pth"]}
+
+
+def read_images(root):
+    folders = sorted((root / "cache" / "samples").iterdir(), key=lambda folder: folder.stat().st_ctime)
+    return [Shards(folder / "images", SAMPLES).all("images") for folder in folders]
+
+
+def test_a_lost_shard_alone_is_drawn_again(root, measured, monkeypatch):
+    module, drawn = sys.modules["stepdistill.standard_bench"], []
+    lost = next((root / "cache" / "samples").glob("*/images/*064-16.safetensors"))
+    before = lost.read_bytes()
+    lost.unlink()
+    real = module.draw
+    monkeypatch.setattr(
+        module, "draw", lambda sampler, numbers, *a, **k: drawn.append(numbers) or real(sampler, numbers, *a, **k)
+    )
+    measured(protocol(root, "teacher-fid"))
+    assert drawn == [range(64, 80)] and lost.read_bytes() == before
+
+
+def worker(rank, processes, port, run):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    PartialState._reset_state()
+    PartialState(cpu=True)
+    run()
+
+
+KEPT = {}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_make_the_samples_and_metrics_of_one(root, measured, processes, tmp_path):
+    path = protocol(root, "teacher-fid")
+    if "alone" not in KEPT:
+        KEPT["alone"] = measured(path)
+    alone = KEPT["alone"]
+    out = {"cache": tmp_path / "cache", "out": tmp_path / "report"}
+    port = 20_000 + os.getpid() % 20_000 + processes
+    torch.multiprocessing.start_processes(
+        worker, (processes, port, lambda: measured(path, **out)), nprocs=processes, start_method="fork"
+    )
+    together = read_report(tmp_path / "report")
+    assert together.device.endswith(f"× {processes}")
+    for ours, theirs in zip(together.rows, alone.rows, strict=True):
+        assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-9)
+
+    def images(cache):
+        return {str(p.relative_to(cache)): p.read_bytes() for p in (cache / "samples").rglob("*.safetensors")}
+
+    one, several = images(root / "cache"), images(tmp_path / "cache")
+    assert several and all(one[name] == content for name, content in several.items())
+
+
+def test_prompts_diversity_and_a_folder_of_real_images(root, measured, tmp_path):
+    pipeline = tiny_sd()
+    pipeline.save_pretrained(root / "text")
+    view = {
+        "network": "clip",
+        "arch": "a",
+        "pretrained": "p",
+        "crop": "none",
+        "metrics": ["clip_score", "diversity", "cmmd"],
+    }
+    view["weights"] = {"file": "w.pth", "sha256": None, "how": ""}
+    real = {"images": "five", "kind": "folder", "file": "real", "sha256": None, "count": 5, "how": ""}
+    changes = {"views": {"clip": view}, "reference": real, "diversity": {"prompts": 2, "images": 3}, "samples": 6}
+    path = protocol(root, "text", conditions="prompts", **changes)
+    (row,) = measured(path, source="text", out=tmp_path).rows
+    assert set(row.metrics) == {"clip_score", "diversity", "cmmd"} and all(np.isfinite(list(row.metrics.values())))
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "One prompt a row" in page and "The worst of its samples" in page
+    with pytest.raises(InputError, match="needs a pipeline of prompts, found DiTPipeline"):
+        measured(path, source="teacher")
+    changes["reference"] = real | {"count": 6}
+    with pytest.raises(InputError, match="real: protocol text expects 6 images, found 5"):
+        measured(protocol(root, "text", conditions="prompts", **changes), source="text")
+
+
+def test_stored_moments_are_enough_for_fid_and_rows_of_other_files_are_not_merged(root, measured):
+    view = {"network": "inception", "crop": "none", "resize": "tf1", "metrics": ["fid", "inception_score"]}
+    view["weights"] = {"file": "w.pth", "sha256": None, "how": ""}
+    real = {"images": "a Gaussian", "kind": "moments", "file": "moments.npz", "sha256": None, "count": 9, "how": ""}
+    changes = {"views": {"inception": view}, "reference": real, "samples": 6}
+    path = protocol(root, "moments", conditions="classes", **changes)
+    report = measured(path, source="student")
+    assert report.verdict and "FID@6" in report.verdict[0].text
+    assert report.rows[0].metrics["inception_score"] >= 1
+    other = copy.deepcopy(report)
+    other.files["w.pth"] = "another"
+    with pytest.raises(InputError, match=r"different w\.pth cannot stand in one table"):
+        merge([report, other])
+
+
+def test_wrong_numbers_and_missing_files_are_refused(root, measured, tmp_path):
+    path = protocol(root, "teacher-fid")
+    with pytest.raises(InputError, match="batch: expected a number from 1 to 64, found 65"):
+        measured(path, batch=65)
+    with pytest.raises(InputError, match=r"w\.pth is missing"):
+        measured(path, data=tmp_path)
+    with pytest.raises(InputError, match="steps: expected numbers of at least 1"):
+        measured(path, steps=(0,))
