@@ -60,9 +60,11 @@ def quality_plot(
     _clean(axes)
     axes.set(xscale="log", xlabel=named[axis], ylabel=label)
     students = dict.fromkeys(row.name for row in rows if row.role == "student")
-    for name, colour in zip(students, itertools.cycle(PALETTE)):
+    marks = itertools.chain.from_iterable(itertools.repeat(mark, len(PALETTE)) for mark in itertools.cycle("os^v"))
+    for name, colour, mark in zip(students, itertools.cycle(PALETTE), marks):
         points = sorted((place[id(row)], row.metrics[metric]) for row in rows if row.name == name)
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=2, markersize=7, label=name)
+        style = {"marker": mark, "linewidth": 1.6, "markersize": 6}
+        axes.plot(*zip(*points, strict=True), color=colour, label=name, **style)
     for role, mark, legend in (("teacher", "D", "teacher"), ("solver", "x", "teacher under stock solvers")):
         points = [(place[id(row)], row.metrics[metric]) for row in rows if row.role == role]
         if points:
@@ -72,8 +74,10 @@ def quality_plot(
     if axis == "nfe":
         axes.set_xticks(ticks := sorted({row.nfe for row in rows}), [str(tick) for tick in ticks])
     _logarithmic(axes)
-    if rows:
+    if rows and len(students) <= len(PALETTE):
         axes.legend(frameon=False, fontsize=8, loc="best")
+    elif rows:
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _render(figure)
 
 

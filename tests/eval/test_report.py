@@ -1,6 +1,7 @@
 """The report: the contract of report.json, verdicts, what people read, and what is not merged."""
 
 import copy
+import importlib.util
 import json
 import re
 from dataclasses import fields
@@ -248,3 +249,18 @@ def test_costs_and_intervals_are_shown_where_they_were_measured():
     assert (cells["Latency ms"], cells["Batch"], cells["GFLOPs / image"]) == ("250.0", "16", "3e+03")
     assert "95 % interval" in a_report(student).to_markdown()
     assert "Latency ms" not in table_of(a_report(row("a", "student", 4, 11.0))).header
+
+
+def test_the_example_report_shows_the_shipped_students_where_they_were_trained():
+    root = assets.root()
+    spec = importlib.util.spec_from_file_location("example_report", root / "scripts" / "example_report.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    comparison = root / "assets" / "benchmarks" / "comparison.json"
+    report = script.example(comparison)
+    stored = json.loads(comparison.read_text(encoding="utf-8"))["rows"]
+    few = {row["training"]["method"] for row in stored if row["role"] == "student" and row["steps"] <= 8}
+    assert len({entry.student for entry in report.verdict}) >= len(few) > 5
+    assert [entry.ratio for entry in report.verdict] == sorted(entry.ratio for entry in report.verdict)
+    committed = read_report(root / "assets" / "reports" / "fashion")
+    assert committed.protocol == report.protocol and {entry.student for entry in committed.verdict}
