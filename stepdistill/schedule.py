@@ -5,7 +5,6 @@ coefficients are computed in float64 and cast to the sample's dtype, because x_0
 difference of nearly equal numbers. Nothing else in the library knows these formulas.
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +16,11 @@ from torch import Tensor
 from stepdistill.errors import InputError
 from stepdistill.kernels import add_noise
 
-Kind = Literal["epsilon", "v", "flow", "sample"]
-"""What a network emits: eps; v = alpha eps - sigma x_0; flow velocity u = eps - x_0; or x_0 itself."""
+Kind = Literal["epsilon", "v", "edm", "flow", "sample"]
+"""What a network emits: eps; v = sd alpha eps - sigma x_0 / sd with the schedule's data deviation sd, 1 unless it is
+EDM's; -v, as EDM's preconditioning has it; flow velocity u = eps - x_0; or x_0 itself."""
 
-KINDS: tuple[Kind, ...] = ("epsilon", "v", "flow", "sample")
+KINDS: tuple[Kind, ...] = ("epsilon", "v", "edm", "flow", "sample")
 
 
 def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -32,6 +32,7 @@ class Schedule(ABC):
     """alpha(t), sigma(t) and everything that follows from them."""
 
     name: str
+    data_std = 1.0
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,8 +74,9 @@ class Schedule(ABC):
         match kind:
             case "epsilon":
                 return (x_t - sigma * prediction) / alpha
-            case "v":
-                return (alpha * x_t - sigma * prediction) / (alpha**2 + sigma**2)
+            case "v" | "edm":
+                sd, v = self.data_std, -prediction if kind == "edm" else prediction
+                return (sd**2 * alpha * x_t - sd * sigma * v) / (sd**2 * alpha**2 + sigma**2)
             case "flow":
                 return (x_t - sigma * prediction) / (alpha + sigma)
             case "sample":
@@ -87,8 +89,9 @@ class Schedule(ABC):
         match kind:
             case "epsilon":
                 return prediction
-            case "v":
-                return (sigma * x_t + alpha * prediction) / (alpha**2 + sigma**2)
+            case "v" | "edm":
+                sd, v = self.data_std, -prediction if kind == "edm" else prediction
+                return (sigma * x_t + sd * alpha * v) / (sd**2 * alpha**2 + sigma**2)
             case "flow":
                 return (x_t + alpha * prediction) / (alpha + sigma)
             case "sample":
@@ -101,7 +104,8 @@ class Schedule(ABC):
         if kind == "sample":
             return x0
         eps = (x_t - alpha * x0) / sigma
-        return {"epsilon": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}[kind]
+        v = self.data_std * alpha * eps - sigma * x0 / self.data_std
+        return {"epsilon": eps, "v": v, "edm": -v, "flow": eps - x0}[kind]
 
     def score(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """grad log p_t(x_t) = -(x_t - alpha D)/sigma^2 for the posterior mean D = ``x0`` (Tweedie)."""
@@ -196,6 +200,37 @@ class EDMSchedule(Schedule):
         return eps
 
 
+class ScaledEDMSchedule(Schedule):
+    """EDM as its network sees it (Karras et al. 2022, table 1): x_t is c_in (x_0 + sigma eps), of deviation 1.
+
+    alpha = c_in = 1/sqrt(sigma^2 + sd^2) and sigma(t) = sigma c_in, so sd^2 alpha^2 + sigma(t)^2 = 1: the variance
+    preserving path of x_0 / sd. Timesteps are log(sigma)/4.
+
+    Args:
+        levels: sigma over t. data_std: sd, the deviation of the data.
+    """
+
+    name = "edm"
+
+    def __init__(self, levels: EDMSchedule, data_std: float):
+        self.levels, self.data_std = levels, data_std
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = self.levels.sigma(t)
+        c_in = (sigma**2 + self.data_std**2).rsqrt()
+        return c_in, sigma * c_in
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.levels.timestep(t)
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return self.levels.time(timestep)
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self._shaped(t, x0)
+        return self.data_std * alpha * eps - sigma * x0 / self.data_std
+
+
 @dataclass(frozen=True)
 class Prediction:
     """One network output, read as x_0, eps, velocity or score on demand, in at least float32.
@@ -237,7 +272,7 @@ def from_scheduler(scheduler: Any) -> tuple[Schedule, Kind]:
     """The schedule and prediction kind that a diffusers scheduler stands for.
 
     Raises:
-        InputError: the scheduler is neither discrete VP nor flow matching, or its prediction type is
+        InputError: the scheduler is neither discrete VP, flow matching nor EDM, or its prediction type is
             unknown or unusable (epsilon at zero terminal SNR has no x_0).
     """
     config = scheduler.config
@@ -253,16 +288,37 @@ def from_scheduler(scheduler: Any) -> tuple[Schedule, Kind]:
             shift=float(config.get("shift") or config.get("flow_shift") or 1.0),
             train_timesteps=config.get("num_train_timesteps", 1000),
         ), "flow"
-    if not hasattr(scheduler, "alphas_cumprod"):
+    edm = _tells_log_sigma(scheduler)
+    if not edm and not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(
-            f"schedule: {type(scheduler).__name__} has no alphas_cumprod and is not a flow-matching scheduler"
+            f"schedule: {type(scheduler).__name__} has no alphas_cumprod and is neither a flow-matching scheduler nor "
+            "one of EDM"
         )
     if declared not in kinds:
         raise InputError(f"prediction type {declared!r} is not one of {', '.join(kinds)}")
+    if edm:
+        low, high = (config.get(name) for name in ("sigma_min", "sigma_max"))
+        low, high = low or float(min(scheduler.sigmas[:-1])), high or float(max(scheduler.sigmas))
+        levels = EDMSchedule(low, high, config.get("rho", 7.0))
+        if "sigma_data" not in config:
+            return ScaledEDMSchedule(levels, 1.0), kinds[declared]
+        # Their "epsilon" is the raw output between EDM's skip and scale, their v its negative.
+        kind: Kind = "edm" if declared == "epsilon" else kinds[declared]
+        return ScaledEDMSchedule(levels, config["sigma_data"]), kind
     schedule = VPSchedule(scheduler.alphas_cumprod)
-    if kinds[declared] == "epsilon" and math.isclose(float(schedule.alphas_cumprod[-1]), 0.0, abs_tol=1e-7):
+    # Some schedulers lift a rescaled table's zero a little; the cosine table ends at 2e-9 and is none of them.
+    zero_snr = config.get("rescale_betas_zero_snr") or float(schedule.alphas_cumprod[-1]) < 1e-12
+    if kinds[declared] == "epsilon" and zero_snr:
         raise InputError("epsilon prediction at zero terminal SNR has no x_0; the teacher needs v prediction")
     return schedule, kinds[declared]
+
+
+def _tells_log_sigma(scheduler: Any) -> bool:
+    """Whether timesteps are log(sigma)/4, as EDM tells its networks the noise."""
+    sigmas, timesteps = (torch.as_tensor(getattr(scheduler, name, ())).double() for name in ("sigmas", "timesteps"))
+    if not 0 < len(timesteps) <= len(sigmas) or sigmas[0] <= 0:
+        return False
+    return bool((timesteps[0] - sigmas[0].log() / 4).abs() < 1e-4)
 
 
 def _is_flow(scheduler: Any) -> bool:

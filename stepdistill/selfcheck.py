@@ -36,7 +36,13 @@ FACTOR, MARGIN, DEVIATIONS = 2.0, 0.05, 4.0
 SAME = 1e-4
 
 _CONFIG = "scheduler/scheduler_config.json of the pipeline"
-_KINDS = {"epsilon": "epsilon prediction", "v": "v prediction", "flow": "flow prediction", "sample": "x_0 prediction"}
+_KINDS = {
+    "epsilon": "epsilon prediction",
+    "v": "v prediction",
+    "edm": "EDM's output",
+    "flow": "flow prediction",
+    "sample": "x_0 prediction",
+}
 
 
 @dataclass(frozen=True)

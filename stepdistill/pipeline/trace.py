@@ -116,7 +116,13 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     on = _few_steps(pipeline, PROBES[entry][:2], arguments, scale)
     schedule, kind = from_scheduler(pipeline.scheduler)
     component = explain.denoiser_component(off)
-    network = modules(pipeline)[component]
+    networks = modules(pipeline)
+    network = networks[component]
+    if twins := [name for name, other in networks.items() if type(other) is type(network) and other is not network]:
+        raise TraceError(
+            "denoiser",
+            f"{component} and {', '.join(twins)} are of one class; denoisers that take turns are not supported",
+        )
     for recording in (off, on):
         for step in recording.steps:
             step.calls = [call for call in step.calls if call.component == component]

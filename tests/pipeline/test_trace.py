@@ -9,6 +9,8 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
@@ -19,10 +21,12 @@ from diffusers import (
 from pipeline import tiny
 from pipeline.tiny import INSPECT_KEYS
 from pipeline.toy import toy
+from pipeline.zoo import wan
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
+from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.observe import modules
-from stepdistill.pipeline.trace import TraceError, load_pipeline, trace
+from stepdistill.pipeline.trace import TraceError, at_guidance, load_pipeline, trace
 
 EXPECTED = {
     "tiny_dit": {
@@ -151,6 +155,40 @@ def test_any_scheduler_of_the_family_is_replayed(scheduler, options):
     assert result.denoiser.kind == "epsilon"
     assert result.guidance.kind == "batched"
     assert result.self_test_error <= 1e-5
+
+
+@pytest.mark.parametrize(("scheduler", "kind"), [(EDMEulerScheduler, "edm"), (EDMDPMSolverMultistepScheduler, "edm")])
+def test_a_teacher_of_edm_is_traced(scheduler, kind):
+    pipeline = tiny.tiny_sd()
+    pipeline.scheduler = scheduler()
+    result = trace(pipeline)
+    assert (result.denoiser.schedule.name, result.denoiser.kind) == ("edm", kind)
+    assert result.self_test_error <= 1e-5
+
+
+def test_embedded_guidance_at_another_scale():
+    traced = stock("tiny_flux")
+    other = at_guidance(traced, 1.5)
+    assert other.denoiser.spec.constants["guidance"].tolist() == [1.5] and other.guidance.plain_scale == 1.5
+    assert traced.denoiser.spec.constants["guidance"].tolist() == [3.5]
+
+
+def test_arguments_of_the_call():
+    pipeline = tiny.tiny_sd()
+    assert trace(pipeline, {"height": 32, "width": 16}).latent_shape == (4, 16, 8)
+    nulls = [
+        encode(trace(pipeline, arguments), ["a red shoe"]).null["encoder_hidden_states"]
+        for arguments in ({"negative_prompt": ""}, {"negative_prompt": "rain"}, {})
+    ]
+    assert torch.equal(nulls[0], nulls[2]) and not torch.equal(nulls[0], nulls[1])
+    with pytest.raises(InputError, match="found 'heigth'; did you mean 'height'"):
+        trace(pipeline, {"heigth": 32})
+
+
+@pytest.mark.parametrize("boundary", [0.9, 0.3])
+def test_denoisers_that_take_turns_are_refused(boundary):
+    with pytest.raises(TraceError, match=r"transformer_2 .*take turns are not supported"):
+        trace(wan(boundary_ratio=boundary), {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16})
 
 
 def test_a_one_step_pipeline_is_traced():

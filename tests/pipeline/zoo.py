@@ -4,6 +4,7 @@ Every pipeline is complete (tokenizers and text encoders included), so that its 
 redrawn, see :mod:`pipeline.tiny`.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,12 +35,14 @@ class Exhibit:
     Args:
         title: its row in the documentation. build: makes the pipeline.
         arguments: what its call needs to stay small. guidance: the recipe's scale.
+        only_renoise: its call tells the scheduler what only LCM's understands.
     """
 
     title: str
     build: Callable[[], Any]
     arguments: dict[str, Any] = field(default_factory=dict)
     guidance: float = 2.0
+    only_renoise: bool = False
 
 
 SMALL = {"height": 16, "width": 16}
@@ -382,7 +385,8 @@ def hunyuan_dit() -> Any:
     )
 
 
-def wan() -> Any:
+def wan(boundary_ratio: float | None = None) -> Any:
+    """Wan 2.1; with ``boundary_ratio`` a second denoiser for the low noise, as Wan 2.2 has."""
     transformer = diffusers.WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -411,6 +415,8 @@ def wan() -> Any:
                 prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
             ),
             transformer=redraw(transformer, 5),
+            transformer_2=redraw(copy.deepcopy(transformer), 6) if boundary_ratio else None,
+            boundary_ratio=boundary_ratio,
         )
     )
 
@@ -428,7 +434,7 @@ ZOO = {
     "sana": Exhibit("Sana", sana, SMALLER | NO_BINS | {"complex_human_instruction": ["paint: "]}),
     "dit": Exhibit("DiT", tiny.tiny_dit),
     "ddpm": Exhibit("DDPM, unconditional", ddpm, guidance=1.0),
-    "lcm": Exhibit("Latent Consistency Model", lcm, guidance=1.0),
+    "lcm": Exhibit("Latent Consistency Model", lcm, guidance=1.0, only_renoise=True),
     "auraflow": Exhibit("AuraFlow", auraflow, SMALL),
     "lumina2": Exhibit("Lumina 2", lumina2, SMALLER | {"system_prompt": "draw"}),
     "qwen-image": Exhibit("QwenImage", qwen_image, SMALL),
