@@ -32,7 +32,7 @@ from stepdistill.eval.row_cache import RowCache, cache_folder, row_key, weights_
 from stepdistill.eval.standard import is_standard
 from stepdistill.pipeline.conditioning import Conditioning, class_count, encode
 from stepdistill.pipeline.generate import decode, generate
-from stepdistill.pipeline.load import load_pipeline
+from stepdistill.pipeline.load import export_arguments, load_pipeline
 from stepdistill.pipeline.trace import Trace, trace
 from stepdistill.sampling_cost import sampling_cost
 from stepdistill.schedule import from_scheduler
@@ -125,7 +125,7 @@ class Bench:
             pipeline = load_pipeline(path, revision)
             if self.device.type != "cpu":
                 pipeline.to(self.device)
-            self.models[path] = fit(trace(pipeline), self.protocol, path, self.device)
+            self.models[path] = fit(trace(pipeline, export_arguments(path)), self.protocol, path, self.device)
         return self.models[path]
 
     def row(self, sampling: Sampling) -> Row:

@@ -13,7 +13,7 @@ from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.generate import decode, generate
-from stepdistill.pipeline.load import is_export, load_pipeline
+from stepdistill.pipeline.load import export_arguments, is_export, load_pipeline
 from stepdistill.pipeline.trace import Trace, trace
 
 
@@ -31,13 +31,15 @@ def inspect(path: str | Path, revision: str | None = None, arguments: Mapping[st
     """Trace a pipeline: an embedded teacher's name, a folder, a run folder (its export), or a hub id.
 
     Args:
-        arguments: further arguments of the pipeline's call, such as height and width.
+        arguments: further arguments of the pipeline's call, such as height and width; None: those that an export was
+            trained for.
 
     Raises:
         InputError: no such pipeline, or it cannot be traced; the message names the failed check.
     """
     run = Path(path) / "export"
-    return trace(load_pipeline(run if is_export(run) else path, revision), arguments)
+    folder = run if is_export(run) else path
+    return trace(load_pipeline(folder, revision), export_arguments(folder) if arguments is None else arguments)
 
 
 def sample(

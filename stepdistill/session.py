@@ -129,7 +129,7 @@ def make_method(recipe: Recipe, traced: Trace, sampler: Sampler, scale: float, d
     names = ("student", *implementation.extra_roles)
     training = {name: student.train for name in names} | dict(implementation.role_training(config))
     roles = build_roles(traced.denoiser, training, scale, student.rank, student.targets)
-    roles.decode = decoder(traced.pipeline)
+    roles.decode = decoder(traced)
     if student.init is not None:
         _start_from(Path(student.init), roles.student, traced.pipeline, traced.component)
     for name in names:
@@ -156,7 +156,7 @@ def _save_memory(roles: Roles, backbone: nn.Module) -> None:
 
 
 def _real_rows(recipe: Recipe, traced: Trace, conditioning: Conditioning, cache: Path | None) -> tuple[Tensor, Tensor]:
-    pictures, captions = images.load(recipe.data.images, *image_shape(traced.pipeline))
+    pictures, captions = images.load(recipe.data.images, *image_shape(traced))
     known = {label: i for i, label in enumerate(conditioning.labels)}
     strangers = sorted(set(captions) - known.keys())
     if strangers:

@@ -41,7 +41,7 @@ from stepdistill.eval.standard_measure import (
 )
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.generate import decode, generate
-from stepdistill.pipeline.load import load_pipeline
+from stepdistill.pipeline.load import export_arguments, load_pipeline
 from stepdistill.pipeline.trace import Trace, trace
 from stepdistill.sampling_cost import sampling_cost
 from stepdistill.sources import Progress, Source, device_name, library_versions, read_all, training_lines
@@ -137,7 +137,7 @@ class StandardBench:
             InputError: it cannot be loaded or traced, or takes what the protocol does not have.
         """
         pipeline = load_pipeline(path, revision).to(self.device)
-        traced = trace(pipeline)
+        traced = trace(pipeline, export_arguments(path))
         kind, protocol = ("prompts" if traced.entry == "prompt" else "classes"), self.protocol
         if protocol.conditions not in (kind, "any"):
             found = type(pipeline).__name__

@@ -16,7 +16,12 @@ def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
         facts: the export's stepdistill.json. error: the verified difference to the training-time sampler.
     """
     steps, name, scheduler = facts["steps"], type(trace.pipeline).__name__, type(trace.pipeline.scheduler).__name__
-    argument = "class_labels=[0, 1, 2, 3]" if trace.entry == "class_labels" else 'prompt="a photo of a cat"'
+    asked = {
+        "prompt": 'prompt="a photo of a cat"',
+        "class_labels": "class_labels=[0, 1, 2, 3]",
+        "batch_size": "batch_size=4",
+    }
+    argument, result = asked[trace.entry], "frames" if len(trace.latent_shape) == 4 else "images"
     place, imported, attached, reloaded = "inside the weights", "", "", "with plain diffusers"
     if facts["adapter"]:
         place = "in the adapter beside them (`guidance_adapter.safetensors`); without it they are the unguided model"
@@ -32,6 +37,7 @@ pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="s
 """
     guidance = guidance_argument(trace.pipeline)
     told = "" if guidance is None else f", {guidance.name}={facts['call_guidance']:g}"
+    told += "".join(f", {name}={value!r}" for name, value in trace.arguments.items())
     return f"""---
 library_name: diffusers
 license: other
@@ -49,7 +55,7 @@ classifier-free guidance: guidance {facts["guidance"]:g} of the teacher is {plac
 {imported}from diffusers import {classes}
 
 pipe = {name}.from_pretrained("{base}")
-{attached}images = pipe({argument}, num_inference_steps={steps}{told}).images
+{attached}{result} = pipe({argument}, num_inference_steps={steps}{told}).{result}
 ```
 
 | | |

@@ -1,7 +1,9 @@
-"""Real images as the pipeline's own latents."""
+"""Real images as the pipeline's own latents, and back: its packing and scaling are read off its own decoding."""
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +12,121 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.errors import InputError
+from stepdistill.pipeline.compare import deviation, tolerance
+from stepdistill.pipeline.generate import decode
+from stepdistill.pipeline.observe import TraceError, patched
 from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say
 
+# Digits small enough to be exact in bfloat16.
+BASE = 32
 
-def image_shape(pipeline: Any) -> tuple[int, int]:
-    """(channels, side) of the images a latent pipeline makes, in pixels."""
-    vae = _autoencoder(pipeline)
-    return vae.config.in_channels, vae.config.sample_size
+
+@dataclass(frozen=True)
+class Layout:
+    """What the pipeline makes of latents before its autoencoder: z = scale * latents[order] + shift, all flattened.
+
+    Args:
+        shape: of one z. order: for each element of z, the latents' element (N,). scale, shift: (N,) each.
+    """
+
+    shape: tuple[int, ...]
+    order: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def to_z(self, latents: Tensor) -> Tensor:
+        """(B, *latent shape) -> (B, *shape), with graph."""
+        order, scale, shift = (value.to(latents.device) for value in (self.order, self.scale, self.shift))
+        return (latents.flatten(1)[:, order] * scale + shift).reshape(-1, *self.shape)
+
+    def from_z(self, z: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
+        """The inverse of :meth:`to_z`."""
+        latents = torch.empty_like(z.flatten(1))
+        latents[:, self.order] = (z.flatten(1) - self.shift) / self.scale
+        return latents.reshape(-1, *latent_shape)
+
+
+class _Seen(Exception):
+    """Raised in place of the autoencoder's work."""
+
+
+def layout(trace: Trace) -> Layout:
+    """How the pipeline hands latents to its autoencoder, from one call with latents that number their elements.
+
+    Raises:
+        InputError: the pipeline has no autoencoder.
+        TraceError: it does something else than scale, shift and rearrange them.
+    """
+    vae, seen = _autoencoder(trace.pipeline), []
+    count = torch.Size(trace.latent_shape).numel()
+    index = torch.arange(count)
+    digits = [index // BASE**k % BASE for k in range(next(k for k in range(1, 9) if BASE**k >= count))]
+    check = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    probes = torch.stack([torch.zeros(count), torch.ones(count), check, *(digit.float() for digit in digits)])
+
+    def stop(z: Tensor, *_: Any, **__: Any) -> None:
+        seen.append(z.detach().float().cpu())
+        raise _Seen
+
+    with patched(vae, "decode", stop):
+        try:
+            decode(trace, probes.reshape(-1, *trace.latent_shape))
+        except _Seen:
+            trace.pipeline.maybe_free_model_hooks()
+    z = torch.cat(seen).flatten(1) if seen else torch.empty(0, 0)
+    if len(z) == len(probes):
+        shift, scale = z[0], z[1] - z[0]
+        order = sum(((row - shift) / scale).round().long() * BASE**k for k, row in enumerate(z[3:]))
+        precision = tolerance(trace.denoiser.network.dtype)
+        if torch.equal(order.sort()[0], index) and deviation(scale * check[order] + shift, z[2]) <= precision:
+            return Layout(tuple(seen[0].shape[1:]), order, scale, shift)
+    raise TraceError(
+        "decode", f"{type(trace.pipeline).__name__} does more to its latents than to scale, shift and rearrange them"
+    )
+
+
+def image_shape(trace: Trace) -> tuple[int, int]:
+    """(channels, side) of the images that the pipeline makes, in pixels.
+
+    Raises:
+        InputError: they are not square.
+    """
+    channels, height, width = decode(trace, torch.zeros(1, *trace.latent_shape)).shape[1:]
+    if height != width:
+        raise InputError(f"data.images: expected a pipeline of square images, found {width} x {height} pixels")
+    return channels, height
 
 
 @torch.no_grad()
 def encode_images(trace: Trace, images: Tensor, cache: Path | None = None, batch: int = 250) -> Tensor:
-    """Posterior means of ``images`` uint8 (N, C, H, W), shifted and scaled as the denoiser wants them.
+    """Posterior means of ``images`` uint8 (N, C, H, W), laid out and scaled as the denoiser wants them.
 
     Args:
         cache: folder; the file's name is a hash of the images and of the autoencoder's weights.
 
     Raises:
-        InputError: the pipeline has no autoencoder, or its latents are not what the denoiser takes.
+        InputError: the pipeline has no autoencoder, or its latents are not what the denoiser takes (a video's).
     """
     vae = _autoencoder(trace.pipeline)
-    file = cache / f"latents-{_key(vae, images)}.safetensors" if cache else None
+    file = cache / f"latents-{_key(trace, vae, images)}.safetensors" if cache else None
     if file is not None and file.exists():
         return load_file(file)["latents"]
     say(f"encoding {len(images)} images")
-    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+    own = layout(trace)
     device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
-    parts = [vae.encode(x.to(device, dtype) / 127.5 - 1).latent_dist.mean for x in images.split(batch)]
-    latents = (torch.cat(parts).float().cpu() - shift) * scale
-    if latents.shape[1:] != trace.latent_shape:
+    parts = []
+    for chunk in images.split(batch):
+        pixels = chunk.to(device, dtype) / 127.5 - 1
+        encoded = vae.encode(pixels.unsqueeze(2) if len(own.shape) == 4 else pixels)
+        parts.append(encoded.latent_dist.mean if "latent_dist" in encoded else encoded.latent)
+    z = torch.cat(parts).float().cpu()
+    if z.shape[1:] != own.shape:
         raise InputError(
-            f"data.images: this pipeline's denoiser takes latents of shape {tuple(trace.latent_shape)}, its "
-            f"autoencoder makes {tuple(latents.shape[1:])}; packed latents are not supported with real images"
+            f"data.images: this pipeline decodes latents of shape {own.shape}, its autoencoder makes "
+            f"{tuple(z.shape[1:])} of an image"
         )
+    latents = own.from_z(z, trace.latent_shape)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(".partial")
@@ -52,14 +135,22 @@ def encode_images(trace: Trace, images: Tensor, cache: Path | None = None, batch
     return latents
 
 
-def decoder(pipeline: Any) -> Callable[[Tensor], Tensor] | None:
-    """Latents (B, ...) -> images (B, C, H, W) in about [-1, 1], with graph; None for a pipeline without autoencoder."""
-    vae = getattr(pipeline, "vae", None)
+def decoder(trace: Trace) -> Callable[[Tensor], Tensor] | None:
+    """Latents (B, ...) -> images (B, C, H, W) in about [-1, 1], with graph; None for a pipeline without autoencoder.
+
+    Of a video its middle frame.
+    """
+    vae = getattr(trace.pipeline, "vae", None)
     if vae is None or not hasattr(vae, "decode"):
         return None
-    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, getattr(vae.config, "scaling_factor", 1.0)
     vae.requires_grad_(False)
-    return lambda latents: vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0]
+    learned = cache(lambda: layout(trace))  # only for the methods that decode
+
+    def decoded(latents: Tensor) -> Tensor:
+        images = vae.decode(learned().to_z(latents).to(vae.dtype), return_dict=False)[0]
+        return images[:, :, images.shape[2] // 2] if images.ndim == 5 else images
+
+    return decoded
 
 
 def _autoencoder(pipeline: Any) -> Any:
@@ -69,8 +160,9 @@ def _autoencoder(pipeline: Any) -> Any:
     return vae
 
 
-def _key(vae: Any, images: Tensor) -> str:
+def _key(trace: Trace, vae: Any, images: Tensor) -> str:
     digest = hashlib.sha256(images.numpy().tobytes())
+    digest.update(f"{type(trace.pipeline).__name__} {trace.latent_shape}".encode())
     for name, parameter in sorted(vae.named_parameters()):
         digest.update(name.encode())
         digest.update(parameter.detach().float().cpu().numpy().tobytes())

@@ -76,6 +76,14 @@ def is_export(folder: Path) -> bool:
     return (folder / "model_index.json").is_file() or is_lora(folder)
 
 
+def export_arguments(folder: str | Path) -> dict[str, Any]:
+    """What the student in ``folder`` was trained for: its recipe's teacher.arguments; nothing for other pipelines."""
+    facts = Path(folder) / "stepdistill.json"
+    if not facts.is_file():
+        return {}
+    return json.loads(facts.read_text(encoding="utf-8")).get("recipe", {}).get("teacher", {}).get("arguments", {})
+
+
 def save_pipeline(pipeline: Any, folder: Path) -> None:
     """A stock pipeline folder, with the class names (id2label) that ``save_pretrained`` forgets.
 

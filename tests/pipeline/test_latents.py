@@ -1,0 +1,54 @@
+"""Images become latents that the pipeline's own decoding takes back, however it packs and scales them."""
+
+import pytest
+import torch
+
+from pipeline.zoo import ZOO
+from stepdistill.errors import InputError
+from stepdistill.pipeline.generate import decode
+from stepdistill.pipeline.latents import decoder, encode_images, image_shape, layout
+from stepdistill.pipeline.trace import trace
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "qwen-image", "sana", "wan"])
+def test_layouts(name):
+    """One z is made of the latents: by the autoencoder's decoding of it, and back through its inverse."""
+    traced = trace(ZOO[name].build(), ZOO[name].arguments)
+    own = layout(traced)
+    latents = torch.randn(2, *traced.latent_shape)
+    torch.testing.assert_close(own.from_z(own.to_z(latents), traced.latent_shape), latents, rtol=1e-5, atol=1e-5)
+    pixels = decoder(traced)(latents).detach()
+    expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()
+    assert (decode(traced, latents).float() - expected).abs().max() <= 1
+    if name == "wan":
+        with pytest.raises(InputError, match="of an image"):
+            encode_images(traced, torch.zeros(1, *_image(traced), dtype=torch.uint8))
+        return
+    images = torch.randint(0, 256, (3, *_image(traced)), dtype=torch.uint8)
+    encoded = encode_images(traced, images)
+    assert encoded.shape == (3, *traced.latent_shape)
+    vae = traced.pipeline.vae
+    with torch.no_grad():
+        pixels = images / 127.5 - 1
+        posterior = vae.encode(pixels.unsqueeze(2) if name == "qwen-image" else pixels)
+    z = posterior.latent if name == "sana" else posterior.latent_dist.mean
+    torch.testing.assert_close(own.to_z(encoded), z, rtol=1e-4, atol=1e-4)
+
+
+def _image(traced) -> tuple[int, int, int]:
+    channels, side = image_shape(traced)
+    return channels, side, side
+
+
+def test_a_decoder_has_a_graph():
+    traced = trace(ZOO["flux"].build(), ZOO["flux"].arguments)
+    latents = torch.randn(1, *traced.latent_shape, requires_grad=True)
+    decoder(traced)(latents).square().sum().backward()
+    assert latents.grad.abs().max() > 0
+
+
+def test_a_pipeline_without_autoencoder():
+    traced = trace(ZOO["ddpm"].build())
+    assert decoder(traced) is None and image_shape(traced) == (3, 8)
+    with pytest.raises(InputError, match="no autoencoder"):
+        encode_images(traced, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
