@@ -1,0 +1,471 @@
+"""How near a training step comes to the network passes it cannot do without.
+
+    python scripts/bench_step.py --json step.json
+    python scripts/bench_step.py --networks sd15 --methods dmd2 --precision bf16 --compile --json step.json
+    python scripts/bench_step.py --fastgen path/to/FastGen --json step.json
+
+For each method and network, on the same weights, batch and optimizer, in one process and in turns:
+
+    floor        the bare forward and backward passes of the step, nothing else
+    stepdistill  the trainer's own step
+    plain        the same method as a plain PyTorch loop: two calls for guidance, every loss and norm read
+    fastgen      NVlabs/FastGen's step, from a checkout that the user names (its requirements must be installed)
+
+Seconds are the device's where there is one, else the process' processor time, which other load leaves alone: medians,
+and the ratio is the median of the ratios to the floor of the same round. activations_mib is what one student update
+keeps for its backward, parameters apart. host_reads counts scalars read from tensors in one step.
+"""
+
+import argparse
+import copy
+import importlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stepdistill.bench import device_name, library_versions
+from stepdistill.data.batch import Batch
+from stepdistill.pipeline.denoiser import CallSpec, Denoiser
+from stepdistill.recipe import load
+from stepdistill.roles import build_roles
+from stepdistill.samplers import SAMPLERS, solver_grid
+from stepdistill.schedule import FlowSchedule
+from stepdistill.trainer import Trainer
+
+SCALE = 2.5
+CLASSES = 10
+METHOD_KEYS = {"dmd2": {"critic_steps": 1}, "lcm": {"solver_steps": 50}}
+SDXL = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+
+
+@dataclass
+class Case:
+    """A network of random weights and everything that a step on it needs; stands in for a built session."""
+
+    denoiser: Denoiser
+    shape: tuple[int, ...]
+    condition: dict[str, Tensor]
+    empty: dict[str, Tensor]
+    size: int
+    device: torch.device
+    train: str = "full"
+    recipe: Any = None
+    method: Any = None
+    latents: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.latents = torch.randn(self.size, *self.shape, device=self.device)
+
+    def batch(self, step: int, first: int, size: int) -> Batch:
+        batch = Batch(0, step, first, size, self.size, self.shape, self.condition, self.empty, device=self.device)
+        batch.latents = self.latents
+        return batch
+
+
+def classes(network: nn.Module, sample: str, side: int, size: int, device: torch.device) -> Case:
+    """A class-conditional network whose last class is the empty one."""
+    spec = CallSpec(sample, "timestep", constants={"return_dict": False})
+    labels = torch.arange(size, device=device) % CLASSES
+    denoiser = Denoiser(network.to(device), spec, FlowSchedule(), "flow")
+    empty = torch.full_like(labels, CLASSES)
+    return Case(denoiser, (4, side, side), {"class_labels": labels}, {"class_labels": empty}, size, device)
+
+
+def text(network: nn.Module, side: int, size: int, device: torch.device, pooled: bool) -> Case:
+    """A text-conditional UNet; adapters instead of copies where it is large."""
+    width = network.config.cross_attention_dim
+    rows = [{"encoder_hidden_states": torch.randn(size, 77, width, device=device)} for _ in range(2)]
+    for row in rows:
+        if pooled:
+            row["added_cond_kwargs.text_embeds"] = torch.randn(size, 1280, device=device)
+            row["added_cond_kwargs.time_ids"] = torch.full((size, 6), 1024.0, device=device)
+    spec = CallSpec("sample", "timestep", constants={"return_dict": False})
+    denoiser = Denoiser(network.to(device), spec, FlowSchedule(), "flow")
+    return Case(denoiser, (4, side, side), *rows, size, device, train="lora" if pooled else "full")
+
+
+def make_case(name: str, size: int, device: torch.device, tiny: bool) -> Case:
+    """The network of that name, with ``size`` samples a step; ``tiny`` shrinks it to a few layers for a dry run."""
+    torch.manual_seed(0)
+    width = 16 if tiny else 64
+    narrow = {"block_out_channels": (32, 64, 64), "attention_head_dim": 4} if tiny else {}
+    match name:
+        case "unet":
+            blocks = {"block_out_channels": (width, 2 * width), "norm_num_groups": 8, "layers_per_block": 1}
+            kinds = {
+                "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+                "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            }
+            channels = {"in_channels": 4, "out_channels": 4, "num_class_embeds": CLASSES + 1, "attention_head_dim": 8}
+            network = UNet2DModel(sample_size=8 if tiny else 16, **blocks, **kinds, **channels)
+            return classes(network, "sample", 8 if tiny else 16, size, device)
+        case "dit":
+            heads = {"num_attention_heads": 2, "attention_head_dim": 2 * width, "num_layers": 2 if tiny else 4}
+            side = 8 if tiny else 16
+            network = DiTTransformer2DModel(
+                **heads, in_channels=4, out_channels=4, sample_size=side, patch_size=1, num_embeds_ada_norm=CLASSES
+            )
+            return classes(network.eval(), "hidden_states", side, size, device)
+        case "sd15":
+            small = narrow | {"cross_attention_dim": 32, "block_out_channels": (32, 32, 64, 64)} if tiny else {}
+            large = {"cross_attention_dim": 768, "attention_head_dim": 8}
+            return text(UNet2DConditionModel(**(large | small)), 8 if tiny else 64, size, device, False)
+        case "sdxl":
+            small = narrow | {"transformer_layers_per_block": 1, "cross_attention_dim": 32} if tiny else {}
+            return text(UNet2DConditionModel(**(SDXL | small)), 8 if tiny else 128, size, device, True)
+    raise ValueError(f"expected unet, dit, sd15 or sdxl, found {name!r}")
+
+
+def make_trainer(case: Case, method: str, precision: str, folder: Path, compiled: bool) -> Trainer:
+    """The trainer of a recipe for this method, on the case's network."""
+    train = {"steps": 10, "batch_size": case.size, "lr": 1e-5, "precision": precision, "tracker": "none"}
+    case.recipe = load(
+        {
+            "teacher": {"pipeline": "fashion-dit", "guidance": {"scale": SCALE}},
+            "student": {"steps": 4, "train": case.train},
+            "data": {"images": "fashion-mnist"},
+            "method": {"name": method, **METHOD_KEYS[method]},
+            "train": train,
+            "output": str(folder),
+        }
+    )
+    kind, config = case.recipe.method.implementation, case.recipe.method.config
+    names = ("student", *kind.extra_roles)
+    roles = build_roles(case.denoiser, dict.fromkeys(names, case.train), SCALE, 32)
+    sampler = SAMPLERS[kind.sampler_of(config)](case.denoiser.schedule, FlowMatchEulerDiscreteScheduler(), 4)
+    for name in (*names, "teacher"):
+        network = getattr(roles, name).network.to(case.device)
+        if compiled:
+            network.compile()
+    case.method = kind(config, roles, sampler)
+    return Trainer(case, Accelerator(), folder)
+
+
+def step_of_one_rollout(case: Case) -> int:
+    """A step in which DMD2's student starts at the second point of its grid: one pass of rollout."""
+    return next(step for step in range(100) if case.batch(step, 0, 1).integer("k", 4) == 1)
+
+
+@contextmanager
+def moving(parameters: list[nn.Parameter]):
+    """Inside, these parameters receive gradients, which are dropped at the end."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    yield
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.requires_grad_(False)
+
+
+class Floor:
+    """The passes of a step, with inputs of the right shapes and gradients of ones."""
+
+    def __init__(self, trainer: Trainer, case: Case, precision: Callable[[], Any]):
+        self.trainer, self.case, self.precision = trainer, case, precision
+        both = {name: torch.cat([rows, case.empty[name]]) for name, rows in case.condition.items()}
+        self.single = (case.latents, torch.full((case.size,), 0.5, device=case.device), case.condition)
+        self.double = (torch.cat([case.latents] * 2), torch.full((2 * case.size,), 0.5, device=case.device), both)
+
+    def forward(self, role: Denoiser, inputs: tuple) -> Tensor:
+        return role.spec.decode_output(role.network(**role.arguments(*inputs)))
+
+    def without_graph(self, *passes: tuple[Denoiser, tuple]) -> None:
+        with torch.no_grad(), self.precision():
+            for one in passes:
+                self.forward(*one)
+
+    def learn(self, player: str, role: Denoiser, *between: tuple[Denoiser, tuple]) -> None:
+        with moving(self.trainer.parameters[player]):
+            with self.precision():
+                out = self.forward(role, self.single)
+            self.without_graph(*between)
+            out.backward(torch.ones_like(out))
+
+    def dmd2(self) -> None:
+        roles = self.case.method.roles
+        self.without_graph((roles.student, self.single))
+        self.learn("student", roles.student, (roles.teacher, self.double), (roles.critic, self.single))
+        self.learn("critic", roles.critic)
+
+    def lcm(self) -> None:
+        roles = self.case.method.roles
+        self.learn("student", roles.student, (roles.teacher, self.double), (roles.target, self.single))
+
+
+class Plain:
+    """A loop as one writes it by hand, on copies of the networks."""
+
+    def __init__(self, case: Case, precision: Callable[[], Any]):
+        roles = case.method.roles
+        self.case, self.precision, self.schedule = case, precision, roles.teacher.schedule
+        self.teacher = roles.teacher
+        self.student, self.other = (roles.student.on(copy.deepcopy(roles.student.network)) for _ in range(2))
+        self.optimizers = [
+            torch.optim.AdamW(role.network.requires_grad_(True).parameters(), lr=1e-5, fused=True)
+            for role in (self.student, self.other)
+        ]
+        self.times = [step.t for step in case.method.sampler.grid()]
+
+    def at(self, time: float) -> Tensor:
+        return torch.full((self.case.size,), time, device=self.case.device)
+
+    def guided(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.no_grad():
+            cond = self.teacher(x, t, self.case.condition).raw
+            uncond = self.teacher(x, t, self.case.empty).raw
+        return uncond + SCALE * (cond - uncond)
+
+    def update(self, loss: Tensor, role: Denoiser, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(role.network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item(), norm.item()
+
+    def noisy(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t = torch.rand(len(x), device=x.device)
+        shaped, noise = t.reshape(-1, 1, 1, 1), torch.randn_like(x)
+        return (1 - shaped) * x + shaped * noise, t, noise
+
+    def dmd2_loss(self) -> tuple[Tensor, Tensor]:
+        cond = self.case.condition
+        x = torch.randn_like(self.case.latents)
+        with torch.no_grad():
+            x0 = x - self.times[0] * self.student(x, self.at(self.times[0]), cond).raw
+            x = (1 - self.times[1]) * x0 + self.times[1] * torch.randn_like(x)
+        x0 = x - self.times[1] * self.student(x, self.at(self.times[1]), cond).raw
+        x_t, t, _ = self.noisy(x0.detach())
+        shaped = t.reshape(-1, 1, 1, 1)
+        real = x_t - shaped * self.guided(x_t, t)
+        with torch.no_grad():
+            fake = x_t - shaped * self.other(x_t, t, cond).raw
+        gradient = (fake - real) / (x0.detach() - real).abs().mean((1, 2, 3), keepdim=True)
+        return 0.5 * nn.functional.mse_loss(x0.float(), (x0 - gradient).detach().float()), x0.detach()
+
+    def dmd2(self) -> None:
+        with self.precision():
+            loss, x0 = self.dmd2_loss()
+        self.update(loss, self.student, self.optimizers[0])
+        with self.precision():
+            x_t, t, noise = self.noisy(x0)
+            loss = nn.functional.mse_loss(self.other(x_t, t, self.case.condition).raw.float(), noise - x0)
+        self.update(loss, self.other, self.optimizers[1])
+
+    def lcm_loss(self) -> tuple[Tensor]:
+        grid = solver_grid(self.schedule, 50).to(self.case.device, torch.float32)
+        n = torch.randint(1, len(grid), (self.case.size,), device=self.case.device)
+        t, r = grid[n], grid[n - 1]
+        shaped, noise = t.reshape(-1, 1, 1, 1), torch.randn_like(self.case.latents)
+        x_t = (1 - shaped) * self.case.latents + shaped * noise
+        x_r = x_t + (r - t).reshape(-1, 1, 1, 1) * self.guided(x_t, t)
+        with torch.no_grad():
+            target = x_r - r.reshape(-1, 1, 1, 1) * self.other(x_r, r, self.case.condition).raw
+        found = x_t - shaped * self.student(x_t, t, self.case.condition).raw
+        return (((found.float() - target.float()).square() + 1e-6).sqrt().mean(),)
+
+    def lcm(self) -> None:
+        with self.precision():
+            (loss,) = self.lcm_loss()
+        self.update(loss, self.student, self.optimizers[0])
+        with torch.no_grad():
+            pairs = zip(self.other.network.parameters(), self.student.network.parameters(), strict=True)
+            for slow, fast in pairs:
+                slow.mul_(0.95).add_(fast, alpha=0.05)
+
+
+def fastgen_dmd2(checkout: Path, case: Case, precision: str) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+    """FastGen's two iterations, student and critic, and its student's loss, on copies of the networks; no GAN."""
+    sys.path.insert(0, str(checkout))
+    base = importlib.import_module("fastgen.networks.network").FastGenNetwork
+    model_class = importlib.import_module("fastgen.methods").DMD2Model
+    config = importlib.import_module("fastgen.configs.methods.config_dmd2").ModelConfig()
+
+    class Network(base):
+        def __init__(self) -> None:
+            super().__init__(net_pred_type="flow", schedule_type="rf")
+            self.role = case.denoiser.on(copy.deepcopy(case.denoiser.network))
+            self.inner = self.role.network
+
+        def forward(self, x_t, t, condition=None, fwd_pred_type=None, **_):
+            raw = self.role(x_t, t, condition).raw
+            wanted = fwd_pred_type or "flow"
+            return self.noise_scheduler.convert_model_output(x_t, raw, t, src_pred_type="flow", target_pred_type=wanted)
+
+    class Model(model_class):
+        def build_model(self) -> None:
+            self.net, self.teacher, self.fake_score = (Network().to(self.device) for _ in range(3))
+            self.teacher.requires_grad_(False)
+
+    config.device, config.precision = case.device, "float32"
+    config.precision_amp = "bfloat16" if precision == "bf16" else None
+    config.gan_loss_weight_gen, config.guidance_scale, config.student_update_freq = 0.0, SCALE, 2
+    config.student_sample_steps, config.input_shape = 4, list(case.shape)
+    config.sample_t_cfg.t_list = [1.0, 0.75, 0.5, 0.25, 0.0]
+    config.net_optimizer.fused = config.fake_score_optimizer.fused = True
+    model = Model(config)
+    model.on_train_begin()
+    model.init_optimizers()
+    data = {"real": case.latents, "condition": case.condition, "neg_condition": case.empty}
+
+    def step() -> None:
+        for iteration in range(2):
+            model.optimizers_zero_grad(iteration)
+            losses, _ = model.single_train_step(data, iteration)
+            losses["total_loss"].backward()
+            nn.utils.clip_grad_norm_((model.net, model.fake_score)[iteration].parameters(), 1.0)
+            model.optimizers_schedulers_step(iteration)
+
+    return step, lambda: model.single_train_step(data, 0)[0]["total_loss"]
+
+
+class Reads(TorchDispatchMode):
+    """Counts scalars that are read from tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(keywords or {}))
+
+
+def kept_mib(function: Callable[[], Any]) -> float:
+    """MiB of the tensors that the graph of ``function`` keeps, parameters apart."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    del result
+    return round(sum(storages.values()) / 2**20, 2)
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def measure(steps: dict[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each step, taken in turns."""
+    for function in steps.values():
+        function()
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, function in steps.items():
+            began = now(device)
+            function()
+            seconds[name].append(now(device) - began)
+    return seconds
+
+
+def rows(name: str, method: str, case: Case, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """A row for each implementation of ``method`` on the network called ``name``."""
+    trainer = make_trainer(case, method, arguments.precision, folder, arguments.compile)
+    bf16 = arguments.precision == "bf16"
+
+    def precision():
+        return torch.autocast(case.device.type, torch.bfloat16) if bf16 else nullcontext()
+
+    number = step_of_one_rollout(case)
+    steps = {"floor": getattr(Floor(trainer, case, precision), method), "stepdistill": lambda: trainer.step(number)}
+
+    def our_loss():
+        with precision():
+            return trainer.method.losses("student", case.batch(number, 0, case.size))
+
+    losses = {"stepdistill": our_loss}
+    if case.train == "full":
+        plain = Plain(case, precision)
+        steps["plain"] = getattr(plain, method)
+
+        def plain_loss():
+            with precision():
+                return getattr(plain, f"{method}_loss")()
+
+        losses["plain"] = plain_loss
+    if arguments.fastgen and method == "dmd2" and case.train == "full":
+        steps["fastgen"], losses["fastgen"] = fastgen_dmd2(arguments.fastgen, case, arguments.precision)
+    seconds = measure(steps, case.device, arguments.repeats)
+    found = []
+    for kind, loss in losses.items():
+        with Reads() as reads:
+            steps[kind]()
+        with moving(trainer.parameters["student"]) if kind == "stepdistill" else nullcontext():
+            kept = kept_mib(loss)
+        ratios = [own / floor for own, floor in zip(seconds[kind], seconds["floor"], strict=True)]
+        found.append(
+            {
+                "case": f"{method} {name} {kind}",
+                "seconds": round(statistics.median(seconds[kind]), 5),
+                "floor_seconds": round(statistics.median(seconds["floor"]), 5),
+                "ratio_to_floor": round(statistics.median(ratios), 4),
+                "activations_mib": kept,
+                "host_reads": reads.count,
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("--networks", nargs="+", default=["unet", "dit"], choices=["unet", "dit", "sd15", "sdxl"])
+    parser.add_argument("--methods", nargs="+", default=["dmd2", "lcm"], choices=["dmd2", "lcm"])
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    parser.add_argument("--tiny", action="store_true", help="shrink the networks: a dry run")
+    parser.add_argument("--fastgen", type=Path, help="a checkout of NVlabs/FastGen to compare with")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for network in arguments.networks:
+            for method in arguments.methods:
+                case = make_case(network, arguments.batch_size, device, arguments.tiny)
+                for row in rows(network, method, case, arguments, Path(folder)):
+                    found.append(row)
+                    print(json.dumps(row), flush=True)
+    setting = {key: getattr(arguments, key) for key in ("batch_size", "repeats", "precision", "compile", "tiny")}
+    report = {"device": device_name(device), "libraries": library_versions(), **setting, "rows": found}
+    arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
