@@ -319,13 +319,14 @@ def fastgen_dmd2(checkout: Path, case: Case, precision: str) -> tuple[Callable[[
     class Model(model_class):
         def build_model(self) -> None:
             self.net, self.teacher, self.fake_score = (Network().to(self.device) for _ in range(3))
-            self.teacher.requires_grad_(False)
+            for network in (self.net, self.fake_score):
+                network.requires_grad_(True)
 
     config.device, config.precision = case.device, "float32"
     config.precision_amp = "bfloat16" if precision == "bf16" else None
     config.gan_loss_weight_gen, config.guidance_scale, config.student_update_freq = 0.0, SCALE, 2
     config.student_sample_steps, config.input_shape = 4, list(case.shape)
-    config.sample_t_cfg.t_list = [1.0, 0.75, 0.5, 0.25, 0.0]
+    config.sample_t_cfg.t_list = [0.999, 0.75, 0.5, 0.25, 0.0]
     config.net_optimizer.fused = config.fake_score_optimizer.fused = True
     model = Model(config)
     model.on_train_begin()

@@ -59,6 +59,7 @@ class Sampler(ABC):
         self.steps = steps
         self.scheduler = self.stock(source.config)
         self.set_up = set_up or (lambda _scheduler, steps: {"num_inference_steps": steps})
+        self._times: dict[int, list[float]] = {}
 
     @abstractmethod
     def stock(self, config: dict[str, Any]) -> Any:
@@ -70,10 +71,13 @@ class Sampler(ABC):
 
     def grid(self, steps: int | None = None) -> list[Step]:
         """The (t, r) pairs of a run in ``steps`` steps (default: the trained number)."""
-        # set_timesteps mutates; a copy keeps the exported scheduler as it was configured.
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(**self.set_up(scheduler, steps or self.steps))
-        times = self.schedule.time(scheduler.timesteps.double()).tolist()
+        steps = steps or self.steps
+        if steps not in self._times:  # it is asked for several times a training step
+            # set_timesteps mutates; a copy keeps the exported scheduler as it was configured.
+            scheduler = type(self.scheduler).from_config(self.scheduler.config)
+            scheduler.set_timesteps(**self.set_up(scheduler, steps))
+            self._times[steps] = self.schedule.time(scheduler.timesteps.double()).tolist()
+        times = self._times[steps]
         return [Step(t, r) for t, r in zip(times, [*times[1:], None], strict=True)]
 
     def sample(
