@@ -35,11 +35,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepdistill.bench import device_name, library_versions
 from stepdistill.data.batch import Batch
 from stepdistill.pipeline.denoiser import CallSpec, Denoiser
+from stepdistill.profiling import HostReads
 from stepdistill.recipe import load
 from stepdistill.roles import build_roles
 from stepdistill.samplers import SAMPLERS, solver_grid
@@ -344,18 +344,6 @@ def fastgen_dmd2(checkout: Path, case: Case, precision: str) -> tuple[Callable[[
     return step, lambda: model.single_train_step(data, 0)[0]["total_loss"]
 
 
-class Reads(TorchDispatchMode):
-    """Counts scalars that are read from tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*arguments, **(keywords or {}))
-
-
 def kept_mib(function: Callable[[], Any]) -> float:
     """MiB of the tensors that the graph of ``function`` keeps, parameters apart."""
     kept: list[Tensor] = []
@@ -423,7 +411,7 @@ def rows(name: str, method: str, case: Case, arguments: argparse.Namespace, fold
     seconds = measure(steps, case.device, arguments.repeats)
     found = []
     for kind, loss in losses.items():
-        with Reads() as reads:
+        with HostReads() as reads:
             steps[kind]()
         with moving(trainer.parameters["student"]) if kind == "stepdistill" else nullcontext():
             kept = kept_mib(loss)

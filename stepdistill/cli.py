@@ -37,6 +37,9 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.steps=20 output=runs/mine.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    profile: Annotated[
+        int, typer.Option(min=0, help="Instead: profile so many steps; a Chrome trace and a table in the run folder.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train, export, report. Resumes a run that was interrupted."""
@@ -46,6 +49,12 @@ def train(
     resolved = load(recipe, overrides or ())
     if dry_run:
         print(json.dumps(resolved.model_dump(mode="json"), indent=2) if as_json else resolved.to_yaml().rstrip())
+        return
+    if profile:
+        from stepdistill.profiling import profile_training, table
+
+        folder, facts = profile_training(resolved, profile)
+        print(json.dumps(facts, indent=2) if as_json else f"{table(facts)}\n{folder / 'trace.json'}")
         return
     result = stepdistill.train(resolved)
     facts = {"run": str(result.folder), "step": result.step, "interrupted": result.interrupted}
