@@ -34,6 +34,16 @@ def teachers() -> list[str]:
     return sorted(path.parent.name for path in (root() / "assets" / "teachers").glob("*/model_index.json"))
 
 
+def prompts(name: str) -> Path:
+    """A shipped list of prompts by its name."""
+    return find(f"prompts/{name}.txt")
+
+
+def prompt_lists() -> list[str]:
+    """Names of the shipped lists of prompts."""
+    return sorted(path.stem for path in (root() / "assets" / "prompts").glob("*.txt"))
+
+
 def recipe(name: str) -> Path:
     """A shipped recipe by its name, ``quickstart``, ``quickstart.yaml`` or ``recipes/quickstart.yaml``.
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from stepdistill import assets, yaml_lines
 from stepdistill.data.batch import Batch, PathRows
+from stepdistill.data.conditions import wanted
 from stepdistill.data.images import SUFFIXES
 from stepdistill.errors import InputError
 from stepdistill.memory import LiveBytes
@@ -274,13 +275,13 @@ def _count(module: nn.Module) -> int:
 
 def _stored(recipe: Recipe, drawn: Blueprint) -> int:
     """Bytes of all encoded conditions and of the latents of all images, which stay on the device."""
-    wanted = recipe.data.conditions
-    if wanted == "classes":
+    conditions = wanted(recipe.data.conditions, recipe.data.images)
+    if conditions == "classes":
         count = max(1, len(class_names(drawn.trace)))
-    elif isinstance(wanted, str):
-        count = sum(bool(line.strip()) for line in Path(wanted).read_text(encoding="utf-8").splitlines())
+    elif isinstance(conditions, str):
+        count = sum(bool(line.strip()) for line in Path(conditions).read_text(encoding="utf-8").splitlines())
     else:
-        count = len(wanted)
+        count = len(conditions)
     size = count * sum(row.numel() * row.element_size() for row in drawn.condition.values())
     folder = recipe.data.images
     if folder is None:

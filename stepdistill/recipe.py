@@ -74,7 +74,9 @@ class Student(Section):
 
 class Data(Section):
     conditions: str | list[str] = Field(
-        "classes", description="'classes' (all of a class-conditional teacher), a file with a prompt a line, or a list"
+        "classes",
+        description="'classes' (all of a class-conditional teacher), 'captions' (those of data.images), a shipped list "
+        "such as 'everyday', a file with a prompt a line, or a list",
     )
     images: str | None = Field(None, description="real images: 'fashion-mnist' or a folder; null: none")
 
@@ -312,8 +314,12 @@ def _problems(recipe: Recipe, config: Any) -> Iterator[tuple[Keys, str]]:
     if student.init is not None and not Path(student.init).is_dir():
         yield ("student", "init"), f"expected a run folder or an exported pipeline, found nothing at {student.init}"
     conditions = data.conditions
-    if isinstance(conditions, str) and conditions != "classes" and not Path(conditions).is_file():
-        yield ("data", "conditions"), f"expected 'classes', a list or a file of prompts, found no file {conditions}"
+    known = ("classes", "captions", *assets.prompt_lists())
+    if isinstance(conditions, str) and conditions not in known and not Path(conditions).is_file():
+        names = ", ".join(map(repr, known))
+        yield ("data", "conditions"), f"expected {names}, a list or a file of prompts, found no file {conditions}"
+    if conditions == "captions" and data.images is None:
+        yield ("data", "conditions"), "expected data.images beside 'captions', found null"
     if conditions == []:
         yield ("data", "conditions"), "expected at least one prompt, found an empty list"
     if data.images not in (None, "fashion-mnist") and not Path(data.images).is_dir():

@@ -157,7 +157,7 @@ class DDIM(Sampler):
 class TCD(Sampler):
     """Strategic stochastic sampling (TCD, Zheng et al. 2024): jump to s = (1 - gamma) r, then noise up to r.
 
-    gamma is fixed at 0.3, the stock scheduler's default and what a plain pipeline call runs.
+    gamma is 0.3, the stock scheduler's default, unless a plain call of the pipeline passes another ``eta``.
     """
 
     name = "tcd"

@@ -11,6 +11,7 @@ from stepdistill import checkpoint
 from stepdistill.adapters import Adapted, AdapterView, FrozenView, save_memory
 from stepdistill.data import images
 from stepdistill.data.batch import Batch
+from stepdistill.data.conditions import wanted
 from stepdistill.data.paths import Paths, teacher_paths
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod, Roles
@@ -23,7 +24,7 @@ from stepdistill.pipeline.lora import is_lora, load_adapter
 from stepdistill.pipeline.trace import Trace, at_guidance, trace
 from stepdistill.recipe import Recipe
 from stepdistill.roles import build_roles
-from stepdistill.samplers import SAMPLERS, Sampler
+from stepdistill.samplers import SAMPLERS, TCD, Sampler
 
 
 @dataclass
@@ -88,7 +89,7 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         # The scale is an input of the network, and there is nothing beside it to distil.
         traced = traced if scale == 1 else at_guidance(traced, scale)
         scale = 1.0
-    conditioning = encode(traced, entries(traced, recipe.data.conditions), cache).to(device)
+    conditioning = encode(traced, entries(traced, wanted(recipe.data.conditions, recipe.data.images)), cache).to(device)
     if scale != 1 and conditioning.null is None:
         raise InputError(f"teacher.guidance.scale: expected 1 for a pipeline without guidance, found {scale}")
     implementation, config = recipe.method.implementation, recipe.method.config
@@ -98,6 +99,9 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         recipe.student.steps,
         lambda scheduler, steps: set_up(traced, scheduler, steps)[0],
     )
+    if isinstance(sampler, TCD):
+        # Stable Diffusion's pipelines hand every scheduler an eta of their own, 0 in a plain call.
+        sampler.gamma = set_up(traced, sampler.scheduler, recipe.student.steps)[1].get("eta", sampler.gamma)
     needs, paths = implementation.data_needs(config), None
     if with_data and needs.paths is not None:
         # Before adapters rename the teacher's weights: what is stored serves every run with this teacher.
@@ -134,7 +138,10 @@ def make_method(recipe: Recipe, traced: Trace, sampler: Sampler, scale: float, d
         _start_from(Path(student.init), roles.student, traced.pipeline, traced.component)
     for name in names:
         role = getattr(roles, name)
-        setattr(roles, name, role.on(implementation.adapt(config, name, role.network, scale).to(device)))
+        network = implementation.adapt(config, name, role.network, scale)
+        if network is not role.network and recipe.teacher.precision != "fp32":
+            raise InputError("teacher.precision: expected fp32 for a method that adds to its networks, found bf16")
+        setattr(roles, name, role.on(network.to(device)))
     if roles.target is not None:
         # It starts as the student, with what the method added at random or student.init loaded.
         for slow, fast in zip(roles.target.network.parameters(), roles.student.network.parameters(), strict=True):

@@ -79,6 +79,16 @@ TEXTS = {
         "steps: 4\n  train: lroa",
         ":8: student.train: expected one of 'full', 'lora', found",
     ),
+    "captions of no images": (
+        "conditions: classes",
+        "conditions: captions",
+        ":9: data.conditions: expected data.images beside 'captions', found null",
+    ),
+    "unknown list of prompts": (
+        "conditions: classes",
+        "conditions: everday",
+        ":9: data.conditions: expected 'classes', 'captions', 'everyday', a list or a file of prompts, found no file",
+    ),
     "no rank": ("steps: 4", "steps: 4\n  rank: 0", ":8: student.rank: expected a positive integer, found 0"),
     "unknown names of a LoRA's layers": (
         "report:",

@@ -9,21 +9,34 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline.tiny import save_dit, tiny_dit
+from pipeline.zoo import ZOO
 from stepdistill import assets, checkpoint
 from stepdistill.eval.comparison import PHASES
-from stepdistill.recipe import load
+from stepdistill.pipeline.load import save_pipeline
+from stepdistill.recipe import Recipe, load
 from stepdistill.trainer import train
 
 STEPS = 4
 
 
+# The stand-in of each family of teachers: an entry of the zoo.
+STAND_INS = {
+    "fashion-dit": "dit",
+    "facebook/DiT-XL-2-256": "dit",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3",
+    "black-forest-labs/FLUX.1-dev": "flux",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart-sigma",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana",
+}
+CAPTIONS = ("a red shoe", "rain")
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A tiny teacher, and two grey pictures of each of its classes in folders of their names."""
+def place(tmp_path_factory):
+    """A folder with pictures of classes and of captions; called with a teacher's name, the folder of its stand-in."""
     folder = tmp_path_factory.mktemp("stand-in")
-    pipeline = tiny_dit()
-    save_dit(pipeline, folder / "teacher")
     random = np.random.default_rng(0)
     for name in ("Trouser", "Bag", "Dress"):
         (folder / "images" / name).mkdir(parents=True)
@@ -31,38 +44,67 @@ def place(tmp_path_factory) -> Path:
             Image.fromarray(random.integers(0, 255, (32, 32), dtype=np.uint8)).save(
                 folder / "images" / name / f"{i}.png"
             )
-    return folder
+    (folder / "captioned").mkdir()
+    for i, caption in enumerate(CAPTIONS):
+        pixels = random.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "captioned" / f"{i}.png")
+        (folder / "captioned" / f"{i}.txt").write_text(caption)
+
+    def of(teacher: str) -> Path:
+        made = folder / STAND_INS[teacher]
+        if not made.exists():
+            save_pipeline(ZOO[STAND_INS[teacher]].build(), made)
+        return made
+
+    of.folder = folder
+    return of
 
 
-def shortened(name: str, place: Path, out: Path) -> list[str]:
+def stated(name: str, place) -> Recipe:
+    """The recipe as it is shipped; the user's own images are there."""
+    own = "data/images" in assets.recipe(name).read_text(encoding="utf-8")
+    return load(name, [f"data.images={place.folder / 'captioned'}"] if own else [])
+
+
+def shortened(recipe: Recipe, place, out: Path) -> list[str]:
     """Overrides that leave the recipe's settings and take its teacher, data and length away."""
-    recipe = load(name)
-    stated = recipe.method.model_extra
-    keys = {f"method.{key}": 1 for key in PHASES if stated.get(key)}
+    settings = recipe.method.model_extra
+    keys = {f"method.{key}": 1 for key in PHASES if settings.get(key)}
     needs = recipe.method.implementation.data_needs(recipe.method.config)
     if needs.paths is not None:
-        (count,) = [key for key, value in stated.items() if value == needs.paths.count]
+        (count,) = [key for key, value in settings.items() if value == needs.paths.count]
         keys[f"method.{count}"] = 6
-    keys |= {"teacher.pipeline": place / "teacher", "report.samples": 0, "output": out}
-    if recipe.data.images is not None:
-        keys["data.images"] = place / "images"
+    keys |= {"teacher.pipeline": place(recipe.teacher.pipeline), "report.samples": 0, "output": out}
+    keys["teacher.arguments"] = json.dumps(ZOO[STAND_INS[recipe.teacher.pipeline]].arguments)
+    if recipe.data.images == "fashion-mnist":
+        keys["data.images"] = place.folder / "images"
+    elif recipe.data.images is not None:
+        keys["data.images"] = recipe.data.images
+    elif recipe.data.conditions != "classes":
+        keys["data.conditions"] = list(CAPTIONS)
+    if settings.get("critic_steps", 1) > 2:
+        keys["method.critic_steps"] = 2  # a critic that has not moved yet teaches nothing
     keys |= {"train.steps": STEPS, "train.batch_size": 4, "train.lr_warmup": 0, "train.log_every": 1}
     keys |= {"train.preview_every": 100, "train.checkpoint_every": 100, "train.tracker": "none"}
+    keys["train.accumulation"] = min(2, recipe.train.accumulation)
     return [f"{key}={value}" for key, value in keys.items()]
 
 
 @pytest.mark.parametrize("name", assets.recipes())
 def test_a_recipe_trains_and_exports(name, place, tmp_path, monkeypatch):
-    if load(name).method.name == "add":
+    recipe = stated(name, place)
+    if recipe.method.name == "add":
         pytest.importorskip("efficientnet_lite_pytorch")
     monkeypatch.setattr("stepdistill.preview.TEACHER_STEPS", 2)
-    result = train(name, shortened(name, place, tmp_path / "run"))
+    monkeypatch.setattr("stepdistill.preview.COUNT", 2)
+    monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
+    result = train(name, shortened(recipe, place, tmp_path / "run"))
     assert (result.step, result.interrupted) == (STEPS, False)
     facts = json.loads((result.folder / "export" / "stepdistill.json").read_text())
-    assert facts["method"] == load(name).method.name and facts["trained_steps"] == STEPS
+    assert facts["method"] == recipe.method.name and facts["trained_steps"] == STEPS
     logged = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     keys = {key for line in logged for key in line}
-    for player in load(name).method.implementation.players:
+    for player in recipe.method.implementation.players:
         assert any(key.startswith(f"{player}/loss/") for key in keys), player
     # The student learns something to the end, and nothing that is not finite.
     weights = load_file(checkpoint.latest(result.folder / "checkpoints") / "student.safetensors")

@@ -31,10 +31,26 @@ def load(source: str, channels: int, size: int) -> tuple[Tensor, list[str]]:
         if images.shape[1:] != (channels, size, size):
             raise InputError(f"fashion-mnist has 1x32x32 images, this pipeline wants {channels}x{size}x{size}")
         return images, [fashion_mnist.CLASS_NAMES[label] for label in labels.tolist()]
+    paths = _paths(source)
+    return torch.stack([_read(path, channels, size) for path in paths]), [_condition(path) for path in paths]
+
+
+def captions(source: str) -> list[str]:
+    """The conditions of the images in ``source`` (see :func:`load`), each once, in order.
+
+    Raises:
+        InputError: there are no images.
+    """
+    if source == "fashion-mnist":
+        return list(fashion_mnist.CLASS_NAMES)
+    return list(dict.fromkeys(_condition(path) for path in _paths(source)))
+
+
+def _paths(source: str) -> list[Path]:
     paths = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise InputError(f"{source}: expected images ({', '.join(sorted(SUFFIXES))}), found none")
-    return torch.stack([_read(path, channels, size) for path in paths]), [_condition(path) for path in paths]
+    return paths
 
 
 def _read(path: Path, channels: int, size: int) -> Tensor:
