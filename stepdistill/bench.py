@@ -12,12 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from torch import Tensor
 
 from stepdistill import assets
@@ -35,7 +29,7 @@ from stepdistill.pipeline.generate import decode, generate
 from stepdistill.pipeline.load import export_arguments, load_pipeline
 from stepdistill.pipeline.trace import Trace, trace
 from stepdistill.sampling_cost import sampling_cost
-from stepdistill.schedule import from_scheduler
+from stepdistill.solvers import stock_solvers
 from stepdistill.sources import Progress, Source, check_numbers, device_name, library_versions, read_all, training_lines
 from stepdistill.standard_bench import standard_bench
 
@@ -320,30 +314,6 @@ def solver_samplings(model: Model, guidance: float, nfe: int) -> list[Sampling]:
         if guidance != 1 and nfe >= 2:
             samplings.append(Sampling(f"{name} w={guidance:g}", "solver", model, scheduler, nfe // 2, guidance))
     return samplings
-
-
-def stock_solvers(scheduler: Any) -> dict[str, Any]:
-    """diffusers' fast solvers for a model that was trained with ``scheduler``, by display name.
-
-    All run on trailing time steps: the first is pure noise, which a few steps cannot do without.
-    """
-    config = dict(scheduler.config)
-    schedule, _ = from_scheduler(scheduler)
-    if schedule.name == "flow":
-        common = {"num_train_timesteps": schedule.train_timesteps}
-        flow = {**common, "use_flow_sigmas": True, "flow_shift": schedule.shift, "prediction_type": "flow_prediction"}
-        return {
-            "Euler": FlowMatchEulerDiscreteScheduler(**common, shift=schedule.shift),
-            "DPM-Solver++": DPMSolverMultistepScheduler(**flow, algorithm_type="dpmsolver++", solver_order=2),
-            "UniPC": UniPCMultistepScheduler(**flow, solver_order=2),
-        }
-    trailing = {"timestep_spacing": "trailing", "thresholding": False}
-    solver = {**trailing, "solver_order": 2, "lower_order_final": True}
-    return {
-        "DDIM": DDIMScheduler.from_config(config, **trailing, clip_sample=False, set_alpha_to_one=True),
-        "DPM-Solver++": DPMSolverMultistepScheduler.from_config(config, **solver, algorithm_type="dpmsolver++"),
-        "UniPC": UniPCMultistepScheduler.from_config(config, **solver),
-    }
 
 
 def sample(

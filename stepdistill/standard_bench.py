@@ -4,15 +4,12 @@ Sample i depends on (seed, i) and its prompt alone. Samples and features are kep
 goes on where it was, and every process makes whole shards of its own.
 """
 
-import hashlib
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stepdistill.drawing import Sampler, digest, draw
 from stepdistill.errors import InputError
 from stepdistill.eval.metrics import Moments
 from stepdistill.eval.networks import FeatureNetwork
 from stepdistill.eval.pictures import image_grid
 from stepdistill.eval.report import Report, Row, verdict
-from stepdistill.eval.row_cache import RowCache, cache_folder, row_key, weights_digest
+from stepdistill.eval.row_cache import RowCache, cache_folder, weights_digest
 from stepdistill.eval.shards import SHARD, Shards, features_of
 from stepdistill.eval.standard import FileSpec, StandardProtocol, load_standard, obtain, pin_commands, read_prompts
 from stepdistill.eval.standard_measure import (
@@ -40,72 +38,14 @@ from stepdistill.eval.standard_measure import (
     stored_moments,
 )
 from stepdistill.pipeline.conditioning import encode, entries
-from stepdistill.pipeline.generate import decode, generate
 from stepdistill.pipeline.load import export_arguments, load_pipeline
-from stepdistill.pipeline.trace import Trace, trace
+from stepdistill.pipeline.trace import trace
 from stepdistill.sampling_cost import sampling_cost
 from stepdistill.sources import Progress, Source, device_name, library_versions, read_all, training_lines
 
 REPEAT_OFFSET = 10**8
 """Index of the first further sample for diversity; no sample of a protocol reaches it."""
 PICTURES, WORST = 24, 16
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """One row to be: a traced pipeline, its own scheduler, steps and guidance; ``wanted[i]`` is asked of sample i."""
-
-    name: str
-    role: str
-    trace: Trace
-    weights: str
-    wanted: tuple[str | int, ...]
-    steps: int
-    guidance: float
-
-    @property
-    def nfe(self) -> int:
-        return self.steps * (1 if self.guidance == 1 else 2)
-
-    @property
-    def scheduler(self) -> Any:
-        return self.trace.pipeline.scheduler
-
-    def key(self, seed: int, samples: int, also: str) -> str:
-        """SHA-256 over what decides the samples, their number, and ``also``."""
-        return row_key(
-            weights=self.weights,
-            scheduler=self.scheduler,
-            steps=self.steps,
-            guidance=self.guidance,
-            seed=seed,
-            samples=samples,
-            protocol=_digest(self.wanted, also),
-        )
-
-    def entry(self, index: int) -> str | int:
-        return self.wanted[index % len(self.wanted)]
-
-
-def draw(sampler: Sampler, numbers: Sequence[int], first: int, *, seed: int, batch: int) -> Tensor:
-    """Images uint8 (N, C, H, W) asked for as entries ``numbers``, image k on the noise of index ``first`` + k.
-
-    Args:
-        batch: images through the networks at once; it decides nothing but speed and memory.
-    """
-    conditioning = encode(sampler.trace, [sampler.entry(number) for number in numbers])
-    latents = generate(
-        sampler.trace,
-        sampler.scheduler,
-        conditioning.to(sampler.trace.pipeline.device),
-        torch.arange(len(numbers)),
-        steps=sampler.steps,
-        guidance=sampler.guidance,
-        seed=seed,
-        first_index=first,
-        batch=batch,
-    )
-    return decode(sampler.trace, latents, batch=batch)
 
 
 @dataclass
@@ -128,7 +68,7 @@ class StandardBench:
     @property
     def digest(self) -> str:
         """Of the protocol and of every file it stands on."""
-        return _digest(self.protocol.digest, self.hashes)
+        return digest(self.protocol.digest, self.hashes)
 
     def sampler(self, name: str, role: str, path: str, steps: int, guidance: float, revision: str | None) -> Sampler:
         """The pipeline at ``path``, traced, with the protocol's prompts or its own classes.
@@ -197,7 +137,7 @@ class StandardBench:
             moments, count, read = None, len(files), lambda indices: map(_opened, files[indices.start : indices.stop])
         if count != spec.count:
             raise InputError(f"{path}: protocol {self.protocol.id} expects {spec.count} images, found {count}")
-        key = _digest(self.hashes[spec.file], self.view_digest(view))
+        key = digest(self.hashes[spec.file], self.view_digest(view))
         shards = Shards(self.cache / "references" / key[:32], count)
         self._fill(shards, features_of(read, network, self.device), f"reference: {view}")
         return RealSide(moments or _kept_moments(shards), lambda: shards.all("rows"))
@@ -205,7 +145,7 @@ class StandardBench:
     def view_digest(self, view: str) -> str:
         """Of what decides a view's rows."""
         spec = self.protocol.views[view]
-        return _digest(spec.model_dump(mode="json", exclude={"metrics", "prefix"}), self.hashes[spec.weights.file])
+        return digest(spec.model_dump(mode="json", exclude={"metrics", "prefix"}), self.hashes[spec.weights.file])
 
     def folder(self, sampler: Sampler) -> Path:
         """Where a sampler's images and rows lie."""
@@ -265,7 +205,7 @@ class StandardBench:
         )
 
     def _texts(self, sampler: Sampler, view: str) -> Tensor:
-        key = _digest(sampler.wanted, self.view_digest(view), self.protocol.views[view].prefix)
+        key = digest(sampler.wanted, self.view_digest(view), self.protocol.views[view].prefix)
         shards = Shards(self.cache / "texts" / key[:32], min(self.samples, len(sampler.wanted)))
         network = self.networks[view]
         self._fill(
@@ -442,7 +382,3 @@ def _kept_moments(shards: Shards) -> Moments:
 def _opened(path: Path) -> Tensor:
     with Image.open(path) as picture:
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -112,7 +112,9 @@ def _against_rows(
     values: dict[str, float] = {}
     if "kid" in wanted:
         values["kid"], spread = kid(real, fake, **protocol.kid.model_dump())
-        errors["kid"] = spread / protocol.kid.subsets**0.5
+        # Subsets that are whole sets do not vary, and would say nothing of other samples.
+        if (blocks := min(protocol.kid.subsets, min(len(real), len(fake)) // protocol.kid.size)) > 1:
+            errors["kid"] = spread / blocks**0.5
     if "cmmd" in wanted:
         values["cmmd"] = cmmd(real, fake)
     # Both sides as many rows: these metrics depend on their numbers.

@@ -15,12 +15,12 @@ from PIL import Image
 
 from pipeline.tiny import tiny_dit, tiny_sd
 from stepdistill import bench as run_bench
+from stepdistill.drawing import Sampler, draw
 from stepdistill.errors import InputError
 from stepdistill.eval.metrics import Moments, frechet_distance
 from stepdistill.eval.report import merge, read_report
 from stepdistill.eval.shards import SHARD, Shards
 from stepdistill.pipeline.trace import trace
-from stepdistill.standard_bench import Sampler, draw
 
 SAMPLES = SHARD + 16
 
