@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import stepdistill
-from stepdistill import assets
+from stepdistill import assets, yaml_lines
 from stepdistill.errors import InputError
 from stepdistill.progress import WorkProgress
 
@@ -164,10 +164,18 @@ def bench(
 @app.command()
 def inspect(
     pipeline: Annotated[str, typer.Argument(help="An embedded teacher, a folder, a run or a hub id.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--argument", help="NAME=VALUE of the pipeline's call, such as height=64; may be given repeatedly."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Trace a pipeline and print how its denoiser is driven."""
-    _print_facts(stepdistill.inspect(pipeline).summary(), as_json)
+    named = dict(argument.partition("=")[::2] for argument in arguments or ())
+    values = {name: yaml_lines.read(value, f"--argument {name}")[0] for name, value in named.items()}
+    _print_facts(stepdistill.inspect(pipeline, arguments=values or None).summary(), as_json)
 
 
 @app.command()

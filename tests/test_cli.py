@@ -83,6 +83,8 @@ def test_inspect(teacher: Path, capsys: pytest.CaptureFixture) -> None:
     assert facts["pipeline"] == "DiTPipeline" and facts["self_test_error"] < 1e-5
     assert cli.run(["inspect", str(teacher)]) == 0
     assert "DiTTransformer2DModel" in capsys.readouterr().out
+    assert cli.run(["inspect", str(teacher), "--argument", "heigth=8"]) == 2
+    assert "takes no argument 'heigth'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", ["run", "export", "teacher"])

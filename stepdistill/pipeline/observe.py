@@ -132,7 +132,7 @@ def call_arguments(
         if name not in accepted or name == entry:
             close = difflib.get_close_matches(name, accepted, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"arguments: expected arguments of {type(pipeline).__name__}, found {name!r}{hint}")
+            raise InputError(f"arguments: {type(pipeline).__name__} takes no argument {name!r}{hint}")
     wishes |= arguments or {}
     call: dict[str, Any] = {entry: len(entries) if entry == "batch_size" else list(entries)}
     scale = guidance_argument(pipeline)

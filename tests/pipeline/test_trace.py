@@ -181,7 +181,7 @@ def test_arguments_of_the_call():
         for arguments in ({"negative_prompt": ""}, {"negative_prompt": "rain"}, {})
     ]
     assert torch.equal(nulls[0], nulls[2]) and not torch.equal(nulls[0], nulls[1])
-    with pytest.raises(InputError, match="found 'heigth'; did you mean 'height'"):
+    with pytest.raises(InputError, match="takes no argument 'heigth'; did you mean 'height'"):
         trace(pipeline, {"heigth": 32})
 
 
