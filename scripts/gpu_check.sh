@@ -37,12 +37,12 @@ part() {
     fi
 }
 
-part device 20 "$python" -c 'import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())'
+part device 60 "$python" -c 'import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())'
 step=("$python" scripts/bench_step.py)
 if [[ -n $dry ]]; then
-    part kernels 60 "$python" scripts/bench_kernels.py --tiny --no-compile --rounds 1 --batch-sizes 1 --json "$out/kernels.json"
+    part kernels 150 "$python" scripts/bench_kernels.py --tiny --no-compile --rounds 1 --batch-sizes 1 --json "$out/kernels.json"
     for network in sd15 sdxl; do
-        part "step-$network" 120 "${step[@]}" --networks "$network" --methods lcm --batch-size 2 --repeats 1 --tiny \
+        part "step-$network" 240 "${step[@]}" --networks "$network" --methods lcm --batch-size 2 --repeats 1 --tiny \
             --precision bf16 --json "$out/step-$network.json"
     done
 else
@@ -54,6 +54,6 @@ else
     part step-sdxl 90 "${step[@]}" --networks sdxl --batch-size 2 --methods dmd2 --repeats 3 --precision bf16 \
         --json "$out/step-sdxl.json"
 fi
-part table 20 "$python" scripts/hardware_table.py "$out"
+part table 60 "$python" scripts/hardware_table.py "$out"
 cp "$out/table.txt" "$out/table.md"
 exit "$failed"
