@@ -111,6 +111,10 @@ class Train(Section):
     lr_decay: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward passes; weights stay float32")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
+    channels_last: bool = Field(False, description="weights of convolutions in channels-last order, for UNets on GPUs")
+    attention_backend: str | None = Field(
+        None, description="diffusers' attention backend (native, flash, xformers, ...)"
+    )
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: moments in 8 bits (bitsandbytes)")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random in the run")
     checkpoint_every: int = Field(100, gt=0, description="updates between checkpoints")

@@ -84,6 +84,7 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     if device.type != "cpu":
         pipeline.to(device)
     traced = trace(pipeline, recipe.teacher.arguments)
+    _switch(traced.denoiser.network, recipe)
     scale = recipe.teacher.guidance.scale
     if traced.guidance.kind == "embedded":
         # The scale is an input of the network, and there is nothing beside it to distil.
@@ -160,6 +161,22 @@ def _save_memory(roles: Roles, backbone: nn.Module) -> None:
         if not isinstance(role.network, AdapterView | FrozenView):
             save_memory(role.network)
     save_memory(backbone)
+
+
+def _switch(network: nn.Module, recipe: Recipe) -> None:
+    """Set how the teacher's network runs; every role is a copy of it or stands on it."""
+    if recipe.train.channels_last:
+        network.to(memory_format=torch.channels_last)
+    backend = recipe.train.attention_backend
+    if backend is None:
+        return
+    if backend.endswith("_hub"):
+        raise InputError(f"train.attention_backend: expected one that is installed, found {backend}, code from the hub")
+    try:
+        network.set_attention_backend(backend)
+    except (AttributeError, ValueError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"train.attention_backend: {backend!r} does not work here: {reason}") from None
 
 
 def _real_rows(recipe: Recipe, traced: Trace, conditioning: Conditioning, cache: Path | None) -> tuple[Tensor, Tensor]:
