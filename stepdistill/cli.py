@@ -67,13 +67,22 @@ def export(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     fuse: Annotated[bool | None, typer.Option(help="A LoRA student as a whole pipeline, or as a LoRA.")] = None,
     keys: Annotated[str | None, typer.Option(help="Names in a LoRA's file: diffusers, or kohya for ComfyUI.")] = None,
+    hub: Annotated[str | None, typer.Option(help="Then upload it to OWNER/NAME on the Hugging Face hub.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's student as a stock diffusers pipeline or LoRA, checked against the training-time sampler."""
     if keys not in (None, "diffusers", "kohya"):
         raise InputError(f"--keys: expected diffusers or kohya, found '{keys}'")
+    if hub is not None:
+        from stepdistill.pipeline.hub import check_name, push
+
+        check_name(hub)
     result = stepdistill.export(run, out, fuse, keys)
-    _print_facts({result.form: str(result.folder), "max_error": result.max_error}, as_json)
+    facts = {result.form: str(result.folder), "max_error": result.max_error}
+    if hub is not None:
+        facts["hub"] = push(result.folder, hub, private=not public)
+    _print_facts(facts, as_json)
 
 
 @app.command()

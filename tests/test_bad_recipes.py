@@ -131,7 +131,11 @@ TEXTS = {
         ":3: teacher.pipeline: expected an embedded teacher",
     ),
     "teacher that is no pipeline": ("pipeline: {teacher}", "pipeline: {empty}", "found no model_index.json in"),
-    "no such prompts file": ("conditions: classes", "conditions: no.txt", ":9: data.conditions: expected 'classes', a"),
+    "no such prompts file": (
+        "conditions: classes",
+        "conditions: no.txt",
+        ":9: data.conditions: expected 'classes', 'c",
+    ),
     "no prompts": ("conditions: classes", "conditions: []", ":9: data.conditions: expected at least one prompt"),
     "number for a prompt": (
         "conditions: classes",

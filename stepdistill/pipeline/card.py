@@ -6,6 +6,8 @@ from typing import Any
 from stepdistill.pipeline.observe import guidance_argument
 from stepdistill.pipeline.trace import Trace
 
+PLACE = "PATH_OF_THIS_FOLDER"
+"""Where the card's snippets name the folder; an upload puts the repository there."""
 NOT_MEASURED = "Not measured yet: `stepdistill bench PATH_OF_THIS_FOLDER`."
 
 
@@ -35,6 +37,18 @@ def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
         attached = f"""pipe.load_lora_weights("PATH_OF_THIS_FOLDER")  # at scale 1.0, the default
 pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
 """
+    # The hub reads these: a base model must be one of its own, and the kind of result finds the page.
+    known = (
+        [] if Path(facts["teacher"]).exists() or "/" not in facts["teacher"] else [f"base_model: {facts['teacher']}"]
+    )
+    if known:
+        known.append(f"base_model_relation: {'adapter' if facts['form'] == 'lora' else 'finetune'}")
+    if trace.entry == "prompt":
+        known.append(f"pipeline_tag: text-to-{'video' if result == 'frames' else 'image'}")
+    metadata = "".join(f"{line}\n" for line in known)
+    tags = ", ".join(
+        ["diffusion", "distillation", "few-step", facts["method"], *(["lora"] * (facts["form"] == "lora"))]
+    )
     guidance = guidance_argument(trace.pipeline)
     told = "" if guidance is None else f", {guidance.name}={facts['call_guidance']:g}"
     told += "".join(f", {name}={value!r}" for name, value in trace.arguments.items())
@@ -42,8 +56,7 @@ pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="s
 library_name: diffusers
 license: other
 license_name: as-the-teacher
-base_model: {facts["teacher"]}
-tags: [diffusion, distillation, few-step, {facts["method"]}]
+{metadata}tags: [{tags}]
 ---
 
 # {facts["teacher"]} in {steps} step{"s" if steps > 1 else ""}
