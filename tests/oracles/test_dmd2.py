@@ -212,6 +212,7 @@ def test_the_perfect_critic_has_the_lowest_denoising_loss(name, kind):
     unit = {
         "epsilon": alpha / sigma,
         "v": (alpha**2 + sigma**2) / sigma,
+        "edm": (alpha**2 + sigma**2) / sigma,
         "flow": (alpha + sigma) / sigma,
         "sample": 1.0,
     }[kind]

@@ -90,6 +90,7 @@ def unit(kind, alpha, sigma):
     return {
         "epsilon": alpha / sigma,
         "v": (alpha**2 + sigma**2) / sigma,
+        "edm": (alpha**2 + sigma**2) / sigma,
         "flow": (alpha + sigma) / sigma,
         "sample": torch.ones_like(sigma),
     }[kind]
