@@ -125,6 +125,8 @@ def test_the_fixed_point_where_trajectories_are_straight(name, kind):
 class Listener:
     """A denoiser that remembers which classes it was asked for."""
 
+    keeps_norm = False
+
     def __init__(self, denoiser):
         self.denoiser, self.schedule, self.kind = denoiser, denoiser.schedule, denoiser.kind
         self.heard: list[Tensor] = []
