@@ -5,7 +5,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -140,35 +140,6 @@ def decode(trace: Trace, latents: Tensor, batch: int = 250) -> Tensor:
             images = images[:, images.shape[1] // 2]
         parts.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
     return torch.cat(parts)
-
-
-def call_pipeline(
-    pipeline: Any,
-    entries: Sequence[str | int],
-    arguments: Mapping[str, Any] | None = None,
-    *,
-    steps: int,
-    guidance: float,
-) -> Any:
-    """A plain call of the pipeline for prompts or class ids, on torch's global random numbers."""
-    return run(pipeline, entries, arguments, steps=steps, guidance=guidance, output_type="latent")
-
-
-def last_latents(pipeline: Any, call: Callable[[], Any]) -> Tensor:
-    """What the pipeline's scheduler returned last while ``call`` ran: the latents before decoding."""
-    scheduler = pipeline.scheduler
-    original = scheduler.step
-    last: list[Tensor] = []
-
-    @functools.wraps(original)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        last[:] = [first_tensor(result)]
-        return result
-
-    with patched(scheduler, "step", step):
-        call()
-    return last[0].detach().clone()
 
 
 class _Output(tuple):
