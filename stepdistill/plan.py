@@ -16,7 +16,8 @@ from torch import nn
 from stepdistill import assets, yaml_lines
 from stepdistill.data.batch import Batch, PathRows
 from stepdistill.data.conditions import wanted
-from stepdistill.data.images import SUFFIXES
+from stepdistill.data.forms import count as samples_in
+from stepdistill.data.forms import form
 from stepdistill.errors import InputError
 from stepdistill.memory import LiveBytes
 from stepdistill.methods.base import DistillMethod
@@ -275,7 +276,9 @@ def _count(module: nn.Module) -> int:
 
 def _stored(recipe: Recipe, drawn: Blueprint) -> int:
     """Bytes of all encoded conditions and of the latents of all images, which stay on the device."""
-    conditions = wanted(recipe.data.conditions, recipe.data.images)
+    data = recipe.data
+    streamed = form(data.images if data.conditions == "captions" else str(data.conditions)) == "hub"
+    conditions = [""] * data.limit if streamed else wanted(data, aloud=False)
     if conditions == "classes":
         count = max(1, len(class_names(drawn.trace)))
     elif isinstance(conditions, str):
@@ -283,10 +286,9 @@ def _stored(recipe: Recipe, drawn: Blueprint) -> int:
     else:
         count = len(conditions)
     size = count * sum(row.numel() * row.element_size() for row in drawn.condition.values())
-    folder = recipe.data.images
-    if folder is None:
+    if data.images is None:
         return size
-    images = 60_000 if folder == "fashion-mnist" else sum(p.suffix.lower() in SUFFIXES for p in Path(folder).rglob("*"))
+    images = 60_000 if data.images == "fashion-mnist" else samples_in(data.images, data.limit)
     return size + images * torch.Size(drawn.trace.latent_shape).numel() * 4
 
 

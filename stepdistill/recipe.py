@@ -27,9 +27,13 @@ from pydantic import (
 )
 
 from stepdistill import assets, yaml_lines
+from stepdistill.data.forms import form
 from stepdistill.errors import InputError
 from stepdistill.recipe_errors import describe, found, section_words, suggest
 from stepdistill.yaml_lines import Keys
+
+SOURCES = "a folder, .jsonl, .tar, .parquet, .arrow or hub:OWNER/NAME"
+"""Where samples may come from (:mod:`stepdistill.data.forms`), in words."""
 
 
 class Section(BaseModel):
@@ -76,9 +80,23 @@ class Data(Section):
     conditions: str | list[str] = Field(
         "classes",
         description="'classes' (all of a class-conditional teacher), 'captions' (those of data.images), a shipped list "
-        "such as 'everyday', a file with a prompt a line, or a list",
+        "such as 'everyday', a .txt with a prompt a line, a list, or whatever data.images takes, for its captions",
     )
-    images: str | None = Field(None, description="real images: 'fashion-mnist' or a folder; null: none")
+    images: str | None = Field(
+        None,
+        description="real images: 'fashion-mnist', a folder of pictures, a .jsonl, webdataset shards (.tar), a Hugging "
+        "Face dataset (folder, .parquet, .arrow) or hub:OWNER/NAME[:SPLIT]; null: none",
+    )
+    caption_key: str | None = Field(
+        None, min_length=1, description="column, JSON key or ending of captions; null: caption, text or prompt"
+    )
+    image_key: str | None = Field(
+        None, min_length=1, description="column, JSON key or ending of images; null: the first usual one"
+    )
+    limit: int | None = Field(None, gt=0, description="samples taken of a source, the first ones; null: all")
+    max_rejected: float = Field(
+        0.1, ge=0, le=1, description="share of samples without usable image or caption that stops the run"
+    )
 
 
 class Method(BaseModel):
@@ -319,17 +337,20 @@ def _problems(recipe: Recipe, config: Any) -> Iterator[tuple[Keys, str]]:
         yield ("student", "init"), f"expected a run folder or an exported pipeline, found nothing at {student.init}"
     conditions = data.conditions
     known = ("classes", "captions", *assets.prompt_lists())
-    if isinstance(conditions, str) and conditions not in known and not Path(conditions).is_file():
+    if isinstance(conditions, str) and conditions not in known and form(conditions) is None:
         names = ", ".join(map(repr, known))
-        yield ("data", "conditions"), f"expected {names}, a list or a file of prompts, found no file {conditions}"
+        yield ("data", "conditions"), f"expected {names}, a list, a .txt or {SOURCES}, {_nothing(conditions)}"
     if conditions == "captions" and data.images is None:
         yield ("data", "conditions"), "expected data.images beside 'captions', found null"
     if conditions == []:
         yield ("data", "conditions"), "expected at least one prompt, found an empty list"
-    if data.images not in (None, "fashion-mnist") and not Path(data.images).is_dir():
-        yield ("data", "images"), f"expected 'fashion-mnist' or a folder, found nothing at {data.images}"
+    if data.images not in (None, "fashion-mnist") and form(data.images) in (None, "text"):
+        yield ("data", "images"), f"expected 'fashion-mnist', {SOURCES}, {_nothing(data.images)}"
+    for key, source in (("conditions", conditions), ("images", data.images)):
+        if isinstance(source, str) and form(source) == "hub" and data.limit is None:
+            yield ("data", key), "expected data.limit beside it, the number of samples to be streamed, found null"
     if data.images is None and recipe.method.implementation.data_needs(config).images:
-        problem = "trains on real images with these settings; expected data.images: 'fashion-mnist' or a folder"
+        problem = f"trains on real images with these settings; expected data.images: 'fashion-mnist', {SOURCES}"
         yield ("method", "name"), f"{recipe.method.name} {problem}, found null"
     for key, problem in recipe.method.implementation.problems(config, student.steps, train.steps):
         yield tuple(key.split(".")), problem
@@ -350,6 +371,15 @@ def _problems(recipe: Recipe, config: Any) -> Iterator[tuple[Keys, str]]:
     if recipe.resume not in ("auto", "never") and not Path(recipe.resume).is_dir():
         hint = suggest(recipe.resume, ["auto", "never"])
         yield ("resume",), f"expected auto, never or an existing folder, found {found(recipe.resume)}{hint}"
+
+
+def _nothing(source: str) -> str:
+    """The end of a message about a path that is no source of samples."""
+    return (
+        f"found {Path(source).suffix or 'a text file'} at {source}"
+        if Path(source).exists()
+        else (f"found nothing at {source}")
+    )
 
 
 def _existing(source: str | Path) -> Path:

@@ -90,10 +90,17 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         # The scale is an input of the network, and there is nothing beside it to distil.
         traced = traced if scale == 1 else at_guidance(traced, scale)
         scale = 1.0
-    conditioning = encode(traced, entries(traced, wanted(recipe.data.conditions, recipe.data.images)), cache).to(device)
+    implementation, config, data = recipe.method.implementation, recipe.method.config, recipe.data
+    needs, real = implementation.data_needs(config), None
+    if with_data and needs.images:
+        real = images.load(data, *image_shape(traced))
+    if data.conditions == "captions" and real is not None:
+        told = list(dict.fromkeys(real[1]))
+    else:
+        told = wanted(data, aloud=with_data)
+    conditioning = encode(traced, entries(traced, told), cache).to(device)
     if scale != 1 and conditioning.null is None:
         raise InputError(f"teacher.guidance.scale: expected 1 for a pipeline without guidance, found {scale}")
-    implementation, config = recipe.method.implementation, recipe.method.config
     sampler = SAMPLERS[implementation.sampler_of(config)](
         traced.denoiser.schedule,
         pipeline.scheduler,
@@ -103,7 +110,7 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     if isinstance(sampler, TCD):
         # Stable Diffusion's pipelines hand every scheduler an eta of their own, 0 in a plain call.
         sampler.gamma = set_up(traced, sampler.scheduler, recipe.student.steps)[1].get("eta", sampler.gamma)
-    needs, paths = implementation.data_needs(config), None
+    paths = None
     if with_data and needs.paths is not None:
         # Before adapters rename the teacher's weights: what is stored serves every run with this teacher.
         shape, seed = traced.latent_shape, recipe.train.seed
@@ -115,8 +122,8 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     if paths is not None:
         # What they cost belongs to the run, whoever made them.
         method.roles.teacher.evaluations += paths.evaluations
-    if with_data and needs.images:
-        rows = _real_rows(recipe, traced, conditioning, cache)
+    if real is not None:
+        rows = _real_rows(*real, traced, conditioning, cache)
         rows = (rows[0].to(device), rows[1].to(device))
     session = Session(recipe, traced, conditioning, method, sampler, rows, device, paths)
     if with_data:
@@ -179,9 +186,12 @@ def _switch(network: nn.Module, recipe: Recipe) -> None:
         raise InputError(f"train.attention_backend: {backend!r} does not work here: {reason}") from None
 
 
-def _real_rows(recipe: Recipe, traced: Trace, conditioning: Conditioning, cache: Path | None) -> tuple[Tensor, Tensor]:
-    pictures, captions = images.load(recipe.data.images, *image_shape(traced))
-    known = {label: i for i, label in enumerate(conditioning.labels)}
+def _real_rows(
+    pictures: Tensor, captions: list[str], traced: Trace, conditioning: Conditioning, cache: Path | None
+) -> tuple[Tensor, Tensor]:
+    """Latents of the pictures, and which condition each has: by its prompt, or by its class's name or number."""
+    known = {str(entry): i for i, entry in enumerate(conditioning.entries)}
+    known |= {label: i for i, label in enumerate(conditioning.labels)}
     strangers = sorted(set(captions) - known.keys())
     if strangers:
         raise InputError(

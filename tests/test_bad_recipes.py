@@ -87,7 +87,8 @@ TEXTS = {
     "unknown list of prompts": (
         "conditions: classes",
         "conditions: everday",
-        ":9: data.conditions: expected 'classes', 'captions', 'everyday', a list or a file of prompts, found no file",
+        ":9: data.conditions: expected 'classes', 'captions', 'everyday', a list, a .txt or a folder, .jsonl, .tar, "
+        ".parquet, .arrow or hub:OWNER/NAME, found nothing at everday",
     ),
     "no rank": ("steps: 4", "steps: 4\n  rank: 0", ":8: student.rank: expected a positive integer, found 0"),
     "unknown names of a LoRA's layers": (
@@ -145,7 +146,22 @@ TEXTS = {
     "no such images": (
         "conditions: classes",
         "images: no/images",
-        ":9: data.images: expected 'fashion-mnist' or a fol",
+        ":9: data.images: expected 'fashion-mnist', a folder, .jsonl, .tar, .parquet, .arrow or hub:OWNER/NAME, found",
+    ),
+    "images in a text file": (
+        "conditions: classes",
+        "images: {file}",
+        ".tar, .parquet, .arrow or hub:OWNER/NAME, found a text file at",
+    ),
+    "endless samples": (
+        "conditions: classes",
+        "images: hub:owner/name",
+        ":9: data.images: expected data.limit beside it, the number of samples to be streamed, found null",
+    ),
+    "everything rejected": (
+        "conditions: classes",
+        "max_rejected: 2",
+        ":9: data.max_rejected: expected a number from 0 to 1, found 2",
     ),
     "no such start": ("steps: 4", "steps: 4\n  init: no/run", ":8: student.init: expected a run folder or an exported"),
     "accumulation": (

@@ -1,11 +1,17 @@
-"""Switches of how networks run: the same numbers, and one clear error."""
+"""Switches of how networks run: the same numbers, and one clear error; and the data that a recipe names."""
+
+import io
+import tarfile
 
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from PIL import Image
 
-from pipeline.tiny import save_dit, tiny_dit
+from pipeline.tiny import save_dit, tiny_dit, tiny_sd
+from stepdistill import plan
 from stepdistill.errors import InputError
+from stepdistill.pipeline.load import save_pipeline
 from stepdistill.recipe import load
 from stepdistill.session import Session, build
 
@@ -31,6 +37,56 @@ def session(folder, **keys) -> Session:
         "train": {"steps": 1, "batch_size": 2, "lr": 1e-3, **keys},
     }
     return build(load(recipe), torch.device("cpu"))
+
+
+def write_shard(file, names, colours) -> None:
+    """Pictures with their class numbers, and one that is broken."""
+    with tarfile.open(file, "w") as archive:
+        for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
+            picture = io.BytesIO()
+            Image.new("L", (32, 32), colour).save(picture, format="PNG")
+            members = {"png": picture.getvalue(), "cls": name.encode()} if name else {"png": b"", "cls": b"0"}
+            for ending, content in members.items():
+                info = tarfile.TarInfo(f"{i}.{ending}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("conditions", ["classes", "captions"])
+def test_shards_of_images_with_class_numbers(folder, tmp_path, conditions, capsys):
+    write_shard(tmp_path / "a.tar", ["7", "3", "", "7"], [0, 100, 0, 200])
+    recipe = {
+        "teacher": {"pipeline": str(folder)},
+        "student": {"steps": 2},
+        "data": {"images": str(tmp_path), "conditions": conditions, "max_rejected": 0.25},
+        "method": {"name": "tcd"},
+        "train": {"steps": 1, "batch_size": 2, "lr": 1e-3},
+    }
+    built = build(load(recipe), torch.device("cpu"))
+    latents, index = built.rows
+    assert [built.conditioning.entries[i] for i in index.tolist()] == [7, 3, 7]
+    assert len(latents) == 3 and not torch.equal(latents[0], latents[2])
+    assert len(built.conditioning) == (10 if conditions == "classes" else 2)
+    assert capsys.readouterr().err.count("data.images: 1 of 4 samples rejected (1 unreadable image)") == 1
+    if conditions == "captions":
+        recipe["data"]["max_rejected"] = 0.1
+        with pytest.raises(InputError, match=r"more than data\.max_rejected, 0\.1"):
+            build(load(recipe), torch.device("cpu"))
+    else:
+        assert plan.plan(recipe).lines[-1].weights > 3 * latents[0].numel() * 4
+
+
+def test_prompts_of_a_jsonl(tmp_path):
+    save_pipeline(tiny_sd(), tmp_path / "teacher")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red shoe"}\n{"prompt": "rain"}\n{"prompt": "rain"}\n')
+    recipe = {
+        "teacher": {"pipeline": str(tmp_path / "teacher"), "guidance": {"scale": 2.0}},
+        "student": {"steps": 2},
+        "data": {"conditions": str(tmp_path / "prompts.jsonl")},
+        "method": {"name": "sfd", "substeps": 2},
+        "train": {"steps": 1, "batch_size": 2, "lr": 1e-3},
+    }
+    assert build(load(recipe), torch.device("cpu"), with_data=False).conditioning.entries == ("a red shoe", "rain")
 
 
 def loss(built: Session) -> torch.Tensor:

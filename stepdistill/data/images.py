@@ -1,6 +1,4 @@
-"""Real images for the methods that need them: Fashion-MNIST, or a folder with one subfolder per condition."""
-
-from pathlib import Path
+"""Real images for the methods that need them, and their captions: Fashion-MNIST, or any source of samples."""
 
 import numpy as np
 import torch
@@ -8,22 +6,22 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.data import fashion_mnist
+from stepdistill.data.forms import samples
+from stepdistill.data.sample import Sample
+from stepdistill.data.tally import Tally
 from stepdistill.errors import InputError
+from stepdistill.recipe import Data
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
+def load(data: Data, channels: int, size: int) -> tuple[Tensor, list[str]]:
+    """Images uint8 (N, channels, size, size) of ``data.images`` and the condition of each, a class name or a caption.
 
-def load(source: str, channels: int, size: int) -> tuple[Tensor, list[str]]:
-    """Images uint8 (N, channels, size, size) and the condition of each, a class name or a caption.
-
-    Args:
-        source: "fashion-mnist" or a folder. In a folder, the condition of FOLDER/NAME/picture.png is NAME,
-            or the text in picture.txt beside it.
+    Samples that cannot be used are left out, counted and said.
 
     Raises:
-        InputError: nothing readable there; the message names the first file that is wrong.
+        InputError: more than ``data.max_rejected`` of them cannot be used, or there are none.
     """
-    if source == "fashion-mnist":
+    if data.images == "fashion-mnist":
         try:
             images, labels = fashion_mnist.load("train")
         except FileNotFoundError as error:
@@ -31,40 +29,52 @@ def load(source: str, channels: int, size: int) -> tuple[Tensor, list[str]]:
         if images.shape[1:] != (channels, size, size):
             raise InputError(f"fashion-mnist has 1x32x32 images, this pipeline wants {channels}x{size}x{size}")
         return images, [fashion_mnist.CLASS_NAMES[label] for label in labels.tolist()]
-    paths = _paths(source)
-    return torch.stack([_read(path, channels, size) for path in paths]), [_condition(path) for path in paths]
+    tally, pictures, conditions = Tally("data.images", data.max_rejected), [], []
+    for sample in samples(data.images, data.caption_key, data.image_key, data.limit):
+        if not tally.accepts(sample):
+            continue
+        if sample.image is None:
+            tally.reject(sample, "no image")
+            continue
+        try:
+            pictures.append(_read(sample, channels, size))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            tally.reject(sample, f"unreadable image: {error}")
+        else:
+            conditions.append(sample.caption)
+    tally.close()
+    if not pictures:
+        raise InputError(f"data.images: expected images in {data.images}, found none")
+    return torch.stack(pictures), conditions
 
 
-def captions(source: str) -> list[str]:
-    """The conditions of the images in ``source`` (see :func:`load`), each once, in order.
+def captions(data: Data, key: str = "images", aloud: bool = True) -> list[str]:
+    """The captions of the source that ``data.images`` or ``data.conditions`` names, each once, in order.
+
+    Args:
+        aloud: say how many samples were rejected.
 
     Raises:
-        InputError: there are no images.
+        InputError: more than ``data.max_rejected`` samples have none, or there are no samples.
     """
+    source = getattr(data, key)
     if source == "fashion-mnist":
         return list(fashion_mnist.CLASS_NAMES)
-    return list(dict.fromkeys(_condition(path) for path in _paths(source)))
+    tally, found = Tally(f"data.{key}", data.max_rejected), {}
+    for sample in samples(source, data.caption_key, data.image_key, data.limit):
+        if tally.accepts(sample):
+            found[sample.caption] = None
+    tally.close(aloud)
+    if not found:
+        raise InputError(f"data.{key}: expected captions in {source}, found none")
+    return list(found)
 
 
-def _paths(source: str) -> list[Path]:
-    paths = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise InputError(f"{source}: expected images ({', '.join(sorted(SUFFIXES))}), found none")
-    return paths
-
-
-def _read(path: Path, channels: int, size: int) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            image = image.convert("L" if channels == 1 else "RGB")
-    except OSError as error:
-        raise InputError(f"{path}: not a readable image ({error})") from None
+def _read(sample: Sample, channels: int, size: int) -> Tensor:
+    """The middle square of a sample's image, scaled to ``size``."""
+    with sample.image() as file, Image.open(file) as image:
+        image = image.convert("L" if channels == 1 else "RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
-
-
-def _condition(path: Path) -> str:
-    caption = path.with_suffix(".txt")
-    return caption.read_text(encoding="utf-8").strip() if caption.is_file() else path.parent.name
