@@ -56,7 +56,14 @@ def train(
         folder, facts = profile_training(resolved, profile)
         print(json.dumps(facts, indent=2) if as_json else f"{table(facts)}\n{folder / 'trace.json'}")
         return
+    from stepdistill.distributed import launch, leave, processes_wanted
+
+    if (processes := processes_wanted(resolved.distributed.processes)) > 1:
+        raise typer.Exit(launch(["train", recipe, *(overrides or ()), *(["--json"] if as_json else [])], processes))
     result = stepdistill.train(resolved)
+    leave()
+    if int(os.environ.get("RANK", 0)) > 0:
+        return  # the first of several processes speaks for all
     facts = {"run": str(result.folder), "step": result.step, "interrupted": result.interrupted}
     _print_facts(facts | {"report": result.report and str(result.report)}, as_json)
 
@@ -237,10 +244,11 @@ def run(arguments: Sequence[str]) -> int:
     wrong_input = (InputError, typer.BadParameter.__base__)  # its base is the usage error of click and of typer alike
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="stepdistill", standalone_mode=False)
-        return 0 if not code else 1
+        return int(code or 0)
     except wrong_input as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("error:", " ".join(message.split()), file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stdout = None  # the reader has gone; a flush at exit would complain again

@@ -18,6 +18,11 @@ from rich.progress import (
 _console = Console(stderr=True, highlight=False)
 
 
+def quiet() -> None:
+    """Say nothing from now on: what all but the first of several processes do."""
+    _console.quiet = True
+
+
 def say(message: str) -> None:
     """One line on stderr."""
     _console.print(message, markup=False, soft_wrap=True)

@@ -157,6 +157,12 @@ class Export(Section):
     )
 
 
+class Distributed(Section):
+    processes: int | None = Field(
+        None, ge=1, description="processes on this machine; null: one for each GPU. A launcher's own number goes first"
+    )
+
+
 class Report(Section):
     samples: int = Field(1000, ge=0, description="images per row of the report; 0: no report")
     steps: list[PositiveInt] = Field([1, 2, 4], min_length=1, description="numbers of steps the student is measured at")
@@ -176,6 +182,7 @@ class Recipe(Section):
     train: Train = Field(description="optimisation, checkpoints, logging")
     export: Export = Field(Export(), description="what a LoRA student is written as")
     report: Report = Field(Report(), description="the measurement at the end of the run")
+    distributed: Distributed = Field(Distributed(), description="the processes that share the run's batches")
     output: str | None = Field(None, min_length=1, description="run folder; null: runs/NAME OF THE RECIPE FILE")
     resume: str = Field("auto", min_length=1, description="auto, never, or a checkpoint or run folder")
 

@@ -1,4 +1,8 @@
-"""The training loop, on accelerate. It knows players, turns and losses by name, and no method's mathematics."""
+"""The training loop, on accelerate. It knows players, turns and losses by name, and no method's mathematics.
+
+Several processes share each update's batch: every one computes its rows, gradients are averaged, and all take the same
+optimizer step. The draws of a batch depend on a row's global index alone, so a run does not depend on their number.
+"""
 
 import itertools
 import json
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from stepdistill import checkpoint
 from stepdistill.bench import bench
 from stepdistill.data.batch import Batch
+from stepdistill.distributed import Processes
 from stepdistill.errors import InputError
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.finite import FiniteWatch
@@ -26,7 +31,7 @@ from stepdistill.optimizer import make_optimizer
 from stepdistill.pipeline.card import fill_in_quality
 from stepdistill.pipeline.export import export
 from stepdistill.preview import Preview
-from stepdistill.progress import TrainingProgress, WorkProgress, say
+from stepdistill.progress import TrainingProgress, WorkProgress, quiet, say
 from stepdistill.recipe import Recipe, load
 from stepdistill.selfcheck import check_conventions
 from stepdistill.session import Session, build
@@ -63,18 +68,19 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     folder = Path(recipe.output)
     tracker = None if recipe.train.tracker == "none" else recipe.train.tracker
     accelerator = Accelerator(log_with=tracker, project_dir=str(folder))
-    if accelerator.num_processes > 1:
-        raise InputError(
-            f"training runs in one process so far, found {accelerator.num_processes}; start it without a launcher"
-        )
-    start = _prepare_folder(folder, recipe)
+    processes = Processes(accelerator)
+    if not processes.first:
+        quiet()
+    processes.share(recipe.train.batch_size, recipe.train.accumulation)
+    start = processes.once(lambda: _prepare_folder(folder, recipe))
     step, report = 0, None
     try:
-        session = build(recipe, accelerator.device, cache=cache_folder())
+        with accelerator.main_process_first():  # the others find what it has cached
+            session = build(recipe, accelerator.device, cache=cache_folder())
         if start is None:
             check_conventions(session)
-        step, interrupted = Trainer(session, accelerator, folder).run(start)
-        if not interrupted:
+        step, interrupted = Trainer(session, processes, folder).run(start)
+        if not interrupted and processes.first:
             export(folder, folder / "export")
             report = _write_report(folder, recipe)
     except KeyboardInterrupt:  # outside the loop, which takes signals itself: nothing half done is kept
@@ -112,8 +118,9 @@ class Trainer:
         session: the method with its roles and data. folder: the run folder, with recipe.yaml in it.
     """
 
-    def __init__(self, session: Session, accelerator: Accelerator, folder: Path):
-        self.session, self.accelerator, self.folder = session, accelerator, folder
+    def __init__(self, session: Session, processes: Processes, folder: Path):
+        self.session, self.processes, self.folder = session, processes, folder
+        self.accelerator = processes.accelerator
         self.recipe, self.method = session.recipe, session.method
         self.parameters = {player: self._parameters(player) for player in self.method.players}
         for parameter in itertools.chain.from_iterable(self.parameters.values()):
@@ -124,6 +131,8 @@ class Trainer:
         self.finite = FiniteWatch()
         self.stop_requested = False
         self.spent = 0
+        # What building the session cost, the same in every process.
+        self.built = self._evaluations()
 
     def _parameters(self, player: str) -> list[nn.Parameter]:
         return [p for module in self.method.modules(player) for p in module.parameters()]
@@ -146,41 +155,57 @@ class Trainer:
         if start:
             say(f"resumed from {start}")
         # What building the session cost has been counted by the interrupted run's lines as well.
-        self.spent = max(0, _keep_lines_before(self.folder / "metrics.jsonl", first) - self.evaluations())
+        lines = self.folder / "metrics.jsonl"
+        self.spent = max(0, self.processes.once(lambda: _keep_lines_before(lines, first)) - self.built)
         if first >= train.steps:
             return first, False
-        preview = Preview(self.session, self.folder)
+        preview = Preview(self.session, self.folder) if self.processes.first else None
         self.accelerator.init_trackers("tensorboard")
         step, saved = first, first
         with self._signals(), TrainingProgress(first, train.steps) as progress:
-            if first == 0:
+            if first == 0 and preview:
                 preview.write(0, self.averaged())
-            while step < train.steps and not self.stop_requested:
+            while step < train.steps and not self._stopping(step):
                 metrics = self.step(step, log=(step + 1) % train.log_every == 0 or step in (first, train.steps - 1))
                 step += 1
-                kept = step % train.checkpoint_every == 0 or step == train.steps or self.stop_requested
+                kept = step % train.checkpoint_every == 0 or step == train.steps
                 shown = step % train.preview_every == 0 or step == train.steps
                 if kept or shown:
                     self.finite.check()
-                if shown:
+                if shown and preview:
                     metrics |= preview.write(step, self.averaged())
                 progress.update(step, metrics)
-                if metrics:
+                if metrics and self.processes.first:
                     self._log(step, metrics)
                 if kept:
-                    checkpoint.save(checkpoints, self.state(step), train.keep_checkpoints)
+                    self._save(checkpoints, step)
                     saved = step
             if saved < step:
                 self.finite.check()
-                checkpoint.save(checkpoints, self.state(step), train.keep_checkpoints)
-        self.accelerator.end_training()
+                self._save(checkpoints, step)
+        for tracker in self.accelerator.trackers:  # end_training() would end the process group too: export is to come
+            tracker.finish()
         return step, self.stop_requested and step < train.steps
+
+    def _stopping(self, step: int) -> bool:
+        """Whether any process was asked to stop, so that all stop after the same step.
+
+        Several processes ask each other where they read their metrics anyway: an answer costs a wait for the device.
+        """
+        if self.processes.count == 1 or step % self.recipe.train.log_every == 0:
+            self.stop_requested = self.processes.any(self.stop_requested)
+            return self.stop_requested
+        return False
+
+    def _save(self, checkpoints: Path, step: int) -> None:
+        self.processes.check_equal(step, itertools.chain.from_iterable(self.parameters.values()))
+        self.processes.once(lambda: checkpoint.save(checkpoints, self.state(step), self.recipe.train.keep_checkpoints))
 
     def step(self, step: int, log: bool = False) -> dict[str, float]:
         """All turns of one step. With ``log``: every loss term, and the gradient norm of each player and term."""
         train = self.recipe.train
-        size = train.batch_size // train.accumulation
-        batches = [self.session.batch(step, i * size, size) for i in range(train.accumulation)]
+        starts, size = self.processes.share(train.batch_size, train.accumulation)
+        batches = [self.session.batch(step, start, size) for start in starts]
         metrics: dict[str, float] = {}
         began = time.perf_counter()
         for turn, player in enumerate(self.method.turns(step)):
@@ -192,14 +217,18 @@ class Trainer:
         self.finite.end_step()
         if not log:
             return {}
+        metrics = self.processes.mean(metrics)
         cost = {"seconds": time.perf_counter() - began, "evaluations": self.evaluations()}
         return metrics | {"lr": self._rate(step, train.lr)} | cost
 
     def evaluations(self) -> int:
-        """Rows that went through any of the run's networks so far, an interrupted run's first part included."""
+        """Rows that went through any of the run's networks so far, in all processes; an interrupted run's first part
+        is included."""
+        return self.spent + self.built + self.processes.sum(self._evaluations() - self.built)
+
+    def _evaluations(self) -> int:
         roles = self.method.roles
-        players = (getattr(roles, name) for name in ("teacher", "student", *self.method.extra_roles))
-        return self.spent + sum(player.evaluations for player in players)
+        return sum(getattr(roles, name).evaluations for name in ("teacher", "student", *self.method.extra_roles))
 
     def _turn(self, player: str, step: int, batches: list[Batch], log: bool) -> dict[str, float]:
         train, parameters, optimizer = self.recipe.train, self.parameters[player], self.optimizers[player]
@@ -221,11 +250,14 @@ class Trainer:
                     for term, loss in losses.items():
                         metrics[f"grad_norm/{term}"] = _norm(loss, parameters)
                 self.accelerator.backward(sum(losses.values()) / len(batches))
+            self.processes.average_gradients(parameters)
             norm = nn.utils.clip_grad_norm_(parameters, train.clip or math.inf)
             self.finite.add(f"{player} gradient ({' + '.join(losses)})", step, norm)
             optimizer.param_groups[0]["lr"] = self._rate(step, train.lr if player == "student" else train.critic_lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        for statistic in self.method.statistics():
+            self.processes.add_up(statistic)
         self.method.after_update(player)
         if player == "student" and self.average:
             moving = [p.detach() for p in self.method.roles.student.network.parameters()]
@@ -349,7 +381,7 @@ def _checkpoint_in(path: Path) -> Path:
 def _difference(old: Recipe, new: Recipe) -> str | None:
     """The first key, other than the free ones, in which two recipes differ."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for section in (name for name in before if name not in ("output", "resume")):
+    for section in (name for name in before if name not in ("output", "resume", "distributed")):
         for key in {**before[section], **after[section]}:
             a, b = before[section].get(key), after[section].get(key)
             if a != b and key not in _FREE_KEYS.get(section, ()):

@@ -135,6 +135,10 @@ class DistillMethod(ABC):
     def after_update(self, player: str) -> None:  # noqa: B027
         """Called after each optimizer step of ``player`` (moving averages)."""
 
+    def statistics(self) -> list[Tensor]:
+        """Sums over a batch that :meth:`after_update` reads: added up, in place, over the processes that share it."""
+        return []
+
     def extra_modules(self) -> dict[str, nn.Module]:
         """Networks of the method's own that belong in a checkpoint, by name."""
         return {}

@@ -106,6 +106,9 @@ class DMD2(DistributionMatching):
             gradient = per_sample(self.ratio(logit, t), x) * gradient
         return gradient
 
+    def statistics(self) -> list[Tensor]:
+        return [self.ratio.seen] if self.ratio else []
+
     def after_update(self, player: str) -> None:
         if self.ratio and player == "student":
             self.ratio.update()

@@ -1,0 +1,157 @@
+"""The processes that share a run: who computes which rows, and how they stay the same. All of it through accelerate."""
+
+import hashlib
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from stepdistill.errors import InputError
+
+T = TypeVar("T")
+
+
+def processes_wanted(stated: int | None) -> int:
+    """How many processes a run starts on this machine: those stated, or one for each GPU; 1 where a launcher
+    (accelerate launch, torchrun, a SLURM job of theirs) has started this one already."""
+    if "LOCAL_RANK" in os.environ:
+        return 1
+    return stated or max(1, torch.cuda.device_count())
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run ``stepdistill`` with these arguments in several processes on this machine; returns the exit code.
+
+    The launcher is torchrun's, called from here so that a wrong input stays one line and exit code 2.
+
+    Raises:
+        InputError: there are fewer GPUs than processes.
+    """
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise InputError(f"distributed.processes: expected at most the {gpus} GPUs of this machine, found {processes}")
+    if not gpus:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # It tells of every failed process in a page of its own; theirs have spoken.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "stepdistill", *arguments)
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return 2 if 2 in codes else 1
+    return 0
+
+
+def leave() -> None:
+    """Part from the other processes, where there are any; the last thing a process of several does."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class Processes:
+    """The processes of a run, of which this is one; a run without a launcher has one, and nothing here costs time."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.count, self.rank = accelerator.num_processes, accelerator.process_index
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def share(self, batch_size: int, accumulation: int) -> tuple[list[int], int]:
+        """First row of each of this process's micro-batches in the global batch, and their size.
+
+        Raises:
+            InputError: the batch cannot be divided.
+        """
+        if batch_size % (self.count * accumulation):
+            raise InputError(
+                f"train.batch_size: expected a multiple of processes x train.accumulation ({self.count} x "
+                f"{accumulation}), found {batch_size}"
+            )
+        size = batch_size // (self.count * accumulation)
+        return [(i * self.count + self.rank) * size for i in range(accumulation)], size
+
+    def once(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns, or raises, in the first process; the others wait for it and do not call it."""
+        if self.count == 1:
+            return work()
+        outcome: list[object] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = work()
+            except Exception as error:  # it is raised below, in every process: none is left waiting
+                outcome[1] = error
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return bool(self.sum(int(flag)))
+
+    def sum(self, number: int) -> int:
+        """The number's sum over the processes."""
+        if self.count == 1:
+            return number
+        return int(self.accelerator.reduce(torch.tensor(number, device=self.accelerator.device)))
+
+    def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Each number's mean over the processes."""
+        if self.count == 1:
+            return dict(metrics)
+        values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=self.accelerator.device)
+        return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+
+    @torch.no_grad()
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace the gradients by their means over the processes, in one exchange per dtype."""
+        if self.count == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for gradients in by_dtype.values():
+            whole = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+            parts = whole.split([g.numel() for g in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+    @torch.no_grad()
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace the tensor by its sum over the processes."""
+        if self.count > 1:
+            tensor.copy_(self.accelerator.reduce(tensor.clone()))
+
+    def check_equal(self, step: int, parameters: Iterable[Tensor]) -> None:
+        """Raises RuntimeError unless all processes are at this step with the same weights, to the bit."""
+        if self.count == 1:
+            return
+        digest = hashlib.sha256()
+        for parameter in parameters:
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found = gather_object([(step, digest.hexdigest()[:12])])
+        if len(set(found)) > 1:
+            raise RuntimeError(f"the processes have drifted apart (step, hash of the weights): {found}")

@@ -1,0 +1,106 @@
+"""Several processes train what one does; what goes wrong in one of them is said once."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stepdistill import checkpoint
+from stepdistill.distributed import processes_wanted
+from stepdistill.trainer import train
+from test_trainer import GAN, make_recipe, pictures, teacher  # noqa: F401
+
+CASES = {
+    "gan": (GAN, {}),
+    "f-distill": (GAN | {"name": "f-distill", "divergence": "forward-kl", "critic_steps": 1}, {}),
+    "lcm-lora": ({"name": "lcm", "solver_steps": 5}, {"student": {"train": "lora", "lora_rank": 4}}),
+    "ladd": ({"name": "ladd", "r1": 0.1}, {"accumulation": 2}),
+    "pd": ({"name": "pd", "start_steps": 8, "phase_steps": 2}, {}),
+}
+HERE = Path(__file__).parent
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)} | more
+
+
+def newest(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint."""
+    folder = checkpoint.latest(run / "checkpoints")
+    files = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
+    return {f"{name}/{key}": value for name, tensors in files.items() for key, value in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
+    """Every case trained by one process and by two, in folders CASE-1 and CASE-2."""
+    place = tmp_path_factory.mktemp("runs")
+    recipes = []
+    for name, (method, changes) in CASES.items():
+        for processes in (1, 2):
+            out = place / f"{name}-{processes}"
+            recipes.append(make_recipe(teacher, out, method, pictures, steps=3, lr=2e-4, **copy.deepcopy(changes)))
+    for recipe in recipes[::2]:
+        train(recipe)
+    (place / "recipes.json").write_text(json.dumps(recipes[1::2]))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(HERE / "several_processes.py"), str(place / "recipes.json")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_what_one_does(case, runs):
+    one, two = newest(runs / f"{case}-1"), newest(runs / f"{case}-2")
+    assert one.keys() == two.keys()
+    # Attention does not change when all keys move alike: their biases' gradient is rounding noise, which Adam enlarges.
+    names = [name for name in one if not name.endswith("to_k.bias")]
+    worst = max((one[name].double() - two[name].double()).abs().max().item() for name in names)
+    assert worst < 1e-6
+    lines = [
+        [json.loads(line) for line in (runs / f"{case}-{n}" / "metrics.jsonl").read_text().splitlines()] for n in (1, 2)
+    ]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3]
+    for alone, together in zip(*lines, strict=True):
+        assert alone["evaluations"] == together["evaluations"]
+        for key in alone:
+            if "/loss/" in key:
+                assert together[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-6), key
+    assert (runs / f"{case}-2" / "export" / "model_index.json").is_file()
+
+
+def test_what_the_processes_tell_each_other(runs):
+    first, second = (json.loads((runs / f"recipes.json.{rank}").read_text()) for rank in (0, 1))
+    assert first.pop("share") == [[0, 4], 2] and second.pop("share") == [[2, 6], 2]
+    assert first == second
+    assert first["once"] == "from 0" and first["refused"] == "InputError: no room"
+    assert first["any"] == [False, True]
+    assert first["mean"] == {"a": 0.5, "b": 3.0}
+    assert first["equal"] == "nothing" and first["unequal"].startswith("RuntimeError: the processes have drifted apart")
+    assert "train.batch_size: expected a multiple of processes x train.accumulation (2 x 1), found 3" in first["odd"]
+
+
+def test_a_launched_run_ends_with_one_line_and_the_code_of_a_wrong_input(teacher, tmp_path):  # noqa: F811
+    recipe = make_recipe(teacher, tmp_path / "run", {"name": "dmd2"}, batch_size=3) | {"distributed": {"processes": 2}}
+    (tmp_path / "three.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "stepdistill", "train", str(tmp_path / "three.yaml")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert lines == ["error: train.batch_size: expected a multiple of processes x train.accumulation (2 x 1), found 3"]
+
+
+@pytest.mark.parametrize("launched, stated, expected", [(False, 3, 3), (False, None, 1), (True, 3, 1)])
+def test_how_many_processes_a_run_starts(launched, stated, expected, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert processes_wanted(stated) == expected
