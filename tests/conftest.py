@@ -8,14 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["STEPDISTILL_CACHE"] = tempfile.mkdtemp(prefix="stepdistill-tests-")
 
-import json
-
 import hypothesis
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from stepdistill.pipeline import export, stock_call
+from stepdistill.pipeline import export
+from stock_here import call_here
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("suite")
@@ -29,15 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _called_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory) -> None:
-    """Exports are verified by the same program in this process: starting one takes seconds, and exports are many."""
-
-    def call_here(wanted: dict) -> dict[str, torch.Tensor]:
-        place = tmp_path_factory.mktemp("call")
-        (place / "request.json").write_text(json.dumps(wanted))
-        stock_call.main(str(place / "request.json"), str(place / "result"))
-        return load_file(place / "result")
-
+def _called_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.node.get_closest_marker("own_process"):
         monkeypatch.setattr(export, "call_elsewhere", call_here)
 
