@@ -79,7 +79,7 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
             session = build(recipe, accelerator.device, cache=cache_folder())
         if start is None:
             check_conventions(session)
-        step, interrupted = Trainer(session, processes, folder).run(start)
+        step, interrupted = Trainer(session, accelerator, folder).run(start)
         if not interrupted and processes.first:
             export(folder, folder / "export")
             report = _write_report(folder, recipe)
@@ -118,9 +118,9 @@ class Trainer:
         session: the method with its roles and data. folder: the run folder, with recipe.yaml in it.
     """
 
-    def __init__(self, session: Session, processes: Processes, folder: Path):
-        self.session, self.processes, self.folder = session, processes, folder
-        self.accelerator = processes.accelerator
+    def __init__(self, session: Session, accelerator: Accelerator, folder: Path):
+        self.session, self.accelerator, self.folder = session, accelerator, folder
+        self.processes = Processes(accelerator)
         self.recipe, self.method = session.recipe, session.method
         self.parameters = {player: self._parameters(player) for player in self.method.players}
         for parameter in itertools.chain.from_iterable(self.parameters.values()):

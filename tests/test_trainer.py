@@ -17,7 +17,6 @@ from PIL import Image
 
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill import checkpoint
-from stepdistill.distributed import Processes
 from stepdistill.errors import InputError
 from stepdistill.finite import NonFiniteError
 from stepdistill.methods import METHODS
@@ -69,7 +68,7 @@ def weights(run: Path) -> dict[str, bytes]:
 
 def make_trainer(recipe: dict) -> Trainer:
     session = build(load(recipe), CPU)
-    return Trainer(session, Processes(Accelerator()), Path(recipe["output"]))
+    return Trainer(session, Accelerator(), Path(recipe["output"]))
 
 
 METHOD_CASES = {
