@@ -342,21 +342,26 @@ def sample(
 
 
 def fit(traced: Trace, protocol: Protocol, path: str, device: torch.device) -> Model:
-    """The model with the protocol's classes as conditions.
+    """The model with the protocol's classes as conditions; raises as :func:`check_fit` does."""
+    check_fit(traced, protocol, path)
+    conditioning = encode(traced, range(len(protocol.labels)), None).to(device)
+    return Model(traced, conditioning, weights_digest(traced.pipeline))
 
-    Raises:
-        InputError: the pipeline is not conditioned on the protocol's classes, or makes images of another shape.
+
+def check_fit(traced: Trace, protocol: Protocol, path: str) -> None:
+    """Raises InputError unless the pipeline at ``path`` makes what the protocol measures.
+
+    That is: images of the protocol's shape, conditioned on its classes.
     """
     # Not "exactly": a stock DiT folder may have lost its labels, and then counts the classes it could embed.
     if (found := class_count(traced)) < len(protocol.labels):
         kind = type(traced.pipeline).__name__
         raise InputError(f"{path}: protocol {protocol.id} expects {len(protocol.labels)} classes, {kind} has {found}")
-    conditioning = encode(traced, range(len(protocol.labels)), None).to(device)
+    device = next(traced.denoiser.network.parameters()).device
     probe = decode(traced, torch.zeros(1, *traced.latent_shape, device=device))
     if tuple(probe.shape[1:]) != protocol.image:
         found = tuple(probe.shape[1:])
         raise InputError(f"{path}: protocol {protocol.id} expects images of shape {protocol.image}, found {found}")
-    return Model(traced, conditioning, weights_digest(traced.pipeline))
 
 
 def real_images(protocol: Protocol) -> tuple[Tensor, Tensor] | None:

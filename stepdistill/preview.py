@@ -1,17 +1,16 @@
 """Previews: teacher, student and critic from the same noise, and how far the student's latents have drifted."""
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from stepdistill.eval.pictures import image_grid
-from stepdistill.pipeline.generate import decode, generate, noise
+from stepdistill.pipeline.generate import decode
+from stepdistill.run_samples import diffuse, distilled
 from stepdistill.session import Session
 
 COUNT = 16
-TEACHER_STEPS = 50
 # Apart from training and benchmark seeds, which a user picks.
 SEED = 987_654_321
 
@@ -26,39 +25,18 @@ class Preview:
     def __init__(self, session: Session, folder: Path):
         self.session, self.folder = session, folder / "previews"
         self.folder.mkdir(exist_ok=True)
-        self.index = torch.arange(COUNT) % len(session.conditioning)
-        self.noise = noise(session.trace.latent_shape, SEED, range(COUNT)).to(session.device)
-        self.teacher = self._diffuse(session.trace, session.method.roles.scale)
+        self.teacher = diffuse(session, "teacher", COUNT, SEED)
         self.teacher_images = decode(session.trace, self.teacher)
-
-    def _diffuse(self, trace, guidance: float) -> torch.Tensor:
-        scheduler = trace.pipeline.scheduler
-        return generate(
-            trace,
-            type(scheduler).from_config(scheduler.config),
-            self.session.conditioning,
-            self.index,
-            steps=TEACHER_STEPS,
-            guidance=guidance,
-            seed=SEED,
-        )
 
     @torch.no_grad()
     def write(self, step: int, averaged: AbstractContextManager) -> dict[str, float]:
         """Write the picture of ``step``; returns how far the latents' mean and deviation are from the teacher's."""
-        session, roles = self.session, self.session.method.roles
-        cond, _ = session.conditioning.batch(self.index.to(session.device))
-        draws = iter(range(1, 100))
+        session = self.session
         with averaged:
-            student = session.sampler.sample(
-                lambda x, t: roles.student(x, t, cond),
-                self.noise,
-                lambda: noise(session.trace.latent_shape, SEED, range(COUNT), stream=next(draws)).to(session.device),
-            )
+            student = distilled(session, COUNT, SEED)
         rows = [self.teacher_images, decode(session.trace, student)]
-        if roles.critic is not None:
-            critic = self._diffuse(replace(session.trace, denoiser=roles.critic), guidance=1.0)
-            rows.append(decode(session.trace, critic))
+        if session.method.roles.critic is not None:
+            rows.append(decode(session.trace, diffuse(session, "critic", COUNT, SEED)))
         image_grid(torch.cat(rows), columns=COUNT).save(self.folder / f"{step:06d}.png")
         difference = student.float().mean() - self.teacher.float().mean()
         return {

@@ -163,6 +163,19 @@ class Distributed(Section):
     )
 
 
+class Evaluation(Section):
+    every: int = Field(0, ge=0, description="updates between measurements of the student in training; 0: none")
+    samples: int = Field(256, ge=16, description="images per measurement")
+    metric: Literal["teacher_kid_enet", "teacher_fd_enet", "kid_enet", "fd_enet", "kid_classifier", "fd_classifier"] = (
+        Field(
+            "teacher_kid_enet",
+            description="against the teacher's samples (any pipeline) or the embedded protocol's images",
+        )
+    )
+    keep_best: int = Field(1, gt=0, description="best checkpoints kept beside the newest; the very best is exported")
+    patience: int | None = Field(None, gt=0, description="stop after so many measurements in a row without a better")
+
+
 class Report(Section):
     samples: int = Field(1000, ge=0, description="images per row of the report; 0: no report")
     steps: list[PositiveInt] = Field([1, 2, 4], min_length=1, description="numbers of steps the student is measured at")
@@ -181,6 +194,7 @@ class Recipe(Section):
     method: Method = Field(description="the distillation method and its own settings")
     train: Train = Field(description="optimisation, checkpoints, logging")
     export: Export = Field(Export(), description="what a LoRA student is written as")
+    evaluation: Evaluation = Field(Evaluation(), description="measurements during the run, few samples each")
     report: Report = Field(Report(), description="the measurement at the end of the run")
     distributed: Distributed = Field(Distributed(), description="the processes that share the run's batches")
     output: str | None = Field(None, min_length=1, description="run folder; null: runs/NAME OF THE RECIPE FILE")

@@ -7,7 +7,6 @@ optimizer step. The draws of a batch depend on a row's global index alone, so a 
 import itertools
 import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -24,8 +23,8 @@ from stepdistill import checkpoint
 from stepdistill.bench import bench
 from stepdistill.data.batch import Batch
 from stepdistill.distributed import Processes
-from stepdistill.errors import InputError
 from stepdistill.eval.row_cache import cache_folder
+from stepdistill.evaluation import Evaluation, ranked
 from stepdistill.finite import FiniteWatch
 from stepdistill.optimizer import make_optimizer
 from stepdistill.pipeline.card import fill_in_quality
@@ -33,14 +32,9 @@ from stepdistill.pipeline.export import export
 from stepdistill.preview import Preview
 from stepdistill.progress import TrainingProgress, WorkProgress, quiet, say
 from stepdistill.recipe import Recipe, load
+from stepdistill.run_folder import keep_lines_before, prepare_folder
 from stepdistill.selfcheck import check_conventions
 from stepdistill.session import Session, build
-
-# Keys that may differ between a run and its resumption without making it another run.
-_FREE_KEYS = {
-    "train": {"steps", "checkpoint_every", "keep_checkpoints", "preview_every", "log_every", "tracker"},
-    "report": {"samples", "steps", "networks", "solvers"},
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     if not processes.first:
         quiet()
     processes.share(recipe.train.batch_size, recipe.train.accumulation)
-    start = processes.once(lambda: _prepare_folder(folder, recipe))
+    start = processes.once(lambda: prepare_folder(folder, recipe))
     step, report = 0, None
     try:
         with accelerator.main_process_first():  # the others find what it has cached
@@ -156,24 +150,34 @@ class Trainer:
             say(f"resumed from {start}")
         # What building the session cost has been counted by the interrupted run's lines as well.
         lines = self.folder / "metrics.jsonl"
-        self.spent = max(0, self.processes.once(lambda: _keep_lines_before(lines, first)) - self.built)
+        self.spent = max(0, self.processes.once(lambda: keep_lines_before(lines, first)) - self.built)
         if first >= train.steps:
+            return first, False
+        every, evaluation = self.recipe.evaluation.every, None
+        if every and self.processes.first:
+            evaluation = Evaluation(self.session, self.folder, first)
+        if self._enough(evaluation):
             return first, False
         preview = Preview(self.session, self.folder) if self.processes.first else None
         self.accelerator.init_trackers("tensorboard")
-        step, saved = first, first
+        step, saved, enough = first, first, False
         with self._signals(), TrainingProgress(first, train.steps) as progress:
             if first == 0 and preview:
                 preview.write(0, self.averaged())
-            while step < train.steps and not self._stopping(step):
+            while step < train.steps and not enough and not self._stopping(step):
                 metrics = self.step(step, log=(step + 1) % train.log_every == 0 or step in (first, train.steps - 1))
                 step += 1
                 kept = step % train.checkpoint_every == 0 or step == train.steps
                 shown = step % train.preview_every == 0 or step == train.steps
-                if kept or shown:
+                measured = every and (step % every == 0 or step == train.steps)
+                if kept or shown or measured:
                     self.finite.check()
                 if shown and preview:
                     metrics |= preview.write(step, self.averaged())
+                if measured:
+                    if evaluation:
+                        metrics |= evaluation.write(self.state(step), self.averaged())
+                    enough = self._enough(evaluation)
                 progress.update(step, metrics)
                 if metrics and self.processes.first:
                     self._log(step, metrics)
@@ -186,6 +190,20 @@ class Trainer:
         for tracker in self.accelerator.trackers:  # end_training() would end the process group too: export is to come
             tracker.finish()
         return step, self.stop_requested and step < train.steps
+
+    def _enough(self, evaluation: Evaluation | None) -> bool:
+        """Whether the student has stopped getting better; the first process, which evaluates, answers for all."""
+
+        def answer() -> bool:
+            if evaluation is None or not evaluation.exhausted:
+                return False
+            step = ranked(evaluation.values)[0]
+            say(
+                f"no better {evaluation.settings.metric} since step {step} ({evaluation.values[step]:.4g}): that is all"
+            )
+            return True
+
+        return self.processes.once(answer)
 
     def _stopping(self, step: int) -> bool:
         """Whether any process was asked to stop, so that all stop after the same step.
@@ -333,77 +351,3 @@ def _assign(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None
 def _norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return torch.stack([g.norm() for g in gradients if g is not None]).norm().item()
-
-
-def _prepare_folder(folder: Path, recipe: Recipe) -> Path | None:
-    """Make the run folder; returns the checkpoint to start from.
-
-    Raises:
-        InputError: the folder holds a run of another recipe, or ``resume`` names nothing usable.
-    """
-    written = folder / "recipe.yaml"
-    start = None
-    if recipe.resume == "never":
-        if written.exists():
-            _set_aside(folder)
-    elif recipe.resume != "auto":
-        start = _checkpoint_in(Path(recipe.resume))
-    elif written.exists():
-        if different := _difference(load(written), recipe):
-            raise InputError(
-                f"output: {folder} holds a run of another recipe ({different}); "
-                "choose another output, or resume=never to move that run aside"
-            )
-        start = checkpoint.latest(folder / "checkpoints", say)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = written.with_suffix(".partial")
-    draft.write_text(recipe.to_yaml(), encoding="utf-8")
-    draft.rename(written)
-    return start
-
-
-def _set_aside(folder: Path) -> None:
-    number = 1
-    while (other := folder.with_name(f"{folder.name}.previous-{number}")).exists():
-        number += 1
-    shutil.move(folder, other)
-    say(f"moved the run in {folder} to {other}")
-
-
-def _checkpoint_in(path: Path) -> Path:
-    if (path / checkpoint.MANIFEST).is_file():
-        return path
-    if found := checkpoint.latest(path / "checkpoints", say):
-        return found
-    raise InputError(f"resume: expected auto, never, a checkpoint or a run folder with one, found {path}")
-
-
-def _difference(old: Recipe, new: Recipe) -> str | None:
-    """The first key, other than the free ones, in which two recipes differ."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for section in (name for name in before if name not in ("output", "resume", "distributed")):
-        for key in {**before[section], **after[section]}:
-            a, b = before[section].get(key), after[section].get(key)
-            if a != b and key not in _FREE_KEYS.get(section, ()):
-                return f"{section}.{key} is {a!r} there and {b!r} here"
-    return None
-
-
-def _keep_lines_before(path: Path, step: int) -> int:
-    """Drop the metrics of steps that will be run again, and a line that a kill cut short.
-
-    Returns the evaluations that the last kept line counts.
-    """
-    if not path.exists():
-        return 0
-    kept, evaluations = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-            if values["step"] <= step:
-                kept.append(line)
-                evaluations = int(values.get("evaluations", evaluations))
-        except (ValueError, KeyError):
-            continue
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    return evaluations

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from stepdistill import preview
+from stepdistill import run_samples
 from stepdistill.distributed import Processes, leave
 from stepdistill.errors import InputError
 from stepdistill.pipeline import export
@@ -49,7 +49,7 @@ def answers(processes: Processes) -> dict[str, object]:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     export.call_elsewhere = call_here
-    preview.TEACHER_STEPS = 2
+    run_samples.TEACHER_STEPS = 2
     for recipe in json.loads(place.read_text()):
         train(recipe)
     processes = Processes(Accelerator())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stepdistill import checkpoint, preview
+from stepdistill import checkpoint, run_samples
 from stepdistill.distributed import processes_wanted
 from stepdistill.pipeline import export
 from stepdistill.trainer import train
@@ -48,7 +48,7 @@ def runs(teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
             recipes.append(make_recipe(teacher, out, method, pictures, steps=3, lr=2e-4, **copy.deepcopy(changes)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "call_elsewhere", call_here)
-        patch.setattr(preview, "TEACHER_STEPS", 2)
+        patch.setattr(run_samples, "TEACHER_STEPS", 2)
         for recipe in recipes[::2]:
             train(recipe)
     (place / "recipes.json").write_text(json.dumps(recipes[1::2]))

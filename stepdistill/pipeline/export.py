@@ -20,6 +20,7 @@ from stepdistill import checkpoint
 from stepdistill.adapters import plain_network
 from stepdistill.errors import InputError
 from stepdistill.eval.row_cache import cache_folder
+from stepdistill.evaluation import best_checkpoint
 from stepdistill.guidance_adapters import fastened
 from stepdistill.pipeline import stock_call
 from stepdistill.pipeline.attach import CONFIG as ATTACHED
@@ -75,7 +76,7 @@ def export(run: str | Path, out: str | Path, fuse: bool | None = None, keys: Key
     if out.exists() and not (out / FACTS).is_file():
         raise InputError(f"{out}: exists and is not an export of stepdistill; choose another folder")
     recipe = load(run / "recipe.yaml")
-    path = newest_checkpoint(run, say)
+    path = best_checkpoint(run) or newest_checkpoint(run, say)
     # The stock pipeline is in float32, and so is what it is compared with.
     exact = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"precision": "fp32"})})
     session = build(exact, torch.device("cpu"), cache=cache_folder(), with_data=False)

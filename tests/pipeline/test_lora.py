@@ -52,7 +52,7 @@ def small_flux():
 def quick():
     """Short previews; and no check of conventions, which networks without training have none of."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stepdistill.preview.TEACHER_STEPS", 2)
+        patch.setattr("stepdistill.run_samples.TEACHER_STEPS", 2)
         patch.setattr("stepdistill.preview.COUNT", 2)
         patch.setattr("stepdistill.trainer.check_conventions", lambda session: None)
         yield

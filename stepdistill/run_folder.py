@@ -1,0 +1,91 @@
+"""The folder of a run: made, found again, moved aside; which checkpoint a run starts from."""
+
+import json
+import shutil
+from pathlib import Path
+
+from stepdistill import checkpoint
+from stepdistill.errors import InputError
+from stepdistill.progress import say
+from stepdistill.recipe import Recipe, load
+
+# Keys that may differ between a run and its resumption without making it another run.
+_FREE_KEYS = {
+    "train": {"steps", "checkpoint_every", "keep_checkpoints", "preview_every", "log_every", "tracker"},
+    "report": {"samples", "steps", "networks", "solvers"},
+    "evaluation": {"every", "keep_best", "patience"},
+}
+
+
+def prepare_folder(folder: Path, recipe: Recipe) -> Path | None:
+    """Make the run folder; returns the checkpoint to start from.
+
+    Raises:
+        InputError: the folder holds a run of another recipe, or ``resume`` names nothing usable.
+    """
+    written = folder / "recipe.yaml"
+    start = None
+    if recipe.resume == "never":
+        if written.exists():
+            _set_aside(folder)
+    elif recipe.resume != "auto":
+        start = _checkpoint_in(Path(recipe.resume))
+    elif written.exists():
+        if different := _difference(load(written), recipe):
+            raise InputError(
+                f"output: {folder} holds a run of another recipe ({different}); "
+                "choose another output, or resume=never to move that run aside"
+            )
+        start = checkpoint.latest(folder / "checkpoints", say)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = written.with_suffix(".partial")
+    draft.write_text(recipe.to_yaml(), encoding="utf-8")
+    draft.rename(written)
+    return start
+
+
+def _set_aside(folder: Path) -> None:
+    number = 1
+    while (other := folder.with_name(f"{folder.name}.previous-{number}")).exists():
+        number += 1
+    shutil.move(folder, other)
+    say(f"moved the run in {folder} to {other}")
+
+
+def _checkpoint_in(path: Path) -> Path:
+    if (path / checkpoint.MANIFEST).is_file():
+        return path
+    if found := checkpoint.latest(path / "checkpoints", say):
+        return found
+    raise InputError(f"resume: expected auto, never, a checkpoint or a run folder with one, found {path}")
+
+
+def _difference(old: Recipe, new: Recipe) -> str | None:
+    """The first key, other than the free ones, in which two recipes differ."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    for section in (name for name in before if name not in ("output", "resume", "distributed")):
+        for key in {**before[section], **after[section]}:
+            a, b = before[section].get(key), after[section].get(key)
+            if a != b and key not in _FREE_KEYS.get(section, ()):
+                return f"{section}.{key} is {a!r} there and {b!r} here"
+    return None
+
+
+def keep_lines_before(path: Path, step: int) -> int:
+    """Drop the metrics of steps that will be run again, and a line that a kill cut short.
+
+    Returns the evaluations that the last kept line counts.
+    """
+    if not path.exists():
+        return 0
+    kept, evaluations = [], 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+            if values["step"] <= step:
+                kept.append(line)
+                evaluations = int(values.get("evaluations", evaluations))
+        except (ValueError, KeyError):
+            continue
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return evaluations

@@ -1,0 +1,50 @@
+"""Samples of a run in progress: of its teacher, its student, its critic. Sample i depends on (seed, i) alone."""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.pipeline.generate import generate, noise
+from stepdistill.session import Session
+
+TEACHER_STEPS = 50
+
+
+def conditions_of(session: Session, count: int) -> Tensor:
+    """The conditions that samples 0 .. count - 1 are asked for: all of the run's, over and over."""
+    return torch.arange(count) % len(session.conditioning)
+
+
+def diffuse(session: Session, role: Literal["teacher", "critic"], count: int, seed: int, batch: int = 250) -> Tensor:
+    """Latents (count, ...) of the teacher with the recipe's guidance, or of the critic without, in many stock steps."""
+    trace, roles = session.trace, session.method.roles
+    scheduler = trace.pipeline.scheduler
+    return generate(
+        replace(trace, denoiser=roles.critic) if role == "critic" else trace,
+        type(scheduler).from_config(scheduler.config),
+        session.conditioning,
+        conditions_of(session, count),
+        steps=TEACHER_STEPS,
+        guidance=1.0 if role == "critic" else roles.scale,
+        seed=seed,
+        batch=batch,
+    )
+
+
+@torch.no_grad()
+def distilled(session: Session, count: int, seed: int, batch: int = 250) -> Tensor:
+    """Latents (count, ...) of the student by the training-time sampler, from the noise that :func:`diffuse` takes."""
+    shape, student = session.trace.latent_shape, session.method.roles.student
+    parts = []
+    for start in range(0, count, batch):
+        rows = range(start, min(start + batch, count))
+        cond, _ = session.conditioning.batch(conditions_of(session, count)[rows.start : rows.stop].to(session.device))
+        streams = iter(range(100))
+
+        def fresh(rows=rows, streams=streams) -> Tensor:
+            return noise(shape, seed, rows, stream=next(streams)).to(session.device)
+
+        parts.append(session.sampler.sample(lambda x, t, cond=cond: student(x, t, cond), fresh(), fresh))
+    return torch.cat(parts)
