@@ -29,6 +29,12 @@ CPU = torch.device("cpu")
 GAN = {"name": "dmd2", "gan_weight": 0.05, "critic_steps": 2, "critic_warmup": 1}
 
 
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch):
+    """Previews of a teacher in two steps: nothing here looks at them."""
+    monkeypatch.setattr("stepdistill.run_samples.TEACHER_STEPS", 2)
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "tiny"
@@ -97,7 +103,7 @@ METHOD_CASES = {
 
 
 @pytest.mark.parametrize("case", METHOD_CASES)
-def test_stop_and_resume_is_bit_exact(teacher, pictures, tmp_path, case, monkeypatch):
+def test_stop_and_resume_is_bit_exact(teacher, pictures, tmp_path, case):
     method, needs = METHOD_CASES[case]
     images = pictures if needs else None
     train(make_recipe(teacher, tmp_path / "whole", method, images))
@@ -108,10 +114,10 @@ def test_stop_and_resume_is_bit_exact(teacher, pictures, tmp_path, case, monkeyp
         os.kill(os.getpid(), signal.SIGTERM) if step == 1 else None
         return original(self, step, log)
 
-    monkeypatch.setattr(Trainer, "step", stopping)
-    result = train(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", stopping)
+        result = train(recipe)
     assert (result.step, result.interrupted) == (2, True)
-    monkeypatch.undo()
     assert train(recipe).step == 4
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()

@@ -112,7 +112,6 @@ def test_pieces_are_merged_finished_runs_are_kept_and_rows_say_what_they_cost(ru
     assert run("walk") == 0
     strip = lambda rows: [{**row, "cached": True, "cost": 0} for row in rows]  # noqa: E731
     assert strip(rows_of(folder)) == strip(before)
-    monkeypatch.undo()
 
 
 def test_seeds_failures_and_changed_recipes(run, place, script, monkeypatch):
@@ -162,7 +161,6 @@ def test_an_interrupted_run_is_not_measured_and_goes_on(run, place, script, monk
     monkeypatch.setattr("stepdistill.trainer.Trainer.run", lambda self, start: (1, True))
     assert run("walk") == 0
     assert not any(row["role"] == "student" for row in rows_of(folder))
-    monkeypatch.undo()
 
 
 def test_a_task_runs_in_a_process_of_its_own(place, script, monkeypatch):
