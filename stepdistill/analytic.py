@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from stepdistill.kernels import Rule
 from stepdistill.schedule import Kind, Prediction, Schedule, per_sample
 
 LABELS = "class_labels"
@@ -25,6 +26,7 @@ class AnalyticDenoiser(ABC):
     """What both distributions share: the call, the score and the labels. Times ``t`` are (B,), samples (B, ...)."""
 
     keeps_norm = False
+    rule = Rule()
 
     def __init__(self, schedule: Schedule, kind: Kind):
         self.schedule = schedule

@@ -24,10 +24,12 @@ from stepdistill.eval.protocol import DIVERSITY, NETWORKS, Instruments, Protocol
 from stepdistill.eval.report import VERDICT_METRIC, Report, Role, Row, Verdict, verdict
 from stepdistill.eval.row_cache import RowCache, cache_folder, row_key, weights_digest
 from stepdistill.eval.standard import is_standard
+from stepdistill.guidance import rule_text, stated_rule
+from stepdistill.kernels import Rule
 from stepdistill.pipeline.conditioning import Conditioning, class_count, encode
-from stepdistill.pipeline.generate import decode, generate
+from stepdistill.pipeline.generate import decode, generate, passes
 from stepdistill.pipeline.load import export_arguments, load_pipeline
-from stepdistill.pipeline.trace import Trace, trace
+from stepdistill.pipeline.trace import Trace, trace, under
 from stepdistill.sampling_cost import sampling_cost
 from stepdistill.solvers import stock_solvers
 from stepdistill.sources import Progress, Source, check_numbers, device_name, library_versions, read_all, training_lines
@@ -71,8 +73,8 @@ class Sampling:
 
     @property
     def nfe(self) -> int:
-        """Network passes per image: guidance costs a second one per step."""
-        return self.steps * (1 if self.guidance == 1 else 2)
+        """Network passes per image."""
+        return passes(self.model.trace, self.scheduler, self.steps, self.guidance)
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Bench:
     complete: bool = False
     rows: dict[str, Row] = field(default_factory=dict)
     samplings: dict[str, Sampling] = field(default_factory=dict)
-    models: dict[str, Model] = field(default_factory=dict)
+    models: dict[tuple[str, Rule], Model] = field(default_factory=dict)
 
     @property
     def protocol(self) -> Protocol:
@@ -107,20 +109,22 @@ class Bench:
             seed=self.seed,
             samples=self.samples,
             protocol=self.protocol.digest,
+            rule=rule_text(sampling.model.trace.denoiser.rule) if sampling.guidance != 1 else "",
         )
 
-    def model(self, path: str, revision: str | None = None) -> Model:
-        """The pipeline at ``path``, traced once.
+    def model(self, path: str, revision: str | None = None, rule: Rule = Rule()) -> Model:
+        """The pipeline at ``path``, traced once; under guidance's ``rule``.
 
         Raises:
             InputError: it cannot be loaded or traced, or does not make what the protocol measures.
         """
-        if path not in self.models:
+        if (path, rule) not in self.models:
             pipeline = load_pipeline(path, revision)
             if self.device.type != "cpu":
                 pipeline.to(self.device)
-            self.models[path] = fit(trace(pipeline, export_arguments(path)), self.protocol, path, self.device)
-        return self.models[path]
+            traced = under(trace(pipeline, export_arguments(path)), rule)
+            self.models[path, rule] = fit(traced, self.protocol, path, self.device)
+        return self.models[path, rule]
 
     def row(self, sampling: Sampling) -> Row:
         """The row of a sampling: from this benchmark, from the cache, or measured now."""
@@ -283,14 +287,15 @@ def _measure_source(
             rows += [(s, state.row(s)) for s in solver_samplings(model, guidance, nfe=max(steps))]
         return [teacher, *_best([pair for pair in rows if pair[0].role == "solver"])], None
     facts = source.facts
-    original = state.model(facts["teacher"], facts.get("revision"))
+    rule = stated_rule(facts)
+    original = state.model(facts["teacher"], facts.get("revision"), rule)
     scale, trained = float(facts["guidance"]), int(facts["steps"])
     if trained not in steps:
         steps = sorted([*steps, trained])
     _check_steps(source, model, steps)
     students = [Sampling(source.label, "student", model, model.scheduler, n) for n in steps]
     measured = {sampling.steps: (sampling, state.row(sampling)) for sampling in students}
-    name = f"{Path(facts['teacher']).name} w={scale:g}"
+    name = f"{Path(facts['teacher']).name} w={scale:g}{rule_text(rule)}"
     teacher = Sampling(name, "teacher", original, original.scheduler, TEACHER_STEPS, scale)
     teacher_row = state.row(teacher)
     stock = solver_samplings(original, scale, nfe=trained) if with_solvers else []

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.eval.row_cache import row_key
+from stepdistill.guidance import rule_text
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.generate import decode, generate
+from stepdistill.pipeline.generate import decode, generate, passes
 from stepdistill.pipeline.trace import Trace
 
 
@@ -29,7 +30,7 @@ class Sampler:
 
     @property
     def nfe(self) -> int:
-        return self.steps * (1 if self.guidance == 1 else 2)
+        return passes(self.trace, self.scheduler, self.steps, self.guidance)
 
     @property
     def scheduler(self) -> Any:
@@ -45,6 +46,7 @@ class Sampler:
             seed=seed,
             samples=samples,
             protocol=digest(self.wanted, also),
+            rule=rule_text(self.trace.denoiser.rule) if self.guidance != 1 else "",
         )
 
     def entry(self, index: int) -> str | int:

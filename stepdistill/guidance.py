@@ -4,6 +4,9 @@ What follows a guided prediction (x_0, a solver's step) is linear in the sample 
 ``*_update`` functions give the coefficients, with which :func:`stepdistill.kernels.guide` does it in the same pass.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +22,7 @@ def guided(
     cond: Conditions,
     null: Conditions | None,
     scale: float | Tensor,
-    rule: Rule = Rule(),
+    rule: Rule | None = None,
 ) -> Prediction:
     """The denoiser under classifier-free guidance (Ho & Salimans 2022), as one doubled batch.
 
@@ -29,14 +32,15 @@ def guided(
         x_t: noisy samples (B, ...). t: times (B,) in [0, 1].
         cond: conditions, B rows. null: the empty condition, B rows; unused when ``scale`` is 1.
         scale: w, a number or one per row (B,); the number 1 means no guidance and costs one pass instead of two.
-        rule: how the two outputs are combined. Rows outside its interval cost no second pass, but knowing which they
-            are is one read from the device.
+        rule: how the two outputs are combined; None: as the denoiser's call is described. Rows outside its interval
+            cost no second pass, but knowing which they are is one read from the device.
 
     Raises:
         ValueError: ``scale`` is not 1 and there is no null condition.
     """
     if not isinstance(scale, Tensor) and scale == 1:
         return denoiser(x_t, t, cond)
+    rule = denoiser.rule if rule is None else rule
     if null is None:
         raise ValueError(f"guidance scale {scale} needs a null condition, and this teacher has none")
     if rule.interval is None:
@@ -55,6 +59,19 @@ def guided(
     if denoiser.keeps_norm:
         raw = with_norm_of(conditional, raw)
     return Prediction(raw, x_t, t, doubled.schedule, doubled.kind)
+
+
+def rule_text(rule: Rule) -> str:
+    """The rule in words that follow a scale: "" for the plain one."""
+    text = "" if rule.interval is None else " on times {:g}-{:g}".format(*rule.interval)
+    return text + (f" rescaled {rule.rescale:g}" if rule.rescale else "")
+
+
+def stated_rule(facts: Mapping[str, Any]) -> Rule:
+    """The rule that an export's facts state: that of its recipe; the plain one where they say nothing."""
+    told = facts.get("recipe", {}).get("teacher", {}).get("guidance", {})
+    interval = told.get("interval")
+    return Rule(rescale=told.get("rescale", 0.0), interval=None if interval is None else tuple(interval))
 
 
 def with_norm_of(conditional: Tensor, guided: Tensor) -> Tensor:

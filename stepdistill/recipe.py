@@ -44,6 +44,17 @@ class Section(BaseModel):
 
 class Guidance(Section):
     scale: float = Field(1.0, ge=0, description="w in uncond + w (cond - uncond); 1 is off")
+    interval: list[float] | None = Field(
+        None, min_length=2, max_length=2, description="[low, high]: times (1 is noise) with guidance; null: all of them"
+    )
+    rescale: float = Field(0.0, ge=0, le=1, description="phi: how far the result gets the conditional one's deviation")
+
+    @property
+    def rule(self) -> Any:
+        """Everything but the scale, as :class:`stepdistill.kernels.Rule`."""
+        from stepdistill.kernels import Rule
+
+        return Rule(rescale=self.rescale, interval=None if self.interval is None else tuple(self.interval))
 
 
 class Teacher(Section):
@@ -373,6 +384,15 @@ def _problems(recipe: Recipe, config: Any) -> Iterator[tuple[Keys, str]]:
     if data.images is None and recipe.method.implementation.data_needs(config).images:
         problem = f"trains on real images with these settings; expected data.images: 'fashion-mnist', {SOURCES}"
         yield ("method", "name"), f"{recipe.method.name} {problem}, found null"
+    guidance = teacher.guidance
+    if guidance.interval is not None and not 0 <= guidance.interval[0] < guidance.interval[1] <= 1:
+        problem = f"expected [low, high] with 0 <= low < high <= 1, found {guidance.interval}"
+        yield ("teacher", "guidance", "interval"), problem
+    if recipe.method.implementation.guides_itself:
+        for key, off, value in (("interval", None, guidance.interval), ("rescale", 0.0, guidance.rescale)):
+            if value != off:
+                problem = f"expected {found(off)} for {recipe.method.name}, which forms guidance itself, found {value}"
+                yield ("teacher", "guidance", key), problem
     for key, problem in recipe.method.implementation.problems(config, student.steps, train.steps):
         yield tuple(key.split(".")), problem
     if train.batch_size % train.accumulation:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
+from stepdistill.kernels import Rule
 from stepdistill.methods.times import time_of_ratio
 from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.pipeline.denoiser import Conditions, Denoiser
@@ -286,7 +287,7 @@ def _check_guidance(probe: _Probe, own: Reading, x0: Tensor, trained: bool) -> N
         return
     x_t, t = (rows[:FEW] for rows in probe.noised(own, x0, (2.0,)))
     cond, empty = ({name: rows[:FEW] for name, rows in given.items()} for given in (probe.cond, null))
-    with_guidance = guided(probe.teacher.on(probe.teacher.network), x_t, t, cond, empty, scale).raw
+    with_guidance = guided(probe.teacher.on(probe.teacher.network), x_t, t, cond, empty, scale, Rule()).raw
     without = probe.predict(own, x_t, t, cond).raw
     if _difference(with_guidance, without) < SAME:
         raise InputError(

@@ -21,7 +21,7 @@ from stepdistill.pipeline.generate import set_up
 from stepdistill.pipeline.latents import decoder, encode_images, image_shape
 from stepdistill.pipeline.load import is_export, load_pipeline
 from stepdistill.pipeline.lora import is_lora, load_adapter
-from stepdistill.pipeline.trace import Trace, at_guidance, trace
+from stepdistill.pipeline.trace import Trace, at_guidance, trace, under
 from stepdistill.recipe import Recipe
 from stepdistill.roles import build_roles
 from stepdistill.samplers import SAMPLERS, TCD, Sampler
@@ -101,6 +101,7 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     conditioning = encode(traced, entries(traced, told), cache).to(device)
     if scale != 1 and conditioning.null is None:
         raise InputError(f"teacher.guidance.scale: expected 1 for a pipeline without guidance, found {scale}")
+    traced = under(traced, recipe.teacher.guidance.rule)
     sampler = SAMPLERS[implementation.sampler_of(config)](
         traced.denoiser.schedule,
         pipeline.scheduler,

@@ -37,9 +37,11 @@ from stepdistill.eval.standard_measure import (
     stored_images,
     stored_moments,
 )
+from stepdistill.guidance import rule_text, stated_rule
+from stepdistill.kernels import Rule
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.load import export_arguments, load_pipeline
-from stepdistill.pipeline.trace import trace
+from stepdistill.pipeline.trace import trace, under
 from stepdistill.sampling_cost import sampling_cost
 from stepdistill.sources import Progress, Source, device_name, library_versions, read_all, training_lines
 
@@ -70,14 +72,23 @@ class StandardBench:
         """Of the protocol and of every file it stands on."""
         return digest(self.protocol.digest, self.hashes)
 
-    def sampler(self, name: str, role: str, path: str, steps: int, guidance: float, revision: str | None) -> Sampler:
+    def sampler(
+        self,
+        name: str,
+        role: str,
+        path: str,
+        steps: int,
+        guidance: float,
+        revision: str | None = None,
+        rule: Rule = Rule(),
+    ) -> Sampler:
         """The pipeline at ``path``, traced, with the protocol's prompts or its own classes.
 
         Raises:
             InputError: it cannot be loaded or traced, or takes what the protocol does not have.
         """
         pipeline = load_pipeline(path, revision).to(self.device)
-        traced = trace(pipeline, export_arguments(path))
+        traced = under(trace(pipeline, export_arguments(path)), rule)
         kind, protocol = ("prompts" if traced.entry == "prompt" else "classes"), self.protocol
         if protocol.conditions not in (kind, "any"):
             found = type(pipeline).__name__
@@ -297,13 +308,15 @@ def _measure_source(
     facts, protocol = source.facts, state.protocol
     stated = protocol.teacher.guidance
     if facts is None:
-        name, path, revision = source.label, source.pipeline, None
+        name, path, revision, rule = source.label, source.pipeline, None, Rule()
         scale = guidance if stated is None else stated
     else:
         name, path, revision = Path(facts["teacher"]).name, facts["teacher"], facts.get("revision")
         scale = float(facts["guidance"]) if stated is None else stated
+        rule = stated_rule(facts) if stated is None else Rule()
     real = {view: state.reference(view) for view in protocol.views} if protocol.reference else None
-    sampler = state.sampler(f"{name} w={scale:g}", "teacher", path, protocol.teacher.steps, scale, revision)
+    title = f"{name} w={scale:g}{rule_text(rule)}"
+    sampler = state.sampler(title, "teacher", path, protocol.teacher.steps, scale, revision, rule)
     teacher, views = _add(state, report, sampler, real)
     if facts is None:
         return
@@ -314,7 +327,7 @@ def _measure_source(
         }
     del sampler  # the teacher's weights are not needed beside the student's
     trained = int(facts["steps"])
-    student = state.sampler(source.label, "student", source.pipeline, trained, 1.0, None)
+    student = state.sampler(source.label, "student", source.pipeline, trained, 1.0)
     for number in sorted({*steps, trained}):
         row, _ = _add(state, report, replace(student, steps=number), real)
         if number == trained and protocol.reference and (conclusion := verdict(row, teacher, [], report.labels)):

@@ -62,6 +62,16 @@ TEXTS = {
         "scale: -2",
         ":5: teacher.guidance.scale: expected a number from 0 up, found -2",
     ),
+    "interval upside down": (
+        "scale: 1.5",
+        "interval: [0.8, 0.2]",
+        ":5: teacher.guidance.interval: expected [low, high] with 0 <= low < high <= 1, found [0.8, 0.2]",
+    ),
+    "method with guidance of its own": (
+        "    scale: 1.5\nstudent:\n  steps: 4\ndata:\n  conditions: classes\nmethod:\n  name: sfd\n  substeps: 3",
+        "    rescale: 0.7\nstudent:\n  steps: 4\nmethod:\n  name: decoupled-dmd",
+        ":5: teacher.guidance.rescale: expected 0.0 for decoupled-dmd, which forms guidance itself, found 0.7",
+    ),
     "missing key": ("  lr: 2.0e-4\n", "", ":13: train.lr: missing; expected a positive number"),
     "missing section": ("student:\n  steps: 4\n", "", ": student: missing; expected a section with the keys steps,"),
     "scalar for a section": (

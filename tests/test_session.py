@@ -11,8 +11,10 @@ from PIL import Image
 from pipeline.tiny import save_dit, tiny_dit, tiny_sd
 from stepdistill import plan
 from stepdistill.errors import InputError
+from stepdistill.pipeline.generate import passes
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.recipe import load
+from stepdistill.run_samples import diffuse
 from stepdistill.session import Session, build
 
 
@@ -104,3 +106,29 @@ def test_switches_of_how_networks_run_change_no_number(folder):
 def test_a_backend_that_is_not_there(folder, backend, problem):
     with pytest.raises(InputError, match=rf"train\.attention_backend: .*{problem}"):
         session(folder, attention_backend=backend)
+
+
+def test_guidance_in_an_interval_reaches_method_previews_and_trajectories(folder):
+    def built(**guidance):
+        recipe = {
+            "teacher": {"pipeline": str(folder), "guidance": {"scale": 3.0, **guidance}},
+            "student": {"steps": 2},
+            "method": {"name": "dmd2", "critic_steps": 1},
+            "train": {"steps": 1, "batch_size": 2, "lr": 1e-3},
+        }
+        return build(load(recipe), torch.device("cpu"))
+
+    plain, limited = built(), built(interval=[0.3, 0.6])
+    batch = plain.batch(0, 0, 2)
+    for time, same in ((0.9, False), (0.5, True)):
+        t = torch.full((2,), time, dtype=torch.float64)
+        found, guided, unguided = (
+            session.method.teacher(batch.noise("x"), t, batch, scale).raw
+            for session, scale in ((limited, None), (plain, None), (plain, 1.0))
+        )
+        torch.testing.assert_close(found, guided if same else unguided)
+    latents = diffuse(limited, "teacher", 2, seed=0)
+    assert not torch.allclose(latents, diffuse(plain, "teacher", 2, seed=0))
+    scheduler = plain.trace.pipeline.scheduler
+    assert passes(plain.trace, scheduler, 10, 3.0) == 20 and passes(limited.trace, scheduler, 10, 1.0) == 10
+    assert passes(limited.trace, scheduler, 10, 3.0) == 13

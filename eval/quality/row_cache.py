@@ -35,9 +35,9 @@ def weights_digest(pipeline: Any) -> str:
 
 
 def row_key(
-    *, weights: str, scheduler: Any, steps: int, guidance: float, seed: int, samples: int, protocol: str
+    *, weights: str, scheduler: Any, steps: int, guidance: float, seed: int, samples: int, protocol: str, rule: str = ""
 ) -> str:
-    """SHA-256 over what decides a row's metrics. ``weights`` and ``protocol`` are digests."""
+    """SHA-256 over what decides a row's metrics. ``weights`` and ``protocol`` are digests; ``rule`` is guidance's."""
     stated = {
         "weights": weights,
         "scheduler": [type(scheduler).__name__, _plain(scheduler.config)],
@@ -47,6 +47,7 @@ def row_key(
         "samples": samples,
         "protocol": protocol,
     }
+    stated |= {"rule": rule} if rule else {}
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepdistill.data.batch import PathRows, generator
 from stepdistill.errors import InputError
-from stepdistill.guidance import guided
+from stepdistill.guidance import guided, rule_text
 from stepdistill.methods.base import PathNeeds
 from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.pipeline.denoiser import Denoiser
@@ -81,7 +81,8 @@ def teacher_paths(
             "with guidance, found a pipeline without an empty condition"
         )
     times = solver_grid(teacher.schedule, needs.steps).flip(0)
-    key = _key(teacher, conditioning, times, needs, scale, shape, seed)
+    rule = rule_text(teacher.rule)
+    key = _key(teacher, conditioning, times, needs, scale, shape, seed, *([rule] if rule else []))
     file = cache / f"paths-{key}.safetensors" if cache else None
     if file is not None and file.is_file():
         stored = load_file(file)

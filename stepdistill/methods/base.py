@@ -78,6 +78,7 @@ class DistillMethod(ABC):
         Config: its keys of the recipe's ``method`` section.
         summary: one line for ``stepdistill methods``. sampler: the default few-step sampler's name.
         extra_roles: the roles it needs beside teacher and student: "critic", "target", "encoder".
+        guides_itself: it forms guidance otherwise than by :meth:`teacher`, which alone knows interval and rescale.
         exported: the roles beside the student whose networks belong in an export, in folders of their names.
     """
 
@@ -87,6 +88,7 @@ class DistillMethod(ABC):
     players: ClassVar[tuple[str, ...]] = ("student",)
     extra_roles: ClassVar[tuple[str, ...]] = ()
     exported: ClassVar[tuple[str, ...]] = ()
+    guides_itself: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig, roles: Roles, sampler: Sampler):
         self.config, self.roles, self.sampler = config, roles, sampler

@@ -132,6 +132,7 @@ class DecoupledDMD(DMD2):
     """DMD2 whose guidance acts only below the noise that the student still sees."""
 
     summary = "Decoupled DMD: DMD2 with guidance and distribution matching at noise times of their own"
+    guides_itself = True
 
     def gradient(self, x: Tensor, batch: Batch) -> Tensor:
         gradient, guidance = self.matching(x, batch, 1.0), self.roles.scale - 1

@@ -41,6 +41,7 @@ class ModelGuidance(GuidanceMethod):
     Config = ModelGuidanceConfig
     config: ModelGuidanceConfig
     summary = "model-guidance: fine-tuning on data towards guided targets of its own; no guidance at inference"
+    guides_itself = True
 
     @classmethod
     def data_needs(cls, config: MethodConfig) -> DataNeeds:

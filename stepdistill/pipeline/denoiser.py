@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from stepdistill.kernels import Rule
 from stepdistill.schedule import Kind, Prediction, Schedule
 
 Conditions = dict[str, Tensor]
@@ -40,6 +41,7 @@ class CallSpec:
         masks: (mask, its dtype) of each condition that is padded with zeros to the longest of its rows. The mask is
             a condition too: the network's own argument, or (for a list) what is cut out of each row.
         keeps_norm: guided outputs are scaled back to the conditional ones' norm along the last axis.
+        rule: what guidance is besides uncond + w (cond - uncond).
     """
 
     sample: str
@@ -54,6 +56,7 @@ class CallSpec:
     lists: frozenset[str] = frozenset()
     masks: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
     keeps_norm: bool = False
+    rule: Rule = field(default_factory=Rule)
 
     def network_timestep(self, timestep: Tensor) -> Tensor:
         """A scheduler's timestep (any shape) in the unit and dtype of the network."""
@@ -178,6 +181,11 @@ class Denoiser:
     def keeps_norm(self) -> bool:
         """Whether guidance leaves the conditional output's norm as it was, see :class:`CallSpec`."""
         return self.spec.keeps_norm
+
+    @property
+    def rule(self) -> Rule:
+        """How guidance combines this network's outputs, see :class:`CallSpec`."""
+        return self.spec.rule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditions) -> Prediction:
         """What the network says at ``x_t`` (B, ...) and time ``t`` (B,) in [0, 1], 1 = noise."""

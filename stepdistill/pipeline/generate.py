@@ -176,6 +176,17 @@ def set_up(trace: Trace, scheduler: Any, steps: int) -> tuple[dict[str, Any], di
     return trace.set_ups[key]
 
 
+def passes(trace: Trace, scheduler: Any, steps: int, guidance: float) -> int:
+    """Passes through the network per image (NFE): guidance costs a second one at each step where it is on."""
+    if guidance == 1:
+        return steps
+    if (interval := trace.denoiser.rule.interval) is None:
+        return 2 * steps
+    ready, _ = _ready(trace, scheduler, steps, None, torch.device("cpu"))
+    times = trace.denoiser.schedule.time(ready.timesteps).float()
+    return steps + int(((interval[0] <= times) & (times <= interval[1])).sum())
+
+
 def _ready(
     trace: Trace, scheduler: Any, steps: int, timesteps: Sequence[int] | None, device: torch.device
 ) -> tuple[Any, dict[str, Any]]:

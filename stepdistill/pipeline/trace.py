@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from stepdistill.guidance import guided
+from stepdistill.errors import InputError
+from stepdistill.guidance import guided, rule_text
+from stepdistill.kernels import Rule
 from stepdistill.pipeline import explain
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.denoiser import Denoiser, first_tensor
@@ -168,6 +170,23 @@ def at_guidance(trace: Trace, scale: float) -> Trace:
     spec = replace(spec, constants={**spec.constants, **told})
     denoiser = Denoiser(trace.denoiser.network, spec, trace.denoiser.schedule, trace.denoiser.kind)
     return replace(trace, denoiser=denoiser, guidance=replace(trace.guidance, scale=scale), set_ups={})
+
+
+def under(trace: Trace, rule: Rule) -> Trace:
+    """The same pipeline with its guidance combined by ``rule``.
+
+    Raises:
+        InputError: it has no second pass for a rule to combine.
+    """
+    if rule == Rule():
+        return trace
+    if trace.guidance.kind in ("none", "embedded"):
+        raise InputError(
+            "teacher.guidance: expected neither interval nor rescale for a pipeline whose guidance is "
+            f"{trace.guidance.kind}, found{rule_text(rule)}"
+        )
+    old = trace.denoiser
+    return replace(trace, denoiser=Denoiser(old.network, replace(old.spec, rule=rule), old.schedule, old.kind))
 
 
 def _probe_scale(pipeline: Any) -> float:

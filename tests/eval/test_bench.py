@@ -1,6 +1,7 @@
 """The benchmark on tiny pipelines: rows, cache, what a row depends on, and what is refused."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -89,6 +90,19 @@ def test_a_run_gives_students_teacher_solvers_and_a_verdict(folders, measured, t
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert page.count("<figure>") == 6 and "losses, gradient norms" in page
     assert said[0] == ("mine (dmd2), 1 steps", 20, 20)
+
+
+def test_a_teacher_guided_in_an_interval_has_a_row_of_its_own(folders, measured, tmp_path):
+    shutil.copytree(folders / "mine", tmp_path / "mine")
+    path = tmp_path / "mine" / "export" / "stepdistill.json"
+    stated = {"teacher": {"guidance": {"scale": 2.0, "interval": [0.3, 0.6], "rescale": 0.0}}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": stated}))
+    plain, limited = (
+        next(row for row in measured(run, steps=(1,), solvers=False).rows if row.role == "teacher")
+        for run in (folders / "mine", tmp_path / "mine")
+    )
+    assert plain.name == "teacher w=2" and limited.name == "teacher w=2 on times 0.3-0.6"
+    assert TEACHER_STEPS < limited.nfe < plain.nfe and limited.metrics != plain.metrics
 
 
 def test_a_second_benchmark_runs_nothing_and_says_so(folders, measured):

@@ -163,7 +163,8 @@ class Spy:
 
     def __init__(self, denoiser):
         self.denoiser, self.schedule, self.kind = denoiser, denoiser.schedule, denoiser.kind
-        self.network, self.keeps_norm = getattr(denoiser, "network", None), denoiser.keeps_norm
+        self.network = getattr(denoiser, "network", None)
+        self.keeps_norm, self.rule = denoiser.keeps_norm, denoiser.rule
         self.calls: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, x_t: Tensor, t: Tensor, cond):

@@ -57,6 +57,16 @@ def test_rows_outside_the_interval_cost_one_pass(times, rows):
     assert sum(len(call[0]) for call in spy.calls) == rows
 
 
+def test_the_denoisers_own_rule_is_the_default():
+    teacher = MixtureDenoiser(*M1, SCHEDULES["flow"], "flow")
+    x_t, t = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64)
+    rule = Rule(rescale=0.7, interval=(0.3, 0.6))
+    stated = guided(teacher, x_t, t, COND, NULL, 3.0, rule).raw
+    assert (stated - guided(teacher, x_t, t, COND, NULL, 3.0).raw).abs().max() > 0.01
+    teacher.rule = rule
+    assert torch.equal(guided(teacher, x_t, t, COND, NULL, 3.0).raw, stated)
+
+
 def test_without_a_null_condition_there_is_no_guidance():
     teacher = MixtureDenoiser(*M1, SCHEDULES["flow"], "flow")
     with pytest.raises(ValueError, match=r"guidance scale 2\.0 needs a null condition"):

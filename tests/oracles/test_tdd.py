@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser
 from stepdistill.errors import InputError
+from stepdistill.kernels import Rule
 from stepdistill.methods import Roles
 from stepdistill.methods.tdd import TDD, TDDConfig, schedule_times
 from stepdistill.samplers import TCD as TCDSampler
@@ -125,7 +126,7 @@ def test_the_fixed_point_where_trajectories_are_straight(name, kind):
 class Listener:
     """A denoiser that remembers which classes it was asked for."""
 
-    keeps_norm = False
+    keeps_norm, rule = False, Rule()
 
     def __init__(self, denoiser):
         self.denoiser, self.schedule, self.kind = denoiser, denoiser.schedule, denoiser.kind
