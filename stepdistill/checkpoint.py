@@ -1,7 +1,7 @@
 """Complete, atomic checkpoints: safetensors and JSON only, a manifest with the SHA-256 of every file.
 
 A checkpoint is written into a hidden folder, synced, and renamed; a folder without a matching manifest is
-never taken for a checkpoint.
+never taken for a checkpoint. Numbers that are not finite are not written.
 """
 
 import hashlib
@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepdistill.errors import InputError
+from stepdistill.finite import NonFiniteError
 
 MANIFEST = "manifest.json"
+GIB = 2**30
 
 
 @dataclass
@@ -33,11 +36,33 @@ class State:
 
 
 def save(folder: Path, state: State, keep: int) -> Path:
-    """Write ``folder/step-NNNNNN``, then delete all but the newest ``keep`` checkpoints. Returns its path."""
+    """Write ``folder/step-NNNNNN``, then delete all but the newest ``keep`` checkpoints. Returns its path.
+
+    Raises:
+        NonFiniteError: a tensor holds a number that is none. OSError, SafetensorError: it cannot be written. Earlier
+            checkpoints stay as they are, and nothing is left of this one.
+    """
     final = folder / f"step-{state.step:06d}"
+    for left in folder.glob(".writing-*"):  # by a kill
+        shutil.rmtree(left)
     draft = folder / f".writing-{state.step:06d}"
-    shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
+    try:
+        _write(draft, state)
+        if final.exists():
+            shutil.rmtree(final)
+        draft.rename(final)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)  # on a full disk it would be in the way of everything else
+        raise
+    _sync(folder)
+    for old in _numbered(folder)[:-keep]:
+        # Under another name first: what a kill leaves of it is never taken for a checkpoint.
+        shutil.rmtree(old.rename(folder / f".writing-{old.name}"))
+    return final
+
+
+def _write(draft: Path, state: State) -> None:
     files: dict[str, dict[str, Tensor]] = {}
     for name, network in state.networks.items():
         files[f"{name}.safetensors"] = {key: p.detach().cpu().contiguous() for key, p in network.named_parameters()}
@@ -46,18 +71,44 @@ def save(folder: Path, state: State, keep: int) -> Path:
     for name, average in state.averages.items():
         files[f"{name}.average.safetensors"] = {key: value.cpu().contiguous() for key, value in average.items()}
     for name, tensors in files.items():
+        _check_finite(name, tensors, state.step)
         # safetensors refuses tensors that share memory; tied weights are stored once each.
         save_file({key: value.clone() for key, value in tensors.items()}, draft / name)
     hashes = {name: sha256(draft / name) for name in files}
     (draft / MANIFEST).write_text(json.dumps({"schema": 1, "step": state.step, "sha256": hashes}, indent=1))
-    for path in draft.iterdir():
+    for path in (*draft.iterdir(), draft):
         _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    draft.rename(final)
-    _sync(folder)
-    for old in _numbered(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
+
+
+def _check_finite(name: str, tensors: Mapping[str, Tensor], step: int) -> None:
+    """A step can end well and leave weights that no later step can use; they must not become the newest checkpoint."""
+    for key, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            what = name.removesuffix(".safetensors").replace(".", " ")
+            raise NonFiniteError(f"{what}: {key} holds numbers that are not finite after step {step}")
+
+
+def check_space(folder: Path, state: State, keep: int) -> None:
+    """Refuse a run whose checkpoints its disk cannot hold: ``keep`` of them, and the one that is being written.
+
+    Raises:
+        InputError: what is free, with the checkpoints in ``folder`` that will be replaced, is less.
+    """
+    weights = [p for network in state.networks.values() for p in network.parameters()]
+    weights += [value for average in state.averages.values() for value in average.values()]
+    size = sum(value.numel() * value.element_size() for value in weights)
+    for optimizer in state.optimizers.values():
+        # Two moments a parameter, in float32; other optimizers than torch's are there to keep them in 8 bits.
+        moment = 4 if type(optimizer).__module__.startswith("torch.") else 1
+        size += sum(2 * moment * p.numel() for group in optimizer.param_groups for p in group["params"])
+    there = sum(file.stat().st_size for path in _numbered(folder) for file in path.iterdir())
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free, needed = shutil.disk_usage(place).free, (keep + 1) * size - there
+    if free < needed:
+        raise InputError(
+            f"output: {keep + 1} checkpoints (train.keep_checkpoints + 1) of {size / GIB:.2g} GiB do not fit the disk "
+            f"of {folder}: expected {needed / GIB:.2g} GiB free, found {free / GIB:.2g}"
+        )
 
 
 def load(path: Path, state: State) -> int:
@@ -84,8 +135,12 @@ def verify(path: Path) -> int:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        hashes, step = manifest["sha256"], int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        hashes, step = dict(manifest["sha256"]), int(manifest["step"])
+        stray = [name for name in hashes if name in ("", "..") or Path(name).name != name]
+        moved = path in _numbered(path.parent) and step != int(path.name[5:])
+        if stray or moved or manifest["schema"] != 1 or not hashes:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: not a checkpoint, no valid {MANIFEST} ({type(error).__name__})") from None
     for name, expected in hashes.items():
         file = path / name
@@ -138,7 +193,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     states: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(path).items():
+    for key, value in _tensors(path).items():
         index, _, entry = key.partition(".")
         # A count of steps that is no floating tensor was a plain number (bitsandbytes').
         plain = value.ndim == 0 and not value.is_floating_point()
@@ -152,9 +207,9 @@ def copy_parameters(path: Path, targets: Mapping[str, Tensor]) -> None:
     """Copy every tensor of a file into ``targets``, in place.
 
     Raises:
-        InputError: names or shapes differ.
+        InputError: it cannot be read, or names or shapes differ.
     """
-    stored = load_file(path)
+    stored = _tensors(path)
     if stored.keys() != targets.keys():
         different = sorted(stored.keys() ^ targets.keys())[0]
         raise InputError(f"{path}: made with other networks than this recipe's (first difference: {different})")
@@ -162,6 +217,13 @@ def copy_parameters(path: Path, targets: Mapping[str, Tensor]) -> None:
         if stored[key].shape != target.shape:
             raise InputError(f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(target.shape)}")
         target.copy_(stored[key])
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors: {error}") from None
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,6 @@
 """The command line: parses, calls the verb of the same name, prints. No logic.
 
-Exit codes: 0 done, 2 wrong input (one line on stderr), 1 anything else.
+Exit codes: 0 done, 2 wrong input, 1 anything else; 2, and 1 for a fault that is known, with one line on stderr.
 """
 
 import json
@@ -16,7 +16,7 @@ import typer
 
 import stepdistill
 from stepdistill import assets, yaml_lines
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, RunError
 from stepdistill.progress import WorkProgress
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Safe = Annotated[bool, typer.Option("--safe", help="Refuse a recipe that names Python code (FILE.py:CLASS).")]
 Seed = Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")]
 
 
@@ -40,13 +41,14 @@ def train(
     profile: Annotated[
         int, typer.Option(min=0, help="Instead: profile so many steps; a Chrome trace and a table in the run folder.")
     ] = 0,
+    safe: Safe = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train, export, report. Resumes a run that was interrupted."""
     # pydantic is not needed for --help; torch not before the recipe is known to be good.
     from stepdistill.recipe import load
 
-    resolved = load(recipe, overrides or ())
+    resolved = load(recipe, overrides or (), safe)
     if dry_run:
         print(json.dumps(resolved.model_dump(mode="json"), indent=2) if as_json else resolved.to_yaml().rstrip())
         return
@@ -59,8 +61,9 @@ def train(
     from stepdistill.distributed import launch, leave, processes_wanted
 
     if (processes := processes_wanted(resolved.distributed.processes)) > 1:
-        raise typer.Exit(launch(["train", recipe, *(overrides or ()), *(["--json"] if as_json else [])], processes))
-    result = stepdistill.train(resolved)
+        options = [name for name, given in (("--safe", safe), ("--json", as_json)) if given]
+        raise typer.Exit(launch(["train", recipe, *(overrides or ()), *options], processes))
+    result = stepdistill.train(resolved, safe=safe)
     leave()
     if int(os.environ.get("RANK", 0)) > 0:
         return  # the first of several processes speaks for all
@@ -76,6 +79,7 @@ def export(
     keys: Annotated[str | None, typer.Option(help="Names in a LoRA's file: diffusers, or kohya for ComfyUI.")] = None,
     hub: Annotated[str | None, typer.Option(help="Then upload it to OWNER/NAME on the Hugging Face hub.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    safe: Safe = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's student as a stock diffusers pipeline or LoRA, checked against the training-time sampler."""
@@ -85,7 +89,7 @@ def export(
         from stepdistill.pipeline.hub import check_name, push
 
         check_name(hub)
-    result = stepdistill.export(run, out, fuse, keys)
+    result = stepdistill.export(run, out, fuse, keys, safe)
     facts = {result.form: str(result.folder), "max_error": result.max_error}
     if hub is not None:
         facts["hub"] = push(result.folder, hub, private=not public)
@@ -257,9 +261,11 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("STEPDISTILL_TRACEBACK"):
             traceback.print_exc()
         else:
+            known = isinstance(error, RunError)
             message = " ".join(str(error).split())
-            print(f"failed: {type(error).__name__}: {message}", file=sys.stderr)
-            print("set STEPDISTILL_TRACEBACK=1 for the traceback", file=sys.stderr)
+            print(f"failed: {message if known else f'{type(error).__name__}: {message}'}", file=sys.stderr)
+            if not known:
+                print("set STEPDISTILL_TRACEBACK=1 for the traceback", file=sys.stderr)
         return 1
 
 

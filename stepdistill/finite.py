@@ -5,9 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from stepdistill.errors import RunError
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not a number: names the player, the term and the step."""
+
+class NonFiniteError(RunError):
+    """A loss, gradient or weight that is not a number: names the player, the term and the step."""
 
 
 class FiniteWatch:

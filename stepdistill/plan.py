@@ -19,7 +19,7 @@ from stepdistill.data.conditions import wanted
 from stepdistill.data.forms import count as samples_in
 from stepdistill.data.forms import form
 from stepdistill.errors import InputError
-from stepdistill.memory import LiveBytes
+from stepdistill.memory import LiveBytes, savings
 from stepdistill.methods.base import DistillMethod
 from stepdistill.pipeline.blueprint import Blueprint, blueprint, without_data
 from stepdistill.pipeline.conditioning import class_names
@@ -117,7 +117,7 @@ def fit(recipe: str | Path, overrides: Sequence[str], gpu: float) -> tuple[Plan,
     """
     first = now = plan(recipe, overrides)
     changes: list[Change] = []
-    for key, value, effect in _proposals(load(recipe, overrides)):
+    for key, value, effect in savings(load(recipe, overrides)):
         if now.fits(gpu):
             break
         taken = [*overrides, *(f"{change.key}={yaml_lines.scalar(change.value)}" for change in changes)]
@@ -149,23 +149,6 @@ def write_fit(recipe: str | Path, changes: Sequence[Change]) -> Path:
         text = yaml_lines.put(text, tuple(change.key.split(".")), change.value, str(file))
     file.write_text(text, encoding="utf-8")
     return file
-
-
-def _proposals(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
-    """(key, value, effect): first what leaves the numbers alone, then what does not."""
-    train = recipe.train
-    if not train.gradient_checkpointing:
-        yield "train.gradient_checkpointing", True, "the same numbers, about a third slower"
-    if train.accumulation < train.batch_size:
-        yield "train.accumulation", train.batch_size, "micro-batches of 1: the same numbers, slower"
-    if train.precision == "fp32":
-        yield "train.precision", "bf16", "forward passes in half precision, faster"
-    if recipe.teacher.precision == "fp32":
-        yield "teacher.precision", "bf16", "frozen weights in half precision"
-    if train.optimizer == "adamw":
-        yield "train.optimizer", "adamw8bit", "Adam's moments in 8 bits, needs bitsandbytes"
-    if recipe.student.train == "full":
-        yield "student.train", "lora", "adapters on one backbone instead of copies; another learning rate suits them"
 
 
 def _method(recipe: Recipe, drawn: Blueprint) -> DistillMethod:

@@ -29,6 +29,7 @@ from pydantic import (
 from stepdistill import assets, yaml_lines
 from stepdistill.data.forms import form
 from stepdistill.errors import InputError
+from stepdistill.progress import say
 from stepdistill.recipe_errors import describe, found, section_words, suggest
 from stepdistill.yaml_lines import Keys
 
@@ -216,12 +217,13 @@ class Recipe(Section):
         return yaml_lines.dump(self.model_dump(mode="json"))
 
 
-def load(source: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+def load(source: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = (), safe: bool = False) -> Recipe:
     """Read, override, resolve and check a recipe.
 
     Args:
         source: a recipe file, the name of a shipped recipe, or the recipe as nested dicts.
         overrides: ``dotted.key=value``, the value read as YAML; later ones win.
+        safe: refuse a recipe that names Python code, before any of it is run.
 
     Raises:
         InputError: one line with the file and line (or the override), the key, what was expected and found.
@@ -230,7 +232,7 @@ def load(source: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     for override in overrides:
         draft.override(override)
     recipe = draft.validate(Recipe, draft.tree)
-    draft.check(("method", "name"), lambda: recipe.method.implementation)
+    draft.check(("method", "name"), lambda: find_method(recipe.method.name, safe))
     settings, owner = recipe.method.model_extra, f" of method {recipe.method.name}"
     config = draft.validate(recipe.method.implementation.Config, settings, ("method",), owner)
     recipe.method = Method(name=recipe.method.name, **config.model_dump(mode="json"))
@@ -241,11 +243,11 @@ def load(source: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     return recipe
 
 
-def find_method(name: str) -> Any:
-    """The method of that name, or the class in ``FILE.py:CLASS``.
+def find_method(name: str, safe: bool = False) -> Any:
+    """The method of that name, or the class in ``FILE.py:CLASS``, whose code is run; stderr says so first.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is code and ``safe`` forbids that.
     """
     # Methods import torch: a recipe with a spelling error must not wait for it.
     from stepdistill.methods import METHODS
@@ -256,6 +258,8 @@ def find_method(name: str) -> Any:
             known = f"one of {', '.join(METHODS)} or FILE.py:CLASS"
             raise InputError(f"expected {known}, found {found(name)}{suggest(name, METHODS)}")
         return METHODS[name]
+    if safe:
+        raise InputError(f"expected a method of this package, found Python code ({found(name)}), which safe forbids")
     file, _, class_name = name.rpartition(":")
     if not Path(file).is_file():
         raise InputError(f"expected FILE.py:CLASS, found no file {file}")
@@ -272,6 +276,7 @@ def _module(file: Path, changed: int) -> Any:
     spec = importlib.util.spec_from_file_location(f"stepdistill_method_{file.stem}_{changed}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # pydantic resolves annotations there
+    say(f"the recipe names Python code, which runs now: {file}")
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -17,8 +17,8 @@ _FREE_KEYS = {
 }
 
 
-def prepare_folder(folder: Path, recipe: Recipe) -> Path | None:
-    """Make the run folder; returns the checkpoint to start from.
+def prepare_folder(folder: Path, recipe: Recipe, safe: bool) -> Path | None:
+    """Make the run folder; returns the checkpoint to start from. ``safe``: run no Python code of the run that is there.
 
     Raises:
         InputError: the folder holds a run of another recipe, or ``resume`` names nothing usable.
@@ -31,7 +31,7 @@ def prepare_folder(folder: Path, recipe: Recipe) -> Path | None:
     elif recipe.resume != "auto":
         start = _checkpoint_in(Path(recipe.resume))
     elif written.exists():
-        if different := _difference(load(written), recipe):
+        if different := _difference(load(written, safe=safe), recipe):
             raise InputError(
                 f"output: {folder} holds a run of another recipe ({different}); "
                 "choose another output, or resume=never to move that run aside"

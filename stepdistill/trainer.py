@@ -25,6 +25,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.distributed import Processes
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.evaluation import Evaluation, ranked
+from stepdistill.faults import explained
 from stepdistill.finite import FiniteWatch
 from stepdistill.optimizer import make_optimizer
 from stepdistill.pipeline.card import fill_in_quality
@@ -47,18 +48,24 @@ class RunResult:
     report: Path | None = None
 
 
-def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> RunResult:
+def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = (), safe: bool = False) -> RunResult:
     """Distil as the recipe says; afterwards export the student and write the report.
 
     Args:
         recipe: a file, a shipped recipe's name, nested dicts, or a loaded Recipe.
-        overrides: ``dotted.key=value``.
+        overrides: ``dotted.key=value``. safe: refuse a recipe that names Python code.
 
     Raises:
         InputError: the recipe, the teacher or the data are not usable; nothing was changed.
         stepdistill.finite.NonFiniteError: training diverged; the last checkpoint is intact.
+        RunError: memory or disk ran out; so is it then.
     """
-    recipe = load(recipe, overrides)
+    recipe = load(recipe, overrides, safe)
+    with explained(Path(recipe.output), recipe):
+        return _train(recipe, safe)
+
+
+def _train(recipe: Recipe, safe: bool) -> RunResult:
     folder = Path(recipe.output)
     tracker = None if recipe.train.tracker == "none" else recipe.train.tracker
     accelerator = Accelerator(log_with=tracker, project_dir=str(folder))
@@ -66,7 +73,7 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     if not processes.first:
         quiet()
     processes.share(recipe.train.batch_size, recipe.train.accumulation)
-    start = processes.once(lambda: prepare_folder(folder, recipe))
+    start = processes.once(lambda: prepare_folder(folder, recipe, safe))
     step, report = 0, None
     try:
         with accelerator.main_process_first():  # the others find what it has cached

@@ -1,7 +1,6 @@
 """From a run to a stock few-step pipeline folder or LoRA, proven where this package cannot be imported, with a card."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from stepdistill import checkpoint
 from stepdistill.adapters import plain_network
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, RunError
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.evaluation import best_checkpoint
 from stepdistill.guidance_adapters import fastened
@@ -42,7 +41,7 @@ LEVELS = 2
 CHECKED = 4
 
 
-class ExportError(RuntimeError):
+class ExportError(RunError):
     """The reloaded pipeline does not repeat the training-time sampler; nothing was left behind."""
 
 
@@ -55,7 +54,9 @@ class ExportResult:
     form: str = "pipeline"
 
 
-def export(run: str | Path, out: str | Path, fuse: bool | None = None, keys: Keys | None = None) -> ExportResult:
+def export(
+    run: str | Path, out: str | Path, fuse: bool | None = None, keys: Keys | None = None, safe: bool = False
+) -> ExportResult:
     """Write the student of ``run`` as a stock pipeline into ``out``; a guidance adapter lies beside its network.
 
     A LoRA student becomes a folder for ``load_lora_weights`` with its scheduler, unless the pipeline's class loads no
@@ -65,6 +66,7 @@ def export(run: str | Path, out: str | Path, fuse: bool | None = None, keys: Key
 
     Args:
         fuse: a LoRA student as a whole pipeline; None: as the recipe says. keys: names in a LoRA's file, likewise.
+        safe: refuse a run whose recipe names Python code.
 
     Raises:
         InputError: ``run`` has no checkpoint, or ``out`` is something else than an earlier export.
@@ -75,7 +77,7 @@ def export(run: str | Path, out: str | Path, fuse: bool | None = None, keys: Key
         raise InputError(f"{run}: expected a run folder with a recipe.yaml, found none")
     if out.exists() and not (out / FACTS).is_file():
         raise InputError(f"{out}: exists and is not an export of stepdistill; choose another folder")
-    recipe = load(run / "recipe.yaml")
+    recipe = load(run / "recipe.yaml", safe=safe)
     path = best_checkpoint(run) or newest_checkpoint(run, say)
     # The stock pipeline is in float32, and so is what it is compared with.
     exact = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"precision": "fp32"})})
@@ -110,9 +112,12 @@ def export(run: str | Path, out: str | Path, fuse: bool | None = None, keys: Key
         shutil.rmtree(draft)
         raise ExportError(f"{out}: the reloaded pipeline's pictures differ by {levels} of 255 levels")
     (draft / "README.md").write_text(model_card(facts, session.trace, error), encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(draft, out)
+    replaced = out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if out.exists():  # at no moment is there half of it under its name
+        out.rename(replaced)
+    draft.rename(out)
+    shutil.rmtree(replaced, ignore_errors=True)
     return ExportResult(out, error, form)
 
 

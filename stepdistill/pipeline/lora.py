@@ -64,7 +64,7 @@ def load_adapter(pipeline: Any, component: str, folder: Path, student: AdapterVi
     Raises:
         InputError: its layers or ranks are not the student's.
     """
-    state = type(pipeline).lora_state_dict(folder)
+    state = type(pipeline).lora_state_dict(folder, use_safetensors=True)
     state = state[0] if isinstance(state, tuple) else state
     weights = {name.removeprefix(f"{component}."): value for name, value in state.items()}
     expected = get_peft_model_state_dict(student.backbone, adapter_name=student.adapter)
@@ -88,7 +88,7 @@ def teacher_of(folder: Path) -> tuple[str, str | None]:
 
 def fuse(pipeline: Any, folder: Path) -> Any:
     """The pipeline with the LoRA in ``folder`` in its weights, and the scheduler that lies beside it."""
-    pipeline.load_lora_weights(folder)
+    pipeline.load_lora_weights(folder, use_safetensors=True)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
