@@ -26,6 +26,7 @@ from stepdistill.pipeline.conditioning import class_names
 from stepdistill.recipe import Recipe, load
 from stepdistill.samplers import SAMPLERS
 from stepdistill.session import make_method
+from stepdistill.text_files import read_text
 from stepdistill.trainer import only_moving
 
 GIB = 2**30
@@ -265,7 +266,7 @@ def _stored(recipe: Recipe, drawn: Blueprint) -> int:
     if conditions == "classes":
         count = max(1, len(class_names(drawn.trace)))
     elif isinstance(conditions, str):
-        count = sum(bool(line.strip()) for line in Path(conditions).read_text(encoding="utf-8").splitlines())
+        count = sum(bool(line.strip()) for line in read_text(Path(conditions)).splitlines())
     else:
         count = len(conditions)
     size = count * sum(row.numel() * row.element_size() for row in drawn.condition.values())

@@ -31,6 +31,7 @@ from stepdistill.data.forms import form
 from stepdistill.errors import InputError
 from stepdistill.progress import say
 from stepdistill.recipe_errors import describe, found, section_words, suggest
+from stepdistill.text_files import read_text
 from stepdistill.yaml_lines import Keys
 
 SOURCES = "a folder, .jsonl, .tar, .parquet, .arrow or hub:OWNER/NAME"
@@ -151,6 +152,9 @@ class Train(Section):
     keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept, the newest")
     preview_every: int = Field(50, gt=0, description="updates between previews")
     log_every: int = Field(10, gt=0, description="updates between lines of metrics.jsonl")
+    watchdog_minutes: float | None = Field(
+        30.0, gt=0, description="without a step, until the stacks of all threads are written down; null: never"
+    )
     tracker: Literal["tensorboard", "none"] = Field("tensorboard", description="where metrics go beside metrics.jsonl")
 
     @model_validator(mode="after")
@@ -297,13 +301,7 @@ class _Draft:
             return
         path = _existing(source)
         self.name, self.stem = str(path), path.stem
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-        self.tree, lines = yaml_lines.read(text, self.name)
+        self.tree, lines = yaml_lines.read(read_text(path), self.name)
         self.places = {keys: f"{path}:{line}" for keys, line in lines.items()}
         if not isinstance(self.tree, dict):
             kind = "an empty file" if self.tree is None else found(self.tree)

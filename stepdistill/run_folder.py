@@ -11,7 +11,11 @@ from stepdistill.recipe import Recipe, load
 
 # Keys that may differ between a run and its resumption without making it another run.
 _FREE_KEYS = {
-    "train": {"steps", "checkpoint_every", "keep_checkpoints", "preview_every", "log_every", "tracker"},
+    "train": {
+        *("steps", "checkpoint_every", "keep_checkpoints", "preview_every", "log_every", "tracker", "watchdog_minutes"),
+        # The same numbers in less memory: what a run that ran out of it goes on with.
+        *("accumulation", "gradient_checkpointing"),
+    },
     "report": {"samples", "steps", "networks", "solvers"},
     "evaluation": {"every", "keep_best", "patience"},
 }
@@ -37,10 +41,13 @@ def prepare_folder(folder: Path, recipe: Recipe, safe: bool) -> Path | None:
                 "choose another output, or resume=never to move that run aside"
             )
         start = checkpoint.latest(folder / "checkpoints", say)
-    folder.mkdir(parents=True, exist_ok=True)
     draft = written.with_suffix(".partial")
-    draft.write_text(recipe.to_yaml(), encoding="utf-8")
-    draft.rename(written)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft.write_text(recipe.to_yaml(), encoding="utf-8")
+        draft.rename(written)
+    except OSError as error:
+        raise InputError(f"output: {folder} cannot be written: {error.strerror}") from None
     return start
 
 
@@ -79,13 +86,15 @@ def keep_lines_before(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     kept, evaluations = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
             if values["step"] <= step:
                 kept.append(line)
                 evaluations = int(values.get("evaluations", evaluations))
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    draft = path.with_suffix(".partial")
+    draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    draft.replace(path)
     return evaluations

@@ -199,8 +199,14 @@ def _real_rows(
             f"data.images: expected images of the recipe's conditions ({', '.join(list(known)[:4])}, ...), "
             f"found {strangers[0]!r} and {len(strangers) - 1} more"
         )
-    index = torch.tensor([known[caption] for caption in captions])
-    return encode_images(traced, pictures, cache), index
+    latents = encode_images(traced, pictures, cache)
+    if not (finite := latents.flatten(1).isfinite().all(1)).all():
+        number = int(finite.logical_not().nonzero()[0])
+        raise InputError(
+            f"data.images: the autoencoder makes numbers that are not finite of image {number} ({captions[number]!r}), "
+            f"and of {int(finite.logical_not().sum()) - 1} more"
+        )
+    return latents, torch.tensor([known[caption] for caption in captions])
 
 
 def _start_from(path: Path, student: Denoiser, pipeline: Any, component: str) -> None:

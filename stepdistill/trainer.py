@@ -36,6 +36,7 @@ from stepdistill.recipe import Recipe, load
 from stepdistill.run_folder import keep_lines_before, prepare_folder
 from stepdistill.selfcheck import check_conventions
 from stepdistill.session import Session, build
+from stepdistill.watchdog import Watchdog, heartbeat
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,11 @@ def _train(recipe: Recipe, safe: bool) -> RunResult:
             check_conventions(session)
         step, interrupted = Trainer(session, accelerator, folder).run(start)
         if not interrupted and processes.first:
+            heartbeat(folder, step, "exporting")
             export(folder, folder / "export")
+            heartbeat(folder, step, "measuring")
             report = _write_report(folder, recipe)
+            heartbeat(folder, step, "done")
     except KeyboardInterrupt:  # outside the loop, which takes signals itself: nothing half done is kept
         interrupted = True
     if interrupted:
@@ -160,6 +164,7 @@ class Trainer:
         self.spent = max(0, self.processes.once(lambda: keep_lines_before(lines, first)) - self.built)
         if first >= train.steps:
             return first, False
+        self.processes.once(lambda: checkpoint.check_space(checkpoints, self.state(first), train.keep_checkpoints))
         every, evaluation = self.recipe.evaluation.every, None
         if every and self.processes.first:
             evaluation = Evaluation(self.session, self.folder, first)
@@ -168,12 +173,14 @@ class Trainer:
         preview = Preview(self.session, self.folder) if self.processes.first else None
         self.accelerator.init_trackers("tensorboard")
         step, saved, enough = first, first, False
-        with self._signals(), TrainingProgress(first, train.steps) as progress:
+        watchdog = Watchdog(self.folder, train.watchdog_minutes, first, self.processes.rank)
+        with self._signals(), TrainingProgress(first, train.steps) as progress, watchdog:
             if first == 0 and preview:
                 preview.write(0, self.averaged())
             while step < train.steps and not enough and not self._stopping(step):
                 metrics = self.step(step, log=(step + 1) % train.log_every == 0 or step in (first, train.steps - 1))
                 step += 1
+                watchdog.step(step)
                 kept = step % train.checkpoint_every == 0 or step == train.steps
                 shown = step % train.preview_every == 0 or step == train.steps
                 measured = every and (step % every == 0 or step == train.steps)
@@ -318,6 +325,7 @@ class Trainer:
             rounded = {k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in metrics.items()}
             file.write(json.dumps({"step": step, **rounded}) + "\n")
         self.accelerator.log(metrics, step=step)
+        heartbeat(self.folder, step, "training")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

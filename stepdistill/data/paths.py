@@ -8,12 +8,10 @@ The last step lands on the teacher's x_0.
 
 import hashlib
 import itertools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.data.batch import PathRows, generator
@@ -24,6 +22,7 @@ from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.pipeline.denoiser import Denoiser
 from stepdistill.progress import WorkProgress
 from stepdistill.samplers import dpm_solver_step, solver_grid
+from stepdistill.tensor_cache import cached
 
 CHUNK = 250
 # Above this, points are kept as float16: latents are of order one, and the error is far below a solver step's.
@@ -84,16 +83,7 @@ def teacher_paths(
     rule = rule_text(teacher.rule)
     key = _key(teacher, conditioning, times, needs, scale, shape, seed, *([rule] if rule else []))
     file = cache / f"paths-{key}.safetensors" if cache else None
-    if file is not None and file.is_file():
-        stored = load_file(file)
-    else:
-        stored = _solve(teacher, conditioning, times, needs, scale, shape, seed)
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            # Two runs may make the same file at once.
-            draft = file.with_suffix(f".{os.getpid()}.partial")
-            save_file(stored, draft)
-            draft.replace(file)
+    stored = cached(file, lambda: _solve(teacher, conditioning, times, needs, scale, shape, seed))
     kept = times if needs.keep == "all" else times[[0, -1]]
     return Paths(stored["points"], kept, stored["index"], stored["scales"], int(stored["evaluations"]))
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.denoiser import Conditions, joined
 from stepdistill.pipeline.observe import modules, observe
 from stepdistill.pipeline.trace import Trace
+from stepdistill.tensor_cache import cached
+from stepdistill.text_files import read_text
 
 CHUNK = 32
 # Names under which a diffusers network's config states how many classes it embeds.
@@ -101,7 +102,7 @@ def entries(trace: Trace, wanted: str | Sequence[str | int]) -> list[str | int]:
         file = Path(wanted)
         if not file.is_file():
             raise InputError(f"conditions: expected 'classes', a list or a file, found no file {wanted}")
-        wanted = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        wanted = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not wanted:
         raise InputError("conditions: expected at least one, found none")
     if trace.entry == "class_labels":
@@ -124,23 +125,19 @@ def encode(trace: Trace, entries: Sequence[str | int], cache: Path | None = None
     _check(trace, entries, names)
     labels = tuple(names[entry] if names else str(entry) for entry in entries)
     file = cache / f"conditions-{_key(trace, entries)}.safetensors" if cache is not None else None
-    if file is not None and file.is_file():
-        stored = load_file(file)
-        cond, null = _section(stored, "cond/"), _section(stored, "null/")
-        return Conditioning(labels, cond, null or None, entries)
+    stored = cached(file, lambda: _encoded(trace, entries))
+    return Conditioning(labels, _section(stored, "cond/"), _section(stored, "null/") or None, entries)
+
+
+def _encoded(trace: Trace, entries: tuple[str | int, ...]) -> dict[str, Tensor]:
+    """The file's tensors."""
     parts = [_caught(trace, entries[start : start + CHUNK]) for start in range(0, len(entries), CHUNK)]
     cond, null = joined([part[0] for part in parts]), None
     if parts[0][1] is not None:
         # Padded to one length with the others.
         both = joined([cond, {name: rows[:1] for name, rows in parts[0][1].items()}])
         cond, null = ({name: rows[part] for name, rows in both.items()} for part in (slice(-1), slice(-1, None)))
-    if file is not None and cond:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".partial")
-        named = {f"cond/{name}": v for name, v in cond.items()} | {f"null/{n}": v for n, v in (null or {}).items()}
-        save_file({name: value.cpu().contiguous() for name, value in named.items()}, draft)
-        draft.replace(file)
-    return Conditioning(labels, cond, null, entries)
+    return {f"cond/{name}": v for name, v in cond.items()} | {f"null/{name}": v for name, v in (null or {}).items()}
 
 
 def _caught(trace: Trace, entries: Sequence[str | int]) -> tuple[Conditions, Conditions | None]:

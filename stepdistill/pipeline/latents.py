@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.errors import InputError
@@ -17,6 +16,7 @@ from stepdistill.pipeline.generate import decode
 from stepdistill.pipeline.observe import TraceError, patched
 from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say
+from stepdistill.tensor_cache import cached
 
 # Digits small enough to be exact in bfloat16.
 BASE = 32
@@ -110,8 +110,10 @@ def encode_images(trace: Trace, images: Tensor, cache: Path | None = None, batch
     """
     vae = _autoencoder(trace.pipeline)
     file = cache / f"latents-{_key(trace, vae, images)}.safetensors" if cache else None
-    if file is not None and file.exists():
-        return load_file(file)["latents"]
+    return cached(file, lambda: {"latents": _encoded(trace, vae, images, batch)})["latents"]
+
+
+def _encoded(trace: Trace, vae: Any, images: Tensor, batch: int) -> Tensor:
     say(f"encoding {len(images)} images")
     own = layout(trace)
     device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
@@ -126,13 +128,7 @@ def encode_images(trace: Trace, images: Tensor, cache: Path | None = None, batch
             f"data.images: this pipeline decodes latents of shape {own.shape}, its autoencoder makes "
             f"{tuple(z.shape[1:])} of an image"
         )
-    latents = own.from_z(z, trace.latent_shape)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".partial")
-        save_file({"latents": latents}, draft)
-        draft.rename(file)
-    return latents
+    return own.from_z(z, trace.latent_shape)
 
 
 def decoder(trace: Trace) -> Callable[[Tensor], Tensor] | None:
