@@ -1,10 +1,15 @@
 """Checkpoints are complete, atomic, and never taken for whole when they are not."""
 
+import json
+import shutil
+from collections import namedtuple
+
 import pytest
 import torch
 
 from stepdistill import checkpoint
 from stepdistill.errors import InputError
+from stepdistill.finite import NonFiniteError
 
 
 def make_state(step: int = 0, seed: int = 0) -> checkpoint.State:
@@ -42,23 +47,121 @@ def test_keeps_the_newest(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000004"]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, damage):
+FILES = ["manifest.json", "student.safetensors", "student.optimizer.safetensors", "student.average.safetensors"]
+DAMAGES = {
+    "gone": lambda content: None,
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "one byte short": lambda content: content[:-1],
+    "one byte more": lambda content: content + b"0",
+    "first byte": lambda content: bytes([content[0] ^ 1]) + content[1:],
+    "last byte": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "zeros": lambda content: bytes(len(content)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, name, damage):
     checkpoint.save(tmp_path, make_state(1), keep=5)
     newest = checkpoint.save(tmp_path, make_state(2), keep=5)
-    victim = newest / ("manifest.json" if damage == "manifest" else "student.safetensors")
-    content = victim.read_bytes()
-    if damage == "remove":
-        victim.unlink()
-    elif damage == "flip":
-        victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    else:
-        victim.write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=victim.name):
-        checkpoint.verify(newest)
+    victim = newest / name
+    assert {path.name for path in newest.iterdir()} == set(FILES)
+    damaged = DAMAGES[damage](victim.read_bytes())
+    victim.unlink() if damaged is None else victim.write_bytes(damaged)
+    state = make_state(seed=1)
+    before = {key: value.clone() for key, value in tensors(state).items()}
+    with pytest.raises(InputError, match=name) as raised:
+        checkpoint.load(newest, state)
+    assert str(newest) in str(raised.value)
+    assert all(torch.equal(value, before[key]) for key, value in tensors(state).items())
     messages = []
     assert checkpoint.latest(tmp_path, messages.append).name == "step-000001"
-    assert victim.name in messages[0]
+    assert len(messages) == 1 and name in messages[0] and str(newest) in messages[0]
+
+
+@pytest.mark.parametrize("content", ["[]", "1", '{"sha256": [], "step": 1}', '{"schema": 1, "sha256": {}, "step": 2}'])
+def test_a_manifest_that_is_another_file_is_no_manifest(tmp_path, content):
+    newest = checkpoint.save(tmp_path, make_state(2), keep=5)
+    (newest / checkpoint.MANIFEST).write_text(content)
+    with pytest.raises(InputError, match="no valid manifest"):
+        checkpoint.verify(newest)
+
+
+def test_every_byte_of_a_manifest_counts(tmp_path):
+    """A flipped bit is found, or changes nothing that is read."""
+    newest = checkpoint.save(tmp_path, make_state(2), keep=5)
+    content = (newest / checkpoint.MANIFEST).read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 7
+        (newest / checkpoint.MANIFEST).write_bytes(damaged)
+        try:
+            assert checkpoint.verify(newest) == 2
+            assert json.loads(damaged) == json.loads(content)
+        except InputError:
+            pass
+
+
+def test_a_write_that_fails_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
+    """Whichever call of the disk it is that fails."""
+    checkpoint.save(tmp_path, make_state(1), keep=1)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "step-000001").iterdir()}
+    for name in ("save_file", "sha256", "_sync"):
+        for number in range(1, 4):
+            calls, original = iter(range(1, 100)), getattr(checkpoint, name)
+
+            def failing(*args, calls=calls, number=number, original=original):
+                if next(calls) == number:
+                    raise OSError(28, "No space left on device")
+                return original(*args)
+
+            with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+                patch.setattr(checkpoint, name, failing)
+                checkpoint.save(tmp_path, make_state(2), keep=1)
+            assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+            assert {path.name: path.read_bytes() for path in (tmp_path / "step-000001").iterdir()} == kept
+
+
+def test_what_a_kill_left_is_removed_by_the_next_save(tmp_path):
+    for name in (".writing-000001", ".writing-step-000000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "student.safetensors").write_bytes(b"half")
+    checkpoint.save(tmp_path, make_state(2), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("part", ["networks", "optimizers", "averages"])
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path, part):
+    state = make_state(3)
+    parameter = next(state.networks["student"].parameters())
+    values = {
+        "networks": parameter.data,
+        "optimizers": state.optimizers["student"].state[parameter]["exp_avg_sq"],
+        "averages": state.averages["student"]["bias"],
+    }
+    values[part].view(-1)[0] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"^student.*: \S+ holds numbers that are not finite after step 3$"):
+        checkpoint.save(tmp_path, state, keep=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_space_that_checkpoints_will_take_is_known_before(tmp_path, monkeypatch):
+    state = make_state(1)
+    size = sum(path.stat().st_size for path in checkpoint.save(tmp_path / "one", state, keep=1).glob("*.safetensors"))
+    needed = 4 * (8 + 8 + 2 * 8)  # 8 numbers: weights, average, two moments
+    assert needed < size < needed + 1500  # names and shapes
+    usage = namedtuple("usage", "total used free")
+    for free, fits in ((3 * needed, True), (3 * needed - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
+        if fits:
+            checkpoint.check_space(tmp_path / "run" / "checkpoints", state, keep=2)
+        else:
+            with pytest.raises(InputError, match=r"^output: 3 checkpoints \(train.keep_checkpoints \+ 1\) of "):
+                checkpoint.check_space(tmp_path / "run" / "checkpoints", state, keep=2)
+    # What is there will be replaced.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
+    checkpoint.check_space(tmp_path / "one", state, keep=1)
 
 
 def test_an_unfinished_write_is_never_a_checkpoint(tmp_path):
