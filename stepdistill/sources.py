@@ -12,6 +12,7 @@ import torch
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.load import is_export
+from stepdistill.text_files import read_json
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, images done, images in all)."""
@@ -48,13 +49,12 @@ def read_source(path: str | Path) -> Source:
 def _facts(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: expected JSON, found {error.msg}") from error
-    missing = [key for key in ("teacher", "guidance", "method", "steps") if key not in facts]
+    facts, kinds = read_json(path), {"teacher": str, "guidance": int | float, "method": str, "steps": int}
+    missing = [key for key, kind in kinds.items() if not isinstance(facts.get(key), kind)]
     if missing:
-        raise InputError(f"{path}: expected the keys teacher, guidance, method and steps, {', '.join(missing)} missing")
+        raise InputError(
+            f"{path}: expected the keys teacher, guidance, method and steps, {', '.join(missing)} missing or wrong"
+        )
     return facts
 
 

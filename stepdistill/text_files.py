@@ -1,6 +1,8 @@
-"""Reads the text files that users write."""
+"""Reads the text and JSON files that people and programs write."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from stepdistill.errors import InputError
 
@@ -17,3 +19,20 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: expected JSON, found {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, InputError) else InputError(f"{path}: expected JSON, found {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

@@ -16,6 +16,7 @@ from stepdistill.pipeline import export
 from stock_here import call_here
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile("soak", deadline=None, max_examples=10_000)
 hypothesis.settings.load_profile("suite")
 
 

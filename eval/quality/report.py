@@ -1,6 +1,5 @@
 """The report of a benchmark: rows, verdicts, and its three files report.json, report.md and index.html."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +13,7 @@ from stepdistill.eval.names import metric_name
 from stepdistill.eval.protocol import DIVERSITY, METRICS
 from stepdistill.eval.render import html, markdown
 from stepdistill.eval.row_cache import write_json
+from stepdistill.text_files import read_json
 
 SCHEMA = 1
 RATIO_TARGET = 1.2
@@ -196,18 +196,17 @@ def read_report(path: str | Path) -> Report:
     """
     path = Path(path)
     path = path / "report.json" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"report: {path} does not exist")
+    stored = read_json(path)
+    if stored.get("schema") != SCHEMA:
+        raise InputError(f"{path}: expected a report of schema {SCHEMA}, found {stored.get('schema')!r}")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"report: {path} does not exist") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: expected JSON, found {error.msg}") from error
-    if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
-        found = stored.get("schema") if isinstance(stored, dict) else type(stored).__name__
-        raise InputError(f"{path}: expected a report of schema {SCHEMA}, found {found!r}")
-    rows = [Row(**_known(Row, row)) for row in stored["rows"]]
-    verdicts = [Verdict(**_known(Verdict, entry)) for entry in stored.get("verdict", [])]
-    kept = {name: stored[name] for name in _STATED} | {name: stored[name] for name in _OPTIONAL if name in stored}
+        rows = [Row(**_known(Row, row)) for row in stored["rows"]]
+        verdicts = [Verdict(**_known(Verdict, entry)) for entry in stored.get("verdict", [])]
+        kept = {name: stored[name] for name in _STATED} | {name: stored[name] for name in _OPTIONAL if name in stored}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: expected a report of schema {SCHEMA}, found another content: {error}") from None
     return Report(**kept, rows=rows, verdict=verdicts)
 
 
