@@ -247,7 +247,7 @@ def test_data_lost_during_a_run_is_named_and_the_run_goes_on_when_it_is_back(
     at_step(monkeypatch, 1, lambda _: here.rename(away))
     with bare("export"):
         line = fails(recipe, capsys, 2)
-        assert f"data.images: expected 'fashion-mnist' or a folder, found nothing at {here}" in line
+        assert "data.images: expected " in line and f"found nothing at {here}" in line
         assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-000004"
         away.rename(here)
         result = train(recipe)
@@ -267,7 +267,7 @@ def test_an_unreadable_image_is_named(teacher, pictures, tmp_path, capsys):
     shutil.copytree(pictures, here)
     (here / "3.png").write_bytes((here / "3.png").read_bytes()[:60])
     line = fails(make_recipe(teacher, tmp_path / "run", GAN, here), capsys, 2)
-    assert line.startswith(f"error: {here / '3.png'}: not a readable image (")
+    assert f"1 of 6 samples rejected (1 unreadable image), the first: {here / '3.png'} (" in line
 
 
 def test_images_that_become_nan_are_wrong_input(teacher, pictures, tmp_path, capsys):
