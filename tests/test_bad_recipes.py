@@ -321,7 +321,9 @@ def test_method_file_that_does_not_import(
     method.write_text("import no_such_module\n")
     recipe = tmp_path / "good.yaml"
     recipe.write_text(GOOD.format(**places))
-    line = fails(["train", str(recipe), f"method={{name: '{method}:Mine'}}"], capsys)
+    assert cli.run(["train", str(recipe), f"method={{name: '{method}:Mine'}}"]) == 2
+    announced, line = capsys.readouterr().err.splitlines()
+    assert announced == f"the recipe names Python code, which runs now: {method}" and line.startswith("error: ")
     assert "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'" in line
 
 

@@ -194,7 +194,7 @@ def test_merge_keeps_equal_rows_once_and_refuses_what_cannot_be_compared():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), ("{", ":1: expected JSON"), ("[]", "found 'list'"), ('{"schema": 2}', "found 2")],
+    [(None, "does not exist"), ("{", ":1: expected JSON"), ("[]", "found list"), ('{"schema": 2}', "found 2")],
 )
 def test_what_is_not_a_report_is_refused(tmp_path, content, message):
     if content is not None:
