@@ -85,6 +85,11 @@ class Student(Section):
         "auto",
         description="layers with an adapter: 'auto' (all linear ones, and the blocks' convolutions) or name endings",
     )
+    config: dict[str, Any] = Field(
+        {},
+        description="for a student smaller than the teacher: keys of its network's config, such as {num_layers: 14}; "
+        "blocks evenly spaced are kept with their weights",
+    )
     init: str | None = Field(None, description="run folder or exported pipeline to start from; null: the teacher")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the exponential moving average per update; 0 is off")
 
@@ -370,6 +375,10 @@ def _problems(recipe: Recipe, config: Any) -> Iterator[tuple[Keys, str]]:
             yield ("teacher", "pipeline"), f"expected {known}, found {found(teacher.pipeline)}{hint}"
     if student.init is not None and not Path(student.init).is_dir():
         yield ("student", "init"), f"expected a run folder or an exported pipeline, found nothing at {student.init}"
+    if student.config:
+        how = recipe.method.implementation.role_training(config).get("student", student.train)
+        if how != "full":
+            yield ("student", "config"), f"expected none for a student that stands on the teacher's weights ({how})"
     conditions = data.conditions
     known = ("classes", "captions", *assets.prompt_lists())
     if isinstance(conditions, str) and conditions not in known and form(conditions) is None:

@@ -21,6 +21,7 @@ def build_roles(
     scale: float,
     rank: int,
     targets: Sequence[str] | Literal["auto"] = "auto",
+    smaller: nn.Module | None = None,
 ) -> Roles:
     """The roles of a run, all starting as the teacher.
 
@@ -29,6 +30,7 @@ def build_roles(
         training: how each role beside the teacher gets its weights, by the role's name: "full" (a copy), "lora" (an
             adapter on the teacher's own weights) or "frozen" (the teacher's own weights, for methods that add to them).
         scale: the guidance scale to distil. rank: rank and alpha of the adapters. targets: see :func:`lora_targets`.
+        smaller: what student and target are copies of instead, see :func:`stepdistill.pruning.pruned`.
 
     Raises:
         InputError: a target names no layer.
@@ -38,7 +40,8 @@ def build_roles(
     # Copies first: an adapter changes the network it is put on.
     for name, how in training.items():
         if how == "full":
-            networks[name] = copy.deepcopy(teacher.network).float()
+            source = smaller if smaller is not None and name in ("student", "target") else teacher.network
+            networks[name] = copy.deepcopy(source).float()
     backbone, adapters = teacher.network, [name for name, how in training.items() if how == "lora"]
     # A new adapter starts with B = 0, so each role starts as the teacher exactly.
     with warnings.catch_warnings():

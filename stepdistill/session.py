@@ -22,6 +22,7 @@ from stepdistill.pipeline.latents import decoder, encode_images, image_shape
 from stepdistill.pipeline.load import is_export, load_pipeline
 from stepdistill.pipeline.lora import is_lora, load_adapter
 from stepdistill.pipeline.trace import Trace, at_guidance, trace, under
+from stepdistill.pruning import pruned
 from stepdistill.recipe import Recipe
 from stepdistill.roles import build_roles
 from stepdistill.samplers import SAMPLERS, TCD, Sampler
@@ -141,7 +142,10 @@ def make_method(recipe: Recipe, traced: Trace, sampler: Sampler, scale: float, d
     implementation, config, student = recipe.method.implementation, recipe.method.config, recipe.student
     names = ("student", *implementation.extra_roles)
     training = {name: student.train for name in names} | dict(implementation.role_training(config))
-    roles = build_roles(traced.denoiser, training, scale, student.rank, student.targets)
+    smaller = pruned(traced.denoiser.network, student.config) if student.config else None
+    if smaller is not None:
+        _switch(smaller, recipe)
+    roles = build_roles(traced.denoiser, training, scale, student.rank, student.targets, smaller)
     roles.decode = decoder(traced)
     if student.init is not None:
         _start_from(Path(student.init), roles.student, traced.pipeline, traced.component)
