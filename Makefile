@@ -1,10 +1,10 @@
-# make quickstart | compare | test | lint. Uses the active virtual environment, else makes .venv; set-up runs once.
+# make quickstart | compare | test | lint | docs. Uses the active virtual environment, else makes .venv; set-up runs once.
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
 # Named after the checkout: an environment that is shared by two of them is set up for each.
 STAMP := $(VENV)/.set-up$(subst /,-,$(CURDIR))
 
-.PHONY: quickstart compare test lint
+.PHONY: quickstart compare test lint docs
 
 quickstart: $(STAMP)
 	$(BIN)/stepdistill train recipes/quickstart.yaml
@@ -16,6 +16,11 @@ compare: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+docs: $(STAMP)
+	$(BIN)/python scripts/recipe_reference.py
+	$(BIN)/python -m mkdocs build --strict
+	@echo "Open build/site/index.html in a browser."
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -126,6 +126,8 @@ def _phrase(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return " or ".join(_phrase(kind, metadata) for kind in inner)
     if origin is list:
         return f"a list{_length(metadata)}, each {_phrase(inner[0])}"
+    if origin is dict:
+        return "names with values"
     if annotation in _NOUNS:
         return _number(_NOUNS[annotation], metadata)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -1,13 +1,18 @@
 """What the documentation shows is true: the table of methods, and the example method."""
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from pipeline.tiny import save_dit, tiny_dit
-from stepdistill import assets
+from stepdistill import assets, cli
 from stepdistill.methods import METHODS
 from stepdistill.recipe import load
 from stepdistill.session import build
@@ -15,6 +20,7 @@ from stepdistill.trainer import train
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLE = ROOT / "docs" / "examples" / "my_method.py"
 
 
@@ -45,6 +51,63 @@ def test_the_table_says_what_a_method_is(name):
     paper, *facts = listed()[name]
     assert re.search(r"\b20\d\d\b", paper)
     assert facts == [", ".join(data), ", ".join(networks) or "–", ", ".join(map(str, steps)), ", ".join(samplers)]
+
+
+def shown(language: str) -> list[tuple[str, str]]:
+    """(page, line) of everything in fenced blocks of this language, in the README and in docs/."""
+    lines = []
+    for page in PAGES:
+        for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+            lines += [(page.name, line.strip()) for line in block.splitlines() if line.strip()]
+    return lines
+
+
+COMMANDS = [pair for pair in shown("bash") if pair[1].startswith("stepdistill ")]
+
+
+@pytest.mark.parametrize("page, line", COMMANDS, ids=[f"{page}: {line[:60]}" for page, line in COMMANDS])
+def test_every_command_that_is_shown_is_one(page, line):
+    """Its verb, options and arguments exist, and so does a recipe that it names."""
+    _, verb, *words = shlex.split(line, comments=True)
+    words = words[: words.index(">")] if ">" in words else words
+    group = typer.main.get_command(cli.app)
+    assert verb in group.commands, line
+    group.commands[verb].make_context(verb, list(words))
+    for word in words[:1] if verb in ("train", "plan") else ():
+        assert "RECIPE" in word or (Path(word).suffix == ".yaml" and "/" not in word) or assets.recipe(Path(word).stem)
+
+
+def test_pages_name_recipes_and_methods_that_exist():
+    for name in ("choosing.md", "your-model.md"):
+        words = set(re.findall(r"`([a-z0-9_-]+)`", (ROOT / "docs" / name).read_text(encoding="utf-8")))
+        recipes = {word for word in words if re.match(r"(fashion|sd15|sdxl|sd35|flux)_", word)}
+        assert recipes and recipes <= set(assets.recipes()), recipes - set(assets.recipes())
+    table = [line.split("|")[2] for line in (ROOT / "docs" / "choosing.md").read_text().splitlines() if "| `" in line]
+    named = {word for cell in table for word in re.findall(r"`([a-z0-9-]+)`", cell)}
+    assert len(named) > 8 and named <= set(METHODS), named - set(METHODS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_within_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_recipe_reference_is_that_of_the_schema():
+    done = subprocess.run(
+        [sys.executable, "scripts/recipe_reference.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert {path.parent.name for path in (tmp_path / "site").glob("*/index.html")} == pages
 
 
 @pytest.fixture(scope="module")

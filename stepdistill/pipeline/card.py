@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.pipeline.observe import guidance_argument
 from stepdistill.pipeline.trace import Trace
 
@@ -62,7 +63,7 @@ license_name: as-the-teacher
 # {facts["teacher"]} in {steps} step{"s" if steps > 1 else ""}
 
 A {steps}-step {name}, distilled from `{facts["teacher"]}` with stepdistill. One network pass per step, no
-classifier-free guidance: guidance {facts["guidance"]:g} of the teacher is {place}.
+classifier-free guidance: guidance {facts["guidance"]:g}{rule_text(stated_rule(facts))} of the teacher is {place}.
 
 ```python
 {imported}from diffusers import {classes}
@@ -76,7 +77,7 @@ pipe = {name}.from_pretrained("{base}")
 | NFE per image | {steps} |
 | method | {facts["method"]}, {facts["trained_steps"]} training steps |
 | scheduler | {scheduler}, its config holds the step grid; keep it |
-| teacher | {facts["teacher"]}, guidance scale {facts["guidance"]:g} |
+| teacher | {facts["teacher"]}, guidance scale {facts["guidance"]:g}{rule_text(stated_rule(facts))} |
 | licence | that of the teacher: the student is a derivative of its weights |
 | checked | reloaded {reloaded}, differs from the training-time sampler by {error:.1e} |
 
