@@ -94,6 +94,11 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     implementation, config, data = recipe.method.implementation, recipe.method.config, recipe.data
     needs, real = implementation.data_needs(config), None
     if with_data and needs.images:
+        if traced.denoiser.spec.appended is not None:
+            raise InputError(
+                "data.images: expected none, and a method or settings that need none, for a network that is told a "
+                "picture beside the noisy sample: real images would have to be those of that picture"
+            )
         real = images.load(data, *image_shape(traced))
     if data.conditions == "captions" and real is not None:
         told = list(dict.fromkeys(real[1]))

@@ -1,6 +1,7 @@
 """A smaller student is the teacher with blocks left out: equal where none is, trained and stock where some are."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_it_is_trained_exported_and_sampled(name, tmp_path, monkeypatch):
     build, component, config = RUNS[name]
     pipeline = build()
     save_pipeline(pipeline, tmp_path / "teacher")
-    monkeypatch.setattr("stepdistill.trainer.Preview.write", lambda *_: {})
+    monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
     monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
     monkeypatch.setattr("stepdistill.pipeline.export.CHECKED", 2)
     run = train(recipe_of(name, tmp_path))  # the export has been reloaded and compared with the sampler of training

@@ -13,6 +13,7 @@ from torch import Tensor
 from stepdistill.errors import InputError
 from stepdistill.pipeline.denoiser import Conditions, joined
 from stepdistill.pipeline.observe import modules, observe
+from stepdistill.pipeline.stock_call import is_picture
 from stepdistill.pipeline.trace import Trace
 from stepdistill.tensor_cache import cached
 from stepdistill.text_files import read_text
@@ -154,6 +155,24 @@ def _caught(trace: Trace, entries: Sequence[str | int]) -> tuple[Conditions, Con
     return trace.guidance.split(seen, trace.denoiser.spec, trace.conditioning, len(entries))
 
 
+def plain_conditions(trace: Trace, entries: Sequence[str | int], steps: int) -> Conditions:
+    """What a plain call for ``entries`` tells its denoiser, seeded with 0 and without guidance.
+
+    A picture that the pipeline encodes for its network is drawn at random there, so no other call's conditions will do.
+    """
+    recording = observe(
+        trace.pipeline,
+        entries,
+        trace.arguments,
+        steps=steps,
+        guidance=trace.guidance.plain_scale,
+        stop_calls=(trace.component, 1),
+        plain=True,
+    )
+    call = next(call for call in recording.calls if call.component == trace.component)
+    return trace.denoiser.spec.conditions(call.arguments, trace.conditioning)
+
+
 def _check(trace: Trace, entries: tuple[str | int, ...], names: tuple[str, ...]) -> None:
     if not entries:
         raise InputError("conditions: expected at least one, found none")
@@ -190,6 +209,8 @@ def _key(trace: Trace, entries: tuple[str | int, ...]) -> str:
 
     add(type(pipeline).__name__, trace.component, trace.guidance.kind, trace.guidance.scale, entries, trace.arguments)
     add({name: shape for name, shape in trace.conditioning.items()})
+    told = (one for value in trace.arguments.values() for one in (value if isinstance(value, list) else [value]))
+    add([hashlib.sha256(Path(one).read_bytes()).hexdigest() for one in told if is_picture(one)])
     for name, component in sorted(pipeline.components.items()):
         config = getattr(component, "config", None)
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})

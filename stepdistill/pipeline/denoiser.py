@@ -40,6 +40,8 @@ class CallSpec:
         lists: arguments that are lists with an entry per image; where the sample is one, so is the output.
         masks: (mask, its dtype) of each condition that is padded with zeros to the longest of its rows. The mask is
             a condition too: the network's own argument, or (for a list) what is cut out of each row.
+        appended: where the sample argument is x_t and more after it (an inpainting network's mask and masked image):
+            the axis, and x_t's length along it. What comes after is a condition, named :attr:`extra`.
         keeps_norm: guided outputs are scaled back to the conditional ones' norm along the last axis.
         rule: what guidance is besides uncond + w (cond - uncond).
     """
@@ -55,8 +57,14 @@ class CallSpec:
     frame_axis: int | None = None
     lists: frozenset[str] = frozenset()
     masks: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
+    appended: tuple[int, int] | None = None
     keeps_norm: bool = False
     rule: Rule = field(default_factory=Rule)
+
+    @property
+    def extra(self) -> str | None:
+        """The condition that is appended to x_t, None where nothing is."""
+        return None if self.appended is None else f"{self.sample} appended"
 
     def network_timestep(self, timestep: Tensor) -> Tensor:
         """A scheduler's timestep (any shape) in the unit and dtype of the network."""
@@ -85,6 +93,11 @@ class CallSpec:
         found: Conditions = {}
         masks = {mask for mask, _ in self.masks.values()}
         for name in (name for name in names if name not in masks):
+            if name == self.extra:
+                axis, length = self.appended
+                whole = arguments[self.sample]
+                found[name] = whole.narrow(axis, length, whole.shape[axis] - length)
+                continue
             value = arguments[name]
             if name in self.masks:
                 mask, dtype = self.masks[name]
@@ -218,6 +231,8 @@ class Denoiser:
         for name, value in cond.items():
             flat[name] = value.to(dtype) if dtype and value.is_floating_point() else value
         flat[spec.sample] = x_t.to(dtype) if dtype else x_t
+        if spec.appended is not None:
+            flat[spec.sample] = torch.cat([flat[spec.sample], flat.pop(spec.extra)], spec.appended[0])
         if spec.frame_axis is not None:
             flat[spec.sample] = flat[spec.sample].unsqueeze(spec.frame_axis)
         for name in spec.lists & flat.keys():

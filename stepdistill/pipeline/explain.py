@@ -129,22 +129,29 @@ def sample_argument(off: Recording, on: Recording, component: str) -> tuple[Call
             f"no argument of {component} equals the scheduler's sample {list(off.steps[0].sample.shape)}, scaled or "
             f"doubled; its tensors are {tensors}",
         )
-    name, axis, is_list = min(layouts)
-    spec = CallSpec(name, "", frame_axis=axis, lists=frozenset([name] if is_list else []))
+    name, axis, is_list, appended = min(layouts)
+    spec = CallSpec(name, "", frame_axis=axis, lists=frozenset([name] if is_list else []), appended=appended)
     return spec, lengths == {2}
 
 
-def _as_latents(value: Any, like: Tensor) -> tuple[Tensor | None, tuple[int | None, bool]]:
-    """``value`` laid out like ``like`` (None if it cannot be), (the axis taken out of it, whether it was a list)."""
+_Layout = tuple[int | None, bool, tuple[int, int] | None]
+
+
+def _as_latents(value: Any, like: Tensor) -> tuple[Tensor | None, _Layout]:
+    """``value`` laid out like ``like`` (None if it cannot be), and how: frame axis, list, what is appended to it."""
     is_list = is_list_of_rows(value)
     tensor = torch.stack(value) if is_list else value
     if isinstance(tensor, Tensor) and tensor.ndim:
         if tensor.shape[1:] == like.shape[1:]:
-            return tensor, (None, is_list)
+            return tensor, (None, is_list, None)
         for axis in range(1, tensor.ndim):
             if tensor.shape[axis] == 1 and tensor.squeeze(axis).shape[1:] == like.shape[1:]:
-                return tensor.squeeze(axis), (axis, is_list)
-    return None, (None, False)
+                return tensor.squeeze(axis), (axis, is_list, None)
+            if not is_list and tensor.ndim == like.ndim and tensor.shape[axis] > like.shape[axis]:
+                first = tensor.narrow(axis, 0, like.shape[axis])
+                if first.shape[1:] == like.shape[1:]:
+                    return first, (None, False, (axis, like.shape[axis]))
+    return None, (None, False, None)
 
 
 def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Module) -> CallSpec:
@@ -233,6 +240,11 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec) -> tuple[CallS
             for call, first in zip(step.calls, recording.steps[0].calls, strict=True):
                 if not same(call.arguments.get(name), first.arguments[name]):
                     raise TraceError("constants", f"'{name}' changes from step to step and is not the timestep")
+    if spec.extra is not None:
+        for recording in (off, on):
+            first, *later = [spec.conditions(step.calls[0].arguments, [spec.extra]) for step in recording.steps]
+            if not all(same(first[spec.extra], other[spec.extra]) for other in later):
+                raise TraceError("constants", f"what follows the sample in '{spec.sample}' changes from step to step")
     calls = [*off.steps[0].calls, *on.steps[0].calls]
     values = {name: [call.arguments[name] for call in calls] for name in rest}
     sizes = [{off.count}] * len(off.steps[0].calls) + [{on.count, 2 * on.count}] * len(on.steps[0].calls)
@@ -251,7 +263,7 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec) -> tuple[CallS
         elif follows_batch(name, list) and all(isinstance(row, Tensor) and row.ndim for row in values[name][0]):
             lists.add(name)
             masks[name] = (f"{name} mask", torch.bool)
-    conditions = [*masks, *(mask for mask, _ in masks.values())]
+    conditions = [*masks, *(mask for mask, _ in masks.values()), *([spec.extra] if spec.extra else [])]
     constants, expanded = {}, set()
     for name in (name for name in rest if name not in conditions):
         value, *others = values[name]

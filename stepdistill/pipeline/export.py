@@ -25,6 +25,7 @@ from stepdistill.pipeline import stock_call
 from stepdistill.pipeline.attach import CONFIG as ATTACHED
 from stepdistill.pipeline.card import model_card
 from stepdistill.pipeline.compare import deviation
+from stepdistill.pipeline.conditioning import plain_conditions
 from stepdistill.pipeline.generate import decode
 from stepdistill.pipeline.load import load_pipeline, save_pipeline, source
 from stepdistill.pipeline.lora import Keys, save_lora, why_not_lora
@@ -157,7 +158,10 @@ def verify(folder: Path, session: Session, lora: bool = False) -> tuple[float, i
         stock = stock_call.record(load_pipeline(folder), request["call"])
     else:
         stock = call_elsewhere(request)
-    cond, _ = session.conditioning.batch(rows)
+    if traced.denoiser.spec.appended is None:
+        cond, _ = session.conditioning.batch(rows)
+    else:
+        cond = plain_conditions(traced, entries, session.sampler.steps)
     student = session.method.roles.student
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(stock["random_state"])

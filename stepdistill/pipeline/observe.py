@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.denoiser import first_tensor, flatten
+from stepdistill.pipeline.stock_call import is_picture, opened
 
 ENTRY_ARGUMENTS = ("prompt", "class_labels", "batch_size")
 """What a pipeline may be asked for: texts, class ids, or just a number of images."""
@@ -105,8 +107,8 @@ def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
 
 
 def run(pipeline: Any, entries: Sequence[Any], arguments: Mapping[str, Any] | None = None, **wishes: Any) -> Any:
-    """Call the pipeline with :func:`call_arguments`."""
-    return pipeline(**call_arguments(pipeline, entries, arguments, **wishes))
+    """Call the pipeline with :func:`call_arguments`, files of pictures opened."""
+    return pipeline(**opened(call_arguments(pipeline, entries, arguments, **wishes)))
 
 
 def call_arguments(
@@ -121,7 +123,8 @@ def call_arguments(
     """What the pipeline is called with for ``entries`` at this guidance; of ``wishes`` what it accepts is passed.
 
     Args:
-        arguments: further arguments of the call, such as height, num_frames or negative_prompt (one for all entries).
+        arguments: further arguments of the call, such as height, num_frames, negative_prompt (one for all entries) or
+            image (the path of a picture).
 
     Raises:
         InputError: the pipeline takes no argument of such a name.
@@ -133,6 +136,9 @@ def call_arguments(
             close = difflib.get_close_matches(name, accepted, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InputError(f"arguments: {type(pipeline).__name__} takes no argument {name!r}{hint}")
+        value = (arguments or {})[name]
+        if "image" in name and is_picture(value) and not Path(value).is_file():
+            raise InputError(f"arguments: {name}: expected a picture, found no file {value}")
     wishes |= arguments or {}
     call: dict[str, Any] = {entry: len(entries) if entry == "batch_size" else list(entries)}
     scale = guidance_argument(pipeline)
@@ -156,6 +162,7 @@ def observe(
     guidance: float,
     stop_steps: int | None = None,
     stop_calls: tuple[str, int] | None = None,
+    plain: bool = False,
 ) -> Recording:
     """Run the pipeline and record it; everything hooked or replaced is restored, whatever happens.
 
@@ -164,6 +171,7 @@ def observe(
         steps: the pipeline's num_inference_steps. guidance: its guidance scale.
         stop_steps: end the run after that many scheduler steps. stop_calls: (component, n): end it just
             before that component's n-th call does its work.
+        plain: draw random numbers from torch's own generator, as a call that names none does.
 
     Raises:
         TraceError: the pipeline has no scheduler with a step, or its run fails.
@@ -180,16 +188,9 @@ def observe(
             _listen(stack, record, name, module, stop_calls)
         stack.enter_context(patched(scheduler, "step", _recording_step(record, scheduler, stop_steps)))
         stack.enter_context(patched(scheduler, "set_timesteps", _recording_grid(record, scheduler)))
+        wishes = {} if plain else {"generator": torch.Generator().manual_seed(0)}
         try:
-            run(
-                pipeline,
-                entries,
-                arguments,
-                steps=steps,
-                guidance=guidance,
-                output_type="latent",
-                generator=torch.Generator().manual_seed(0),
-            )
+            run(pipeline, entries, arguments, steps=steps, guidance=guidance, output_type="latent", **wishes)
         except _Enough:
             pipeline.maybe_free_model_hooks()
         except InputError:

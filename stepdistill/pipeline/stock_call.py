@@ -59,10 +59,26 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
 
     pipeline.scheduler.step = step
     torch.manual_seed(0)
-    images = pipeline(**call)[0]
+    images = pipeline(**opened(call))[0]
     if isinstance(images, torch.Tensor):
         result["images"] = images
     return {name: value.contiguous().cpu() for name, value in result.items()}
+
+
+def opened(call: dict) -> dict:
+    """The arguments of a call, with the pictures themselves where they name files of pictures."""
+    return {name: _opened(value) for name, value in call.items()}
+
+
+def _opened(value):
+    if isinstance(value, list):
+        return [_opened(one) for one in value]
+    return diffusers.utils.load_image(value) if is_picture(value) and Path(value).is_file() else value
+
+
+def is_picture(value) -> bool:
+    """Whether a value is the name of a picture's file."""
+    return isinstance(value, str) and Path(value).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 if __name__ == "__main__":

@@ -421,6 +421,13 @@ def wan(boundary_ratio: float | None = None) -> Any:
     )
 
 
+def inpainting() -> Any:
+    """SD's UNet with five more channels: the mask and the masked image's latents."""
+    base = tiny.tiny_sd()
+    parts = base.components | {"unet": unet(in_channels=9), "image_encoder": None}
+    return ready(diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False))
+
+
 NO_BINS = {"use_resolution_binning": False}
 SMALLER = {"height": 32, "width": 32}
 ZOO = {

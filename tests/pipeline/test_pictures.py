@@ -1,0 +1,99 @@
+"""Networks that are told a picture: inpainting channels beside the noisy sample.
+
+The picture is an argument of the pipeline's call, the same for every prompt.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import zoo
+from stepdistill.errors import InputError
+from stepdistill.pipeline.conditioning import encode
+from stepdistill.pipeline.load import save_pipeline
+from stepdistill.pipeline.trace import trace
+from stepdistill.trainer import train
+
+PROMPTS = ["a red shoe", "two birds on a wire"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> dict[str, str]:
+    """A picture and the mask of its left half, as files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8).numpy()
+    Image.fromarray(pixels).save(folder / "image.png")
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 0, 8, 16))
+    mask.save(folder / "mask.png")
+    return {"image": str(folder / "image.png"), "mask_image": str(folder / "mask.png")}
+
+
+@pytest.fixture(scope="module")
+def traced(pictures):
+    return trace(zoo.inpainting(), {**pictures, **zoo.SMALL})
+
+
+def recipe_of(folder, arguments, **keys) -> dict:
+    return {
+        "teacher": {
+            "pipeline": str(folder / "teacher"),
+            "guidance": {"scale": 2.0},
+            "arguments": {**arguments, **zoo.SMALL},
+        },
+        "student": {"steps": 2},
+        "data": {"conditions": PROMPTS},
+        "method": {"name": "dmd2", "critic_steps": 1},
+        "train": {"steps": 1, "batch_size": 2, "lr": 1e-3, "tracker": "none"},
+        "report": {"samples": 0},
+        "output": str(folder / "run"),
+    } | keys
+
+
+def test_the_channels_after_the_sample_are_a_condition(traced):
+    spec = traced.denoiser.spec
+    assert traced.self_test_error <= 1e-5
+    assert (spec.sample, spec.appended, spec.extra) == ("sample", (1, 4), "sample appended")
+    assert traced.latent_shape == (4, 8, 8) and traced.conditioning["sample appended"] == (5, 8, 8)
+
+
+def test_the_network_is_called_as_the_pipeline_calls_it(traced):
+    cond, null = encode(traced, PROMPTS).batch(torch.tensor([0, 1]))
+    x, t = torch.randn(2, 4, 8, 8), torch.full((2,), 0.5)
+    unet = traced.pipeline.unet
+    with torch.no_grad():
+        found = traced.denoiser(x, t, cond).raw
+        timestep = traced.denoiser.schedule.timestep(t)
+        given = torch.cat([x, cond["sample appended"]], 1)
+        expected = unet(given, timestep, cond["encoder_hidden_states"], return_dict=False)[0]
+    torch.testing.assert_close(found, expected)
+    mask = cond["sample appended"][:, 0]
+    assert mask[..., :4].eq(1).all() and mask[..., 4:].eq(0).all()
+    assert torch.equal(null["sample appended"], cond["sample appended"])
+
+
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_inpainting_is_distilled_and_exported(how, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
+    monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
+    monkeypatch.setattr("stepdistill.pipeline.export.CHECKED", 2)
+    save_pipeline(zoo.inpainting(), tmp_path / "teacher")
+    run = train(recipe_of(tmp_path, pictures, student={"steps": 2, "train": how, "rank": 2}))
+    card = (run.folder / "export" / "README.md").read_text()
+    assert 'image=load_image("image.png"), mask_image=load_image("mask.png")' in card
+    assert "from diffusers.utils import load_image" in card
+
+
+def test_a_picture_that_is_not_there(pictures, tmp_path):
+    with pytest.raises(InputError, match=r"arguments: image: expected a picture, found no file no/such\.png"):
+        trace(zoo.inpainting(), {**pictures, "image": "no/such.png"})
+
+
+def test_real_images_are_not_those_of_the_picture(pictures, tmp_path):
+    save_pipeline(zoo.inpainting(), tmp_path / "teacher")
+    data = {"conditions": PROMPTS, "images": str(tmp_path)}
+    with pytest.raises(InputError, match=r"data\.images: expected none, and a method"):
+        train(recipe_of(tmp_path, pictures, data=data, method={"name": "tcd"}))
