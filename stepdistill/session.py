@@ -16,7 +16,7 @@ from stepdistill.data.paths import Paths, teacher_paths
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod, Roles
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries
-from stepdistill.pipeline.denoiser import Denoiser
+from stepdistill.pipeline.denoiser import Denoiser, innermost
 from stepdistill.pipeline.generate import set_up
 from stepdistill.pipeline.latents import decoder, encode_images, image_shape
 from stepdistill.pipeline.load import is_export, load_pipeline
@@ -135,6 +135,8 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     session = Session(recipe, traced, conditioning, method, sampler, rows, device, paths)
     if with_data:
         method.prepare(session.batch(0, 0, 1))
+        if recipe.train.compile:
+            compile_networks(method.roles)
     return session
 
 
@@ -178,6 +180,20 @@ def _save_memory(roles: Roles, backbone: nn.Module) -> None:
         if not isinstance(role.network, AdapterView | FrozenView):
             save_memory(role.network)
     save_memory(backbone)
+
+
+def compile_networks(roles: Roles) -> None:
+    """torch.compile every role's network, in place: parameters, names and what is put around it stay as they are."""
+    # One network has a graph for each of: with and without gradients, full and doubled batch, each adapter.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    networks = {
+        id(network): network
+        for role in vars(roles).values()
+        if isinstance(role, Denoiser)
+        for network in [innermost(role.network)]
+    }
+    for network in networks.values():
+        network.compile()
 
 
 def _switch(network: nn.Module, recipe: Recipe) -> None:

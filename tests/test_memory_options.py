@@ -43,6 +43,21 @@ def session(teacher: Path, how: str, method: str = "sid", precision: str = "fp32
     return made
 
 
+def test_compiled_networks_give_the_same_gradients(teachers, monkeypatch):
+    graphs = torch._dynamo.utils.counters["stats"]
+    original = torch.nn.Module.compile
+    # Capturing, guards and recompilation, without the generated code, which takes minutes.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="eager"))
+    plain, compiled = (session(teachers / "dit", "full", "dmd2", compile=on) for on in (False, True))
+    before = graphs["unique_graphs"]
+    expected = gradients(plain, "student")
+    assert graphs["unique_graphs"] == before
+    found = gradients(compiled, "student")
+    assert graphs["unique_graphs"] > before
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def gradients(made: Session, player: str) -> list[torch.Tensor]:
     parameters = [p.requires_grad_() for module in made.method.modules(player) for p in module.parameters()]
     loss = sum(made.method.losses(player, made.batch(0, 0, 2)).values())

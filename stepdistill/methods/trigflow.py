@@ -30,7 +30,7 @@ class LogVariance(nn.Module):
 def derivative(function: Callable[..., Tensor], point: Sequence[Tensor], direction: Sequence[Tensor]) -> Tensor:
     """d/dh function(point + h direction) at h = 0, in forward mode: one pass of values and tangents."""
     # torch.func.jvp does the same a third slower.
-    with forward_ad.dual_level():
+    with forward_ad.dual_level(), torch.compiler.set_stance("force_eager"):  # compiled code has no tangents
         value = function(*map(forward_ad.make_dual, point, direction))
         primal, tangent = forward_ad.unpack_dual(value)
         return torch.zeros_like(primal) if tangent is None else tangent

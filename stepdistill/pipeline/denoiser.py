@@ -248,6 +248,8 @@ def hidden_states(network: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
     """What the feature blocks of ``network`` emit while ``run`` calls it, in order, with grad."""
     captured: list[Tensor] = []
     with ExitStack() as hooks:
+        # Compiled code has no place for hooks that come later.
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for block in feature_blocks(network):
             handle = block.register_forward_hook(lambda _module, _inputs, out: captured.append(_hidden(out)))
             hooks.callback(handle.remove)
@@ -301,6 +303,11 @@ def _shape(value: Tensor) -> tuple[int, ...]:
 
 def _dtype(network: nn.Module) -> torch.dtype | None:
     """The dtype of the network's floating parameters, None when it has none; of a view those of what it looks at."""
+    return next((p.dtype for p in innermost(network).parameters() if p.is_floating_point()), None)
+
+
+def innermost(network: nn.Module) -> nn.Module:
+    """The network that a view, or what was put around a network, stands on; the network itself otherwise."""
     while (inner := getattr(network, "backbone", getattr(network, "network", None))) is not None:
         network = inner
-    return next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+    return network
