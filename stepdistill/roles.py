@@ -35,7 +35,8 @@ def build_roles(
     Raises:
         InputError: a target names no layer.
     """
-    teacher.network.requires_grad_(False)
+    for frozen in (teacher.network, *(helper.denoiser.network for helper in teacher.spec.helpers)):
+        frozen.requires_grad_(False)
     networks: dict[str, nn.Module] = {}
     # Copies first: an adapter changes the network it is put on.
     for name, how in training.items():

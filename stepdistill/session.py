@@ -94,10 +94,10 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     implementation, config, data = recipe.method.implementation, recipe.method.config, recipe.data
     needs, real = implementation.data_needs(config), None
     if with_data and needs.images:
-        if traced.denoiser.spec.appended is not None:
+        if traced.pictures:
             raise InputError(
-                "data.images: expected none, and a method or settings that need none, for a network that is told a "
-                "picture beside the noisy sample: real images would have to be those of that picture"
+                f"data.images: expected none beside teacher.arguments.{traced.pictures[0]}, and a method or settings "
+                "that need none: real images would have to be those of that picture"
             )
         real = images.load(data, *image_shape(traced))
     if data.conditions == "captions" and real is not None:

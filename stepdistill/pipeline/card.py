@@ -5,7 +5,6 @@ from typing import Any
 
 from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.pipeline.observe import guidance_argument
-from stepdistill.pipeline.stock_call import is_picture
 from stepdistill.pipeline.trace import Trace
 
 PLACE = "PATH_OF_THIS_FOLDER"
@@ -53,7 +52,7 @@ pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="s
     )
     guidance = guidance_argument(trace.pipeline)
     told = "" if guidance is None else f", {guidance.name}={facts['call_guidance']:g}"
-    pictures = [name for name, value in trace.arguments.items() if is_picture(value)]
+    pictures = trace.pictures
     told += "".join(f", {name}={value!r}" for name, value in trace.arguments.items() if name not in pictures)
     told += "".join(f', {name}=load_image("{Path(trace.arguments[name]).name}")' for name in pictures)
     imported = ("from diffusers.utils import load_image\n" if pictures else "") + imported

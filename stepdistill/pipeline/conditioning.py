@@ -12,8 +12,7 @@ from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.denoiser import Conditions, joined
-from stepdistill.pipeline.observe import modules, observe
-from stepdistill.pipeline.stock_call import is_picture
+from stepdistill.pipeline.observe import Call, Recording, calls_of, modules, observe
 from stepdistill.pipeline.trace import Trace
 from stepdistill.tensor_cache import cached
 from stepdistill.text_files import read_text
@@ -151,8 +150,7 @@ def _caught(trace: Trace, entries: Sequence[str | int]) -> tuple[Conditions, Con
         guidance=trace.guidance.scale,
         stop_calls=(trace.component, calls),
     )
-    seen = [call for call in recording.calls if call.component == trace.component]
-    return trace.guidance.split(seen, trace.denoiser.spec, trace.conditioning, len(entries))
+    return trace.guidance.split(_calls(trace, recording), trace.denoiser.spec, trace.conditioning, len(entries))
 
 
 def plain_conditions(trace: Trace, entries: Sequence[str | int], steps: int) -> Conditions:
@@ -169,8 +167,11 @@ def plain_conditions(trace: Trace, entries: Sequence[str | int], steps: int) -> 
         stop_calls=(trace.component, 1),
         plain=True,
     )
-    call = next(call for call in recording.calls if call.component == trace.component)
-    return trace.denoiser.spec.conditions(call.arguments, trace.conditioning)
+    return trace.denoiser.spec.conditions(_calls(trace, recording)[0].arguments, trace.conditioning)
+
+
+def _calls(trace: Trace, recording: Recording) -> list[Call]:
+    return calls_of(recording.calls, trace.component, [helper.name for helper in trace.denoiser.spec.helpers])
 
 
 def _check(trace: Trace, entries: tuple[str | int, ...], names: tuple[str, ...]) -> None:
@@ -209,8 +210,7 @@ def _key(trace: Trace, entries: tuple[str | int, ...]) -> str:
 
     add(type(pipeline).__name__, trace.component, trace.guidance.kind, trace.guidance.scale, entries, trace.arguments)
     add({name: shape for name, shape in trace.conditioning.items()})
-    told = (one for value in trace.arguments.values() for one in (value if isinstance(value, list) else [value]))
-    add([hashlib.sha256(Path(one).read_bytes()).hexdigest() for one in told if is_picture(one)])
+    add([hashlib.sha256(Path(trace.arguments[name]).read_bytes()).hexdigest() for name in trace.pictures])
     for name, component in sorted(pipeline.components.items()):
         config = getattr(component, "config", None)
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})

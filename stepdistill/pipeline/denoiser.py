@@ -40,6 +40,7 @@ class CallSpec:
         lists: arguments that are lists with an entry per image; where the sample is one, so is the output.
         masks: (mask, its dtype) of each condition that is padded with zeros to the longest of its rows. The mask is
             a condition too: the network's own argument, or (for a list) what is cut out of each row.
+        helpers: networks that are asked first, and whose outputs are arguments of this one (a ControlNet).
         appended: where the sample argument is x_t and more after it (an inpainting network's mask and masked image):
             the axis, and x_t's length along it. What comes after is a condition, named :attr:`extra`.
         keeps_norm: guided outputs are scaled back to the conditional ones' norm along the last axis.
@@ -57,6 +58,7 @@ class CallSpec:
     frame_axis: int | None = None
     lists: frozenset[str] = frozenset()
     masks: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
+    helpers: tuple["Helper", ...] = ()
     appended: tuple[int, int] | None = None
     keeps_norm: bool = False
     rule: Rule = field(default_factory=Rule)
@@ -65,6 +67,9 @@ class CallSpec:
     def extra(self) -> str | None:
         """The condition that is appended to x_t, None where nothing is."""
         return None if self.appended is None else f"{self.sample} appended"
+
+    def _of_helper(self, name: str) -> bool:
+        return any(name.startswith(helper.prefix) for helper in self.helpers)
 
     def network_timestep(self, timestep: Tensor) -> Tensor:
         """A scheduler's timestep (any shape) in the unit and dtype of the network."""
@@ -91,8 +96,11 @@ class CallSpec:
         Lists become padded tensors with masks; a mask that was left out, as nothing is padded, becomes one of ones.
         """
         found: Conditions = {}
+        for helper in self.helpers:
+            told = helper.denoiser.spec.conditions(helper.own(arguments), helper.own(dict.fromkeys(names)))
+            found |= {helper.prefix + name: value for name, value in told.items()}
         masks = {mask for mask, _ in self.masks.values()}
-        for name in (name for name in names if name not in masks):
+        for name in (name for name in names if name not in masks and not self._of_helper(name)):
             if name == self.extra:
                 axis, length = self.appended
                 whole = arguments[self.sample]
@@ -228,6 +236,11 @@ class Denoiser:
             if name in spec.expanded:
                 value = value.expand(batch, *value.shape[1:]) if isinstance(value, Tensor) else value * batch
             flat[name] = value
+        for helper in spec.helpers:
+            cond, told = dict(cond), helper.own(cond)
+            for name in told:
+                del cond[helper.prefix + name]
+            flat |= helper.outputs(x_t, t, told, dtype)
         for name, value in cond.items():
             flat[name] = value.to(dtype) if dtype and value.is_floating_point() else value
         flat[spec.sample] = x_t.to(dtype) if dtype else x_t
@@ -242,6 +255,48 @@ class Denoiser:
             flat[name] = rows
         flat[spec.timestep] = spec.network_timestep(self.schedule.timestep(t))
         return unflatten(flat)
+
+
+@dataclass(frozen=True)
+class Helper:
+    """A network that is asked about the same sample at every step, and what its outputs are for the denoiser.
+
+    Args:
+        name: the pipeline's component. Its conditions are named "name/argument".
+        denoiser: how it is called; what it says is no prediction.
+        feeds: the denoiser's argument that is its i-th output tensor, or the list of several.
+    """
+
+    name: str
+    denoiser: Denoiser
+    feeds: Mapping[str, int | tuple[int, ...]]
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its conditions start with."""
+        return f"{self.name}/"
+
+    def own(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Of ``named`` what is this network's, under its own names."""
+        return {name.removeprefix(self.prefix): v for name, v in named.items() if name.startswith(self.prefix)}
+
+    def outputs(self, x_t: Tensor, t: Tensor, cond: Conditions, dtype: torch.dtype | None) -> dict[str, Any]:
+        """The denoiser's arguments that this network makes, in ``dtype``, with graph."""
+        said = tensors_in(self.denoiser.network(**self.denoiser.arguments(x_t, t, cond)))
+        said = [value.to(dtype) if dtype else value for value in said]
+        return {
+            name: said[index] if isinstance(index, int) else [said[one] for one in index]
+            for name, index in self.feeds.items()
+        }
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors inside nested lists, tuples and mappings, in order."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def hidden_states(network: nn.Module, run: Callable[[], Any]) -> list[Tensor]:

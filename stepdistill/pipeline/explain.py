@@ -20,12 +20,12 @@ from stepdistill.pipeline.denoiser import (
     CallSpec,
     Conditions,
     Output,
-    first_tensor,
     is_list_of_rows,
     joined,
+    tensors_in,
     unflatten,
 )
-from stepdistill.pipeline.observe import Call, Recording, Step, TraceError
+from stepdistill.pipeline.observe import Call, Recording, Step, TraceError, calls_of
 
 GUIDANCE_LIMIT = 1e-4
 
@@ -85,6 +85,39 @@ def denoiser_component(off: Recording) -> str:
         )
     # A helper network that runs at every step feeds the denoiser, so the denoiser is called last.
     return [call.component for call in off.steps[-1].calls if call.component in steady][-1]
+
+
+def feeding(off: Recording, on: Recording, component: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The networks whose outputs are arguments of the denoiser's at every step, with what a Helper calls feeds."""
+    found, steps = {}, [*off.steps, *on.steps]
+    for name in names:
+        counts = [[len(calls_of(step.calls, one)) for step in steps] for one in (name, component)]
+        if name != component and counts[0] == counts[1] and (fed := _feeds(steps, component, name)):
+            found[name] = fed
+    return found
+
+
+def _feeds(steps: Sequence[Step], component: str, helper: str) -> dict[str, int | tuple[int, ...]]:
+    common = None
+    for step in steps:
+        for call, other in zip(calls_of(step.calls, component), calls_of(step.calls, helper), strict=True):
+            fed = {}
+            for name, value in call.arguments.items():
+                index = [_place(tensor, other.outputs) for tensor in tensors_in(value)]
+                if index and None not in index:
+                    fed[name] = index[0] if isinstance(value, Tensor) else tuple(index)
+            common = fed if common is None else {name: i for name, i in common.items() if fed.get(name) == i}
+    return common or {}
+
+
+def _place(tensor: Tensor, outputs: Sequence[Tensor]) -> int | None:
+    return next((i for i, one in enumerate(outputs) if one.shape == tensor.shape and torch.equal(one, tensor)), None)
+
+
+def only(recording: Recording, component: str, helpers: Iterable[str] = ()) -> Recording:
+    """The recording as if ``component`` had been its only network, see :func:`calls_of`."""
+    steps = [replace(step, calls=calls_of(step.calls, component, helpers)) for step in recording.steps]
+    return replace(recording, steps=steps)
 
 
 def is_guided(recording: Recording) -> bool:
@@ -188,12 +221,12 @@ def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Modu
 
 def _takes_fractions(network: nn.Module, call: Call, timestep: str) -> bool:
     """Whether the network is the same function of a floating timestep (it embeds it, it does not index with it)."""
-    value = torch.as_tensor(call.arguments[timestep]).to(call.output.device)
+    value = torch.as_tensor(call.arguments[timestep]).to(call.outputs[0].device)
     try:
-        output = network(**unflatten({**call.arguments, timestep: value.float()}))
+        outputs = tensors_in(network(**unflatten({**call.arguments, timestep: value.float()})))
     except (RuntimeError, TypeError, IndexError):
         return False
-    return close(first_tensor(output), call.output)
+    return all(map(close, outputs, call.outputs))
 
 
 def output_map(off: Recording, spec: CallSpec, component: str) -> CallSpec:
@@ -234,7 +267,8 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec) -> tuple[CallS
         raise TraceError(
             "constants", f"guidance changes which arguments are passed: {sorted(first_off.keys() ^ first_on.keys())}"
         )
-    rest = [name for name in first_off if name not in (spec.sample, spec.timestep)]
+    fed = {name for helper in spec.helpers for name in helper.feeds}
+    rest = [name for name in first_off if name not in (spec.sample, spec.timestep) and name not in fed]
     for name, recording in itertools.product(rest, (off, on)):
         for step in recording.steps:
             for call, first in zip(step.calls, recording.steps[0].calls, strict=True):

@@ -158,10 +158,10 @@ def verify(folder: Path, session: Session, lora: bool = False) -> tuple[float, i
         stock = stock_call.record(load_pipeline(folder), request["call"])
     else:
         stock = call_elsewhere(request)
-    if traced.denoiser.spec.appended is None:
-        cond, _ = session.conditioning.batch(rows)
-    else:
+    if traced.pictures:
         cond = plain_conditions(traced, entries, session.sampler.steps)
+    else:
+        cond, _ = session.conditioning.batch(rows)
     student = session.method.roles.student
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(stock["random_state"])

@@ -4,9 +4,9 @@ import copy
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import InputError
-from stepdistill.pipeline.denoiser import first_tensor, flatten
+from stepdistill.pipeline.denoiser import first_tensor, flatten, tensors_in
 from stepdistill.pipeline.stock_call import is_picture, opened
 
 ENTRY_ARGUMENTS = ("prompt", "class_labels", "batch_size")
@@ -39,11 +39,12 @@ class _Enough(Exception):
 
 @dataclass
 class Call:
-    """One forward of one component: its arguments by (dotted) name and the first tensor of its output."""
+    """One forward of one component: its arguments by (dotted) name, the first tensor and all tensors of its output."""
 
     component: str
     arguments: dict[str, Any]
     output: Any = None
+    outputs: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -78,6 +79,16 @@ class Recording:
     steps: list[Step] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     grid: dict[str, Any] = field(default_factory=dict)
+
+
+def calls_of(calls: Sequence[Call], component: str, helpers: Iterable[str] = ()) -> list[Call]:
+    """The calls of ``component``; the arguments of its helpers' calls are among theirs, named "helper/argument"."""
+    found = [call for call in calls if call.component == component]
+    for helper in helpers:
+        beside = [call.arguments for call in calls if call.component == helper]
+        told = [{f"{helper}/{name}": value for name, value in arguments.items()} for arguments in beside]
+        found = [replace(call, arguments=call.arguments | more) for call, more in zip(found, told, strict=True)]
+    return found
 
 
 def entry_argument(pipeline: Any) -> str:
@@ -246,6 +257,7 @@ def _listen(stack: ExitStack, record: Recording, name: str, module: nn.Module, s
 
     def after(_module: nn.Module, _args: tuple, _kwargs: dict, output: Any) -> None:
         open_calls[-1].output = _copied(first_tensor(output))
+        open_calls[-1].outputs = _copied(tensors_in(output))
 
     for handle in (
         module.register_forward_pre_hook(before, with_kwargs=True),

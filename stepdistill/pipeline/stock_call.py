@@ -67,13 +67,10 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
 
 def opened(call: dict) -> dict:
     """The arguments of a call, with the pictures themselves where they name files of pictures."""
-    return {name: _opened(value) for name, value in call.items()}
-
-
-def _opened(value):
-    if isinstance(value, list):
-        return [_opened(one) for one in value]
-    return diffusers.utils.load_image(value) if is_picture(value) and Path(value).is_file() else value
+    return {
+        name: diffusers.utils.load_image(value) if is_picture(value) and Path(value).is_file() else value
+        for name, value in call.items()
+    }
 
 
 def is_picture(value) -> bool:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided, rule_text
 from stepdistill.kernels import Rule
 from stepdistill.pipeline import explain
 from stepdistill.pipeline.compare import deviation, tolerance
-from stepdistill.pipeline.denoiser import Denoiser, first_tensor
+from stepdistill.pipeline.denoiser import Denoiser, Helper, first_tensor
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.observe import (
@@ -30,6 +31,7 @@ from stepdistill.pipeline.observe import (
     modules,
     observe,
 )
+from stepdistill.pipeline.stock_call import is_picture
 from stepdistill.schedule import Kind, Schedule, from_scheduler
 
 __all__ = ["Guidance", "Trace", "TraceError", "load_pipeline", "trace"]
@@ -70,6 +72,11 @@ class Trace:
     self_test_error: float
     arguments: Mapping[str, Any] = field(default_factory=dict)
     set_ups: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def pictures(self) -> list[str]:
+        """The arguments of its call that are pictures: what to paint in, what to follow."""
+        return [name for name, value in self.arguments.items() if is_picture(value)]
 
     def summary(self) -> dict[str, Any]:
         """The facts as plain values, the contract of ``inspect --json``."""
@@ -125,15 +132,17 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
             "denoiser",
             f"{component} and {', '.join(twins)} are of one class; denoisers that take turns are not supported",
         )
-    for recording in (off, on):
-        for step in recording.steps:
-            step.calls = [call for call in step.calls if call.component == component]
+    helpers, told = _helpers(off, on, component, networks, schedule, kind)
+    names = [helper.name for helper in helpers]
+    whole, (off, on) = (off, on), (explain.only(off, component), explain.only(on, component))
     if len({len(step.calls) for step in on.steps}) > 1:
         raise TraceError("guidance", f"{component} is called twice at some steps and once at others")
     spec, batched = explain.sample_argument(off, on, component)
     spec = explain.timestep_map(off, on, spec, network)
     spec = explain.output_map(off, spec, component)
-    spec, conditions = explain.sort_arguments(off, on, spec)
+    spec, conditions = explain.sort_arguments(off, on, replace(spec, helpers=helpers))
+    conditions += told
+    off, on = (explain.only(recording, component, names) for recording in whole)
     guidance, spec = explain.guidance_rule(off, on, spec, conditions, batched, scale)
     denoiser = Denoiser(network, spec, schedule, kind)
     _check_schedule(off.steps[0], schedule, kind)
@@ -151,6 +160,21 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         self_test_error=_self_test(off, on, denoiser, guidance, conditions),
         arguments=arguments,
     )
+
+
+def _helpers(
+    off: Recording, on: Recording, component: str, networks: Mapping[str, nn.Module], schedule: Schedule, kind: Kind
+) -> tuple[tuple[Helper, ...], list[str]]:
+    """The networks that make arguments of the denoiser's at every step, and the names of their conditions."""
+    helpers, names = [], []
+    for name, feeds in explain.feeding(off, on, component, networks).items():
+        alone = [explain.only(recording, name) for recording in (off, on)]
+        spec, _ = explain.sample_argument(*alone, name)
+        spec = explain.timestep_map(*alone, spec, networks[name])
+        spec, conditions = explain.sort_arguments(*alone, spec)
+        helpers.append(Helper(name, Denoiser(networks[name], spec, schedule, kind), feeds))
+        names += [helpers[-1].prefix + condition for condition in conditions]
+    return tuple(helpers), names
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Networks that are told a picture: inpainting channels beside the noisy sample.
+"""Networks that are told a picture: inpainting channels beside the noisy sample, a ControlNet's residuals.
 
 The picture is an argument of the pipeline's call, the same for every prompt.
 """
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from pipeline import zoo
@@ -14,6 +15,7 @@ from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.pipeline.trace import trace
+from stepdistill.roles import build_roles
 from stepdistill.trainer import train
 
 PROMPTS = ["a red shoe", "two birds on a wire"]
@@ -35,6 +37,11 @@ def pictures(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def traced(pictures):
     return trace(zoo.inpainting(), {**pictures, **zoo.SMALL})
+
+
+@pytest.fixture(scope="module")
+def controlled(pictures):
+    return trace(zoo.controlnet(), {"image": pictures["image"], **zoo.SMALL})
 
 
 def recipe_of(folder, arguments, **keys) -> dict:
@@ -86,6 +93,45 @@ def test_inpainting_is_distilled_and_exported(pictures, tmp_path, monkeypatch):
     assert "from diffusers.utils import load_image" in card
 
 
+def test_a_controlnet_is_a_network_that_is_asked_first(controlled):
+    (helper,) = controlled.denoiser.spec.helpers
+    assert controlled.component == "unet" and helper.name == "controlnet" and controlled.self_test_error <= 1e-5
+    assert helper.feeds == {"down_block_additional_residuals": (0, 1, 2, 3), "mid_block_additional_residual": 4}
+    assert controlled.conditioning["controlnet/controlnet_cond"] == (3, 16, 16)
+
+
+def test_the_residuals_are_those_of_the_noisy_sample(controlled):
+    cond, _ = encode(controlled, PROMPTS).batch(torch.tensor([0, 1]))
+    x, t = torch.randn(2, 4, 8, 8, requires_grad=True), torch.full((2,), 0.5)
+    found = controlled.denoiser(x, t, cond).raw
+    pipeline, timestep = controlled.pipeline, controlled.denoiser.schedule.timestep(t)
+    text, picture = cond["encoder_hidden_states"], cond["controlnet/controlnet_cond"]
+    down, middle = pipeline.controlnet(x, timestep, text, picture, return_dict=False)
+    told = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    torch.testing.assert_close(found, pipeline.unet(x, timestep, text, **told, return_dict=False)[0])
+    alone = pipeline.unet(x, timestep, text, return_dict=False)[0]
+    assert (found - alone).abs().max() > 0.01
+    assert torch.autograd.grad(found.sum(), x)[0].abs().sum() > 0
+
+
+def test_a_student_with_a_controlnet_is_distilled_and_exported(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
+    monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
+    monkeypatch.setattr("stepdistill.pipeline.export.CHECKED", 2)
+    pipeline = zoo.controlnet()
+    save_pipeline(pipeline, tmp_path / "teacher")
+    run = train(recipe_of(tmp_path, {"image": pictures["image"]}))
+    exported = DiffusionPipeline.from_pretrained(run.folder / "export")
+    for name, same in (("controlnet", True), ("unet", False)):
+        before, after = (getattr(one, name).state_dict() for one in (pipeline, exported))
+        assert all(torch.equal(before[key], after[key]) for key in before) == same
+
+
+def test_helpers_get_no_gradient(controlled):
+    build_roles(controlled.denoiser, {"student": "full"}, 1.0, 4)
+    assert not any(p.requires_grad for p in controlled.pipeline.controlnet.parameters())
+
+
 def test_a_picture_that_is_not_there(pictures, tmp_path):
     with pytest.raises(InputError, match=r"arguments: image: expected a picture, found no file no/such\.png"):
         trace(zoo.inpainting(), {**pictures, "image": "no/such.png"})
@@ -94,5 +140,5 @@ def test_a_picture_that_is_not_there(pictures, tmp_path):
 def test_real_images_are_not_those_of_the_picture(pictures, tmp_path):
     save_pipeline(zoo.inpainting(), tmp_path / "teacher")
     data = {"conditions": PROMPTS, "images": str(tmp_path)}
-    with pytest.raises(InputError, match=r"data\.images: expected none, and a method"):
+    with pytest.raises(InputError, match=r"data\.images: expected none beside teacher\.arguments\.image, and"):
         train(recipe_of(tmp_path, pictures, data=data, method={"name": "tcd"}))

@@ -428,6 +428,14 @@ def inpainting() -> Any:
     return ready(diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False))
 
 
+def controlnet() -> Any:
+    """SD and a ControlNet of its UNet's shape, with residuals that are not zero."""
+    base = tiny.tiny_sd()
+    control = diffusers.ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4, 8))
+    parts = base.components | {"controlnet": redraw(control, 11), "image_encoder": None}
+    return ready(diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False))
+
+
 NO_BINS = {"use_resolution_binning": False}
 SMALLER = {"height": 32, "width": 32}
 ZOO = {
