@@ -55,7 +55,7 @@ def save(folder: Path, state: State, keep: int) -> Path:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)  # on a full disk it would be in the way of everything else
         raise
-    _sync(folder)
+    sync(folder)
     for old in _numbered(folder)[:-keep]:
         # Under another name first: what a kill leaves of it is never taken for a checkpoint.
         shutil.rmtree(old.rename(folder / f".writing-{old.name}"))
@@ -77,7 +77,7 @@ def _write(draft: Path, state: State) -> None:
     hashes = {name: sha256(draft / name) for name in files}
     (draft / MANIFEST).write_text(json.dumps({"schema": 1, "step": state.step, "sha256": hashes}, indent=1))
     for path in (*draft.iterdir(), draft):
-        _sync(path)
+        sync(path)
 
 
 def _check_finite(name: str, tensors: Mapping[str, Tensor], step: int) -> None:
@@ -226,7 +226,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: cannot be read as safetensors: {error}") from None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold what was written into a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,6 +8,7 @@ from stepdistill import checkpoint
 from stepdistill.errors import InputError
 from stepdistill.progress import say
 from stepdistill.recipe import Recipe, load
+from stepdistill.text_files import write_text
 
 # Keys that may differ between a run and its resumption without making it another run.
 _FREE_KEYS = {
@@ -41,11 +42,9 @@ def prepare_folder(folder: Path, recipe: Recipe, safe: bool) -> Path | None:
                 "choose another output, or resume=never to move that run aside"
             )
         start = checkpoint.latest(folder / "checkpoints", say)
-    draft = written.with_suffix(".partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        draft.write_text(recipe.to_yaml(), encoding="utf-8")
-        draft.rename(written)
+        write_text(written, recipe.to_yaml())
     except OSError as error:
         raise InputError(f"output: {folder} cannot be written: {error.strerror}") from None
     return start
@@ -94,7 +93,5 @@ def keep_lines_before(path: Path, step: int) -> int:
                 evaluations = int(values.get("evaluations", evaluations))
         except (ValueError, KeyError, TypeError):
             continue
-    draft = path.with_suffix(".partial")
-    draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    draft.replace(path)
+    write_text(path, "".join(f"{line}\n" for line in kept))
     return evaluations

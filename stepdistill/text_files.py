@@ -1,6 +1,7 @@
-"""Reads the text and JSON files that people and programs write."""
+"""Text and JSON files: read with an error that says what is wrong, written whole or not at all."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside ``path`` and move it into place when it is on the disk: no kill leaves half of it."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise

@@ -192,6 +192,8 @@ class Trainer:
                     if evaluation:
                         metrics |= evaluation.write(self.state(step), self.averaged())
                     enough = self._enough(evaluation)
+                if metrics or kept or shown or measured:  # a run that goes on from here counts on from here
+                    metrics["evaluations"] = self.evaluations()
                 progress.update(step, metrics)
                 if metrics and self.processes.first:
                     self._log(step, metrics)
@@ -200,6 +202,10 @@ class Trainer:
                     saved = step
             if saved < step:
                 self.finite.check()
+                if not metrics:
+                    spent = {"evaluations": self.evaluations()}
+                    if self.processes.first:
+                        self._log(step, spent)
                 self._save(checkpoints, step)
         for tracker in self.accelerator.trackers:  # end_training() would end the process group too: export is to come
             tracker.finish()
@@ -250,8 +256,7 @@ class Trainer:
         if not log:
             return {}
         metrics = self.processes.mean(metrics)
-        cost = {"seconds": time.perf_counter() - began, "evaluations": self.evaluations()}
-        return metrics | {"lr": self._rate(step, train.lr)} | cost
+        return metrics | {"lr": self._rate(step, train.lr), "seconds": time.perf_counter() - began}
 
     def evaluations(self) -> int:
         """Rows that went through any of the run's networks so far, in all processes; an interrupted run's first part

@@ -8,15 +8,13 @@ from pathlib import Path
 from types import TracebackType
 
 from stepdistill.progress import say
-
-HEARTBEAT = "heartbeat.json"
+from stepdistill.text_files import write_text
 
 
 def heartbeat(folder: Path, step: int, phase: str) -> None:
     """Write heartbeat.json: the last finished step, what the run is doing, and the time in seconds since 1970."""
-    draft = folder / f".{HEARTBEAT}.partial"
-    draft.write_text(json.dumps({"step": step, "phase": phase, "time": round(time.time(), 1)}) + "\n", encoding="utf-8")
-    draft.replace(folder / HEARTBEAT)
+    facts = {"step": step, "phase": phase, "time": round(time.time(), 1)}
+    write_text(folder / "heartbeat.json", json.dumps(facts) + "\n")
 
 
 class Watchdog:

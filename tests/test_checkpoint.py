@@ -107,7 +107,7 @@ def test_a_write_that_fails_leaves_nothing_and_harms_nothing(tmp_path, monkeypat
     """Whichever call of the disk it is that fails."""
     checkpoint.save(tmp_path, make_state(1), keep=1)
     kept = {path.name: path.read_bytes() for path in (tmp_path / "step-000001").iterdir()}
-    for name in ("save_file", "sha256", "_sync"):
+    for name in ("save_file", "sha256", "sync"):
         for number in range(1, 4):
             calls, original = iter(range(1, 100)), getattr(checkpoint, name)
 

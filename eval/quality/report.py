@@ -13,7 +13,7 @@ from stepdistill.eval.names import metric_name
 from stepdistill.eval.protocol import DIVERSITY, METRICS
 from stepdistill.eval.render import html, markdown
 from stepdistill.eval.row_cache import write_json
-from stepdistill.text_files import read_json
+from stepdistill.text_files import read_json, write_text
 
 SCHEMA = 1
 RATIO_TARGET = 1.2
@@ -182,9 +182,9 @@ class Report:
         """Write report.json, report.md and index.html into ``folder``; returns the page's path."""
         folder = Path(folder)
         write_json(folder / "report.json", self.to_dict())
-        (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
+        write_text(folder / "report.md", self.to_markdown())
         page = folder / "index.html"
-        page.write_text(self.to_html(), encoding="utf-8")
+        write_text(page, self.to_html())
         return page
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from stepdistill.errors import InputError
+from stepdistill.text_files import write_text
 
 
 def cache_folder() -> Path:
@@ -115,8 +115,4 @@ def read_measurements(path: Path, protocol: str) -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON beside ``path`` and move it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(content, file, indent=2)
-    # NamedTemporaryFile makes files that only their owner reads.
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_text(path, json.dumps(content, indent=2))

@@ -6,6 +6,7 @@ from typing import Any
 from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.pipeline.observe import guidance_argument
 from stepdistill.pipeline.trace import Trace
+from stepdistill.text_files import write_text
 
 PLACE = "PATH_OF_THIS_FOLDER"
 """Where the card's snippets name the folder; an upload puts the repository there."""
@@ -95,4 +96,4 @@ The complete recipe and the library versions are in `stepdistill.json`.
 def fill_in_quality(card: Path, report: str) -> None:
     """Put a report's Markdown where the card says that nothing was measured yet."""
     body = report.partition("\n")[2].strip()
-    card.write_text(card.read_text(encoding="utf-8").replace(NOT_MEASURED, body), encoding="utf-8")
+    write_text(card, card.read_text(encoding="utf-8").replace(NOT_MEASURED, body))

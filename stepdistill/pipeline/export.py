@@ -113,6 +113,8 @@ def export(
         shutil.rmtree(draft)
         raise ExportError(f"{out}: the reloaded pipeline's pictures differ by {levels} of 255 levels")
     (draft / "README.md").write_text(model_card(facts, session.trace, error), encoding="utf-8")
+    for path in (*draft.rglob("*"), draft):
+        checkpoint.sync(path)
     replaced = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():  # at no moment is there half of it under its name
