@@ -1,10 +1,10 @@
-# make quickstart | compare | test | lint | docs. Uses the active virtual environment, else makes .venv; set-up runs once.
+# make quickstart | compare | test | soak | lint | docs. Uses the active virtual environment, else makes .venv; set-up runs once.
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
 # Named after the checkout: an environment that is shared by two of them is set up for each.
 STAMP := $(VENV)/.set-up$(subst /,-,$(CURDIR))
 
-.PHONY: quickstart compare test lint docs
+.PHONY: quickstart compare test soak lint docs
 
 quickstart: $(STAMP)
 	$(BIN)/stepdistill train recipes/quickstart.yaml
@@ -16,6 +16,11 @@ compare: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# Half an hour: runs killed at random moments, then 10,000 examples of every kind of damaged file.
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py $(ARGUMENTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py --hypothesis-profile soak --timeout 0
 
 docs: $(STAMP)
 	$(BIN)/python scripts/recipe_reference.py

@@ -188,8 +188,7 @@ def soak(place: Path, method: str, precision: str, kills: int, draws: random.Ran
     took = {name: [seconds for phase, seconds in phases if phase == name] for name in PHASES}
     killed, run = recipe(place, method, precision, "killed"), place / "killed"
     # Training is behind a run that has come to its export.
-    wanted = sorted((list(PHASES)[number % len(PHASES)] for number in range(kills)), key=["step", "checkpoint"].count)
-    wanted.sort(key=lambda phase: phase in ("export", "benchmark"))
+    wanted = sorted([list(PHASES)[number % len(PHASES)] for number in range(kills)], key=list(PHASES).index)
     while wanted and time.monotonic() < ends:
         newest = checkpoint.latest(run / "checkpoints")
         left = STEPS - (int(newest.name[5:]) if newest else 0)

@@ -43,7 +43,7 @@ def explained(folder: Path, recipe: Recipe) -> Iterator[None]:
 
 def _disk_problem(error: Exception, folder: Path) -> str | None:
     """ "No space left on device: PATH"; None where it is something else. safetensors has the number in its text."""
-    if isinstance(error, OSError) and error.errno:
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
         return f"{error.strerror}: {error.filename or folder}"
     if isinstance(error, SafetensorError) and _NUMBER.search(str(error)):
         return f"{error}: {folder}"

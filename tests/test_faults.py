@@ -280,7 +280,13 @@ def test_images_that_become_nan_are_wrong_input(teacher, pictures, tmp_path, cap
 
 def test_errors_that_are_no_faults_pass_as_they_are(tmp_path):
     recipe = load("quickstart")
-    for error in (KeyError("x"), RuntimeError("shapes"), OSError("no number"), RunError("known")):
+    for error in (
+        KeyError("x"),
+        RuntimeError("shapes"),
+        OSError("no number"),
+        BrokenPipeError(32, "x"),
+        RunError("known"),
+    ):
         with pytest.raises(type(error)) as raised, explained(tmp_path, recipe):
             raise error
         assert raised.value is error
