@@ -220,5 +220,5 @@ def test_resume_is_bit_exact_and_counts_the_cost_once(recipe, tmp_path, monkeypa
     assert [a.name for a, b in zip(*files, strict=True) if a.read_bytes() != b.read_bytes()] == []
     lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("whole", "parts")]
     costs = [[json.loads(line)["evaluations"] for line in run] for run in lines]
-    # The trajectories, the preview before the first step, and the steps.
-    assert costs[0] == costs[1] == [2 * 3 * 30 + 16 + 4 * step for step in (1, 2, 3)]
+    # The trajectories, the previews before the first step and after the last, and the steps.
+    assert costs[0] == costs[1] == [2 * 3 * 30 + 16 + 4 * step + 16 * (step == 3) for step in (1, 2, 3)]
