@@ -17,7 +17,7 @@ compare: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-# Half an hour: runs killed at random moments, then 10,000 examples of every kind of damaged file.
+# About half an hour: runs killed at random moments, then 10,000 examples of every kind of damaged file.
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py $(ARGUMENTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py --hypothesis-profile soak --timeout 0

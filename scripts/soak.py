@@ -1,6 +1,6 @@
 """Kills runs with SIGKILL at random moments, goes on after each kill, and compares the end with a run left in peace.
 
-    python scripts/soak.py                           # 20 minutes over every method x precision; make soak
+    python scripts/soak.py                           # 15 minutes over every method x precision; make soak
     python scripts/soak.py --kills 4 --methods sfd   # one short round
 
 A run is killed in a training step, while a checkpoint is written, in the export and in the benchmark, so many
@@ -236,7 +236,7 @@ def counts(kills: Counter[str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=20, help="no kill after this")
+    parser.add_argument("--minutes", type=float, default=15, help="no kill after this")
     parser.add_argument("--kills", type=int, default=8, help="of each run")
     parser.add_argument("--rounds", type=int, help="over methods x precisions; default: until the time is over")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -229,9 +229,6 @@ def test_shards(folder, content):
     usable(folder / "shard.tar")
 
 
-OBJECTS = b'{"file_name": "pictures/picture.png", "text": "Bag"}\n{"image": 1, "caption": null}\n'
-
-
 encoded_trees = trees.map(json.dumps).map(str.encode)
 REPORT = {
     "schema": 1,
@@ -264,9 +261,16 @@ def test_facts_of_exports(folder, content):
 LINES = b'{"step": 1, "evaluations": 5}\n{"step": 2, "evaluations": 9}\n'
 
 
-@given(
-    st.one_of(spliced(LINES), st.lists(trees.map(json.dumps), max_size=4).map(lambda lines: "\n".join(lines).encode()))
-)
+@given(st.one_of(spliced(LINES), st.lists(encoded_trees, max_size=4).map(b"\n".join)))
 def test_metrics(folder, content):
     (folder / "metrics.jsonl").write_bytes(content)
     assert keep_lines_before(folder / "metrics.jsonl", 1) is not None
+
+
+OBJECTS = b'{"file_name": "pictures/picture.png", "text": "Bag"}\n{"image": 1, "caption": null}\n'
+
+
+@given(st.one_of(spliced(OBJECTS), st.lists(encoded_trees, max_size=4).map(b"\n".join)))
+def test_json_lines(folder, content):
+    (folder / "lines.jsonl").write_bytes(content)
+    usable(folder / "lines.jsonl")
