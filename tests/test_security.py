@@ -214,7 +214,7 @@ def test_a_manifest_names_files_of_its_own_folder_only(name, tmp_path):
 
 
 def test_reports_show_markup_as_text():
-    evil = "<script>alert(1)</script><img src=x onerror=alert(1)> $x_{ \" '"
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)> $\\frac{$ \" '"
     row = Row(evil, "student", 1, 1, 1.0, 2, {"fid": 1.0}, {"seconds_per_image": 1.0})
     picture = Image.new("L", (2, 2))
     report = Report(
@@ -230,7 +230,7 @@ def test_reports_show_markup_as_text():
         pictures=[(evil, picture)],
         strips=[(evil, picture)],
         worst=[(evil, picture)],
-        training=[{"step": 1, evil: 1.0}, {"step": 2, evil: 2.0}],
+        training=[{"step": step, f"student/loss/{evil}": 1.0} for step in (1, 2)],
     )
     page = report.to_html()
     assert "<script" not in page and "<img src=x" not in page

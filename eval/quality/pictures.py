@@ -58,17 +58,17 @@ def quality_plot(
     figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     _clean(axes)
-    axes.set(xscale="log", xlabel=named[axis], ylabel=label)
+    axes.set(xscale="log", xlabel=named[axis], ylabel=_plain(label))
     students = dict.fromkeys(row.name for row in rows if row.role == "student")
     marks = itertools.chain.from_iterable(itertools.repeat(mark, len(PALETTE)) for mark in itertools.cycle("os^v"))
     for name, colour, mark in zip(students, itertools.cycle(PALETTE), marks):
         points = sorted((place[id(row)], row.metrics[metric]) for row in rows if row.name == name)
         style = {"marker": mark, "linewidth": 1.6, "markersize": 6}
-        axes.plot(*zip(*points, strict=True), color=colour, label=name, **style)
+        axes.plot(*zip(*points, strict=True), color=colour, label=_plain(name), **style)
     for role, mark, legend in (("teacher", "D", "teacher"), ("solver", "x", "teacher under stock solvers")):
         points = [(place[id(row)], row.metrics[metric]) for row in rows if row.role == role]
         if points:
-            axes.plot(*zip(*points, strict=True), mark, color=COLOURS[role], markeredgewidth=2, label=legend)
+            axes.plot(*zip(*points, strict=True), mark, color=COLOURS[role], markeredgewidth=2, label=_plain(legend))
     if floor is not None and floor > 0:
         axes.axhline(floor, color=MUTED, linestyle=(0, (4, 3)), linewidth=1, label="real images")
     if axis == "nfe":
@@ -107,13 +107,17 @@ def panels_plot(
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         reach = {nfe for points in lines.values() for nfe, _ in points}
         for (name, value), style in zip(levels.items(), itertools.cycle(["-", (0, (4, 3))])):
-            axes.axhline(value, color=INK, linestyle=style, linewidth=1, label=name)
+            axes.axhline(value, color=INK, linestyle=style, linewidth=1, label=_plain(name))
         for name, points in reference.items():
             if inside := [point for point in points if point[0] in reach]:
-                axes.plot(*zip(*inside, strict=True), "x:", color=MUTED, linewidth=1.2, markersize=5, label=name)
+                axes.plot(
+                    *zip(*inside, strict=True), "x:", color=MUTED, linewidth=1.2, markersize=5, label=_plain(name)
+                )
         marks = itertools.cycle("os^Dv")
         for (name, points), colour, mark in zip(lines.items(), itertools.cycle(LINES), marks):
-            axes.plot(*zip(*points, strict=True), color=colour, marker=mark, linewidth=1.6, markersize=4, label=name)
+            axes.plot(
+                *zip(*points, strict=True), color=colour, marker=mark, linewidth=1.6, markersize=4, label=_plain(name)
+            )
             if at := [point for point in points if point[0] == marked.get(name)]:
                 axes.plot(*zip(*at, strict=True), color=colour, marker=mark, markersize=10, markerfacecolor="none")
         axes.set(xscale="log", xlabel="NFE per image")
@@ -144,13 +148,20 @@ def training_plot(lines: Sequence[Mapping[str, float]]) -> Image.Image | None:
         axes.set_title(title, loc="left", fontsize=9, color=INK)
         for number, (key, points) in enumerate(sorted(series.items())):
             name = key.replace("/loss/", " ").replace("/grad_norm", "").replace("drift/", "")
-            axes.plot(*zip(*points, strict=True), color=PALETTE[number % len(PALETTE)], linewidth=1.2, label=name)
+            axes.plot(
+                *zip(*points, strict=True), color=PALETTE[number % len(PALETTE)], linewidth=1.2, label=_plain(name)
+            )
         values = [value for points in series.values() for _, value in points]
         if title != "drift against the teacher" and min(values) > 0:
             _logarithmic(axes)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_xlabel("step")
     return _render(figure)
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it as it is: between dollar signs it would read mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _series(
