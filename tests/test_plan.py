@@ -1,5 +1,6 @@
 """The plan is what a run takes: predicted without weights, measured on the CPU's allocator."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.tiny import CLASSES, redraw, tiny_sd, tiny_vae
 from stepdistill import assets, cli, plan, yaml_lines
 from stepdistill.errors import InputError
-from stepdistill.pipeline.blueprint import blueprint
+from stepdistill.pipeline.blueprint import blueprint, without_data
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.recipe import load
 from stepdistill.session import build
@@ -171,3 +174,16 @@ def test_the_commands_rules(teacher, tmp_path, monkeypatch, capsys):
     assert assets.recipe("quickstart").read_text() != Path("quickstart.yaml").read_text()
     with pytest.raises(InputError, match=r"quickstart\.yaml: exists"):
         plan.write_fit("recipes/quickstart", [change])
+
+
+def test_a_copy_of_a_network_without_data_stays_in_its_mode():
+    """torch's own copy takes the mode along, and copies of modes corrupt memory."""
+    mode = FakeTensorMode()
+    with without_data(mode):
+        layer = nn.Linear(2, 3)
+        layer.bias.requires_grad_(False)
+        layer.twin = layer.weight
+        other = copy.deepcopy(layer)
+    assert other.weight.fake_mode is mode and other.weight is not layer.weight and other.twin is other.weight
+    assert isinstance(other.weight, nn.Parameter)
+    assert other.weight.requires_grad and not other.bias.requires_grad

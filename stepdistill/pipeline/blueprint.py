@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.denoiser import CallSpec, Conditions, Denoiser, first_tensor
@@ -73,7 +73,13 @@ def blueprint(path: str | Path, revision: str | None, dtype: torch.dtype) -> Blu
 
 @contextmanager
 def without_data(mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, what is made has no data, and a module's ``to`` gives it new parameters instead of swapping tensors."""
+    """Inside, what is made has no data, a module's ``to`` gives it new parameters instead of swapping tensors, and a
+    copy of a module has copies of its tensors (torch's would copy the mode with them, which corrupts memory)."""
+
+    def copied(self: Tensor, memo: dict[int, Any]) -> Tensor:
+        made = self.detach().clone()
+        memo[id(self)] = nn.Parameter(made, self.requires_grad) if isinstance(self, nn.Parameter) else made
+        return memo[id(self)]
 
     def apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for child in self.children() if recurse else ():
@@ -87,12 +93,13 @@ def without_data(mode: FakeTensorMode) -> Iterator[None]:
         return self
 
     original = nn.Module._apply
-    nn.Module._apply = apply
+    nn.Module._apply, FakeTensor.__deepcopy__ = apply, copied
     try:
         with mode:
             yield
     finally:
         nn.Module._apply = original
+        del FakeTensor.__deepcopy__
 
 
 def _configs(path: str | Path, revision: str | None) -> Path:
