@@ -186,13 +186,7 @@ def compile_networks(roles: Roles) -> None:
     """torch.compile every role's network, in place: parameters, names and what is put around it stay as they are."""
     # One network has a graph for each of: with and without gradients, full and doubled batch, each adapter.
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-    networks = {
-        id(network): network
-        for role in vars(roles).values()
-        if isinstance(role, Denoiser)
-        for network in [innermost(role.network)]
-    }
-    for network in networks.values():
+    for network in {innermost(role.network) for role in vars(roles).values() if isinstance(role, Denoiser)}:
         network.compile()
 
 
