@@ -89,7 +89,12 @@ def lora_targets(network: nn.Module, wanted: Sequence[str] | Literal["auto"] = "
     Raises:
         InputError: an ending fits no linear layer or convolution.
     """
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    layers = {
+        name: module
+        for name, module in network.named_modules()
+        # An IP-Adapter's weights are no parameters.
+        if isinstance(module, nn.Linear | nn.Conv2d) and isinstance(module.weight, nn.Parameter)
+    }
     if wanted == "auto":
         # A convolution outside of the blocks reads or writes the image itself; peft's rank must divide into groups.
         return [

@@ -59,6 +59,17 @@ class Guidance(Section):
         return Rule(rescale=self.rescale, interval=None if self.interval is None else tuple(self.interval))
 
 
+class IPAdapter(Section):
+    source: str = Field(min_length=1, description="folder or hub id that holds it, such as h94/IP-Adapter")
+    weights: str = Field(
+        pattern=r"\.safetensors$", description="its file there, such as models/ip-adapter_sd15.safetensors"
+    )
+    image_encoder: str = Field(
+        "image_encoder", min_length=1, description="folder of its encoder there; without a slash: beside the weights"
+    )
+    scale: float = Field(1.0, ge=0, description="how much the picture counts beside the prompt")
+
+
 class Teacher(Section):
     pipeline: str = Field(
         min_length=1, description="name of an embedded teacher, a folder in diffusers format, or a hub id owner/name"
@@ -66,6 +77,7 @@ class Teacher(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     guidance: Guidance = Field(Guidance(), description="the guidance that is distilled into the student")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen weights; what is trained is float32")
+    ip_adapter: IPAdapter | None = Field(None, description="shows the network the picture arguments.ip_adapter_image")
     arguments: dict[str, Any] = Field(
         {}, description="further arguments of the pipeline's call: height, width, num_frames, negative_prompt, ..."
     )

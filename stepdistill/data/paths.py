@@ -145,7 +145,8 @@ def _key(teacher: Denoiser, conditioning: Conditioning, times: Tensor, *values: 
 
     add(type(teacher.network).__name__, spec.output, teacher.kind, *values)
     add(*schedule.coefficients(times), spec.network_timestep(schedule.timestep(times)))
-    for tensors in (teacher.network.state_dict(), spec.constants, conditioning.cond, conditioning.null or {}):
+    weights = teacher.network.state_dict() | dict(teacher.network.named_buffers())
+    for tensors in (weights, spec.constants, conditioning.cond, conditioning.null or {}):
         for name, value in sorted(tensors.items()):
             add(name, value)
     return digest.hexdigest()[:24]

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.guidance import rule_text, stated_rule
+from stepdistill.pipeline.ip_adapter import stock_arguments
 from stepdistill.pipeline.observe import guidance_argument
 from stepdistill.pipeline.trace import Trace
+from stepdistill.recipe import IPAdapter
 from stepdistill.text_files import write_text
 
 PLACE = "PATH_OF_THIS_FOLDER"
@@ -39,6 +41,11 @@ def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
         attached = f"""pipe.load_lora_weights("PATH_OF_THIS_FOLDER")  # at scale 1.0, the default
 pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
 """
+    if adapter := facts["recipe"]["teacher"].get("ip_adapter"):
+        how = stock_arguments(IPAdapter(**adapter))
+        origin = how.pop("pretrained_model_name_or_path_or_dict")
+        told = "".join(f", {name}={value!r}" for name, value in how.items())
+        attached += f"pipe.load_ip_adapter({origin!r}{told})\npipe.set_ip_adapter_scale({adapter['scale']:g})\n"
     # The hub reads these: a base model must be one of its own, and the kind of result finds the page.
     known = (
         [] if Path(facts["teacher"]).exists() or "/" not in facts["teacher"] else [f"base_model: {facts['teacher']}"]

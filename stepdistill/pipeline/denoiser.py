@@ -161,9 +161,14 @@ def with_first_tensor(output: Any, tensor: Tensor) -> Any:
 
 
 def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dict arguments as one level with dotted names; empty dicts stay values."""
+    """Nested dict arguments as one level with dotted names; empty dicts stay values.
+
+    A list of tensors inside a dict (an image embedding for each IP-Adapter) is one, named by numbers.
+    """
     flat: dict[str, Any] = {}
     for name, value in arguments.items():
+        if prefix and isinstance(value, list) and value and all(isinstance(item, Tensor) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
@@ -180,7 +185,15 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             level = level.setdefault(parent, {})
         level[leaf] = dict(value) if isinstance(value, Mapping) else value
-    return nested
+    return {name: _with_lists(value) for name, value in nested.items()}
+
+
+def _with_lists(value: Any) -> Any:
+    """``value`` with lists for the dicts in it that have numbers as names."""
+    if not isinstance(value, dict):
+        return value
+    inner = {name: _with_lists(item) for name, item in value.items()}
+    return list(inner.values()) if "0" in inner else inner
 
 
 class Denoiser:

@@ -21,7 +21,7 @@ from stepdistill.errors import InputError, RunError
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.evaluation import best_checkpoint
 from stepdistill.guidance_adapters import fastened
-from stepdistill.pipeline import stock_call
+from stepdistill.pipeline import ip_adapter, stock_call
 from stepdistill.pipeline.attach import CONFIG as ATTACHED
 from stepdistill.pipeline.card import model_card
 from stepdistill.pipeline.compare import deviation
@@ -91,13 +91,18 @@ def export(
     shutil.rmtree(draft, ignore_errors=True)
     reason = why_not_lora(pipeline, component, student)
     form = "pipeline" if fuse or reason else "lora"
+    adapter = recipe.teacher.ip_adapter
     if form == "lora":
         save_lora(pipeline, component, student, draft, keys)
     else:
         if reason and not fuse and recipe.student.train == "lora":
             say(f"the LoRA student is exported as a whole pipeline: {reason}")
         setattr(pipeline, component, plain_network(student))
+        if adapter is not None:
+            pipeline.unload_ip_adapter()
         save_pipeline(pipeline, draft)
+        if adapter is not None:
+            ip_adapter.load_ip_adapter(pipeline, adapter)
     for role in session.method.exported:
         plain_network(getattr(session.method.roles, role).network).save_pretrained(draft / role)
     facts = _facts(recipe, session, step) | {"form": form}
@@ -146,7 +151,7 @@ def verify(folder: Path, session: Session, lora: bool = False) -> tuple[float, i
         The largest difference of the latents, relative to their largest value; and that of the pictures in levels of
         255 (0 for a pipeline whose pictures are no tensor).
     """
-    traced, recipe = session.trace, session.recipe
+    traced, recipe, adapter = session.trace, session.recipe, session.recipe.teacher.ip_adapter
     rows = torch.arange(CHECKED) % len(session.conditioning)
     entries = [session.conditioning.entries[i] for i in rows.tolist()]
     request = {
@@ -154,6 +159,8 @@ def verify(folder: Path, session: Session, lora: bool = False) -> tuple[float, i
         "revision": recipe.teacher.revision if lora else None,
         "lora": str(folder) if lora else None,
         "scheduler": type(session.sampler.scheduler).__name__,
+        "ip_adapter": adapter and ip_adapter.stock_arguments(adapter),
+        "ip_adapter_scale": adapter and adapter.scale,
         "call": stock_arguments(traced, entries, session.sampler.steps),
     }
     if (folder / ATTACHED).is_file():  # attaching it takes this package

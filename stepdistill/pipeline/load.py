@@ -16,7 +16,9 @@ from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.guidance_adapters import NAME, fastened
 from stepdistill.pipeline.attach import CONFIG, attach, write_adapter
+from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.pipeline.lora import fuse, is_lora, teacher_of
+from stepdistill.recipe import IPAdapter
 
 
 def load_pipeline(
@@ -24,8 +26,8 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """A pipeline by the name of an embedded teacher, a local folder or a hub id; safetensors only, no remote code.
 
-    A guidance adapter in a local folder is attached to it. An exported LoRA gives its teacher with the LoRA in the
-    weights and the student's scheduler.
+    A guidance adapter in a local folder is attached to it, and so is the IP-Adapter that an export was trained with. An
+    exported LoRA gives its teacher with the LoRA in the weights and the student's scheduler.
 
     Args:
         revision: of a hub id. dtype: of all its networks.
@@ -34,7 +36,15 @@ def load_pipeline(
         InputError: there is none, or it cannot be loaded that way.
     """
     if is_lora(Path(path)):
-        return fuse(load_pipeline(*teacher_of(Path(path)), dtype), Path(path))
+        pipeline = fuse(load_pipeline(*teacher_of(Path(path)), dtype), Path(path))
+    else:
+        pipeline = _stock(path, revision, dtype)
+    if adapter := _teacher_section(path).get("ip_adapter"):
+        load_ip_adapter(pipeline, IPAdapter(**adapter))
+    return pipeline
+
+
+def _stock(path: str | Path, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
     place = source(path)
     try:
         with quiet():
@@ -78,10 +88,15 @@ def is_export(folder: Path) -> bool:
 
 def export_arguments(folder: str | Path) -> dict[str, Any]:
     """What the student in ``folder`` was trained for: its recipe's teacher.arguments; nothing for other pipelines."""
+    return _teacher_section(folder).get("arguments", {})
+
+
+def _teacher_section(folder: str | Path) -> dict[str, Any]:
+    """``teacher`` of the recipe of the export in ``folder``; nothing for other pipelines."""
     facts = Path(folder) / "stepdistill.json"
     if not facts.is_file():
         return {}
-    return json.loads(facts.read_text(encoding="utf-8")).get("recipe", {}).get("teacher", {}).get("arguments", {})
+    return json.loads(facts.read_text(encoding="utf-8")).get("recipe", {}).get("teacher", {})
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:

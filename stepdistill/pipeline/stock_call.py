@@ -22,7 +22,8 @@ def main(request_path: str, result_path: str) -> None:
     """Load the pipeline, call it once, and save what :func:`record` returns.
 
     The request: ``pipeline`` (folder or hub id), ``revision``, ``lora`` (folder or null), ``scheduler`` (class of the
-    LoRA's own), ``call`` (keyword arguments of the pipeline).
+    LoRA's own), ``ip_adapter`` (arguments of its loading, or null), ``ip_adapter_scale``, ``call`` (keyword arguments
+    of the pipeline).
     """
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     diffusers.utils.logging.set_verbosity_error()
@@ -30,6 +31,9 @@ def main(request_path: str, result_path: str) -> None:
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
         request["pipeline"], revision=request["revision"], use_safetensors=True
     )
+    if request["ip_adapter"]:
+        pipeline.load_ip_adapter(**request["ip_adapter"])
+        pipeline.set_ip_adapter_scale(request["ip_adapter_scale"])
     pipeline.to(torch.float32)
     if request["lora"]:
         pipeline.load_lora_weights(request["lora"])

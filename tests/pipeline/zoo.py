@@ -7,12 +7,17 @@ redrawn, see :mod:`pipeline.tiny`.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
+from safetensors.torch import save_file
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     Qwen2_5_VLConfig,
@@ -434,6 +439,30 @@ def controlnet() -> Any:
     control = diffusers.ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4, 8))
     parts = base.components | {"controlnet": redraw(control, 11), "image_encoder": None}
     return ready(diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False))
+
+
+def ip_adapter(unet: Any, folder: Path) -> dict[str, Any]:
+    """An IP-Adapter for a UNet of cross-attention width 16, on disk with its picture encoder; the recipe's section."""
+    config = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        projection_dim=6,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    redraw(CLIPVisionModelWithProjection(config), 12).save_pretrained(folder / "models" / "image_encoder")
+    shapes = {"proj.weight": (4 * 16, 6), "proj.bias": (64,), "norm.weight": (16,), "norm.bias": (16,)}
+    weights = {f"image_proj.{name}": shape for name, shape in shapes.items()}
+    crossed = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    for number, attention in enumerate(crossed):
+        for part in ("to_k_ip", "to_v_ip"):
+            weights[f"ip_adapter.{2 * number + 1}.{part}.weight"] = (attention.inner_dim, 16)
+    generator = torch.Generator().manual_seed(13)
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in weights.items()}
+    save_file(drawn, folder / "models" / "ip.safetensors")
+    return {"source": str(folder), "weights": "models/ip.safetensors"}
 
 
 NO_BINS = {"use_resolution_binning": False}

@@ -1,0 +1,60 @@
+"""IP-Adapters on a teacher: their weights stay as they are, in every role and in every export."""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionModelWithProjection
+
+from stepdistill.errors import InputError
+from stepdistill.recipe import IPAdapter
+
+
+def stock_arguments(adapter: IPAdapter) -> dict[str, Any]:
+    """What a stock pipeline's ``load_ip_adapter`` is called with."""
+    file = PurePosixPath(adapter.weights)
+    return {
+        "pretrained_model_name_or_path_or_dict": adapter.source,
+        "subfolder": "" if file.parent == PurePosixPath(".") else str(file.parent),
+        "weight_name": file.name,
+        "image_encoder_folder": adapter.image_encoder,
+    }
+
+
+def load_ip_adapter(pipeline: Any, adapter: IPAdapter) -> None:
+    """Load an IP-Adapter and its image encoder into the pipeline; safetensors only.
+
+    Its weights become buffers that no state dict holds: no role trains them, no LoRA is put on them, and what is saved
+    of the network is what a stock pipeline has before it loads the adapter itself.
+
+    Raises:
+        InputError: the pipeline takes none, or it cannot be loaded.
+    """
+    if not hasattr(pipeline, "load_ip_adapter"):
+        raise InputError(f"teacher.ip_adapter: {type(pipeline).__name__} takes none")
+    wanted = stock_arguments(adapter)
+    networks = [value for value in pipeline.components.values() if isinstance(value, nn.Module)]
+    before = {id(parameter) for network in networks for parameter in network.parameters()}
+    # An encoder in a folder without a slash lies beside the weights, as diffusers has it.
+    folder = adapter.image_encoder if "/" in adapter.image_encoder else f"{wanted['subfolder']}/{adapter.image_encoder}"
+    try:
+        encoder = CLIPVisionModelWithProjection.from_pretrained(
+            adapter.source, subfolder=folder.strip("/"), use_safetensors=True
+        )
+        pipeline.register_modules(image_encoder=encoder.to(pipeline.device, pipeline.dtype).eval())
+        pipeline.load_ip_adapter(**wanted | {"image_encoder_folder": None})
+        pipeline.set_ip_adapter_scale(adapter.scale)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"teacher.ip_adapter: cannot be loaded into {type(pipeline).__name__}: {reason}") from error
+    for network in networks:
+        places = [(module, name) for module in network.modules() for name, _ in module.named_parameters(recurse=False)]
+        fresh = [(module, name) for module, name in places if id(getattr(module, name)) not in before]
+        for module, name in fresh:
+            value = getattr(module, name).detach()
+            delattr(module, name)
+            module.register_buffer(name, value, persistent=False)
+        if fresh:
+            # For whatever asks what the network's outputs depend on.
+            network.register_buffer("ip_adapter_scale", torch.tensor(adapter.scale), persistent=False)
