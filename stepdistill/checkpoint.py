@@ -88,11 +88,14 @@ def _check_finite(name: str, tensors: Mapping[str, Tensor], step: int) -> None:
             raise NonFiniteError(f"{what}: {key} holds numbers that are not finite after step {step}")
 
 
-def check_space(folder: Path, state: State, keep: int) -> None:
+def check_space(folder: Path, state: State, keep: int, best: Path | None = None, keep_best: int = 0) -> None:
     """Refuse a run whose checkpoints its disk cannot hold: ``keep`` of them, and the one that is being written.
 
+    Args:
+        best: folder of the ``keep_best`` best ones, which stay beside the newest; None where nothing is measured.
+
     Raises:
-        InputError: what is free, with the checkpoints in ``folder`` that will be replaced, is less.
+        InputError: what is free, with the checkpoints in these folders that will be replaced, is less.
     """
     weights = [p for network in state.networks.values() for p in network.parameters()]
     weights += [value for average in state.averages.values() for value in average.values()]
@@ -101,13 +104,16 @@ def check_space(folder: Path, state: State, keep: int) -> None:
         # Two moments a parameter, in float32; other optimizers than torch's are there to keep them in 8 bits.
         moment = 4 if type(optimizer).__module__.startswith("torch.") else 1
         size += sum(2 * moment * p.numel() for group in optimizer.param_groups for p in group["params"])
-    there = sum(file.stat().st_size for path in _numbered(folder) for file in path.iterdir())
+    folders, count, named = [folder], keep + 1, "train.keep_checkpoints"
+    if best is not None:
+        folders, count, named = [folder, best], count + keep_best, f"{named} + evaluation.keep_best"
+    there = sum(file.stat().st_size for kept in folders for path in _numbered(kept) for file in path.iterdir())
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free, needed = shutil.disk_usage(place).free, (keep + 1) * size - there
+    free, needed = shutil.disk_usage(place).free, count * size - there
     if free < needed:
         raise InputError(
-            f"output: {keep + 1} checkpoints (train.keep_checkpoints + 1) of {size / GIB:.2g} GiB do not fit the disk "
-            f"of {folder}: expected {needed / GIB:.2g} GiB free, found {free / GIB:.2g}"
+            f"output: {count} checkpoints ({named} + 1) of {size / GIB:.2g} GiB do not fit the disk of {folder}: "
+            f"expected {needed / GIB:.2g} GiB free, found {free / GIB:.2g}"
         )
 
 

@@ -24,7 +24,7 @@ from stepdistill.session import Session
 
 # Apart from training, preview and benchmark seeds.
 SEED = 987_654_322
-FOLDER, VALUES = "best", "values.json"
+BEST, VALUES = "best", "values.json"
 
 
 class Evaluation:
@@ -42,7 +42,7 @@ class Evaluation:
     """
 
     def __init__(self, session: Session, folder: Path, step: int):
-        self.session, self.settings, self.folder = session, session.recipe.evaluation, folder / FOLDER
+        self.session, self.settings, self.folder = session, session.recipe.evaluation, folder / BEST
         self.values = {at: value for at, value in read_values(folder).items() if at <= step}
         train = session.recipe.train
         self.batch = train.batch_size // train.accumulation
@@ -107,7 +107,7 @@ def ranked(values: dict[int, float]) -> list[int]:
 
 def read_values(run: Path) -> dict[int, float]:
     """The value of each evaluated step of a run; empty where it was not evaluated."""
-    file = run / FOLDER / VALUES
+    file = run / BEST / VALUES
     if not file.is_file():
         return {}
     return {int(step): float(value) for step, value in json.loads(file.read_text(encoding="utf-8")).items()}
@@ -116,7 +116,7 @@ def read_values(run: Path) -> dict[int, float]:
 def best_checkpoint(run: Path) -> Path | None:
     """The whole checkpoint with the best value, where the run was evaluated."""
     for step in ranked(read_values(run)):
-        path = _place(run / FOLDER, step)
+        path = _place(run / BEST, step)
         if path.is_dir():
             try:
                 checkpoint.verify(path)

@@ -24,7 +24,7 @@ from stepdistill.bench import bench
 from stepdistill.data.batch import Batch
 from stepdistill.distributed import Processes
 from stepdistill.eval.row_cache import cache_folder
-from stepdistill.evaluation import Evaluation, ranked
+from stepdistill.evaluation import BEST, Evaluation, ranked
 from stepdistill.faults import explained
 from stepdistill.finite import FiniteWatch
 from stepdistill.optimizer import make_optimizer
@@ -164,8 +164,11 @@ class Trainer:
         self.spent = max(0, self.processes.once(lambda: keep_lines_before(lines, first)) - self.built)
         if first >= train.steps:
             return first, False
-        self.processes.once(lambda: checkpoint.check_space(checkpoints, self.state(first), train.keep_checkpoints))
         every, evaluation = self.recipe.evaluation.every, None
+        best = (self.folder / BEST, self.recipe.evaluation.keep_best) if every else ()
+        self.processes.once(
+            lambda: checkpoint.check_space(checkpoints, self.state(first), train.keep_checkpoints, *best)
+        )
         if every and self.processes.first:
             evaluation = Evaluation(self.session, self.folder, first)
         if self._enough(evaluation):

@@ -159,9 +159,19 @@ def test_the_space_that_checkpoints_will_take_is_known_before(tmp_path, monkeypa
         else:
             with pytest.raises(InputError, match=r"^output: 3 checkpoints \(train.keep_checkpoints \+ 1\) of "):
                 checkpoint.check_space(tmp_path / "run" / "checkpoints", state, keep=2)
+    # The best ones stay beside the newest.
+    best = tmp_path / "run" / "best"
+    for free, fits in ((5 * needed, True), (5 * needed - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
+        if fits:
+            checkpoint.check_space(tmp_path / "run" / "checkpoints", state, 2, best, keep_best=2)
+        else:
+            with pytest.raises(InputError, match=r"5 checkpoints \(train.keep_checkpoints \+ evaluation.keep_b"):
+                checkpoint.check_space(tmp_path / "run" / "checkpoints", state, 2, best, keep_best=2)
     # What is there will be replaced.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
     checkpoint.check_space(tmp_path / "one", state, keep=1)
+    checkpoint.check_space(tmp_path / "one", state, 0, tmp_path / "one", keep_best=1)
 
 
 def test_an_unfinished_write_is_never_a_checkpoint(tmp_path):
