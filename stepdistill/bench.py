@@ -31,8 +31,16 @@ from stepdistill.pipeline.generate import decode, generate, passes
 from stepdistill.pipeline.load import export_arguments, load_pipeline
 from stepdistill.pipeline.trace import Trace, trace, under
 from stepdistill.sampling_cost import sampling_cost
-from stepdistill.solvers import stock_solvers
-from stepdistill.sources import Progress, Source, check_numbers, device_name, library_versions, read_all, training_lines
+from stepdistill.solvers import solver_runs
+from stepdistill.sources import (
+    Progress,
+    Source,
+    check_numbers,
+    device_name,
+    library_versions,
+    read_all,
+    training_curves,
+)
 from stepdistill.standard_bench import standard_bench
 
 TEACHER_STEPS = 50
@@ -205,6 +213,7 @@ def bench(
     solvers: bool = True,
     guidance: float = 1.0,
     cost: bool = False,
+    also: Sequence[str] = (),
     data: str | Path = "data",
     offline: bool = False,
     batch: int = 16,
@@ -219,8 +228,9 @@ def bench(
             teacher, guidance scale and trained number of steps are read from its export.
         steps: the numbers of steps that students run at; the trained one is always among them.
         samples: images per row; None: what a standard protocol says, 2000 of the embedded one.
-        networks: of "classifier" and "enet". solvers: also run the teacher under stock fast solvers at the
-            student's NFE, with and without guidance. Both of the embedded protocol alone.
+        networks: of "classifier" and "enet", of the embedded protocol alone.
+        solvers: also run the teacher under stock fast solvers at the student's NFE, with and without guidance.
+        also: of "lpips", "imagereward", "hpsv2" and "pickscore", beside a standard protocol's metrics.
         cost: measure latency, throughput and operations of every row now, on this device, cached rows too.
         data, offline, batch: see :func:`stepdistill.standard_bench.standard_bench`; ``batch`` is also that of cost.
         guidance: w for a plain pipeline's own row and solvers.
@@ -232,9 +242,11 @@ def bench(
     sources = [sources] if isinstance(sources, str | Path) else sources
     check_numbers(sources, steps, samples)
     if is_standard(protocol):
-        settings = {"guidance": guidance, "device": device, "cache": cache, "progress": progress}
-        settings |= {"data": data, "offline": offline, "batch": batch}
+        settings = {"guidance": guidance, "device": device, "cache": cache, "progress": progress, "solvers": solvers}
+        settings |= {"data": data, "offline": offline, "batch": batch, "also": also}
         return standard_bench(sources, steps, samples, seed, out, protocol=protocol, **settings)
+    if also:
+        raise InputError(f"also: expected a standard protocol such as teacher-fid-5k-v1, found {protocol}")
     samples = 2000 if samples is None else samples
     found = read_all(sources)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -270,7 +282,7 @@ def bench(
     if out is not None:
         report.pictures = [_picture(state, sampling) for sampling in grids.values()]
         report.worst = [_worst(state, sampling) for sampling in grids.values() if _has_classes(state, sampling)]
-        report.training = training_lines(found)
+        report.training = training_curves(found)
         report.write(out)
     return report
 
@@ -313,12 +325,8 @@ def _best(rows: Sequence[tuple[Sampling, Row]]) -> list[Sampling]:
 
 def solver_samplings(model: Model, guidance: float, nfe: int) -> list[Sampling]:
     """The model under stock solvers in ``nfe`` network passes: without guidance, and with it in half the steps."""
-    samplings = []
-    for name, scheduler in stock_solvers(model.trace.pipeline.scheduler).items():
-        samplings.append(Sampling(name, "solver", model, scheduler, nfe))
-        if guidance != 1 and nfe >= 2:
-            samplings.append(Sampling(f"{name} w={guidance:g}", "solver", model, scheduler, nfe // 2, guidance))
-    return samplings
+    runs = solver_runs(model.trace.pipeline.scheduler, guidance, nfe)
+    return [Sampling(name, "solver", model, solver, steps, scale) for name, solver, steps, scale in runs]
 
 
 def sample(

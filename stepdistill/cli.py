@@ -158,6 +158,10 @@ def bench(
     data: Annotated[Path, typer.Option(help="Folder of a protocol's prompts, images and weights.")] = Path("data"),
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing; say what is missing.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images at once; decides no result.")] = 16,
+    also: Annotated[
+        str | None, typer.Option(help="More metrics: lpips, imagereward, hpsv2, pickscore, separated by commas.")
+    ] = None,
+    solvers: Annotated[bool, typer.Option(help="Rows of the teacher under stock solvers.")] = True,
     cost: Annotated[bool, typer.Option("--cost", help="Measure latency and operations of every row now.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Merge finished reports into one table.")] = False,
     as_json: AsJson = False,
@@ -175,6 +179,7 @@ def bench(
     numbers = [int(one) for one in steps.split(",")]
     with WorkProgress() as progress:
         settings = {"guidance": guidance, "protocol": protocol, "data": data, "offline": offline, "batch": batch}
+        settings |= {"also": [one.strip() for one in also.split(",")] if also else [], "solvers": solvers}
         report = stepdistill.bench(sources, numbers, samples, seed, out, cost=cost, progress=progress, **settings)
     if os.environ.get("RANK", "0") != "0":
         return

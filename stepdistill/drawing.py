@@ -18,7 +18,10 @@ from stepdistill.pipeline.trace import Trace
 
 @dataclass(frozen=True)
 class Sampler:
-    """One row to be: a traced pipeline, its own scheduler, steps and guidance; ``wanted[i]`` is asked of sample i."""
+    """One row to be: a traced pipeline, steps and guidance; ``wanted[i]`` is asked of sample i.
+
+    ``solver``: a scheduler in place of the pipeline's own.
+    """
 
     name: str
     role: str
@@ -27,6 +30,7 @@ class Sampler:
     wanted: tuple[str | int, ...]
     steps: int
     guidance: float
+    solver: Any = None
 
     @property
     def nfe(self) -> int:
@@ -34,7 +38,7 @@ class Sampler:
 
     @property
     def scheduler(self) -> Any:
-        return self.trace.pipeline.scheduler
+        return self.trace.pipeline.scheduler if self.solver is None else self.solver
 
     def key(self, seed: int, samples: int, also: str) -> str:
         """SHA-256 over what decides the samples, their number, and ``also``."""

@@ -5,6 +5,8 @@ from typing import Any
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -15,7 +17,8 @@ from stepdistill.schedule import from_scheduler
 def stock_solvers(scheduler: Any) -> dict[str, Any]:
     """diffusers' fast solvers for a model that was trained with ``scheduler``, by display name.
 
-    All run on trailing time steps: the first is pure noise, which a few steps cannot do without.
+    All run on trailing time steps: the first is pure noise, which a few steps cannot do without. Empty where diffusers
+    has none that drives such a network.
     """
     config = dict(scheduler.config)
     schedule, _ = from_scheduler(scheduler)
@@ -27,6 +30,9 @@ def stock_solvers(scheduler: Any) -> dict[str, Any]:
             "DPM-Solver++": DPMSolverMultistepScheduler(**flow, algorithm_type="dpmsolver++", solver_order=2),
             "UniPC": UniPCMultistepScheduler(**flow, solver_order=2),
         }
+    if schedule.name == "edm":
+        stock = {"Euler": EDMEulerScheduler, "DPM-Solver++": EDMDPMSolverMultistepScheduler}
+        return {name: kind.from_config(config) for name, kind in stock.items()} if "sigma_data" in config else {}
     trailing = {"timestep_spacing": "trailing", "thresholding": False}
     solver = {**trailing, "solver_order": 2, "lower_order_final": True}
     return {
@@ -34,3 +40,13 @@ def stock_solvers(scheduler: Any) -> dict[str, Any]:
         "DPM-Solver++": DPMSolverMultistepScheduler.from_config(config, **solver, algorithm_type="dpmsolver++"),
         "UniPC": UniPCMultistepScheduler.from_config(config, **solver),
     }
+
+
+def solver_runs(scheduler: Any, guidance: float, nfe: int) -> list[tuple[str, Any, int, float]]:
+    """How a teacher can spend ``nfe`` network passes: (name, solver, steps, w), and with guidance in half the steps."""
+    runs = []
+    for name, solver in stock_solvers(scheduler).items():
+        runs.append((name, solver, nfe, 1.0))
+        if guidance != 1 and nfe >= 2:
+            runs.append((f"{name} w={guidance:g}", solver, nfe // 2, guidance))
+    return runs

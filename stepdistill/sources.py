@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from stepdistill.errors import InputError
+from stepdistill.eval.pictures import training_plot
 from stepdistill.pipeline.load import is_export
 from stepdistill.text_files import read_json
 
@@ -78,14 +80,17 @@ def check_numbers(sources: Sequence[str | Path], steps: Sequence[int], samples: 
         raise InputError(f"samples: expected at least 2, found {samples}")
 
 
-def training_lines(sources: Sequence[Source]) -> list[dict[str, float]]:
-    """The lines of the first run's metrics.jsonl; a last line cut short by a kill is left out."""
+def training_curves(sources: Sequence[Source]) -> list[tuple[str, Image.Image]]:
+    """(label, losses, gradient norms and drift) of every run, from its metrics.jsonl."""
+    curves = []
     for source in sources:
         path = source.run / "metrics.jsonl" if source.run else None
         if path and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
-            return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-    return []
+            # A kill may have cut the last one short.
+            picture = training_plot([json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")])
+            curves += [(source.label, picture)] if picture else []
+    return curves
 
 
 def library_versions() -> dict[str, str]:

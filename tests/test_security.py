@@ -13,6 +13,7 @@ from PIL import Image
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill import checkpoint, cli, yaml_lines
 from stepdistill.errors import InputError
+from stepdistill.eval.pictures import training_plot
 from stepdistill.eval.report import Report, Row
 from stepdistill.pipeline.export import export
 from stepdistill.pipeline.load import load_pipeline
@@ -230,7 +231,7 @@ def test_reports_show_markup_as_text():
         pictures=[(evil, picture)],
         strips=[(evil, picture)],
         worst=[(evil, picture)],
-        training=[{"step": step, f"student/loss/{evil}": 1.0} for step in (1, 2)],
+        training=[(evil, training_plot([{"step": step, f"student/loss/{evil}": 1.0} for step in (1, 2)]))],
     )
     page = report.to_html()
     assert "<script" not in page and "<img src=x" not in page

@@ -27,7 +27,7 @@ def metric_text(metric: str, value: float | None) -> str:
     """
     if value is None or not math.isfinite(value):
         return "–"
-    if metric.startswith("fd_") or metric in ("fid", "patch_fid", "inception_score"):
+    if metric.startswith("fd_") or metric in ("fid", "patch_fid", "inception_score", "hpsv2", "pick_score"):
         return f"{value:.2f}"
     if metric == "kid" or metric.startswith("kid_"):
         return f"{1000 * value:.2f}"

@@ -157,8 +157,14 @@ class Clip(nn.Module):
         return self.model.encode_text(tokens.to(self.model.logit_scale.device)).float()
 
 
-def clip(arch: str, weights: str | Path | None, *, prefix: str = "", crop: str = "none") -> Clip:
+def clip(
+    arch: str, weights: str | Path | None, *, prefix: str = "", crop: str = "none", resize: str = "shortest"
+) -> Clip:
     """OpenCLIP ``arch`` (``ViT-g-14``) with a local weights file; None: random weights, for tests.
+
+    Args:
+        resize: which side is resized to the network's: the ``shortest``, and the longest is cut, or the ``longest``,
+            and the shortest is padded.
 
     Raises:
         InputError: open_clip is not installed, does not know ``arch``, or the file holds another network.
@@ -166,7 +172,7 @@ def clip(arch: str, weights: str | Path | None, *, prefix: str = "", crop: str =
     open_clip = required("open_clip", "open_clip_torch", "CLIP scores")
     if arch not in open_clip.list_models():
         raise InputError(f"clip: expected an architecture of open_clip such as ViT-g-14, found {arch!r}")
-    model, _, transform = open_clip.create_model_and_transforms(arch, pretrained=None)
+    model, _, transform = open_clip.create_model_and_transforms(arch, pretrained=None, image_resize_mode=resize)
     if weights is not None:
         try:
             open_clip.load_checkpoint(model, str(weights))
@@ -233,12 +239,14 @@ def required(module: str, package: str, what: str) -> Any:
     """An optional package's module.
 
     Raises:
-        InputError: it is not installed; the message says how to get it.
+        InputError: it is not installed, and the message says how to get it, or it cannot be imported.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(f"{what}: needs the package {package}: pip install {package}") from error
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            raise InputError(f"{what}: needs the package {package}: pip install {package}") from error
+        raise InputError(f"{what}: the package {package} cannot be imported: {error}") from error
 
 
 def feature_pass(

@@ -1,26 +1,24 @@
-"""LPIPS diversity per prompt, and preference scores of packages that the user installs."""
+"""How people see images: LPIPS between two of them, and models of which one people prefer for a prompt."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CLIPModel
 
 from stepdistill.errors import InputError
-from stepdistill.eval.networks import load_weights, required
+from stepdistill.eval.networks import clip, load_weights, required
+from stepdistill.eval.preprocess import rgb
 
-Preference = Callable[[Sequence[Image.Image], str], list[float]]
-"""Scores of pictures made for one prompt, higher is better."""
-
-# Published name, module, package on PyPI, where its weights come from.
-PREFERENCES = {
-    "ImageReward": ("ImageReward", "image-reward", "THUDM/ImageReward"),
-    "HPSv2": ("hpsv2", "hpsv2", "xswu/HPSv2"),
-    "PickScore": ("transformers", "transformers", "yuvalkirstain/PickScore_v1"),
-}
+Preference = Callable[[Tensor, Sequence[str]], Tensor]
+"""Scores (N,) of uint8 images (N, C, H, W), each for its own prompt; higher is better."""
 
 
 class Lpips(nn.Module):
@@ -47,54 +45,97 @@ class Lpips(nn.Module):
 
     @torch.no_grad()
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distances (N,) between uint8 images (N, 1 or 3, H, W); 0 for equal ones."""
+        """Distances (N,), on the CPU, between uint8 images (N, 1 or 3, H, W); 0 for equal ones."""
         device = next(self.network.parameters()).device
         scaled = [images.to(device).float().expand(-1, 3, -1, -1) / 127.5 - 1 for images in (a, b)]
-        return self.network(*scaled).flatten()
+        return self.network(*scaled).flatten().cpu()
 
 
-def lpips_diversity(distance: Callable[[Tensor, Tensor], Tensor], images: Tensor, prompts: Tensor) -> float:
-    """Mean LPIPS between images (N, C, H, W) of one prompt, averaged over prompts (N,); nan without a pair."""
-    means = []
-    for prompt in prompts.unique():
-        group = images[prompts == prompt]
-        pairs = list(itertools.combinations(range(len(group)), 2))
-        if pairs:
-            first, second = (group[list(side)] for side in zip(*pairs, strict=True))
-            means.append(distance(first, second).double().mean())
-    return float(torch.stack(means).mean()) if means else float("nan")
+def lpips_diversity(distance: Callable[[Tensor, Tensor], Tensor], images: Tensor) -> Tensor:
+    """Mean distance between the pairs of a prompt's images (N, C, H, W), N >= 2: how much its seeds differ."""
+    first, second = (images[list(side)] for side in zip(*itertools.combinations(range(len(images)), 2), strict=True))
+    return distance(first, second).double().mean()
 
 
-def preference(name: str, folder: str | Path | None = None, device: str = "cpu") -> Preference:
-    """A preference model of people: ``ImageReward``, ``HPSv2`` or ``PickScore``.
+def hpsv2(weights: Path, device: str | torch.device = "cpu", arch: str = "ViT-H-14") -> Preference:
+    """HPSv2 (Wu et al. 2023): 100 times the cosine of its CLIP, on images padded to squares.
 
     Args:
-        folder: its weights: ImageReward's and HPSv2's checkpoint file, PickScore's folder. None: the package's own
-            way of finding them, which may use the network.
+        weights: a checkpoint of https://huggingface.co/xswu/HPSv2, such as HPS_v2.1_compressed.pt.
 
     Raises:
-        InputError: there is no such score, or its package is not installed.
+        InputError: open_clip is not installed, or the file holds another network.
     """
-    if name not in PREFERENCES:
-        raise InputError(f"preference: expected one of {', '.join(PREFERENCES)}, found {name!r}")
-    module, package, home = PREFERENCES[name]
-    library = required(module, package, name)
-    if name == "ImageReward":
-        model = library.load(str(folder) if folder else "ImageReward-v1.0", device=device)
-        return lambda pictures, prompt: [model.score(prompt, picture) for picture in pictures]
-    if name == "HPSv2":
-        options = {"cp": str(folder)} if folder else {}
-        return lambda pictures, prompt: [float(x) for x in library.score(list(pictures), prompt, **options)]
-    return _pick_score(library, str(folder or home), device)
+    network = clip(arch, weights, resize="longest").to(device)
 
-
-def _pick_score(library: Any, home: str, device: str) -> Preference:
-    model = library.CLIPModel.from_pretrained(home).eval().to(device)
-    processor = library.CLIPProcessor.from_pretrained(home)
-
-    @torch.no_grad()
-    def score(pictures: Sequence[Image.Image], prompt: str) -> list[float]:
-        inputs = processor(text=[prompt], images=list(pictures), padding=True, truncation=True, return_tensors="pt")
-        return model(**inputs.to(device)).logits_per_image[:, 0].tolist()
+    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        prepared = torch.stack([network.prepare(image) for image in images]).to(device)
+        return 100 * F.cosine_similarity(network.rows(prepared)["rows"], network.texts(prompts)).cpu()
 
     return score
+
+
+def pick_score(folder: Path, device: str | torch.device = "cpu") -> Preference:
+    """PickScore (Kirstain et al. 2023): its CLIP's cosine times its learned scale.
+
+    Args:
+        folder: config.json and model.safetensors of https://huggingface.co/yuvalkirstain/PickScore_v1.
+
+    Raises:
+        InputError: open_clip, whose tokenizer it uses, is not installed, or the folder does not hold the model.
+    """
+    open_clip = required("open_clip", "open_clip_torch", "PickScore")
+    try:
+        model = CLIPModel.from_pretrained(str(folder), local_files_only=True).eval().to(device)
+    except (OSError, ValueError) as error:
+        raise InputError(f"pickscore: {folder}: expected config.json and model.safetensors, found {error}") from error
+    transform = open_clip.image_transform(model.config.vision_config.image_size, is_train=False)
+
+    @torch.no_grad()
+    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        pixels = torch.stack([transform(picture) for picture in _pictures(images)])
+        tokens = open_clip.tokenize(list(prompts))
+        output = model(input_ids=tokens.to(device), pixel_values=pixels.to(device))
+        return output.logits_per_image.diagonal().float().cpu()
+
+    return score
+
+
+def image_reward(weights: Path, config: Path, tokenizer: Path, device: str | torch.device = "cpu") -> Preference:
+    """ImageReward (Xu et al. 2023) of the package image-reward, with files that are here already.
+
+    Args:
+        weights, config: ImageReward.pt and med_config.json of https://huggingface.co/THUDM/ImageReward.
+        tokenizer: a folder called bert-base-uncased with that model's tokenizer.
+
+    Raises:
+        InputError: image-reward is not installed, or a file is not what it should be.
+    """
+    library = required("ImageReward", "image-reward", "ImageReward")
+    files = {"name": str(weights.resolve()), "med_config": str(config.resolve())}
+    try:
+        # It tells its progress on stdout, where a report may be read from.
+        with contextlib.redirect_stdout(sys.stderr), _inside(tokenizer.parent):
+            model = library.load(**files, device=str(device))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"imagereward: {weights}: {str(error).splitlines()[0]}") from error
+
+    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([model.score(p, i) for p, i in zip(prompts, _pictures(images), strict=True)])
+
+    return score
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Work in a folder: a library that asks for a model by its name alone finds a folder of that name there."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _pictures(images: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(rgb(image).permute(1, 2, 0).contiguous().numpy()) for image in images]

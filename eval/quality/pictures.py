@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import matplotlib
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 from PIL import Image
@@ -31,6 +33,15 @@ def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image.transpose(1, 2, 0)
     return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+
+
+def shrunk(images: Tensor, largest: int = 160) -> Tensor:
+    """Images uint8 (N, C, H, W) no larger than ``largest`` pixels a side, for a page of many."""
+    size = [max(1, round(side * largest / max(images.shape[-2:]))) for side in images.shape[-2:]]
+    if max(size) >= max(images.shape[-2:]):
+        return images
+    small = F.interpolate(images.float(), size, mode="bilinear", antialias=True, align_corners=False)
+    return small.round().to(torch.uint8)
 
 
 def png_data_uri(picture: Image.Image) -> str:
@@ -198,4 +209,4 @@ def _render(figure: Figure) -> Image.Image:
     with matplotlib.rc_context({"font.size": 9}):
         figure.savefig(buffer, format="png", facecolor="white")
     buffer.seek(0)
-    return Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
+    return Image.open(buffer).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=64)

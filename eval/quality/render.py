@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
+from PIL import Image
 
 from stepdistill.eval.names import metric_text
-from stepdistill.eval.pictures import png_data_uri, quality_plot, training_plot
+from stepdistill.eval.pictures import png_data_uri, quality_plot
 from stepdistill.eval.protocol import DIVERSITY
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def notes(report: "Report") -> list[str]:
     return [*lines, *report.remarks]
 
 
+PREFERENCES = ("image_reward", "hpsv2", "pick_score")
 _INTERVALS = "± is half of a 95 % interval over other samples of the same model, by bootstrap."
 
 
@@ -58,6 +60,14 @@ def _standard_notes(report: "Report") -> list[str]:
         "NFE counts network evaluations per image, guidance's second pass included.",
         _INTERVALS,
     ]
+    if any(metric.startswith("lpips_") for metric in report.metric_names):
+        lines.append(
+            "LPIPS between images of a prompt is diversity: higher, its seeds differ more. LPIPS to the teacher's "
+            "image of the same noise is low where a student reproduces its teacher; one that matches distributions "
+            "may be far from it and as good."
+        )
+    if any(metric in PREFERENCES for metric in report.metric_names):
+        lines.append("ImageReward, HPSv2 and PickScore predict what people prefer for a prompt: higher is better.")
     if report.samples < 10_000 and "fid" in report.metric_names:
         lines.append(
             f"Warning: at N = {report.samples:,}, below 10,000, every FID is biased upwards; compare it at equal N "
@@ -141,20 +151,22 @@ def html(report: "Report") -> str:
         for axis in ("nfe", "seconds"):
             picture = quality_plot(report.rows, metric, report.title(metric), report.floor.get(metric), axis)
             plots.append((f"{report.title(metric)} against {axis}", png_data_uri(picture)))
-    curves = training_plot(report.training)
-    return template.render(
-        report=report,
-        table=table_of(report),
-        notes=notes(report),
-        plots=plots,
-        sections=[
-            (title, [(caption, png_data_uri(picture)) for caption, picture in pictures])
-            for title, pictures in (
-                ("The same seeds, side by side", report.pictures),
-                ("One prompt a row, several seeds", report.strips),
-                ("The worst of its samples", report.worst),
-            )
-            if pictures
-        ],
-        curves=png_data_uri(curves) if curves else None,
-    )
+    sections = [
+        {"name": name, "title": title, "what": what, "figures": [_figure(*pair) for pair in pictures]}
+        for name, (title, what) in SECTIONS.items()
+        if (pictures := getattr(report, name))
+    ]
+    return template.render(report=report, table=table_of(report), notes=notes(report), plots=plots, sections=sections)
+
+
+SECTIONS = {
+    "pictures": ("The same seeds, side by side", "samples"),
+    "strips": ("One prompt a row, several seeds", "samples"),
+    "worst": ("The worst of its samples", "samples"),
+    "training": ("Training", "losses, gradient norms and drift against the training step"),
+}
+"""A report's lists of pictures, in the page's order: heading, and what a picture shows."""
+
+
+def _figure(caption: str, picture: Image.Image) -> dict[str, Any]:
+    return {"caption": caption, "source": png_data_uri(picture), "width": picture.width}

@@ -1,7 +1,7 @@
 """The report of a benchmark: rows, verdicts, and its three files report.json, report.md and index.html."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -9,10 +9,12 @@ from typing import Any, Literal
 from PIL import Image
 
 from stepdistill.errors import InputError
+from stepdistill.eval.also import ALSO, also_files
 from stepdistill.eval.names import metric_name
 from stepdistill.eval.protocol import DIVERSITY, METRICS
-from stepdistill.eval.render import html, markdown
+from stepdistill.eval.render import SECTIONS, html, markdown
 from stepdistill.eval.row_cache import write_json
+from stepdistill.eval.stored_pictures import stored_pictures
 from stepdistill.text_files import read_json, write_text
 
 SCHEMA = 1
@@ -118,8 +120,8 @@ class Report:
     """Everything a benchmark found. ``floor``: the metrics of real images at the same number of samples.
 
     ``labels``: metrics' names under a standard protocol. ``files``: SHA-256 of what it stands on. ``remarks``: notes
-    for the reader. ``pictures`` (caption, grid), ``strips`` (images of one prompt a row), ``worst`` and ``training``
-    (lines of metrics.jsonl) go into the page, not into report.json.
+    for the reader. (caption, picture) go into the page, not into report.json: ``pictures`` (grids of the same seeds),
+    ``strips`` (images of one prompt a row), ``worst``, and ``training`` (curves of the runs).
     """
 
     protocol: str
@@ -136,7 +138,7 @@ class Report:
     pictures: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
     strips: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
     worst: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
-    training: list[Mapping[str, float]] = field(default_factory=list, repr=False)
+    training: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
 
     @property
     def samples(self) -> int:
@@ -211,7 +213,7 @@ def read_report(path: str | Path) -> Report:
 
 
 def merge(reports: Sequence[Report]) -> Report:
-    """One report with the rows of several, equal rows once; the first report's seed, command and versions are kept.
+    """One report with the rows and pictures of several, equal ones once; seed, command and versions are the first's.
 
     Raises:
         InputError: they differ in protocol or in the number of samples, so their rows cannot be compared.
@@ -224,7 +226,7 @@ def merge(reports: Sequence[Report]) -> Report:
             raise InputError(f"rows of protocols {first.protocol} and {other.protocol} cannot stand in one table")
         if other.samples != first.samples:
             raise InputError(f"rows of {first.samples} and of {other.samples} samples cannot stand in one table")
-        if differ := [n for n in sorted({**first.files, **other.files}) if first.files.get(n) != other.files.get(n)]:
+        if differ := _differing(first.files, other.files):
             raise InputError(f"rows measured with different {', '.join(differ)} cannot stand in one table")
     rows: list[Row] = []
     for row in (row for report in reports for row in report.rows):
@@ -232,19 +234,42 @@ def merge(reports: Sequence[Report]) -> Report:
             rows.append(row)
     merged = {entry.student: entry for report in reports for entry in report.verdict}
     stated = {name: getattr(first, name) for name in (*_STATED, *_OPTIONAL)}
-    devices = list(dict.fromkeys(report.device for report in reports))
+    stated["labels"] = {metric: label for report in reports for metric, label in report.labels.items()}
+    stated["files"] = {name: sha256 for report in reports for name, sha256 in report.files.items()}
+    stated["remarks"] = list(dict.fromkeys(remark for report in reports for remark in report.remarks))
+    devices, seeds = (list(dict.fromkeys(getattr(report, name) for report in reports)) for name in ("device", "seed"))
     if len(devices) > 1:
-        stated["remarks"] = [*first.remarks, f"Rows come from several devices ({'; '.join(devices)}): costs differ."]
-    return Report(**stated, rows=rows, verdict=list(merged.values()))
+        stated["remarks"].append(f"Rows come from several devices ({'; '.join(devices)}): costs differ.")
+    if len(seeds) > 1:
+        stated["remarks"].append(f"Rows and pictures come from several seeds ({', '.join(map(str, seeds))}).")
+    pictures = {name: _once(pair for report in reports for pair in getattr(report, name)) for name in SECTIONS}
+    return Report(**stated, **pictures, rows=rows, verdict=list(merged.values()))
+
+
+def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Files of which two reports state another content; metrics that only one of them added do not matter."""
+    added = {spec.file for spec in also_files(tuple(ALSO))}
+    names = sorted({*ours, *theirs})
+    return [n for n in names if ours.get(n) != theirs.get(n) and (n not in added or (n in ours and n in theirs))]
+
+
+def _once(pairs: Iterable[tuple[str, Image.Image]]) -> list[tuple[str, Image.Image]]:
+    kept = {(caption, picture.size, picture.convert("RGB").tobytes()): (caption, picture) for caption, picture in pairs}
+    return list(kept.values())
 
 
 def compare(paths: Sequence[str | Path], out: str | Path | None = None) -> Report:
-    """Merge finished reports into one table, written into ``out``; pictures stay in the reports they came from.
+    """Merge finished reports into one, written into ``out``, with the pictures of the pages beside them.
 
     Raises:
         InputError: see :func:`read_report` and :func:`merge`.
     """
-    merged = merge([read_report(path) for path in paths])
+    reports = [read_report(path) for path in paths]
+    for path, report in zip(map(Path, paths), reports, strict=True):
+        found = stored_pictures((path if path.is_dir() else path.parent) / "index.html")
+        for name in SECTIONS:
+            getattr(report, name).extend(found.get(name, []))
+    merged = merge(reports)
     if out is not None:
         merged.write(out)
     return merged

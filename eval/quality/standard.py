@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import huggingface_hub
 import torch
 import yaml
+from huggingface_hub.errors import HfHubHTTPError
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from stepdistill.errors import InputError
 from stepdistill.eval.protocol import protocol_path
+from stepdistill.text_files import write_text
 
 Metric = Literal[
     "fid", "kid", "patch_fid", "fd_dinov2", "precision", "recall", "density", "coverage", "inception_score",
@@ -29,19 +32,32 @@ class _Strict(BaseModel):
 
 
 class FileSpec(_Strict):
-    """A file or folder below the data folder. ``sha256``: all digits, the first ones, or None; ``how``: where to get
-    what ``url`` cannot give in one piece."""
+    """A file or folder below the data folder. ``sha256``: all digits, the first ones, or None where nobody states them.
+    It comes from ``url``, or is a folder with the files ``names`` of the hub's repository ``hub``; else ``how`` says
+    where to get it."""
 
     file: str
     sha256: str | None
     url: str | None = None
+    hub: str | None = None
+    names: tuple[str, ...] = ("config.json", "model.safetensors")
     how: str | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether the first file that is used decides what later ones must be."""
+        return len(self.sha256 or "") < 64
 
 
 class PromptSpec(FileSpec):
-    """``count``: prompts in the file; None where any number will do."""
+    """``count``: prompts in the file; None where any list will do."""
 
     count: int | None
+
+    @property
+    def open(self) -> bool:
+        """See :class:`FileSpec`; a list of the user's own may change."""
+        return super().open and self.count is not None
 
 
 class ReferenceSpec(FileSpec):
@@ -188,36 +204,46 @@ def _content(name: str | Path) -> tuple[dict[str, Any], Path, str]:
 def obtain(specs: Sequence[FileSpec], folder: Path, *, offline: bool) -> dict[str, str]:
     """Make sure that files lie below ``folder``; returns the SHA-256 of each by its name.
 
-    A hash that the protocol leaves open is looked up in ``folder``/pins.yaml (name: SHA-256), which is the user's.
+    Where no publisher states a hash, the first use writes it into ``folder``/pins.yaml (name: SHA-256), and later ones
+    must agree.
 
     Raises:
         InputError: files are missing (all are named, with where to get them), or one is not the pinned one.
     """
     unique = {spec.file: spec for spec in specs}
     missing = [spec for spec in unique.values() if not (folder / spec.file).exists()]
-    if lost := [spec for spec in missing if offline or not spec.url]:
+    if lost := [spec for spec in missing if offline or not (spec.url or spec.hub)]:
         raise InputError("; ".join(_advice(spec, folder) for spec in lost))
     for spec in missing:
         _download(spec, folder / spec.file)
-    pins = yaml.safe_load(path.read_text(encoding="utf-8")) if (path := folder / "pins.yaml").is_file() else {}
-    found = {}
+    pins = _read_pins(folder / PINS)
+    found: dict[str, str] = {}
     for name, spec in unique.items():
         found[name] = content_sha256(folder / name)
-        expected = spec.sha256 or (pins or {}).get(name)
-        if expected and not found[name].startswith(str(expected)):
-            raise InputError(f"{folder / name}: SHA-256 is {found[name]}, pinned is {expected}")
+        for expected, where in ((spec.sha256, "the protocol's"), (pins.get(name), f"in {folder / PINS}")):
+            if expected and not found[name].startswith(expected):
+                raise InputError(f"{folder / name}: SHA-256 is {found[name]}, pinned is {expected} ({where})")
+    if fresh := {name: found[name] for name, spec in unique.items() if spec.open and name not in pins}:
+        write_text(folder / PINS, yaml.safe_dump(pins | fresh))
     return found
 
 
-def pin_commands(specs: Sequence[FileSpec], found: dict[str, str], folder: Path) -> list[str]:
-    """The shell commands that pin the files which the protocol leaves open, as they are now."""
-    names = [spec.file for spec in {spec.file: spec for spec in specs}.values() if len(spec.sha256 or "") < 64]
-    return [f"echo '{name}: {found[name]}' >> {folder / 'pins.yaml'}" for name in names]
+PINS = "pins.yaml"
+
+
+def _read_pins(path: Path) -> dict[str, str]:
+    pins = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return {str(name): str(value) for name, value in (pins or {}).items()}
 
 
 def _advice(spec: FileSpec, folder: Path) -> str:
     path = folder / spec.file
-    get = f"curl -L --create-dirs -o {path} {spec.url}" if spec.url else (spec.how or "").replace("DATA", str(folder))
+    if spec.url:
+        get = f"curl -L --create-dirs -o {path} {spec.url}"
+    elif spec.hub:
+        get = f"hf download {spec.hub} {' '.join(spec.names)} --local-dir {path}"
+    else:
+        get = (spec.how or "").replace("DATA", str(folder))
     return f"{path} is missing; get it: {get}"
 
 
@@ -225,19 +251,24 @@ def _download(spec: FileSpec, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.partial")
     try:
-        torch.hub.download_url_to_file(spec.url, str(draft), progress=False)
-    except OSError as error:
-        raise InputError(f"{path}: {spec.url} cannot be downloaded: {error}") from error
+        if spec.hub:
+            huggingface_hub.snapshot_download(spec.hub, local_dir=draft, allow_patterns=list(spec.names))
+        else:
+            torch.hub.download_url_to_file(spec.url, str(draft), progress=False)
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: {spec.url or spec.hub} cannot be downloaded: {reason}") from error
     shutil.move(draft, path)
 
 
 def content_sha256(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's file names and contents in the order of names."""
+    """SHA-256 of a file, or of a folder's file names and contents in the order of names, hidden ones left out."""
     if path.is_dir():
         digest = hashlib.sha256()
         for file in sorted(path.rglob("*")):
-            if file.is_file():
-                digest.update(f"{file.relative_to(path).as_posix()} {content_sha256(file)}\n".encode())
+            name = file.relative_to(path)
+            if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                digest.update(f"{name.as_posix()} {content_sha256(file)}\n".encode())
         return digest.hexdigest()
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -21,9 +21,10 @@ from stepdistill.eval.metrics import (
     precision_recall,
     prompt_diversity,
 )
+from stepdistill.eval.moments import MomentSum
 from stepdistill.eval.networks import FeatureNetwork, clip, dino, inception
 from stepdistill.eval.protocol import Measurement
-from stepdistill.eval.shards import Shards
+from stepdistill.eval.shards import SHARD, Shards
 from stepdistill.eval.standard import StandardProtocol, ViewSpec
 
 FRECHET = ("fid", "patch_fid", "fd_dinov2")
@@ -85,10 +86,9 @@ def _measure_view(
     for metric in set(wanted) & set(FRECHET):
         values[metric] = frechet_distance(view.real.moments, view.samples.moments())
         if resamples:
-            rows = view.samples.all("rows")
             errors[metric] = standard_error(
-                lambda index, rows=rows: frechet_distance(view.real.moments, Moments.of(rows[index])),
-                len(rows),
+                lambda index: frechet_distance(view.real.moments, resampled_moments(view.samples, index)),
+                view.samples.count,
                 resamples=resamples,
             )
     if set(wanted) & set(NEEDS_REAL_ROWS):
@@ -103,6 +103,13 @@ def _measure_view(
     if "diversity" in wanted and view.repeats is not None:
         values["diversity"] = prompt_diversity(view.repeats, view.repeat_prompts)
     return {metric: values[metric] for metric in wanted if metric in values}, errors
+
+
+def resampled_moments(samples: Shards, index: Tensor) -> Moments:
+    """Moments of the rows ``index`` (n,), which may repeat, with one shard in memory at a time."""
+    times = torch.bincount(index, minlength=samples.count).split(SHARD)
+    blocks = zip(samples.blocks("rows"), times, strict=True)
+    return MomentSum.of(rows.repeat_interleave(several, dim=0) for rows, several in blocks).moments()
 
 
 def _against_rows(

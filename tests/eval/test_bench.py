@@ -6,16 +6,23 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
 from synthetic import ROWS, pictures, reference_file
 
 from pipeline.tiny import tiny_dit
 from stepdistill import bench as run_bench
-from stepdistill.bench import Bench, Sampling, fit, sample, solver_samplings, stock_solvers
+from stepdistill.bench import Bench, Sampling, fit, sample, solver_samplings
 from stepdistill.errors import InputError
 from stepdistill.eval.protocol import build_reference, load_networks, load_protocol
 from stepdistill.eval.row_cache import RowCache, empty_measurements, row_key, weights_digest, write_json
 from stepdistill.pipeline.trace import trace
+from stepdistill.solvers import stock_solvers
 from stepdistill.sources import read_source
 
 CPU = torch.device("cpu")
@@ -88,7 +95,7 @@ def test_a_run_gives_students_teacher_solvers_and_a_verdict(folders, measured, t
             "fd_classifier", "kid_classifier", "precision", "recall", "accuracy", "diversity_classifier",
         )  # fmt: skip
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    assert page.count("<figure>") == 6 and "losses, gradient norms" in page
+    assert page.count("<figure>") == 7 and "losses, gradient norms" in page
     assert said[0] == ("mine (dmd2), 1 steps", 20, 20)
 
 
@@ -233,6 +240,17 @@ def test_flow_teachers_get_flow_solvers():
         assert sigmas[0] > 0.99 and sigmas[-1] == 0
     middle = [float(scheduler.sigmas[2]) for scheduler in solvers.values()]
     assert middle[1] == pytest.approx(middle[2], rel=1e-3)
+
+
+def test_edm_teachers_get_edm_solvers_and_unknown_ones_none():
+    own = EDMEulerScheduler(sigma_min=0.01, sigma_max=50.0, sigma_data=0.7)
+    solvers = stock_solvers(own)
+    assert list(solvers) == ["Euler", "DPM-Solver++"]
+    for scheduler in solvers.values():
+        scheduler.set_timesteps(4)
+        assert float(scheduler.sigmas[0]) == pytest.approx(50.0) and scheduler.config.sigma_data == 0.7
+    bare = EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous", sigma_min=1, sigma_max=9)
+    assert stock_solvers(bare) == {}
 
 
 def test_runs_without_an_export_and_damaged_facts_are_refused(tmp_path):

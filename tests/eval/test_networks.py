@@ -1,10 +1,8 @@
 """Preprocessing and feature networks against the libraries whose numbers people publish, with random weights."""
 
 import importlib.util
-import json
 import math
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -14,19 +12,11 @@ from transformers import Dinov2Config, Dinov2Model
 from stepdistill.errors import InputError
 from stepdistill.eval.metrics import Moments, clip_score, frechet_distance
 from stepdistill.eval.networks import Dino, clip, dino, feature_pass, inception, required
-from stepdistill.eval.perceptual import PREFERENCES, Lpips, lpips_diversity, preference
 from stepdistill.eval.preprocess import crop, resize_clean, resize_tf1
 
 
 def needs(module):
     return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"{module} is not installed")
-
-
-@pytest.fixture(scope="session")
-def photo():
-    """A real photograph, uint8 (3, 600, 512)."""
-    path = f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg"
-    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
 
 
 @pytest.fixture(scope="session")
@@ -153,18 +143,6 @@ def test_weights_that_are_absent_or_of_another_network_are_refused(tmp_path):
         inception(tmp_path / "inception.pth")
 
 
-@pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory):
-    open_clip = pytest.importorskip("open_clip")
-    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-    path = tmp_path_factory.mktemp("clip") / "tiny-test.json"
-    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
-    open_clip.add_model_config(path)
-    torch.manual_seed(0)
-    return clip("tiny-test", None, prefix="A photo depicts ", crop="lanczos-64")
-
-
 def test_clip_score_is_open_clips_by_hand(tiny_clip, photo):
     import open_clip
 
@@ -209,26 +187,10 @@ def test_a_feature_pass_does_not_depend_on_its_batch(tiny_clip, images):
     assert feature_pass(tiny_clip, []) == {}
 
 
-@needs("lpips")
-@pytest.mark.filterwarnings("ignore")
-def test_lpips_diversity_is_the_mean_over_pairs_of_one_prompt(photo):
-    torch.manual_seed(0)
-    distance = Lpips(None)
-    images = torch.stack([photo[:, i : i + 64, 200:264] for i in (0, 100, 100, 200, 300)])
-    prompts = torch.tensor([0, 0, 1, 1, 1])
-    scaled = images.float() / 127.5 - 1
-    by_hand = lambda i, j: float(distance.network(scaled[i : i + 1], scaled[j : j + 1]))  # noqa: E731
-    expected = (by_hand(0, 1) + (by_hand(2, 3) + by_hand(2, 4) + by_hand(3, 4)) / 3) / 2
-    assert lpips_diversity(distance, images, prompts) == pytest.approx(expected, rel=1e-5)
-    assert float(distance(images[1:2], images[2:3])) == 0.0
-    assert math.isnan(lpips_diversity(distance, images[:2], torch.tensor([0, 1])))
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    with pytest.raises(InputError, match="pip install no-such-package"):
+def test_a_missing_package_is_named_and_a_broken_one_is_told_from_it(monkeypatch, tmp_path):
+    with pytest.raises(InputError, match="a metric: needs the package no-such-package: pip install no-such-package"):
         required("no_such_module", "no-such-package", "a metric")
-    with pytest.raises(InputError, match="expected one of ImageReward, HPSv2, PickScore, found 'Beauty'"):
-        preference("Beauty")
-    monkeypatch.setitem(PREFERENCES, "ImageReward", ("no_such_module", "image-reward", ""))
-    with pytest.raises(InputError, match="ImageReward: needs the package image-reward: pip install image-reward"):
-        preference("ImageReward")
+    (tmp_path / "broken_module.py").write_text("from math import no_such_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"a metric: the package broken cannot be imported: .*no_such_name"):
+        required("broken_module", "broken", "a metric")

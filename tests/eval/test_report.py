@@ -14,7 +14,7 @@ import torch
 from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.eval import report as report_module
-from stepdistill.eval.pictures import image_grid
+from stepdistill.eval.pictures import image_grid, training_plot
 from stepdistill.eval.protocol import METRICS
 from stepdistill.eval.render import notes, table_of
 from stepdistill.eval.report import Report, Row, Verdict, compare, merge, read_report, verdict
@@ -122,7 +122,7 @@ class Structure(HTMLParser):
 def test_page_is_whole_self_contained_and_escapes(tmp_path):
     report = a_report(row("<i>a</i>", "student", 4, 11.0))
     report.pictures = [("teacher", image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), columns=2))]
-    report.training = [{"step": i, "student/loss/dmd": 1.0 + i} for i in range(3)]
+    report.training = [("run", training_plot([{"step": i, "student/loss/dmd": 1.0 + i} for i in range(3)]))]
     page = report.write(tmp_path).read_text(encoding="utf-8")
     structure = Structure()
     structure.feed(page)
@@ -238,6 +238,43 @@ def test_compare_merges_finished_reports_and_refuses_other_protocols(tmp_path):
     a_report(row("c", "student", 4, 9.0), protocol="other-v1").write(tmp_path / "c")
     with pytest.raises(InputError, match="rows of protocols fashion-v1 and other-v1 cannot stand in one table"):
         compare([tmp_path / "a", tmp_path / "c"])
+
+
+def test_compare_shows_the_pictures_of_all_reports_side_by_side(tmp_path):
+    for name, colour in (("a", 80), ("b", 160)):
+        report = a_report(row(name, "student", 4, 11.0), seed=colour)
+        for entry in report.rows:
+            entry.metrics = {"accuracy": 0.5}  # nothing to plot
+        shade = torch.full((4, 3, 8, 8), colour, dtype=torch.uint8)
+        teachers = ("teacher <w> & 50 steps", image_grid(torch.zeros_like(shade), columns=2))
+        report.pictures = [teachers, (name, image_grid(shade, columns=2))]
+        report.worst = [(name, image_grid(shade, columns=4))]
+        report.training = [(name, training_plot([{"step": i, "student/loss/dmd": i + colour} for i in (1, 2)]))]
+        report.write(tmp_path / name)
+    merged = compare([tmp_path / "a", tmp_path / "b" / "report.json"], tmp_path / "both")
+    assert [caption for caption, _ in merged.pictures] == ["teacher <w> & 50 steps", "a", "b"]
+    assert [picture.convert("RGB").getpixel((1, 1))[0] for _, picture in merged.pictures] == [0, 80, 160]
+    assert [len(pictures) for pictures in (merged.strips, merged.worst, merged.training)] == [0, 2, 2]
+    assert "several seeds (80, 160)" in merged.to_markdown()
+    # A merged report is one like any other.
+    again = compare([tmp_path / "both", tmp_path / "a"])
+    assert [caption for caption, _ in again.pictures] == ["teacher <w> & 50 steps", "a", "b"]
+    (tmp_path / "both" / "index.html").unlink()
+    assert compare([tmp_path / "both"]).pictures == []
+
+
+def test_a_metric_that_one_report_added_does_not_keep_it_from_another(tmp_path):
+    stated = {"labels": {"fid": "FID"}, "files": {"w": "1"}}
+    plain, more = (a_report(rows=[row(name, "student", 4, 1.0)], **copy.deepcopy(stated)) for name in "ab")
+    more.labels["pick_score"], more.rows[0].metrics["pick_score"] = "PickScore", 21.5
+    more.files["pickscore"] = "2"
+    merged = merge([plain, more])
+    assert merged.files == {"w": "1", "pickscore": "2"} and "21.50" in merged.to_markdown()
+    assert "predict what people prefer" in merged.to_markdown() and "LPIPS" not in merged.to_markdown()
+    with pytest.raises(InputError, match="different pickscore cannot stand"):
+        merge([copy.deepcopy(more), a_report(files={"w": "1", "pickscore": "3"})])
+    with pytest.raises(InputError, match="different w cannot stand"):
+        merge([plain, a_report(files={})])
 
 
 def test_costs_and_intervals_are_shown_where_they_were_measured():

@@ -3,33 +3,35 @@
 import hashlib
 import json
 
+import huggingface_hub
 import pytest
 import torch
+import yaml
 
 from stepdistill.errors import InputError
 from stepdistill.eval.bootstrap import standard_error
 from stepdistill.eval.protocol import load_protocol
 from stepdistill.eval.standard import (
     FileSpec,
+    PromptSpec,
     content_sha256,
     is_standard,
     load_standard,
     obtain,
-    pin_commands,
     read_prompts,
 )
 
 FROZEN = {
-    "adm50k-v1": "f777e84672b2b873",
-    "coco10k-sdxl-dmd2-v1": "739d349072364710",
-    "coco30k-gigagan-v1": "3863d9692f3de6c5",
-    "coco5k-val17-v1": "0c771bdf5d9811d0",
-    "edm50k-v1/cifar10": "c3a6ac961bbe865c",
-    "edm50k-v1/imagenet64": "585beed0558b17f4",
-    "edm50k-v1/ffhq": "32dd156a1b595fd4",
-    "edm50k-v1/afhq": "2ef5d601427c5c42",
-    "mjhq30k-v1": "d22f79edf8b7250d",
-    "teacher-fid-5k-v1": "8cca71bc2413b09b",
+    "adm50k-v1": "e4931297a21cc6dd",
+    "coco10k-sdxl-dmd2-v1": "ee73879d1ab5ff15",
+    "coco30k-gigagan-v1": "a0bcd59790e6c259",
+    "coco5k-val17-v1": "0dfaad386b4f2956",
+    "edm50k-v1/cifar10": "9095039b3b33d05b",
+    "edm50k-v1/imagenet64": "531d5938cdd75107",
+    "edm50k-v1/ffhq": "f438c9697d2ad04c",
+    "edm50k-v1/afhq": "4db630e3257fb7f3",
+    "mjhq30k-v1": "71c7e48900fa177a",
+    "teacher-fid-5k-v1": "e98d40b526c08917",
 }
 
 
@@ -92,21 +94,45 @@ def test_a_missing_file_with_a_link_is_downloaded_once(tmp_path, monkeypatch):
         obtain([spec], tmp_path, offline=True)
 
 
-def test_the_printed_command_pins_an_open_file(tmp_path):
+def test_the_first_use_of_an_open_file_pins_it(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"a")
-    spec = FileSpec(file="images", sha256=None, how="")
-    found = obtain([spec], tmp_path, offline=True)
-    (command,) = pin_commands([spec], found, tmp_path)
-    words = command.removeprefix("echo '").partition("' >> ")
-    assert words[2] == str(tmp_path / "pins.yaml")
-    (tmp_path / "pins.yaml").write_text(words[0] + "\n")
-    assert obtain([spec], tmp_path, offline=True) == found
+    (tmp_path / "prompts.txt").write_text("a cat")
+    (tmp_path / "w.pth").write_bytes(b"w")
+    weights = FileSpec(file="w.pth", sha256=hashlib.sha256(b"w").hexdigest())
+    prompts = PromptSpec(file="prompts.txt", sha256=None, count=None)
+    specs = [FileSpec(file="images", sha256=None), weights, prompts]
+    found = obtain(specs, tmp_path, offline=True)
+    # What the protocol pins need not be pinned again, and a list of the user's own may change.
+    assert yaml.safe_load((tmp_path / "pins.yaml").read_text()) == {"images": found["images"]}
+    (tmp_path / "prompts.txt").write_text("a dog")
+    assert obtain(specs, tmp_path, offline=True)["images"] == found["images"]
     (folder / "b.png").write_bytes(b"b")
-    with pytest.raises(InputError, match="images: SHA-256 is"):
+    with pytest.raises(InputError, match=r"images: SHA-256 is \w+, pinned is \w+ \(in .*pins\.yaml\)"):
+        obtain(specs, tmp_path, offline=True)
+
+
+def test_a_folder_comes_from_the_hub(tmp_path, monkeypatch):
+    def download(repository, local_dir, allow_patterns):
+        assert (repository, allow_patterns) == ("owner/net", ["config.json", "model.safetensors"])
+        (local_dir / ".cache").mkdir(parents=True)
+        (local_dir / ".cache" / "when").write_text(str(local_dir))
+        (local_dir / "config.json").write_text("{}")
+
+    spec = FileSpec(file="net", sha256=None, hub="owner/net")
+    with pytest.raises(InputError) as caught:
         obtain([spec], tmp_path, offline=True)
-    assert pin_commands([FileSpec(file="x", sha256="0" * 64)], {"x": "0" * 64}, tmp_path) == []
+    assert f"hf download owner/net config.json model.safetensors --local-dir {tmp_path}/net" in str(caught.value)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = obtain([spec], tmp_path, offline=False)
+    # What the hub notes beside the files is not of them.
+    (tmp_path / "net" / ".cache" / "when").write_text("later")
+    assert obtain([spec], tmp_path, offline=True) == found
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no net")))
+    with pytest.raises(InputError, match=r"owner/net cannot be downloaded: no net"):
+        obtain([spec], tmp_path / "other", offline=False)
 
 
 def test_a_folders_hash_sees_names_and_contents(tmp_path):

@@ -3,7 +3,9 @@
 import copy
 import json
 import os
+import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +19,12 @@ from pipeline.tiny import tiny_dit, tiny_sd
 from stepdistill import bench as run_bench
 from stepdistill.drawing import Sampler, draw
 from stepdistill.errors import InputError
+from stepdistill.eval.also import ALSO
 from stepdistill.eval.metrics import Moments, frechet_distance
+from stepdistill.eval.perceptual import Lpips
 from stepdistill.eval.report import merge, read_report
 from stepdistill.eval.shards import SHARD, Shards
+from stepdistill.eval.standard import FileSpec
 from stepdistill.pipeline.trace import trace
 
 SAMPLES = SHARD + 16
@@ -93,6 +98,7 @@ def measured(root, monkeypatch):
 
     def run(path, source="student", **options):
         stated = {"steps": (1,), "data": root / "data", "cache": root / "cache", "device": "cpu", "offline": True}
+        stated |= {"solvers": False}
         return run_bench(root / source, protocol=path, **(stated | options))
 
     return run
@@ -137,13 +143,82 @@ def test_teacher_fid_of_a_student_is_against_its_teachers_samples(root, measured
     assert read_report(tmp_path).files == {"w.pth": report.files["w.pth"]}
 
 
+def test_stock_solvers_are_measured_at_the_students_passes(root, measured, tmp_path):
+    report = measured(protocol(root, "solvers", samples=20), solvers=True, out=tmp_path)
+    solvers = [row for row in report.rows if row.role == "solver"]
+    assert [(row.name, row.steps, row.nfe) for row in solvers] == [
+        ("DDIM", 1, 1), ("DPM-Solver++", 1, 1), ("UniPC", 1, 1),
+    ]  # fmt: skip
+    assert all(row.metrics["fid"] > 0 and row.cost["flops"] > 0 for row in solvers)
+    # One step of DDIM from noise is the teacher's estimate of the clean image, and a picture of the best is shown.
+    assert (tmp_path / "index.html").read_text(encoding="utf-8").count("1 steps, NFE 1</figcaption>") == 2
+
+
+def test_a_solver_that_a_pipeline_cannot_run_under_is_left_out_and_named(root, measured, monkeypatch):
+    module, real = sys.modules["stepdistill.standard_bench"], sys.modules["stepdistill.standard_bench"].set_up
+
+    def refusing(trace, scheduler, steps):
+        if type(scheduler).__name__ == "UniPCMultistepScheduler":
+            raise InputError("no sigmas")
+        return real(trace, scheduler, steps)
+
+    monkeypatch.setattr(module, "set_up", refusing)
+    report = measured(protocol(root, "solvers", samples=20), solvers=True)
+    assert [row.name for row in report.rows if row.role == "solver"] == ["DDIM", "DPM-Solver++"]
+    assert "No row of UniPC: DiTPipeline does not run under UniPCMultistepScheduler: no sigmas" in report.remarks
+
+
+def test_a_student_is_measured_again_against_another_teacher(root, measured, tmp_path):
+    path = protocol(root, "teacher-fid", samples=20)
+    shutil.copytree(root / "student", tmp_path / "student")
+    facts = json.loads((tmp_path / "student" / "stepdistill.json").read_text())
+    (tmp_path / "student" / "stepdistill.json").write_text(json.dumps(facts | {"guidance": 3.0}))
+    weak, strong = (measured(path, source=source).rows[1] for source in (root / "student", tmp_path / "student"))
+    assert weak.metrics["fid"] != strong.metrics["fid"]
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """LPIPS with random weights and a score that counts letters, under files that are there."""
+    pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    network, files = Lpips(None), (FileSpec(file="w.pth", sha256=None),)
+    letters = lambda images, prompts: torch.tensor([float(len(prompt)) for prompt in prompts])  # noqa: E731
+    for name, loaded in (("lpips", network), ("pickscore", letters)):
+        there = replace(ALSO[name], files=files, load=lambda *_, loaded=loaded, **__: loaded)
+        monkeypatch.setitem(ALSO, name, there)
+    return network
+
+
+def test_lpips_is_between_a_prompts_images_and_to_the_teachers(root, measured, added):
+    path = protocol(root, "lpips", samples=20, diversity={"prompts": 3, "images": 2})
+    report = measured(path, also=["lpips"])
+    teacher, student = report.rows
+    assert "lpips_teacher" not in teacher.metrics and teacher.metrics["lpips_diversity"] > 0
+    names = [path.parent for path in (root / "cache" / "samples").glob("*/images/0000000-20.safetensors")]
+    (ours,) = [name for name in names if list(name.parent.glob("lpips-*-to-*"))]
+    (tag,) = ours.parent.glob("lpips-*-to-*")
+    (theirs,) = [name for name in names if name.parent.name.startswith(tag.name.rpartition("-")[2])]
+    pairs = [Shards(folder, 20).all("images") for folder in (ours, theirs)]
+    assert student.metrics["lpips_teacher"] == pytest.approx(float(added(*pairs).double().mean()), rel=1e-6)
+    assert 0 < student.diagnostics["lpips_teacher_error"] < student.metrics["lpips_teacher"]
+    repeats = Shards(ours.parent / "repeats-3", 6).all("images")
+    by_hand = [float(added(repeats[i : i + 1], repeats[i + 3 : i + 4])) for i in range(3)]
+    assert student.metrics["lpips_diversity"] == pytest.approx(sum(by_hand) / 3, rel=1e-5)
+    assert "LPIPS to the teacher's image" in report.to_markdown()
+    with pytest.raises(InputError, match="also: pickscore needs a pipeline of prompts, found classes in teacher w=2"):
+        measured(path, also=["pickscore"])
+    with pytest.raises(InputError, match=r"also: expected a standard protocol such as .*, found fashion-v1"):
+        measured("fashion-v1", also=["lpips"])
+
+
 def read_images(root):
     folders = sorted((root / "cache" / "samples").iterdir(), key=lambda folder: folder.stat().st_ctime)
     return [Shards(folder / "images", SAMPLES).all("images") for folder in folders]
 
 
 def test_a_lost_shard_alone_is_drawn_again(root, measured, monkeypatch):
-    module, drawn = sys.modules["stepdistill.standard_bench"], []
+    module, drawn = sys.modules["stepdistill.standard_rows"], []
     lost = next((root / "cache" / "samples").glob("*/images/*064-16.safetensors"))
     before = lost.read_bytes()
     lost.unlink()
@@ -167,15 +242,15 @@ KEPT = {}
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_make_the_samples_and_metrics_of_one(root, measured, processes, tmp_path):
+def test_processes_make_the_samples_and_metrics_of_one(root, measured, added, processes, tmp_path):
     path = protocol(root, "teacher-fid")
     if "alone" not in KEPT:
-        KEPT["alone"] = measured(path)
+        KEPT["alone"] = measured(path, also=["lpips"])
     alone = KEPT["alone"]
     out = {"cache": tmp_path / "cache", "out": tmp_path / "report"}
     port = 20_000 + os.getpid() % 20_000 + processes
     torch.multiprocessing.start_processes(
-        worker, (processes, port, lambda: measured(path, **out)), nprocs=processes, start_method="fork"
+        worker, (processes, port, lambda: measured(path, also=["lpips"], **out)), nprocs=processes, start_method="fork"
     )
     together = read_report(tmp_path / "report")
     assert together.device.endswith(f"× {processes}")
@@ -189,7 +264,7 @@ def test_processes_make_the_samples_and_metrics_of_one(root, measured, processes
     assert several and all(one[name] == content for name, content in several.items())
 
 
-def test_prompts_diversity_and_a_folder_of_real_images(root, measured, tmp_path):
+def test_prompts_diversity_and_a_folder_of_real_images(root, measured, added, tmp_path):
     pipeline = tiny_sd()
     pipeline.save_pretrained(root / "text")
     view = {
@@ -203,8 +278,10 @@ def test_prompts_diversity_and_a_folder_of_real_images(root, measured, tmp_path)
     real = {"images": "five", "kind": "folder", "file": "real", "sha256": None, "count": 5, "how": ""}
     changes = {"views": {"clip": view}, "reference": real, "diversity": {"prompts": 2, "images": 3}, "samples": 6}
     path = protocol(root, "text", conditions="prompts", **changes)
-    (row,) = measured(path, source="text", out=tmp_path).rows
-    assert set(row.metrics) == {"clip_score", "diversity", "cmmd"} and all(np.isfinite(list(row.metrics.values())))
+    (row,) = measured(path, source="text", out=tmp_path, also=["pickscore"], batch=4).rows
+    assert set(row.metrics) == {"clip_score", "diversity", "cmmd", "pick_score"}
+    assert all(np.isfinite(list(row.metrics.values())))
+    assert row.metrics["pick_score"] == (len("a red shoe") + len("rain")) / 2
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "One prompt a row" in page and "The worst of its samples" in page
     with pytest.raises(InputError, match="needs a pipeline of prompts, found DiTPipeline"):
