@@ -262,7 +262,7 @@ def _stored(recipe: Recipe, drawn: Blueprint) -> int:
     """Bytes of all encoded conditions and of the latents of all images, which stay on the device."""
     data = recipe.data
     streamed = form(data.images if data.conditions == "captions" else str(data.conditions)) == "hub"
-    conditions = [""] * data.limit if streamed else wanted(data, aloud=False)
+    conditions = [""] * data.limit if streamed else wanted(data, aloud=False)[0]
     if conditions == "classes":
         count = max(1, len(class_names(drawn.trace)))
     elif isinstance(conditions, str):

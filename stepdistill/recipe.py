@@ -123,6 +123,11 @@ class Data(Section):
     image_key: str | None = Field(
         None, min_length=1, description="column, JSON key or ending of images; null: the first usual one"
     )
+    arguments: dict[str, str] = Field(
+        {},
+        description="arguments of the pipeline's call for which every sample brings its own picture, {ARGUMENT: "
+        "column, JSON key or ending}; teacher.arguments holds an example of each",
+    )
     limit: int | None = Field(None, gt=0, description="samples taken of a source, the first ones; null: all")
     max_rejected: float = Field(
         0.1, ge=0, le=1, description="share of samples without usable image or caption that stops the run"
@@ -399,6 +404,17 @@ def _problems(recipe: Recipe, config: Any) -> Iterator[tuple[Keys, str]]:
         yield ("data", "conditions"), f"expected {names}, a list, a .txt or {SOURCES}, {_nothing(conditions)}"
     if conditions == "captions" and data.images is None:
         yield ("data", "conditions"), "expected data.images beside 'captions', found null"
+    if data.arguments and conditions != "captions":
+        if isinstance(conditions, list) or form(conditions) in (None, "text"):
+            problem = f"expected 'captions' or {SOURCES} beside data.arguments, found {found(conditions)}"
+            yield ("data", "conditions"), problem
+        if data.images is not None:
+            problem = f"expected 'captions' beside data.arguments and data.images, found {found(conditions)}"
+            yield ("data", "conditions"), problem
+    for name in data.arguments:
+        if not isinstance(teacher.arguments.get(name), str):
+            problem = f"expected a picture, an example, as teacher.arguments.{name}"
+            yield ("data", "arguments", name), f"{problem}, found {found(teacher.arguments.get(name))}"
     if conditions == []:
         yield ("data", "conditions"), "expected at least one prompt, found an empty list"
     if data.images not in (None, "fashion-mnist") and form(data.images) in (None, "text"):

@@ -97,17 +97,20 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
     implementation, config, data = recipe.method.implementation, recipe.method.config, recipe.data
     needs, real = implementation.data_needs(config), None
     if with_data and needs.images:
-        if traced.pictures:
+        if shared := [name for name in traced.pictures if name not in data.arguments]:
             raise InputError(
-                f"data.images: expected none beside teacher.arguments.{traced.pictures[0]}, and a method or settings "
-                "that need none: real images would have to be those of that picture"
+                f"data.images: expected none beside teacher.arguments.{shared[0]}, and a method or settings that need "
+                "none: real images would have to be those of that picture; data.arguments gives each its own"
             )
         real = images.load(data, *image_shape(traced))
-    if data.conditions == "captions" and real is not None:
-        told = list(dict.fromkeys(real[1]))
+    pictures = None
+    if data.conditions != "captions" or real is None:
+        told, pictures = wanted(data, aloud=with_data)
+    elif data.arguments:
+        _, told, pictures = real
     else:
-        told = wanted(data, aloud=with_data)
-    conditioning = encode(traced, entries(traced, told), cache).to(device)
+        told = list(dict.fromkeys(real[1]))
+    conditioning = encode(traced, entries(traced, told), cache, pictures).to(device)
     if scale != 1 and conditioning.null is None:
         raise InputError(f"teacher.guidance.scale: expected 1 for a pipeline without guidance, found {scale}")
     traced = under(traced, recipe.teacher.guidance.rule)
@@ -133,7 +136,7 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         # What they cost belongs to the run, whoever made them.
         method.roles.teacher.evaluations += paths.evaluations
     if real is not None:
-        rows = _real_rows(*real, traced, conditioning, cache)
+        rows = _real_rows(*real[:2], traced, conditioning, cache)
         rows = (rows[0].to(device), rows[1].to(device))
     session = Session(recipe, traced, conditioning, method, sampler, rows, device, paths)
     if with_data:
@@ -212,7 +215,10 @@ def _switch(network: nn.Module, recipe: Recipe) -> None:
 def _real_rows(
     pictures: Tensor, captions: list[str], traced: Trace, conditioning: Conditioning, cache: Path | None
 ) -> tuple[Tensor, Tensor]:
-    """Latents of the pictures, and which condition each has: by its prompt, or by its class's name or number."""
+    """Latents of the pictures, and which condition each has: by its prompt, or by its class's name or number.
+
+    Where conditions come with pictures of their own, each real picture has one.
+    """
     known = {str(entry): i for i, entry in enumerate(conditioning.entries)}
     known |= {label: i for i, label in enumerate(conditioning.labels)}
     strangers = sorted(set(captions) - known.keys())
@@ -228,7 +234,7 @@ def _real_rows(
             f"data.images: the autoencoder makes numbers that are not finite of image {number} ({captions[number]!r}), "
             f"and of {int(finite.logical_not().sum()) - 1} more"
         )
-    return latents, torch.tensor([known[caption] for caption in captions])
+    return latents, torch.tensor([i if traced.pictures else known[caption] for i, caption in enumerate(captions)])
 
 
 def _start_from(path: Path, student: Denoiser, pipeline: Any, component: str) -> None:

@@ -40,7 +40,7 @@ def read(source: str, caption_key: str | None, image_key: str | None) -> Iterato
             value = row[key]
             caption, problem = text_of(named(value) if named and value is not None else value, key)
             image = _file(row[picture]) if picture else None
-            yield Sample(f"{source}, row {number}", caption, image, problem)
+            yield Sample(f"{source}, row {number}", caption, image, problem, partial(_other, row))
     except InputError:
         raise
     except (OSError, ValueError, KeyError, library.exceptions.DatasetsError) as error:
@@ -84,6 +84,13 @@ def _file(value: Any) -> Any:
             return in_memory(value["bytes"])
         value = value.get("path")
     return partial(_open, value) if isinstance(value, str) else None
+
+
+def _other(row: dict[str, Any], key: str) -> Any:
+    opens = _file(row[key])
+    if opens is None:
+        raise OSError(f"column {key} holds no picture")
+    return opens()
 
 
 def _open(place: str) -> Any:

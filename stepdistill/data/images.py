@@ -2,19 +2,20 @@
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from stepdistill.data import fashion_mnist
 from stepdistill.data.forms import samples
-from stepdistill.data.sample import Sample
+from stepdistill.data.sample import UNREADABLE, Pictures, Sample
 from stepdistill.data.tally import Tally
 from stepdistill.errors import InputError
 from stepdistill.recipe import Data
 
 
-def load(data: Data, channels: int, size: int) -> tuple[Tensor, list[str]]:
-    """Images uint8 (N, channels, size, size) of ``data.images`` and the condition of each, a class name or a caption.
+def load(data: Data, channels: int, size: int) -> tuple[Tensor, list[str], list[Pictures]]:
+    """Images uint8 (N, channels, size, size) of ``data.images``, and the condition of each: a class name or a caption,
+    and the pictures that ``data.arguments`` names.
 
     Samples that cannot be used are left out, counted and said.
 
@@ -28,8 +29,8 @@ def load(data: Data, channels: int, size: int) -> tuple[Tensor, list[str]]:
             raise InputError(str(error)) from None
         if images.shape[1:] != (channels, size, size):
             raise InputError(f"fashion-mnist has 1x32x32 images, this pipeline wants {channels}x{size}x{size}")
-        return images, [fashion_mnist.CLASS_NAMES[label] for label in labels.tolist()]
-    tally, pictures, conditions = Tally("data.images", data.max_rejected), [], []
+        return images, [fashion_mnist.CLASS_NAMES[label] for label in labels.tolist()], []
+    tally, pictures, conditions, told = Tally("data.images", data.max_rejected), [], [], []
     for sample in samples(data.images, data.caption_key, data.image_key, data.limit):
         if not tally.accepts(sample):
             continue
@@ -37,15 +38,19 @@ def load(data: Data, channels: int, size: int) -> tuple[Tensor, list[str]]:
             tally.reject(sample, "no image")
             continue
         try:
-            pictures.append(_read(sample, channels, size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            picture, own = _read(sample, channels, size), _own_pictures(sample, data)
+        except UNREADABLE as error:
             tally.reject(sample, f"unreadable image: {error}")
+        except KeyError as error:
+            tally.reject(sample, f"no picture {error.args[0]}")
         else:
+            pictures.append(picture)
             conditions.append(sample.caption)
+            told.append(own)
     tally.close()
     if not pictures:
         raise InputError(f"data.images: expected images in {data.images}, found none")
-    return torch.stack(pictures), conditions
+    return torch.stack(pictures), conditions, told
 
 
 def captions(data: Data, key: str = "images", aloud: bool = True) -> list[str]:
@@ -68,6 +73,39 @@ def captions(data: Data, key: str = "images", aloud: bool = True) -> list[str]:
     if not found:
         raise InputError(f"data.{key}: expected captions in {source}, found none")
     return list(found)
+
+
+def requests(data: Data, key: str = "images", aloud: bool = True) -> tuple[list[str], list[Pictures]]:
+    """Every caption of the source that ``data.images`` or ``data.conditions`` names, with its own pictures.
+
+    Raises:
+        InputError: more than ``data.max_rejected`` samples lack one or the other, or there are no samples.
+    """
+    tally, captions, pictures = Tally(f"data.{key}", data.max_rejected), [], []
+    for sample in samples(getattr(data, key), data.caption_key, data.image_key, data.limit):
+        if not tally.accepts(sample):
+            continue
+        try:
+            pictures.append(_own_pictures(sample, data))
+        except UNREADABLE as error:
+            tally.reject(sample, f"unreadable picture: {error}")
+        except KeyError as error:
+            tally.reject(sample, f"no picture {error.args[0]}")
+        else:
+            captions.append(sample.caption)
+    tally.close(aloud)
+    if not captions:
+        raise InputError(f"data.{key}: expected captions with pictures in {getattr(data, key)}, found none")
+    return captions, pictures
+
+
+def _own_pictures(sample: Sample, data: Data) -> Pictures:
+    found = {}
+    for argument, key in data.arguments.items():
+        with sample.other(key) as file, Image.open(file) as image:
+            # As diffusers' load_image does with the example in teacher.arguments.
+            found[argument] = ImageOps.exif_transpose(image).convert("RGB")
+    return found
 
 
 def _read(sample: Sample, channels: int, size: int) -> Tensor:

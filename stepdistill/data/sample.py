@@ -8,9 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from PIL import Image
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CAPTION_KEYS = ("caption", "text", "prompt")
+# What opening and decoding a picture raises.
+UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
 IMAGE_KEYS = ("image", "file_name", "image_path", "path", "jpg", "png", "webp")
+
+Pictures = dict[str, Image.Image]
+"""A sample's own pictures, RGB, by the arguments of the pipeline's call that they are for."""
+
+
+def _no_other(key: str) -> BinaryIO:
+    raise KeyError(key)
 
 
 @dataclass(frozen=True)
@@ -20,12 +31,14 @@ class Sample:
     Args:
         name: where it is, for messages. caption: its text; None if it has none.
         image: opens the image's file; None if it has none. problem: why it cannot be used, if that shows by now.
+        other: opens the picture under a key; KeyError: there is none.
     """
 
     name: str
     caption: str | None = None
     image: Callable[[], BinaryIO] | None = None
     problem: str = ""
+    other: Callable[[str], BinaryIO] = _no_other
 
 
 def text_of(value: Any, key: str) -> tuple[str | None, str]:
@@ -57,7 +70,7 @@ def json_sample(
     caption, problem = text_of(entry[key], key)
     path = entry.get(first_key(image_key, IMAGE_KEYS, entry)) if folder else None
     image = partial(open, folder / path, "rb") if isinstance(path, str) else None
-    return Sample(name, caption, image, problem)
+    return Sample(name, caption, image, problem, lambda key: open((folder or Path()) / entry[key], "rb"))
 
 
 def decoded(text: bytes) -> tuple[str | None, str]:

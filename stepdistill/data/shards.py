@@ -60,14 +60,18 @@ def _samples(
     picture = first_key(image_key, [suffix.removeprefix(".") for suffix in sorted(SUFFIXES)], files)
     text = first_key(caption_key, TEXTS, files)
     image = partial(_opened, archive, files[picture]) if picture else None
+
+    def other(key: str) -> BinaryIO:
+        return _opened(archive, files[key.lower()])
+
     if text:
         caption, problem = decoded(archive.extractfile(files[text]).read())
-        yield Sample(name, caption, image, problem)
+        yield Sample(name, caption, image, problem, other)
     elif "json" in files:
         entry = json_sample(archive.extractfile(files["json"]).read(), name, caption_key)
-        yield Sample(name, entry.caption, image, entry.problem)
+        yield Sample(name, entry.caption, image, entry.problem, other)
     elif "cls" in files and caption_key is None:  # a class number
-        yield Sample(name, *decoded(archive.extractfile(files["cls"]).read())[:1], image)
+        yield Sample(name, *decoded(archive.extractfile(files["cls"]).read())[:1], image, other=other)
     elif files:
         yield Sample(name, problem=f"no caption beside {', '.join(sorted(files))}")
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepdistill.data.sample import Pictures
 from stepdistill.errors import InputError
+from stepdistill.pipeline.compare import rows_equal
 from stepdistill.pipeline.denoiser import Conditions, joined
 from stepdistill.pipeline.observe import Call, Recording, calls_of, modules, observe
 from stepdistill.pipeline.trace import Trace
@@ -28,35 +30,44 @@ class Conditioning:
 
     Args:
         labels: the entries for people: prompts or class names. cond: N rows.
-        null: one row, the pipeline's own empty condition; None where it does not guide.
+        null: the pipeline's own empty condition; None where it does not guide. One row, or N of what is not the same
+            for all: the pictures of the entries.
         entries: what the pipeline is called with: prompts or class ids.
+        device: where batches go, if not where the rows are. Pictures of the entries' own are too many for a GPU.
     """
 
     labels: tuple[str, ...]
     cond: Conditions
     null: Conditions | None
     entries: tuple[str | int, ...] = ()
+    device: torch.device | str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, index: Tensor) -> tuple[Conditions, Conditions | None]:
-        """(cond, null) for entries ``index`` (B,): B rows each, null repeated."""
-        cond = {name: rows[index.to(rows.device)] for name, rows in self.cond.items()}
-        if self.null is None:
-            return cond, None
-        return cond, {name: row.expand(len(index), *row.shape[1:]) for name, row in self.null.items()}
+        """(cond, null) for entries ``index`` (B,): B rows each."""
+
+        def taken(rows: Tensor) -> Tensor:
+            single = len(rows) == 1
+            found = rows.expand(len(index), *rows.shape[1:]) if single else rows[index.to(rows.device)]
+            return found.to(self.device or rows.device, non_blocking=True)
+
+        cond = {name: taken(rows) for name, rows in self.cond.items()}
+        return cond, None if self.null is None else {name: taken(rows) for name, rows in self.null.items()}
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
-        """On ``device``; floating tensors in ``dtype`` when it is given, ids and masks as they are."""
+        """Batches on ``device``; floating tensors in ``dtype`` when it is given, ids and masks as they are."""
+        stays = self.device is not None
 
         def moved(conditions: Conditions) -> Conditions:
             return {
-                name: value.to(device, dtype if value.is_floating_point() else None)
+                name: value.to(None if stays else device, dtype if value.is_floating_point() else None)
                 for name, value in conditions.items()
             }
 
-        return replace(self, cond=moved(self.cond), null=None if self.null is None else moved(self.null))
+        null = None if self.null is None else moved(self.null)
+        return replace(self, cond=moved(self.cond), null=null, device=device if stays else None)
 
 
 def class_names(trace: Trace) -> tuple[str, ...]:
@@ -110,42 +121,68 @@ def entries(trace: Trace, wanted: str | Sequence[str | int]) -> list[str | int]:
     return list(wanted)
 
 
-def encode(trace: Trace, entries: Sequence[str | int], cache: Path | None = None) -> Conditioning:
+def encode(
+    trace: Trace, entries: Sequence[str | int], cache: Path | None = None, pictures: Sequence[Pictures] | None = None
+) -> Conditioning:
     """The conditions of ``entries``, by running the pipeline up to its denoiser's first calls.
 
     Args:
         entries: prompts for a text pipeline, class ids for a class pipeline.
-        cache: folder for the result; the file's name is a hash of the pipeline and the entries.
+        cache: folder for the result; the file's name is a hash of the pipeline, the entries and the pictures.
+        pictures: each entry's own arguments of the pipeline's call, in place of the trace's.
 
     Raises:
-        InputError: no entries, or entries of the wrong type or range.
+        InputError: no entries, or entries of the wrong type or range; pictures of another size than the trace's.
     """
     names = class_names(trace)
     entries = tuple(entries)
     _check(trace, entries, names)
     labels = tuple(names[entry] if names else str(entry) for entry in entries)
-    file = cache / f"conditions-{_key(trace, entries)}.safetensors" if cache is not None else None
-    stored = cached(file, lambda: _encoded(trace, entries))
-    return Conditioning(labels, _section(stored, "cond/"), _section(stored, "null/") or None, entries)
+    file = cache / f"conditions-{_key(trace, entries, pictures)}.safetensors" if cache is not None else None
+    stored = cached(file, lambda: _encoded(trace, entries, pictures))
+    cond, null = _section(stored, "cond/"), _section(stored, "null/")
+    whole = {name: null.get(name, rows) for name, rows in cond.items()} if null else None
+    return Conditioning(labels, cond, whole, entries, None if pictures is None else torch.device("cpu"))
 
 
-def _encoded(trace: Trace, entries: tuple[str | int, ...]) -> dict[str, Tensor]:
-    """The file's tensors."""
-    parts = [_caught(trace, entries[start : start + CHUNK]) for start in range(0, len(entries), CHUNK)]
-    cond, null = joined([part[0] for part in parts]), None
-    if parts[0][1] is not None:
-        # Padded to one length with the others.
-        both = joined([cond, {name: rows[:1] for name, rows in parts[0][1].items()}])
-        cond, null = ({name: rows[part] for name, rows in both.items()} for part in (slice(-1), slice(-1, None)))
-    return {f"cond/{name}": v for name, v in cond.items()} | {f"null/{name}": v for name, v in (null or {}).items()}
+def _encoded(trace: Trace, entries: tuple[str | int, ...], pictures: Sequence[Pictures] | None) -> dict[str, Tensor]:
+    """The file's tensors; what the empty condition shares with the others, row by row, is stored once."""
+    if pictures is None:
+        parts = [_caught(trace, entries[start : start + CHUNK], {}) for start in range(0, len(entries), CHUNK)]
+    else:
+        # One at a time: what a pipeline makes of a list of pictures is its own affair.
+        parts = [_caught(trace, [entry], own) for entry, own in zip(entries, pictures, strict=True)]
+        _check_sizes(trace, entries, [part[0] for part in parts])
+    nulls = [{name: rows[:1] for name, rows in null.items()} for _, null in parts if null is not None]
+    # All padded to one length.
+    both = joined([*(cond for cond, _ in parts), *(nulls if pictures else nulls[:1])])
+    stored = {f"cond/{name}": rows[: len(entries)] for name, rows in both.items()}
+    for name, rows in both.items():
+        empty = rows[len(entries) :]
+        if len(empty) and rows_equal(empty):
+            stored[f"null/{name}"] = empty[:1]
+        elif len(empty) and not torch.equal(empty, rows[: len(entries)]):
+            stored[f"null/{name}"] = empty
+    return stored
 
 
-def _caught(trace: Trace, entries: Sequence[str | int]) -> tuple[Conditions, Conditions | None]:
+def _check_sizes(trace: Trace, entries: Sequence[str | int], rows: Sequence[Conditions]) -> None:
+    for entry, cond in zip(entries, rows, strict=True):
+        for name, known in trace.conditioning.items():
+            found = tuple(cond[name].shape[1:])
+            if len(found) != len(known) or any(a not in (None, b) for a, b in zip(known, found, strict=True)):
+                raise InputError(
+                    f"data.arguments: the pictures of {entry!r} give {name} the shape {found}, those in "
+                    f"teacher.arguments {known}; state height and width in teacher.arguments"
+                )
+
+
+def _caught(trace: Trace, entries: Sequence[str | int], pictures: Pictures) -> tuple[Conditions, Conditions | None]:
     calls = 2 if trace.guidance.kind == "two_calls" else 1
     recording = observe(
         trace.pipeline,
         entries,
-        trace.arguments,
+        {**trace.arguments, **pictures},
         steps=1,
         guidance=trace.guidance.scale,
         stop_calls=(trace.component, calls),
@@ -200,7 +237,7 @@ def _section(stored: dict[str, Tensor], prefix: str) -> Conditions:
     return {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
 
 
-def _key(trace: Trace, entries: tuple[str | int, ...]) -> str:
+def _key(trace: Trace, entries: tuple[str | int, ...], pictures: Sequence[Pictures] | None) -> str:
     """A hash of everything the conditions depend on; of the encoders' weights a few values of each tensor."""
     pipeline = trace.pipeline
     digest = hashlib.sha256()
@@ -211,6 +248,8 @@ def _key(trace: Trace, entries: tuple[str | int, ...]) -> str:
     add(type(pipeline).__name__, trace.component, trace.guidance.kind, trace.guidance.scale, entries, trace.arguments)
     add({name: shape for name, shape in trace.conditioning.items()})
     add([hashlib.sha256(Path(trace.arguments[name]).read_bytes()).hexdigest() for name in trace.pictures])
+    for name, picture in (item for own in pictures or () for item in own.items()):
+        add(name, picture.size, hashlib.sha256(picture.tobytes()).hexdigest())
     for name, component in sorted(pipeline.components.items()):
         config = getattr(component, "config", None)
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})

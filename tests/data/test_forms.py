@@ -107,12 +107,25 @@ WITH_KEYS = ["jsonl", "shards", "saved", "parquet", "arrow"]
 @pytest.mark.parametrize("source", ["folder", *WITH_KEYS], indirect=True)
 def test_every_source_gives_the_same(source):
     data = Data(images=source)
-    pictures, captions = images.load(data, 3, 4)
+    pictures, captions, _ = images.load(data, 3, 4)
     assert captions == CAPTIONS == images.captions(data)
     assert torch.equal(pictures, torch.tensor(COLOURS, dtype=torch.uint8)[:, :, None, None].expand(3, 3, 4, 4))
     assert images.captions(Data(conditions=source), "conditions") == CAPTIONS
     assert images.captions(Data(images=source, limit=2)) == CAPTIONS[:2]
     assert (count(source, None), count(source, 2)) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [("jsonl", "file_name"), ("shards", "png"), ("saved", "image"), ("parquet", "image")],
+    indirect=["source"],
+)
+def test_any_picture_of_a_sample_can_be_an_argument(source, key):
+    captions, pictures = images.requests(Data(images=source, arguments={"image": key}))
+    assert captions == CAPTIONS
+    assert [picture["image"].getpixel((0, 0)) for picture in pictures] == COLOURS
+    with pytest.raises(InputError, match=r"3 of 3 samples rejected \(3 no picture depth\)"):
+        images.requests(Data(images=source, arguments={"image": "depth"}))
 
 
 @pytest.mark.parametrize("source", WITH_KEYS, indirect=True)
@@ -165,7 +178,7 @@ def test_bad_images_are_rejected_with_their_reason(tmp_path, capsys):
     (tmp_path / "4.png").write_bytes(png(COLOURS[0]))
     (tmp_path / "5.jpg").write_text("no picture")
     (tmp_path / "5.txt").write_bytes(b"\xff\xfe\x00")
-    pictures, captions = images.load(Data(images=str(tmp_path), max_rejected=0.5), 3, 4)
+    pictures, captions, _ = images.load(Data(images=str(tmp_path), max_rejected=0.5), 3, 4)
     assert len(pictures) == 3 and captions == CAPTIONS
     said = capsys.readouterr().err
     assert "3 of 6 samples rejected (1 unreadable image, 1 no caption, neither" in said and "3.png" in said
@@ -258,7 +271,7 @@ def test_datasets_of_the_hub_are_streamed(monkeypatch):
         __version__="4.0.0", load_dataset=load_dataset, exceptions=SimpleNamespace(DatasetsError=DatasetsError)
     )
     monkeypatch.setitem(sys.modules, "datasets", library)
-    pictures, captions = images.load(Data(images="hub:owner/name:validation", limit=2), 3, 4)
+    pictures, captions, _ = images.load(Data(images="hub:owner/name:validation", limit=2), 3, 4)
     assert captions == ["cat", "dog"] and len(pictures) == 2
     assert asked == [("owner/name", {"split": "validation", "streaming": True})]
     assert count("hub:owner/name", 5) == 5

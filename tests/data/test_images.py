@@ -16,7 +16,7 @@ def test_a_folder_names_its_conditions_by_caption_or_subfolder(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", size, (255, 0, 0)).save(tmp_path / name / "1.png")
     (tmp_path / "dog" / "1.txt").write_text("a red dog\n")
-    pictures, conditions = images.load(Data(images=str(tmp_path)), channels=3, size=16)
+    pictures, conditions, _ = images.load(Data(images=str(tmp_path)), channels=3, size=16)
     assert conditions == ["cat", "a red dog"]
     assert pictures.shape == (2, 3, 16, 16)
     assert pictures[:, 0].eq(255).all() and pictures[:, 1:].eq(0).all()
