@@ -102,6 +102,15 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")] = None,
     gpu: Annotated[float | None, typer.Option(min=1, help="Memory of the device in GiB: propose what fits.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Write the proposals into the recipe.")] = False,
+    gpus: Annotated[
+        str | None, typer.Option(help="Numbers of GPUs, separated by commas: memory, traffic, time of each.")
+    ] = None,
+    seconds: Annotated[
+        str | None, typer.Option(help="Of an update on one GPU: a number, or a run folder that has measured it.")
+    ] = None,
+    links: Annotated[
+        str, typer.Option(help="GB/s of a GPU inside its node, GB/s of a node to the others, GPUs of a node.")
+    ] = "450,400,8",
     as_json: AsJson = False,
 ) -> None:
     """Say what memory a recipe will need, before any weight is loaded."""
@@ -109,7 +118,21 @@ def plan(
         raise InputError("--fit: expected --gpu with the device's memory in GiB, found none")
     if fit and overrides:
         raise InputError("--fit: expected the recipe alone, found overrides; they are not in its file")
-    # torch is not needed for --help.
+    if gpus is None and seconds is not None:
+        raise InputError("--seconds: expected --gpus with numbers of GPUs, found none")
+    if gpus is not None:
+        if fit:
+            raise InputError("--fit: expected --gpu without --gpus")
+        # torch is not needed for --help.
+        from stepdistill import plan_scale
+
+        counts, between = _numbers("--gpus", gpus), plan_scale.links_of(links)
+        estimates = plan_scale.scale(recipe, overrides or (), counts, between, seconds)
+        if as_json:
+            print(json.dumps(plan_scale.as_dict(estimates, between, gpu), indent=2))
+        else:
+            print(plan_scale.as_text(estimates, between, gpu))
+        return
     from stepdistill import plan as planning
 
     taken = overrides or ()
@@ -174,9 +197,7 @@ def bench(
         report = merged(sources, out)
         print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
         return
-    if not all(one.strip().isdecimal() for one in steps.split(",")):
-        raise InputError(f"--steps: expected numbers separated by commas, found '{steps}'")
-    numbers = [int(one) for one in steps.split(",")]
+    numbers = _numbers("--steps", steps)
     with WorkProgress() as progress:
         settings = {"guidance": guidance, "protocol": protocol, "data": data, "offline": offline, "batch": batch}
         settings |= {"also": [one.strip() for one in also.split(",")] if also else [], "solvers": solvers}
@@ -277,6 +298,13 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> None:
     """Entry point of the console script."""
     sys.exit(run(sys.argv[1:]))
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Positive numbers separated by commas."""
+    if not all(one.strip().isdecimal() and int(one) for one in text.split(",")):
+        raise InputError(f"{option}: expected numbers separated by commas, found '{text}'")
+    return [int(one) for one in text.split(",")]
 
 
 def _headline(recipe: Path) -> str:

@@ -79,9 +79,8 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
         InputError: the recipe is wrong, or its pipeline or method cannot be run on shapes alone.
     """
     recipe = load(recipe, overrides)
-    dtype = torch.bfloat16 if recipe.teacher.precision == "bf16" else torch.float32
-    drawn = blueprint(recipe.teacher.pipeline, recipe.teacher.revision, dtype)
-    method = _method(recipe, drawn)
+    drawn = blueprint_of(recipe)
+    method = method_of(recipe, drawn)
     weights = _weights(recipe, drawn, method)
     averaged = _count(method.roles.student.network) * 4 if recipe.student.ema else 0
     optimizer, gradients, activations = {}, {}, {}
@@ -152,7 +151,14 @@ def write_fit(recipe: str | Path, changes: Sequence[Change]) -> Path:
     return file
 
 
-def _method(recipe: Recipe, drawn: Blueprint) -> DistillMethod:
+def blueprint_of(recipe: Recipe) -> Blueprint:
+    """The recipe's pipeline without weights, in the precision that its teacher is to have."""
+    dtype = torch.bfloat16 if recipe.teacher.precision == "bf16" else torch.float32
+    return blueprint(recipe.teacher.pipeline, recipe.teacher.revision, dtype)
+
+
+def method_of(recipe: Recipe, drawn: Blueprint) -> DistillMethod:
+    """The recipe's method, prepared, on the networks of a blueprint."""
     recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"init": None})})
     implementation, config = recipe.method.implementation, recipe.method.config
     traced, device = drawn.trace, torch.device("cpu")
@@ -160,15 +166,30 @@ def _method(recipe: Recipe, drawn: Blueprint) -> DistillMethod:
     sampler = SAMPLERS[implementation.sampler_of(config)](schedule, traced.pipeline.scheduler, steps)
     with without_data(drawn.mode):
         method = make_method(recipe, traced, sampler, recipe.teacher.guidance.scale, device)
-        method.prepare(_batch(recipe, drawn, method, 0, 0))
+        method.prepare(batch_of(recipe, drawn, method, 0, 0))
     return method
 
 
-def _batch(recipe: Recipe, drawn: Blueprint, method: DistillMethod, step: int, first: int) -> Batch:
+class FirstBatch(Batch):
+    """A batch whose samples are the student's first step: the steps that led to a later one need no memory by then."""
+
+    def integer(self, name: str, high: int) -> int:
+        return 0
+
+
+def batch_of(
+    recipe: Recipe,
+    drawn: Blueprint,
+    method: DistillMethod,
+    step: int,
+    first: int,
+    kind: type[Batch] = FirstBatch,
+) -> Batch:
+    """One micro-batch of shapes, from row ``first`` of the batch of ``step``."""
     train, shape = recipe.train, drawn.trace.latent_shape
     size = train.batch_size // train.accumulation
     rows = {name: row.expand(size, *row.shape[1:]).clone() for name, row in drawn.condition.items()}
-    batch = _FirstBatch(train.seed, step, first, size, train.batch_size, shape, rows)
+    batch = kind(train.seed, step, first, size, train.batch_size, shape, rows)
     if recipe.teacher.guidance.scale != 1:
         batch.null = {name: row.clone() for name, row in rows.items()}
     needs = method.data_needs(recipe.method.config)
@@ -181,13 +202,6 @@ def _batch(recipe: Recipe, drawn: Blueprint, method: DistillMethod, step: int, f
     return batch
 
 
-class _FirstBatch(Batch):
-    """A batch whose samples are the student's first step: the steps that led to a later one need no memory by then."""
-
-    def integer(self, name: str, high: int) -> int:
-        return 0
-
-
 def _turns(
     recipe: Recipe, drawn: Blueprint, method: DistillMethod, known: list[torch.Tensor]
 ) -> Iterator[tuple[str, int]]:
@@ -196,7 +210,7 @@ def _turns(
     step = max(range(min(train.steps, 5000)), key=lambda step: (len(set(method.turns(step))), -step))
     # A second micro-batch runs while the first one's gradients are there.
     firsts = [i * (train.batch_size // train.accumulation) for i in range(min(train.accumulation, 2))]
-    batches = [_batch(recipe, drawn, method, step, first) for first in firsts]
+    batches = [batch_of(recipe, drawn, method, step, first) for first in firsts]
     done = set()
     for turn, player in enumerate(method.turns(step)):
         if player in done:
