@@ -15,7 +15,7 @@ compare: $(STAMP)
 	$(BIN)/python scripts/compare.py $(ARGUMENTS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 # About half an hour: runs killed at random moments, then 10,000 examples of every kind of damaged file.
 soak: $(STAMP)
