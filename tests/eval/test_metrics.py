@@ -124,6 +124,18 @@ def test_precision_and_recall_by_hand_on_a_line():
     assert precision_recall(real, fake, k=1) == (0.5, 0.0)
 
 
+def test_precision_and_recall_are_brute_force():
+    real, fake = gaussian(40, 4, seed=0), gaussian(30, 4, seed=1, shift=0.5, scale=0.8)
+
+    def share_inside(points, centres):
+        radii = [sorted(math.dist(x, y) for y in centres)[3] for x in centres]
+        return sum(any(math.dist(p, c) <= r for c, r in zip(centres, radii, strict=True)) for p in points) / len(points)
+
+    found = precision_recall(real, fake, k=3)
+    assert found == (share_inside(fake.tolist(), real.tolist()), share_inside(real.tolist(), fake.tolist()))
+    assert 0 < min(found) < max(found) < 1
+
+
 def test_precision_and_recall_do_not_depend_on_the_chunk_and_are_one_for_equal_sets():
     real, fake = gaussian(200, 5, seed=0), gaussian(150, 5, seed=1, scale=0.6)
     whole = precision_recall(real, fake, chunk=1000)

@@ -107,22 +107,59 @@ def test_crops_are_the_middle_and_lanczos_is_pils(photo):
         crop(photo, "middle")
 
 
-def test_inception_rows_and_fid_are_torch_fidelitys(tf1_inception, tf1_rows, images):
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
+def test_inception_rows_are_torch_fidelitys(tf1_inception, tf1_rows, images):
     tf1_inception.network.features_list = ["2048", "logits_unbiased"]
     theirs, logits = (torch.cat(part) for part in zip(*(tf1_inception.network(i[None]) for i in images), strict=True))
     rows = tf1_rows["rows"]
     assert rows.shape == (3, 2048) and rows.std(0).mean() > 1e-3 * rows.abs().mean()
     assert (rows - theirs).abs().max() < 1e-4 * theirs.abs().max()
     assert (tf1_rows["logits"] - logits).abs().max() < 1e-4 * logits.abs().max()
-    # The distance itself on two columns: their matrix root takes minutes on all, and three rows span two.
-    first, second = (theirs[:, :2], theirs[:, 2:4])
-    expected = fid_statistics_to_metric(
-        fid_features_to_statistics(first), fid_features_to_statistics(second), verbose=False
-    )["frechet_inception_distance"]
-    ours = frechet_distance(Moments.of(rows[:, :2]), Moments.of(rows[:, 2:4]))
-    assert ours == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.fixture(scope="session")
+def two_sets(photo, images):
+    """Real and fake images, four each: photographs' parts, and flipped, darkened or random ones."""
+    real = [*images[:2], photo[:, :300, :200], photo[:, 250:400, 200:500]]
+    return real, [images[2], photo.flip(1), photo[:, 100:500] // 2, photo[:, :200, 100:300].flip(0)]
+
+
+def in_their_plane(sets):
+    """Rows (n, d) in a basis of them all: distances are what they are in d columns, whose matrix roots take minutes."""
+    plane = torch.linalg.qr(torch.cat(sets).double().T).Q
+    return [rows.double() @ plane for rows in sets]
+
+
+def test_fid_with_the_tf1_resize_is_torch_fidelitys(tf1_inception, two_sets):
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    ours = [feature_pass(tf1_inception, images)["rows"] for images in two_sets]
+    found = frechet_distance(*map(Moments.of, in_their_plane(ours)))
+    tf1_inception.network.features_list = ["2048"]
+    theirs = [torch.cat([tf1_inception.network(image[None])[0] for image in images]) for images in two_sets]
+    stated = [fid_features_to_statistics(rows) for rows in in_their_plane(theirs)]
+    expected = fid_statistics_to_metric(*stated, verbose=False)["frechet_inception_distance"]
+    assert found == pytest.approx(expected, rel=1e-3) and found > 1
+
+
+@needs("cleanfid")
+@pytest.mark.filterwarnings("ignore")
+def test_fid_with_the_clean_resize_is_clean_fids(tf1_inception, two_sets, tmp_path):
+    from cleanfid.fid import frechet_distance as their_distance
+    from cleanfid.fid import get_files_features
+
+    network = type(tf1_inception)(tf1_inception.network, resize="clean")
+    ours = [feature_pass(network, images)["rows"] for images in two_sets]
+    found = frechet_distance(*map(Moments.of, in_their_plane(ours)))
+    theirs = []
+    for name, images in zip("ab", two_sets, strict=True):
+        files = [str(tmp_path / f"{name}{i}.png") for i in range(len(images))]
+        for file, image in zip(files, images, strict=True):
+            Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file)
+        settings = {"num_workers": 0, "batch_size": 2, "device": torch.device("cpu"), "verbose": False}
+        theirs.append(torch.from_numpy(get_files_features(files, lambda x: network.rows(x)["rows"], **settings)))
+    moments = [Moments.of(rows) for rows in in_their_plane(theirs)]
+    expected = their_distance(*(part.numpy() for side in moments for part in (side.mean, side.cov)))
+    assert found == pytest.approx(float(expected), rel=1e-3) and found > 1
 
 
 def test_inception_with_a_clean_resize_sees_unrounded_pixels(tf1_inception, images):

@@ -1,10 +1,13 @@
 """Shards: who writes them, and when, does not show; a kill loses one shard at most."""
 
+import weakref
+
 import pytest
 import torch
 
 from stepdistill.eval.metrics import Moments
 from stepdistill.eval.shards import SHARD, Shards, features_of
+from stepdistill.eval.standard_measure import resampled_moments
 
 COUNT = 2 * SHARD + 10
 
@@ -62,6 +65,26 @@ def test_moments_stream_and_equal_those_of_all_rows(tmp_path):
     shards.fill(make)
     ours, whole = shards.moments(), Moments.of(shards.all("rows"))
     assert torch.allclose(ours.mean, whole.mean, rtol=1e-12) and torch.allclose(ours.cov, whole.cov, rtol=1e-12)
+
+
+def test_memory_does_not_grow_with_the_number_of_rows(tmp_path, monkeypatch):
+    alive, peaks, real = weakref.WeakSet(), [], Shards.read
+
+    def counting(self, indices):
+        read = real(self, indices)
+        alive.add(read["rows"])
+        peaks.append(len(alive))
+        return read
+
+    monkeypatch.setattr(Shards, "read", counting)
+    shards = Shards(tmp_path, 12 * SHARD + 5)
+    shards.fill(make)
+    index = torch.randint(shards.count, (shards.count,), generator=torch.Generator().manual_seed(0))
+    streamed = shards.moments(), resampled_moments(shards, index)
+    assert len(peaks) == 2 * 13 and max(peaks) <= 2  # one in use while the next is read
+    rows = shards.all("rows")
+    for ours, whole in zip(streamed, (Moments.of(rows), Moments.of(rows[index])), strict=True):
+        assert torch.allclose(ours.mean, whole.mean, rtol=1e-10) and torch.allclose(ours.cov, whole.cov, rtol=1e-10)
 
 
 def test_features_are_made_of_a_shards_images(tmp_path):

@@ -230,6 +230,26 @@ def test_a_lost_shard_alone_is_drawn_again(root, measured, monkeypatch):
     assert drawn == [range(64, 80)] and lost.read_bytes() == before
 
 
+def test_a_killed_benchmark_goes_on_with_the_bytes_of_one_that_was_not(root, measured, monkeypatch, tmp_path):
+    path, module = protocol(root, "teacher-fid"), sys.modules["stepdistill.standard_rows"]
+    whole, real, calls = measured(path), module.draw, []
+
+    def killed(*args, **options):
+        calls.append(args[1])
+        if len(calls) == 4:  # the student's second shard
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, "draw", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measured(path, cache=tmp_path)
+    resumed = measured(path, cache=tmp_path)
+    assert calls == [range(64), range(64, 80), range(64), range(64, 80), range(64, 80)]
+    assert [row.metrics for row in resumed.rows] == [row.metrics for row in whole.rows]
+    for file in (tmp_path / "samples").glob("*/images/*"):
+        assert file.read_bytes() == (root / "cache" / file.relative_to(tmp_path)).read_bytes()
+
+
 def worker(rank, processes, port, run):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
