@@ -22,14 +22,14 @@ from stepdistill.eval.names import metric_name, metric_text
 from stepdistill.eval.pictures import image_grid
 from stepdistill.eval.protocol import DIVERSITY, NETWORKS, Instruments, Protocol, floor, load_instruments, measure
 from stepdistill.eval.report import VERDICT_METRIC, Report, Role, Row, Verdict, verdict
-from stepdistill.eval.row_cache import RowCache, cache_folder, row_key, weights_digest
+from stepdistill.eval.row_cache import RowCache, cache_folder, row_key
 from stepdistill.eval.standard import is_standard
+from stepdistill.fitting import Model, fit
 from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.kernels import Rule
-from stepdistill.pipeline.conditioning import Conditioning, class_count, encode
 from stepdistill.pipeline.generate import decode, generate, passes
 from stepdistill.pipeline.load import export_arguments, load_pipeline
-from stepdistill.pipeline.trace import Trace, trace, under
+from stepdistill.pipeline.trace import trace, under
 from stepdistill.sampling_cost import sampling_cost
 from stepdistill.solvers import solver_runs
 from stepdistill.sources import (
@@ -47,25 +47,6 @@ TEACHER_STEPS = 50
 PICTURES_PER_CLASS = 4
 WORST_OF, WORST_SHOWN = 200, 20
 CHUNK = 500
-
-
-@dataclass(frozen=True)
-class Model:
-    """A traced pipeline with the protocol's classes encoded."""
-
-    trace: Trace
-    conditioning: Conditioning
-    weights: str
-
-    @property
-    def scheduler(self) -> Any:
-        """A fresh copy of the pipeline's own scheduler."""
-        own = self.trace.pipeline.scheduler
-        return type(own).from_config(own.config)
-
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.trace.denoiser.network.parameters())
 
 
 @dataclass(frozen=True)
@@ -352,29 +333,6 @@ def sample(
         if progress:
             progress(first + len(index), count)
     return torch.cat(parts), labels
-
-
-def fit(traced: Trace, protocol: Protocol, path: str, device: torch.device) -> Model:
-    """The model with the protocol's classes as conditions; raises as :func:`check_fit` does."""
-    check_fit(traced, protocol, path)
-    conditioning = encode(traced, range(len(protocol.labels)), None).to(device)
-    return Model(traced, conditioning, weights_digest(traced.pipeline))
-
-
-def check_fit(traced: Trace, protocol: Protocol, path: str) -> None:
-    """Raises InputError unless the pipeline at ``path`` makes what the protocol measures.
-
-    That is: images of the protocol's shape, conditioned on its classes.
-    """
-    # Not "exactly": a stock DiT folder may have lost its labels, and then counts the classes it could embed.
-    if (found := class_count(traced)) < len(protocol.labels):
-        kind = type(traced.pipeline).__name__
-        raise InputError(f"{path}: protocol {protocol.id} expects {len(protocol.labels)} classes, {kind} has {found}")
-    device = next(traced.denoiser.network.parameters()).device
-    probe = decode(traced, torch.zeros(1, *traced.latent_shape, device=device))
-    if tuple(probe.shape[1:]) != protocol.image:
-        found = tuple(probe.shape[1:])
-        raise InputError(f"{path}: protocol {protocol.id} expects images of shape {protocol.image}, found {found}")
 
 
 def real_images(protocol: Protocol) -> tuple[Tensor, Tensor] | None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from stepdistill import checkpoint
-from stepdistill.bench import check_fit
 from stepdistill.errors import InputError
 from stepdistill.eval.features import extract
 from stepdistill.eval.metrics import Moments, frechet_distance, kid
 from stepdistill.eval.protocol import load_networks, load_protocol, load_reference
 from stepdistill.eval.row_cache import write_json
+from stepdistill.fitting import check_fit
 from stepdistill.pipeline.generate import decode
 from stepdistill.run_samples import diffuse, distilled
 from stepdistill.session import Session

@@ -42,17 +42,19 @@ class MomentSum:
         rows = rows.to(self.mean)
         mean = rows.mean(0)
         centred = rows - mean
-        self._add(len(rows), mean, centred.T @ centred)
+        self.scatter.addmm_(centred.T, centred)
+        self._move(len(rows), mean)
 
     def merge(self, other: "MomentSum") -> None:
         """Add what another sum has seen, such as that of another process."""
         if other.count:
-            self._add(other.count, other.mean.to(self.mean), other.scatter.to(self.mean))
+            self.scatter += other.scatter.to(self.mean)
+            self._move(other.count, other.mean.to(self.mean))
 
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+    def _move(self, count: int, mean: Tensor) -> None:
+        """Count rows whose scatter about their own mean is in the sum already."""
         total = self.count + count
         shift = mean - self.mean
-        self.scatter += scatter
         self.scatter.addr_(shift, shift, alpha=self.count * count / total)
         self.mean += shift * (count / total)
         self.count = total
