@@ -35,7 +35,7 @@ def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
     return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
 
 
-def shrunk(images: Tensor, largest: int = 160) -> Tensor:
+def shrunk(images: Tensor, largest: int = 128) -> Tensor:
     """Images uint8 (N, C, H, W) no larger than ``largest`` pixels a side, for a page of many."""
     size = [max(1, round(side * largest / max(images.shape[-2:]))) for side in images.shape[-2:]]
     if max(size) >= max(images.shape[-2:]):
@@ -66,11 +66,13 @@ def quality_plot(
     place = {id(row): row.nfe if axis == "nfe" else row.cost.get(key) for row in rows}
     rows = [row for row in rows if place[id(row)]]
     named = {"nfe": "NFE per image", "seconds": "latency, s" if timed else "seconds per image"}
-    figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
+    students = dict.fromkeys(row.name for row in rows if row.role == "student")
+    # Small, so that it can be read on a phone; names of many students need room beside it.
+    few = len(students) <= len(PALETTE)
+    figure = Figure(figsize=(5.4, 3.8) if few else (7.2, 4.0), dpi=160, layout="constrained")
     axes = figure.add_subplot()
     _clean(axes)
     axes.set(xscale="log", xlabel=named[axis], ylabel=_plain(label))
-    students = dict.fromkeys(row.name for row in rows if row.role == "student")
     marks = itertools.chain.from_iterable(itertools.repeat(mark, len(PALETTE)) for mark in itertools.cycle("os^v"))
     for name, colour, mark in zip(students, itertools.cycle(PALETTE), marks):
         points = sorted((place[id(row)], row.metrics[metric]) for row in rows if row.name == name)
@@ -84,8 +86,10 @@ def quality_plot(
         axes.axhline(floor, color=MUTED, linestyle=(0, (4, 3)), linewidth=1, label="real images")
     if axis == "nfe":
         axes.set_xticks(ticks := sorted({row.nfe for row in rows}), [str(tick) for tick in ticks])
+    else:
+        _readable(axes.xaxis)
     _logarithmic(axes)
-    if rows and len(students) <= len(PALETTE):
+    if rows and few:
         axes.legend(frameon=False, fontsize=8, loc="best")
     elif rows:
         axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -199,9 +203,13 @@ def _clean(axes: Any) -> None:
 def _logarithmic(axes: Any) -> None:
     """A logarithmic y axis that reads 1, 2, 5, 10, ... in plain numbers."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    _readable(axes.yaxis)
     axes.minorticks_off()
+
+
+def _readable(axis: Any) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _render(figure: Figure) -> Image.Image:

@@ -125,7 +125,10 @@ class CostColumn:
     always: bool = False
 
     def text(self, cost: Mapping[str, float]) -> str:
-        return format(cost[self.key] * self.scale, self.form) if self.key in cost else "–"
+        if self.key not in cost:
+            return "–"
+        value = cost[self.key] * self.scale
+        return f"{value:,.0f}" if value >= 1000 else format(value, self.form)
 
 
 COSTS = (

@@ -68,6 +68,12 @@ class Verdict:
     passed: bool
     text: str
 
+    @property
+    def short(self) -> str:
+        """The verdict where it is one of many."""
+        closed = "" if self.gap_closed is None else f", {100 * self.gap_closed:.0f} % of the gap"
+        return f"{self.student}, {self.steps} {_plural('step', self.steps)}: {self.ratio:.2f}× the teacher's{closed}"
+
 
 def verdict(
     student: Row, teacher: Row, solvers: Sequence[Row], labels: Mapping[str, str] | None = None
@@ -77,7 +83,7 @@ def verdict(
     Args:
         labels: the metrics' names under a standard protocol, whose verdicts are by FID.
     """
-    metric = "fid" if labels else VERDICT_METRIC
+    metric = _verdict_metric(labels)
     if any(metric not in row.metrics for row in (student, teacher, *solvers)):
         return None
     ours, theirs = student.metrics[metric], teacher.metrics[metric]
@@ -164,6 +170,17 @@ class Report:
 
     def _teachers(self, metric: str) -> float | None:
         return next((row.metrics[metric] for row in self.rows if row.role == "teacher" and metric in row.metrics), None)
+
+    @property
+    def verdict_summary(self) -> str:
+        """How many students pass, and by what."""
+        passed = sum(entry.passed for entry in self.verdict)
+        metric = self.title(_verdict_metric(self.labels))
+        return (
+            f"{passed} of {len(self.verdict)} students replace their teacher: {metric} at most {RATIO_TARGET:g}× the "
+            f"teacher's, and at least {100 * GAP_TARGET:.0f} % closed of the gap that the best stock solver at that "
+            "NFE leaves."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json, schema 1."""
@@ -273,6 +290,10 @@ def compare(paths: Sequence[str | Path], out: str | Path | None = None) -> Repor
     if out is not None:
         merged.write(out)
     return merged
+
+
+def _verdict_metric(labels: Mapping[str, str] | None) -> str:
+    return "fid" if labels else VERDICT_METRIC
 
 
 def between_markers(path: Path, begin: str, end: str, text: str) -> None:

@@ -133,6 +133,14 @@ def test_page_is_whole_self_contained_and_escapes(tmp_path):
     assert page.index('class="verdict pass"') < page.index("<table>")
 
 
+def test_many_verdicts_are_short_and_counted():
+    students = [row(name, "student", 4, fd) for name, fd in (("a", 11.0), ("b", 12.0), ("c", 14.0), ("d", 30.0))]
+    page = a_report(*students).to_html()
+    assert "a, 4 steps: 1.10× the teacher&#39;s, 95 % of the gap" in page and "closes 95 %" not in page
+    assert "2 of 4 students replace their teacher: FD-classifier@1000 at most 1.2× the teacher" in page
+    assert "replace their teacher" not in a_report(*students[:3]).to_html()
+
+
 def test_people_read_neither_fid_nor_unscaled_kid(tmp_path):
     report = a_report(row("a", "student", 4, 11.0))
     text = report.to_markdown()
@@ -283,7 +291,7 @@ def test_costs_and_intervals_are_shown_where_they_were_measured():
     table = table_of(a_report(student))
     cells = dict(zip(table.header, next(cells for role, cells in table.rows if role == "student"), strict=True))
     assert cells["FD-classifier@1000"] == "11.00 ± 0.98"
-    assert (cells["Latency ms"], cells["Batch"], cells["GFLOPs / image"]) == ("250.0", "16", "3e+03")
+    assert (cells["Latency ms"], cells["Batch"], cells["GFLOPs / image"]) == ("250.0", "16", "3,000")
     assert "95 % interval" in a_report(student).to_markdown()
     assert "Latency ms" not in table_of(a_report(row("a", "student", 4, 11.0))).header
 
