@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stepdistill.errors import InputError
 from stepdistill.finite import NonFiniteError
+from stepdistill.sharding import part_like, whole
 
 MANIFEST = "manifest.json"
 GIB = 2**30
@@ -35,20 +36,50 @@ class State:
     averages: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
+Files = dict[str, dict[str, Tensor]]
+"""Tensors on the CPU, by the name of their file and their own."""
+
+
 def save(folder: Path, state: State, keep: int) -> Path:
     """Write ``folder/step-NNNNNN``, then delete all but the newest ``keep`` checkpoints. Returns its path.
+
+    Raises: see :func:`write`.
+    """
+    return write(folder, state.step, contents(state), keep)
+
+
+def contents(state: State, kept: bool = True) -> Files:
+    """What a checkpoint of this state holds; of weights that are shared out only together with the other processes.
+
+    Args:
+        kept: False in a process that gives its parts and needs nothing back.
+    """
+    named = {f"{name}.safetensors": dict(network.named_parameters()) for name, network in state.networks.items()}
+    named |= {f"{name}.optimizer.safetensors": _optimizer_tensors(one) for name, one in state.optimizers.items()}
+    named |= {f"{name}.average.safetensors": average for name, average in state.averages.items()}
+    files: Files = {file: {} for file in named}
+    for file, tensors in named.items():
+        for key, value in tensors.items():
+            gathered = whole(value.detach())
+            if kept:
+                files[file][key] = gathered.cpu().contiguous()
+    return files
+
+
+def write(folder: Path, step: int, files: Files, keep: int) -> Path:
+    """:func:`save` of what :func:`contents` gave.
 
     Raises:
         NonFiniteError: a tensor holds a number that is none. OSError, SafetensorError: it cannot be written. Earlier
             checkpoints stay as they are, and nothing is left of this one.
     """
-    final = folder / f"step-{state.step:06d}"
+    final = folder / f"step-{step:06d}"
     for left in folder.glob(".writing-*"):  # by a kill
         shutil.rmtree(left)
-    draft = folder / f".writing-{state.step:06d}"
+    draft = folder / f".writing-{step:06d}"
     draft.mkdir(parents=True)
     try:
-        _write(draft, state)
+        _write(draft, step, files)
         if final.exists():
             shutil.rmtree(final)
         draft.rename(final)
@@ -62,20 +93,13 @@ def save(folder: Path, state: State, keep: int) -> Path:
     return final
 
 
-def _write(draft: Path, state: State) -> None:
-    files: dict[str, dict[str, Tensor]] = {}
-    for name, network in state.networks.items():
-        files[f"{name}.safetensors"] = {key: p.detach().cpu().contiguous() for key, p in network.named_parameters()}
-    for name, optimizer in state.optimizers.items():
-        files[f"{name}.optimizer.safetensors"] = _optimizer_tensors(optimizer)
-    for name, average in state.averages.items():
-        files[f"{name}.average.safetensors"] = {key: value.cpu().contiguous() for key, value in average.items()}
+def _write(draft: Path, step: int, files: Files) -> None:
     for name, tensors in files.items():
-        _check_finite(name, tensors, state.step)
+        _check_finite(name, tensors, step)
         # safetensors refuses tensors that share memory; tied weights are stored once each.
         save_file({key: value.clone() for key, value in tensors.items()}, draft / name)
     hashes = {name: sha256(draft / name) for name in files}
-    (draft / MANIFEST).write_text(json.dumps({"schema": 1, "step": state.step, "sha256": hashes}, indent=1))
+    (draft / MANIFEST).write_text(json.dumps({"schema": 1, "step": step, "sha256": hashes}, indent=1))
     for path in (*draft.iterdir(), draft):
         sync(path)
 
@@ -190,11 +214,7 @@ def _numbered(folder: Path) -> list[Path]:
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Adam's state as flat tensors, keyed by the parameter's position; learning rates follow from the recipe."""
     states = optimizer.state_dict()["state"]
-    return {
-        f"{i}.{key}": torch.as_tensor(value).detach().cpu()
-        for i, state in states.items()
-        for key, value in state.items()
-    }
+    return {f"{i}.{key}": torch.as_tensor(value) for i, state in states.items() for key, value in state.items()}
 
 
 def _restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -204,8 +224,11 @@ def _restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
         # A count of steps that is no floating tensor was a plain number (bitsandbytes').
         plain = value.ndim == 0 and not value.is_floating_point()
         states.setdefault(int(index), {})[entry] = value.item() if plain else value
-    whole = optimizer.state_dict()
-    optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
+    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        moments = {entry: value for entry, value in states.get(index, {}).items() if entry != "step"}
+        states |= {index: states[index] | {e: part_like(v, parameter) for e, v in moments.items()}} if moments else {}
+    own = optimizer.state_dict()
+    optimizer.load_state_dict({"state": states, "param_groups": own["param_groups"]})
 
 
 @torch.no_grad()
@@ -222,7 +245,7 @@ def copy_parameters(path: Path, targets: Mapping[str, Tensor]) -> None:
     for key, target in targets.items():
         if stored[key].shape != target.shape:
             raise InputError(f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(target.shape)}")
-        target.copy_(stored[key])
+        target.copy_(part_like(stored[key], target))
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -77,19 +77,18 @@ class Evaluation:
             return kid(self.rows, rows)[0]
         return frechet_distance(self.moments, Moments.of(rows))
 
-    def write(self, state: checkpoint.State, averaged: AbstractContextManager) -> dict[str, float]:
-        """Measure, note the value, keep the checkpoint if it is among the best; returns the value by its name."""
-        value = self.measure(averaged)
-        self.values[state.step] = value
-        best = ranked(self.values)[: self.settings.keep_best]
-        if state.step in best:
-            checkpoint.save(self.folder, state, keep=self.settings.keep_best + 1)
+    @property
+    def best(self) -> list[int]:
+        """The steps whose checkpoints stay, best value first."""
+        return ranked(self.values)[: self.settings.keep_best]
+
+    def write(self) -> None:
+        """Write the values down, and delete checkpoints that are no longer among the best."""
         self.folder.mkdir(exist_ok=True)
         write_json(self.folder / VALUES, self.values)
         for path in self.folder.glob("step-*"):
-            if path not in [_place(self.folder, step) for step in best]:
+            if path not in [_place(self.folder, step) for step in self.best]:
                 shutil.rmtree(path)
-        return {f"evaluation/{self.settings.metric}": value}
 
     @property
     def exhausted(self) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 
 from stepdistill.errors import InputError
 from stepdistill.recipe import Train
+from stepdistill.sharding import is_shard
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], train: Train, lr: float) -> torch.optim.Optimizer:
@@ -18,7 +19,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], train: Train, lr: float) 
     """
     options = {"lr": lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay}
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options, fused=True)
+        parameters = list(parameters)
+        # One call updates shards or copies; a player's heads come after its network, so their order stays.
+        groups = [p for p in parameters if is_shard(p)], [p for p in parameters if not is_shard(p)]
+        return torch.optim.AdamW([{"params": group} for group in groups if group], **options, fused=True)
     try:
         return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **options)
     except ImportError as error:

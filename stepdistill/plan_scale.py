@@ -126,7 +126,7 @@ def scale(
                 f"{resolved.train.accumulation}), found {resolved.train.batch_size}"
             )
         local = plan(recipe, [*overrides, f"train.batch_size={rows}"])
-        for shards in (False, True):
+        for shards in (False, True) if method.shards else (False,):
             sent = traffic.sent(gpus, shards, resolved.train.accumulation)
             exchange = sent / (links.rate(gpus) * GB)
             parts = None if alone is None else (alone / gpus, exchange)

@@ -19,12 +19,13 @@ class Preview:
     """Writes previews/NNNNNN.png: one row each of teacher (guided), student and, where there is one, critic.
 
     Args:
-        session: the run. folder: its folder.
+        session: the run. folder: its folder. writes: False in a process that only takes part in the networks' calls.
     """
 
-    def __init__(self, session: Session, folder: Path):
-        self.session, self.folder = session, folder / "previews"
-        self.folder.mkdir(exist_ok=True)
+    def __init__(self, session: Session, folder: Path, writes: bool = True):
+        self.session, self.folder, self.writes = session, folder / "previews", writes
+        if writes:
+            self.folder.mkdir(exist_ok=True)
         self.teacher = diffuse(session, "teacher", COUNT, SEED)
         self.teacher_images = decode(session.trace, self.teacher)
 
@@ -37,7 +38,8 @@ class Preview:
         rows = [self.teacher_images, decode(session.trace, student)]
         if session.method.roles.critic is not None:
             rows.append(decode(session.trace, diffuse(session, "critic", COUNT, SEED)))
-        image_grid(torch.cat(rows), columns=COUNT).save(self.folder / f"{step:06d}.png")
+        if self.writes:
+            image_grid(torch.cat(rows), columns=COUNT).save(self.folder / f"{step:06d}.png")
         difference = student.float().mean() - self.teacher.float().mean()
         return {
             "drift/mean": difference.item(),

@@ -200,6 +200,9 @@ class Distributed(Section):
     processes: int | None = Field(
         None, ge=1, description="processes on this machine; null: one for each GPU. A launcher's own number goes first"
     )
+    shard: bool = Field(
+        False, description="share the networks' weights out among the processes (FSDP) instead of copies"
+    )
 
 
 class Evaluation(Section):
@@ -439,6 +442,13 @@ def _problems(recipe: Recipe, config: Any) -> Iterator[tuple[Keys, str]]:
     if train.batch_size % train.accumulation:
         problem = f"expected a divisor of train.batch_size ({train.batch_size}), found {train.accumulation}"
         yield ("train", "accumulation"), problem
+    if recipe.distributed.shard:
+        if not recipe.method.implementation.shards:
+            yield ("distributed", "shard"), f"expected false for {recipe.method.name}, found true"
+        if train.compile:
+            yield ("train", "compile"), "expected false beside distributed.shard, found true"
+        if train.optimizer != "adamw":
+            yield ("train", "optimizer"), f"expected adamw beside distributed.shard, found {train.optimizer}"
     if max(train.betas) >= 1:
         yield ("train", "betas"), f"expected two numbers from 0 to below 1, found {train.betas}"
     solver_steps = (recipe.method.model_extra or {}).get("solver_steps", student.steps)

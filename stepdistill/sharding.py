@@ -1,8 +1,23 @@
-"""Weights that the processes of a run share out among themselves (FSDP): each keeps its part of every tensor."""
+"""Weights that the processes of a run share out among themselves: torch's fully_shard (FSDP2) on the roles' networks.
 
-from torch import nn
+Each process keeps its part of every tensor, and a block's weights are put together while it runs. Roles that stand on
+one backbone share out one backbone; adapters and a method's heads are small and stay copies, as do encoders.
+"""
 
-from stepdistill.pipeline.denoiser import innermost
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from stepdistill.adapters import Adapted
+from stepdistill.data.batch import Batch
+from stepdistill.errors import InputError
+from stepdistill.methods.base import DistillMethod
+from stepdistill.pipeline.denoiser import Denoiser, innermost
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -31,3 +46,116 @@ def is_whole(network: nn.Module) -> bool:
     """Whether a role trains all weights of the network that it stands on, and not an adapter or nothing."""
     shown = {id(parameter) for parameter in network.parameters()}
     return all(id(parameter) in shown for parameter in weights(innermost(network)))
+
+
+class Shards:
+    """The networks of a run whose weights are shared out; none in a run of copies, and nothing here does anything.
+
+    Args:
+        networks: what :func:`share_out` was called on.
+    """
+
+    def __init__(self, networks: Iterable[FSDPModule] = ()):
+        self.networks = list(networks)
+
+    def __bool__(self) -> bool:
+        return bool(self.networks)
+
+    def settle(self) -> None:
+        """Let go of weights that are still put together: they would not follow an update, or another moving player."""
+        for network in self.networks:
+            for module in network.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+
+def share_out(method: DistillMethod, batch: Batch, device: torch.device) -> Shards:
+    """Share out the networks that the method's roles stand on, among all processes.
+
+    Args:
+        batch: any rows; every network is called on them once.
+
+    Raises:
+        InputError: a network or torch do not allow it.
+    """
+    roles = [role for role in vars(method.roles).values() if isinstance(role, Denoiser)]
+    if any(isinstance(role.network, Adapted) for role in roles):
+        raise InputError("distributed.shard: expected false for a method that adds to its networks")
+    networks = {innermost(role.network): role for role in roles}
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for network, role in networks.items():
+        adapters = set(nn.Module.parameters(network)) - set(weights(network))
+        options = {"mesh": mesh} | ({"ignored_params": adapters} if adapters else {})
+        with _strangers(network) as strangers, torch.no_grad():
+            # Another view of the same network, so that nobody counts the call.
+            role.on(role.network)(batch.noise("start"), torch.full((batch.size,), 0.5, device=device), batch.cond)
+        try:
+            for module in (*strangers, *blocks(network), network):
+                passing = module in blocks(network)
+                fully_shard(module, reshard_after_forward=passing, **options)
+                # A block is put together again when a gradient comes to its output. That of a whole network may not be
+                # asked for one, where hidden states are: what is outside of blocks stays until the turn is over.
+                module.set_reshard_after_backward(passing, recurse=False)
+        except TypeError:
+            raise InputError("distributed.shard: adapters need torch 2.7 or newer") from None
+    return Shards(networks)
+
+
+@contextmanager
+def _strangers(network: nn.Module) -> Iterator[list[nn.Module]]:
+    """Inside, the modules of blocks that are called while their block does not run, outermost ones alone.
+
+    DiT asks its first block's embedder for the embedding of time; it has to be put together on its own.
+    """
+    running: set[nn.Module] = set()
+    found: list[nn.Module] = []
+
+    def look(module: nn.Module, block: nn.Module) -> None:
+        known = {inner for one in found for inner in one.modules()}
+        if block not in running and module not in known and weights(module):
+            found.append(module)
+
+    with ExitStack() as hooks:
+        for block in blocks(network):
+            hooks.callback(block.register_forward_pre_hook(lambda module, _: running.add(module)).remove)
+            hooks.callback(block.register_forward_hook(lambda module, *_: running.discard(module)).remove)
+            for module in block.modules():
+                if module is not block:
+                    hook = module.register_forward_pre_hook(lambda module, _, block=block: look(module, block))
+                    hooks.callback(hook.remove)
+        yield found
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether this process has a part of the tensor alone."""
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of one that is shared out only together with the other processes."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor
+
+
+def part_like(tensor: Tensor, shard: Tensor) -> Tensor:
+    """Of a whole tensor the part that this process has of ``shard``; the tensor itself beside what is no shard."""
+    if not is_shard(shard):
+        return tensor
+    return distribute_tensor(tensor.to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+    """Scale the gradients to a norm of at most ``most``; returns the norm () that they had, over all processes."""
+    parameters = list(parameters)
+    shards = [p for p in parameters if is_shard(p)]
+    if not shards:
+        return nn.utils.clip_grad_norm_(parameters, most)
+    copies = [p.grad for p in parameters if not is_shard(p) and p.grad is not None]
+    parts = [p.grad.to_local() for p in shards if p.grad is not None]
+    squares = sum((part.float().square().sum() for part in parts), torch.zeros((), device=shards[0].device))
+    torch.distributed.all_reduce(squares)
+    norm = (squares + sum(copy.float().square().sum() for copy in copies)).sqrt()
+    scale = (most / (norm + 1e-6)).clamp_max(1)
+    for gradient in (*parts, *copies):
+        gradient.mul_(scale)
+    return norm

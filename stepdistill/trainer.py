@@ -36,6 +36,7 @@ from stepdistill.recipe import Recipe, load
 from stepdistill.run_folder import keep_lines_before, prepare_folder
 from stepdistill.selfcheck import check_conventions
 from stepdistill.session import Session, build
+from stepdistill.sharding import Shards, clip_gradients, is_shard, share_out
 from stepdistill.watchdog import Watchdog, heartbeat
 
 
@@ -127,6 +128,9 @@ class Trainer:
         self.session, self.accelerator, self.folder = session, accelerator, folder
         self.processes = Processes(accelerator)
         self.recipe, self.method = session.recipe, session.method
+        self.shards = Shards()
+        if self.recipe.distributed.shard and self.processes.count > 1:
+            self.shards = share_out(self.method, session.batch(0, 0, 1), accelerator.device)
         self.parameters = {player: self._parameters(player) for player in self.method.players}
         for parameter in itertools.chain.from_iterable(self.parameters.values()):
             parameter.requires_grad_(False)
@@ -169,17 +173,21 @@ class Trainer:
         self.processes.once(
             lambda: checkpoint.check_space(checkpoints, self.state(first), train.keep_checkpoints, *best)
         )
-        if every and self.processes.first:
-            evaluation = Evaluation(self.session, self.folder, first)
+        # Networks that are shared out run in all processes or in none; only one of them writes.
+        looks = self.processes.first or bool(self.shards)
+        if every and looks:
+            with self._counted_once():
+                evaluation = Evaluation(self.session, self.folder, first)
         if self._enough(evaluation):
             return first, False
-        preview = Preview(self.session, self.folder) if self.processes.first else None
+        with self._counted_once():
+            preview = Preview(self.session, self.folder, self.processes.first) if looks else None
         self.accelerator.init_trackers("tensorboard")
         step, saved, enough = first, first, False
         watchdog = Watchdog(self.folder, train.watchdog_minutes, first, self.processes.rank)
         with self._signals(), TrainingProgress(first, train.steps) as progress, watchdog:
             if first == 0 and preview:
-                preview.write(0, self.averaged())
+                self._show(preview, 0)
             while step < train.steps and not enough and not self._stopping(step):
                 metrics = self.step(step, log=(step + 1) % train.log_every == 0 or step in (first, train.steps - 1))
                 step += 1
@@ -190,10 +198,9 @@ class Trainer:
                 if kept or shown or measured:
                     self.finite.check()
                 if shown and preview:
-                    metrics |= preview.write(step, self.averaged())
+                    metrics |= self._show(preview, step)
                 if measured:
-                    if evaluation:
-                        metrics |= evaluation.write(self.state(step), self.averaged())
+                    metrics |= self._measure(evaluation, step)
                     enough = self._enough(evaluation)
                 if metrics or kept or shown or measured:  # a run that goes on from here counts on from here
                     metrics["evaluations"] = self.evaluations()
@@ -238,9 +245,46 @@ class Trainer:
             return self.stop_requested
         return False
 
+    def _show(self, preview: Preview, step: int) -> dict[str, float]:
+        with self._counted_once():
+            return preview.write(step, self.averaged())
+
+    def _measure(self, evaluation: Evaluation | None, step: int) -> dict[str, float]:
+        """Measure the student, and keep its checkpoint if it is among the best; the first process decides."""
+        value = None
+        if evaluation:
+            with self._counted_once():
+                value = evaluation.measure(self.averaged())
+        value = self.processes.once(lambda: value)
+        if evaluation:
+            evaluation.values[step] = value
+        if self.processes.once(lambda: step in evaluation.best):
+            self._write(self.folder / BEST, step, self.recipe.evaluation.keep_best + 1)
+        self.processes.once(lambda: evaluation.write())
+        return {f"evaluation/{self.recipe.evaluation.metric}": value}
+
+    @contextmanager
+    def _counted_once(self) -> Iterator[None]:
+        """Inside, rows that all processes put through the networks alike count in the first one alone."""
+        roles = [getattr(self.method.roles, name) for name in ("teacher", "student", *self.method.extra_roles)]
+        before = [role.evaluations for role in roles]
+        yield
+        if not self.processes.first:
+            for role, evaluations in zip(roles, before, strict=True):
+                role.evaluations = evaluations
+
     def _save(self, checkpoints: Path, step: int) -> None:
-        self.processes.check_equal(step, itertools.chain.from_iterable(self.parameters.values()))
-        self.processes.once(lambda: checkpoint.save(checkpoints, self.state(step), self.recipe.train.keep_checkpoints))
+        parameters = itertools.chain.from_iterable(self.parameters.values())
+        self.processes.check_equal(step, (p for p in parameters if not is_shard(p)))
+        self._write(checkpoints, step, self.recipe.train.keep_checkpoints)
+
+    def _write(self, folder: Path, step: int, keep: int) -> None:
+        """Write a checkpoint."""
+        if not self.shards:
+            self.processes.once(lambda: checkpoint.save(folder, self.state(step), keep))
+            return
+        files = checkpoint.contents(self.state(step), self.processes.first)
+        self.processes.once(lambda: checkpoint.write(folder, step, files, keep))
 
     def step(self, step: int, log: bool = False) -> dict[str, float]:
         """All turns of one step. With ``log``: every loss term, and the gradient norm of each player and term."""
@@ -273,6 +317,7 @@ class Trainer:
     def _turn(self, player: str, step: int, batches: list[Batch], log: bool) -> dict[str, float]:
         train, parameters, optimizer = self.recipe.train, self.parameters[player], self.optimizers[player]
         metrics: dict[str, float] = {}
+        self.shards.settle()
         with only_moving(parameters):
             for number, batch in enumerate(batches):
                 with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
@@ -286,14 +331,17 @@ class Trainer:
                     for name, value in batch.signals.items():
                         previous = metrics.get(f"signal/{name}", 0.0)
                         metrics[f"signal/{name}"] = previous + value.item() / len(batches)
-                if log and number == 0 and len(losses) > 1:
+                # Where weights are shared out, autograd has no gradients to show before the backward pass is done.
+                if log and number == 0 and len(losses) > 1 and not self.shards:
                     for term, loss in losses.items():
                         metrics[f"grad_norm/{term}"] = _norm(loss, parameters)
                 self.accelerator.backward(sum(losses.values()) / len(batches))
-            self.processes.average_gradients(parameters)
-            norm = nn.utils.clip_grad_norm_(parameters, train.clip or math.inf)
+            self.processes.average_gradients(p for p in parameters if not is_shard(p))
+            self.shards.settle()
+            norm = clip_gradients(parameters, train.clip or math.inf)
             self.finite.add(f"{player} gradient ({' + '.join(losses)})", step, norm)
-            optimizer.param_groups[0]["lr"] = self._rate(step, train.lr if player == "student" else train.critic_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = self._rate(step, train.lr if player == "student" else train.critic_lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         for statistic in self.method.statistics():
@@ -326,6 +374,7 @@ class Trainer:
         try:
             yield
         finally:
+            self.shards.settle()
             _assign(weights, kept)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:

@@ -80,6 +80,8 @@ class DistillMethod(ABC):
         extra_roles: the roles it needs beside teacher and student: "critic", "target", "encoder".
         guides_itself: it forms guidance otherwise than by :meth:`teacher`, which alone knows interval and rescale.
         exported: the roles beside the student whose networks belong in an export, in folders of their names.
+        shards: whether its networks' weights may be shared out; not where it keeps copies of weights, or derives
+            networks forwards.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -89,6 +91,7 @@ class DistillMethod(ABC):
     extra_roles: ClassVar[tuple[str, ...]] = ()
     exported: ClassVar[tuple[str, ...]] = ()
     guides_itself: ClassVar[bool] = False
+    shards: ClassVar[bool] = True
 
     def __init__(self, config: MethodConfig, roles: Roles, sampler: Sampler):
         self.config, self.roles, self.sampler = config, roles, sampler

@@ -71,6 +71,7 @@ class ContinuousConsistency(DistillMethod):
     Config = ContinuousConfig
     config: ContinuousConfig
     sampler_name = "renoise"
+    shards = False
 
     def __init__(self, config: ContinuousConfig, roles: Roles, sampler: Sampler):
         super().__init__(config, roles, sampler)

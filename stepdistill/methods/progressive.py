@@ -45,6 +45,7 @@ class ProgressiveDistillation(DistillMethod):
     summary = "Progressive distillation: half the steps again and again (deterministic sampler)"
     sampler_name = "ddim"
     extra_roles = ("target",)
+    shards = False
 
     def __init__(self, config: ProgressiveConfig, roles: Roles, sampler: Sampler):
         super().__init__(config, roles, sampler)

@@ -1,0 +1,86 @@
+"""How networks are divided up for sharing out, and what cannot be; tests/test_distributed.py trains with shards."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.tiny import save_dit, tiny_dit, tiny_sd
+from stepdistill.errors import InputError
+from stepdistill.recipe import load
+from stepdistill.session import build
+from stepdistill.sharding import Shards, _strangers, blocks, clip_gradients, is_whole, share_out, weights
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("teacher") / "dit"
+    save_dit(tiny_dit(), folder)
+    return {
+        "teacher": {"pipeline": str(folder)},
+        "student": {"steps": 2, "train": "lora", "rank": 2},
+        "method": {"name": "sfd", "substeps": 1},
+        "train": {"steps": 3, "batch_size": 4, "lr": 1e-4},
+        "distributed": {"shard": True},
+    }
+
+
+def test_a_network_is_its_blocks_and_the_rest():
+    transformer, unet = tiny_dit().transformer, tiny_sd().unet
+    assert blocks(transformer) == list(transformer.transformer_blocks)
+    assert blocks(unet) == [*unet.down_blocks, *unet.up_blocks, unet.mid_block]
+
+
+def test_what_is_called_from_outside_of_its_block_is_found():
+    """DiT's forward asks the first block's embedder for the time, before any block runs."""
+    transformer = tiny_dit().transformer
+    with _strangers(transformer) as found, torch.no_grad():
+        x, one = torch.zeros(1, 4, 8, 8), torch.ones(1, dtype=torch.long)
+        transformer(hidden_states=x, timestep=one, class_labels=one)
+    assert found == [transformer.transformer_blocks[0].norm1.emb]
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in transformer.modules())
+
+
+def test_adapters_are_no_part_of_what_is_shared_out(recipe):
+    roles = build(load(recipe), torch.device("cpu"), with_data=False).method.roles
+    backbone = roles.teacher.network.backbone
+    own = {id(parameter) for parameter in roles.student.network.parameters()}
+    shared = {id(parameter) for parameter in weights(backbone)}
+    assert own and shared and not own & shared
+    assert own | shared == {id(parameter) for parameter in nn.Module.parameters(backbone)}
+    assert not is_whole(roles.student.network) and is_whole(nn.Linear(2, 2))
+
+
+def test_clipping_is_torchs():
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([0.0, 4.0])
+    assert clip_gradients(parameters, 1.0).item() == 5.0
+    torch.testing.assert_close(parameters[1].grad, torch.tensor([0.0, 0.8]))
+
+
+def test_a_run_of_copies_has_no_shards():
+    assert not Shards()
+    Shards().settle()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.compile=true"], r"train\.compile: expected false beside distributed\.shard, found true"),
+        (["train.optimizer=adamw8bit"], r"train\.optimizer: expected adamw beside distributed\.shard"),
+        (
+            ["method={name: pd, start_steps: 4, phase_steps: 1}", "data.images=fashion-mnist"],
+            r"distributed\.shard: expected false for pd, found true",
+        ),
+    ],
+)
+def test_what_does_not_go_with_shards(overrides, said, recipe):
+    with pytest.raises(InputError, match=said):
+        load(recipe, overrides)
+
+
+def test_networks_that_were_added_to_are_refused(recipe):
+    session = build(
+        load(recipe, ["method={name: w-embed}", "data.images=fashion-mnist"]), torch.device("cpu"), None, False
+    )
+    with pytest.raises(InputError, match=r"distributed\.shard: expected false for a method that adds to its networks"):
+        share_out(session.method, session.batch(0, 0, 1), torch.device("cpu"))
