@@ -138,15 +138,16 @@ class StandardBench:
             if not {*self.protocol.views[view].metrics} & {*NEEDS_REAL_ROWS}:
                 return RealSide(moments)
             images = stored_images(path)
-            count, read = len(images), lambda indices: images[indices.start : indices.stop]
+            count, read, load = len(images), lambda indices: images[indices.start : indices.stop], None
         else:
-            files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-            moments, count, read = None, len(files), lambda indices: map(_opened, files[indices.start : indices.stop])
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+            moments, count, load = None, len(files), _opened
+            read = lambda indices: files[indices.start : indices.stop]  # noqa: E731
         if count != spec.count:
             raise InputError(f"{path}: protocol {self.protocol.id} expects {spec.count} images, found {count}")
         key = digest(self.hashes[spec.file], self.view_digest(view))
         shards = Shards(self.cache / "references" / key[:32], count)
-        self.fill(shards, features_of(read, network, self.device), f"reference: {view}")
+        self.fill(shards, features_of(read, network, self.device, load), f"reference: {view}")
         return RealSide(moments or _kept_moments(shards), lambda: shards.all("rows"))
 
     def view_digest(self, view: str) -> str:

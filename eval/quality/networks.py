@@ -5,7 +5,10 @@ A network takes images one at a time through ``prepare`` (on the CPU, any size) 
 
 import importlib
 import io
+import itertools
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -250,20 +253,23 @@ def required(module: str, package: str, what: str) -> Any:
 
 
 def feature_pass(
-    network: FeatureNetwork, images: Iterable[Tensor], *, device: str | torch.device = "cpu", batch: int = 64
+    network: FeatureNetwork,
+    images: Iterable[Any],
+    *,
+    load: Callable[[Any], Tensor] | None = None,
+    device: str | torch.device = "cpu",
+    batch: int = 64,
 ) -> dict[str, Tensor]:
-    """What ``network`` gives for uint8 images (C, H, W) of any sizes, concatenated on the CPU."""
+    """What ``network`` gives for uint8 images (C, H, W) of any sizes, concatenated on the CPU.
+
+    Args:
+        load: makes an image of each of ``images``, such as a path. Loading and preparing run in threads, all images
+            at once; the network sees ``batch`` of them at a time.
+    """
     parts: list[dict[str, Tensor]] = []
-    waiting: list[Tensor] = []
-
-    def run() -> None:
-        parts.append({name: value.cpu() for name, value in network.rows(torch.stack(waiting).to(device)).items()})
-        waiting.clear()
-
-    for image in images:
-        waiting.append(network.prepare(image))
-        if len(waiting) == batch:
-            run()
-    if waiting:
-        run()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        prepared = threads.map(lambda image: network.prepare(load(image) if load else image), images)
+        while waiting := list(itertools.islice(prepared, batch)):
+            found = network.rows(torch.stack(waiting).to(device))
+            parts.append({name: value.cpu() for name, value in found.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}

@@ -6,6 +6,7 @@ A shard is written once, whole or not at all, and its content does not depend on
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -95,7 +96,14 @@ class Shards:
 
 
 def features_of(
-    images: Callable[[range], Iterable[Tensor]], network: FeatureNetwork, device: str | torch.device
+    images: Callable[[range], Iterable[Any]],
+    network: FeatureNetwork,
+    device: str | torch.device,
+    load: Callable[[Any], Tensor] | None = None,
 ) -> Callable[[range], dict[str, Tensor]]:
-    """What :meth:`Shards.fill` needs to write a network's rows of ``images(indices)``, uint8 (C, H, W) each."""
-    return lambda indices: feature_pass(network, images(indices), device=device, batch=SHARD)
+    """What :meth:`Shards.fill` needs to write a network's rows of ``images(indices)``, uint8 (C, H, W) each.
+
+    Args:
+        load: see :func:`stepdistill.eval.networks.feature_pass`.
+    """
+    return lambda indices: feature_pass(network, images(indices), load=load, device=device, batch=SHARD)

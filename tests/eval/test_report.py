@@ -228,7 +228,8 @@ def test_reports_are_what_the_schema_says(tmp_path):
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
     shipped = [
-        Path(assets.root()) / "assets" / "benchmarks" / f"{name}.json" for name in ("quickstart", "fashion_dmd2")
+        Path(assets.root()) / "assets" / name
+        for name in ("benchmarks/quickstart.json", "benchmarks/fashion_dmd2.json", "reports/fashion/report.json")
     ]
     full = a_report(row("a", "student", 4, float("nan")), labels={"fid": "FID"}, files={"w": "0"}, remarks=["x"])
     for content in (full.to_dict(), *(json.loads(path.read_text()) for path in shipped)):

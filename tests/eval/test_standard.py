@@ -30,7 +30,7 @@ FROZEN = {
     "edm50k-v1/imagenet64": "531d5938cdd75107",
     "edm50k-v1/ffhq": "f438c9697d2ad04c",
     "edm50k-v1/afhq": "4db630e3257fb7f3",
-    "mjhq30k-v1": "71c7e48900fa177a",
+    "mjhq30k-v1": "c180b928893250b7",
     "teacher-fid-5k-v1": "e98d40b526c08917",
 }
 

@@ -61,12 +61,14 @@ def root(tmp_path_factory):
     facts = {"teacher": str(root / "teacher"), "guidance": 2.0, "method": "dmd2", "steps": 1, "sampler": "renoise"}
     (root / "student" / "stepdistill.json").write_text(json.dumps(facts))
     data = root / "data"
-    (data / "real").mkdir(parents=True)
+    (data / "real" / "deeper").mkdir(parents=True)
     (data / "w.pth").write_bytes(b"weights")
     (data / "prompts.txt").write_text("a red shoe\nrain\n")
     generator = np.random.default_rng(0)
     for i in range(5):
-        Image.fromarray(generator.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)).save(data / "real" / f"{i}.png")
+        Image.fromarray(generator.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)).save(
+            data / "real" / ("deeper" if i else ".") / f"{i}.png"
+        )
     np.savez(data / "moments.npz", mu=np.zeros(12), sigma=np.eye(12))
     return root
 
