@@ -58,3 +58,5 @@ def savings(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         yield "train.optimizer", "adamw8bit", "Adam's moments in 8 bits, needs bitsandbytes"
     if recipe.student.train == "full":
         yield "student.train", "lora", "adapters on one backbone instead of copies; another learning rate suits them"
+    if recipe.teacher.quantize is None:
+        yield "teacher.quantize", "nf4", "frozen linear layers in 4 bits, a little coarser; needs bitsandbytes"

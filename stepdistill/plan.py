@@ -34,6 +34,8 @@ RESERVE = 1.0
 """GiB that CUDA's context, workspaces and fragmentation take beside the tensors."""
 # Of an 8-bit moment: one byte a value, and a float32 scale for each block of 256.
 ADAM_BYTES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
+# A weight in 4 bits has a float32 scale for each block of 64; in 8 bits the scale of its row is next to nothing.
+QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def write_fit(recipe: str | Path, changes: Sequence[Change]) -> Path:
 def blueprint_of(recipe: Recipe) -> Blueprint:
     """The recipe's pipeline without weights, in the precision that its teacher is to have."""
     dtype = torch.bfloat16 if recipe.teacher.precision == "bf16" else torch.float32
-    return blueprint(recipe.teacher.pipeline, recipe.teacher.revision, dtype)
+    return blueprint(recipe.teacher, dtype)
 
 
 def method_of(recipe: Recipe, drawn: Blueprint) -> DistillMethod:
@@ -255,6 +257,11 @@ def _weights(recipe: Recipe, drawn: Blueprint, method: DistillMethod) -> dict[st
         seen |= storages.keys()
         count = sum(t.numel() for t in storages.values() if isinstance(t, nn.Parameter))
         found[name] = count, sum(t.untyped_storage().nbytes() for t in storages.values())
+    if recipe.teacher.quantize is not None:
+        linear = [module.weight for module in backbone.modules() if isinstance(module, nn.Linear)]
+        saves = [w.numel() * (w.element_size() - QUANTIZED_BYTES[recipe.teacher.quantize]) for w in linear]
+        saved = sum(size for weight, size in zip(linear, saves, strict=True) if id(weight) not in adapters)
+        found["teacher"] = found["teacher"][0], found["teacher"][1] - int(saved)
     return found
 
 
@@ -273,10 +280,14 @@ def _count(module: nn.Module) -> int:
 
 
 def _stored(recipe: Recipe, drawn: Blueprint) -> int:
-    """Bytes of all encoded conditions and of the latents of all images, which stay on the device."""
+    """Bytes of all encoded conditions and of the latents of all images, which stay on the device.
+
+    Conditions with pictures of their own stay in the host's memory.
+    """
     data = recipe.data
-    streamed = form(data.images if data.conditions == "captions" else str(data.conditions)) == "hub"
-    conditions = [""] * data.limit if streamed else wanted(data, aloud=False)[0]
+    source = data.images if data.conditions == "captions" else str(data.conditions)
+    streamed = form(source) == "hub"
+    conditions = [""] * data.limit if streamed else [] if data.arguments else wanted(data, aloud=False)[0]
     if conditions == "classes":
         count = max(1, len(class_names(drawn.trace)))
     elif isinstance(conditions, str):

@@ -82,7 +82,7 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         InputError: whatever the recipe asks for and the pipeline or data cannot give.
     """
     dtype = torch.bfloat16 if recipe.teacher.precision == "bf16" else torch.float32
-    pipeline = load_pipeline(recipe.teacher.pipeline, recipe.teacher.revision, dtype)
+    pipeline = load_pipeline(recipe.teacher.pipeline, recipe.teacher.revision, dtype, recipe.teacher.quantize)
     if recipe.teacher.ip_adapter is not None:
         load_ip_adapter(pipeline, recipe.teacher.ip_adapter)
     if device.type != "cpu":

@@ -1,6 +1,7 @@
 """The plan is what a run takes: predicted without weights, measured on the CPU's allocator."""
 
 import copy
+import importlib.util
 import json
 from pathlib import Path
 
@@ -8,19 +9,23 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pipeline import zoo
 from pipeline.tiny import CLASSES, redraw, tiny_sd, tiny_vae
 from stepdistill import assets, cli, plan, yaml_lines
 from stepdistill.errors import InputError
 from stepdistill.pipeline.blueprint import blueprint, without_data
-from stepdistill.pipeline.load import save_pipeline
-from stepdistill.recipe import load
+from stepdistill.pipeline.load import load_pipeline, save_pipeline
+from stepdistill.pipeline.trace import trace
+from stepdistill.recipe import IPAdapter, Teacher, load
 from stepdistill.session import build
 from stepdistill.trainer import Trainer
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -51,25 +56,14 @@ def recipe_of(teacher: Path, how: str = "full", method: str = "dmd2", **train) -
 
 
 def measured(recipe: dict, folder: Path) -> int:
-    """Bytes at the peak of a real step: what stands, and the most that the allocator handed out on top of it."""
-    session = build(load(recipe), CPU)
-    trainer = Trainer(session, Accelerator(cpu=True), folder)
-    step = max(range(6), key=lambda step: len(set(session.method.turns(step))))
+    """Bytes at the peak of a real step."""
+    spec = importlib.util.spec_from_file_location("plan_sizes", ROOT / "scripts" / "plan_sizes.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    trainer = Trainer(build(load(recipe), CPU), Accelerator(cpu=True), folder)
+    step = max(range(6), key=lambda step: len(set(trainer.method.turns(step))))
     trainer.step(step)  # makes the optimizer's moments
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        trainer.step(step)
-    now = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    modules = [m for m in session.trace.pipeline.components.values() if isinstance(m, torch.nn.Module)]
-    roles = session.method.roles
-    modules += [getattr(roles, name).network for name in ("student", *session.method.extra_roles)]
-    standing = [t for m in modules for t in (*torch.nn.Module.parameters(m), *m.buffers())]
-    standing += [t for o in trainer.optimizers.values() for s in o.state.values() for t in s.values()]
-    standing += trainer.average.values()
-    return peak + sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in standing}.values())
+    return script.cpu_peak(trainer, step)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +95,20 @@ def test_a_line_for_every_role(teacher):
     assert found.peak == rest + max(line.gradients + line.activations for line in found.lines)
 
 
+def test_a_quantized_backbone_is_smaller(teacher):
+    recipe = recipe_of(teacher, "lora", "sfd")
+    recipe["teacher"]["precision"] = "bf16"
+    plain, found = (plan.plan(recipe | {"teacher": recipe["teacher"] | {"quantize": how}}) for how in (None, "nf4"))
+    before, after = ({line.name: line for line in one.lines} for one in (plain, found))
+    network = load_pipeline(teacher).transformer
+    linear = sum(module.weight.numel() for module in network.modules() if isinstance(module, nn.Linear))
+    # Four bits and a float32 for each block of 64 weights, for 16 bits.
+    saved = linear * (2 - 0.5 - 4 / 64)
+    assert before["teacher"].weights - after["teacher"].weights == pytest.approx(saved, abs=1)
+    assert plain.peak - found.peak == pytest.approx(saved, abs=1) and before["student"] == after["student"]
+    assert before["teacher"].parameters == after["teacher"].parameters
+
+
 def test_no_weight_is_read(teacher, tmp_path):
     """The configs are enough: the folder of the plan holds no weights at all."""
     bare = tmp_path / "bare"
@@ -108,16 +116,46 @@ def test_no_weight_is_read(teacher, tmp_path):
         target = bare / file.relative_to(teacher)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(file.read_text())
-    drawn = blueprint(bare, None, torch.bfloat16)
+    drawn = blueprint(Teacher(pipeline=str(bare)), torch.bfloat16)
     assert drawn.trace.latent_shape == (4, 16, 16) and list(drawn.condition) == ["class_labels"]
     assert {p.dtype for p in drawn.trace.denoiser.network.parameters()} == {torch.bfloat16}
 
 
 def test_a_text_pipeline_shows_its_conditions(tmp_path):
     save_pipeline(tiny_sd(), tmp_path)
-    drawn = blueprint(tmp_path, None, torch.float32)
+    drawn = blueprint(Teacher(pipeline=str(tmp_path)), torch.float32)
     assert drawn.trace.component == "unet" and drawn.trace.conditioning == {"encoder_hidden_states": (40, 16)}
     assert (drawn.trace.denoiser.spec.sample, drawn.trace.denoiser.spec.timestep) == ("sample", "timestep")
+
+
+@pytest.mark.parametrize("name", ["inpainting", "controlnet"])
+def test_pictures_are_told_to_the_networks(name, tmp_path):
+    """As the trace of the real pipeline finds it."""
+    pipeline = getattr(zoo, name)()
+    save_pipeline(pipeline, tmp_path / "teacher")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    pictures = ["image", "mask_image"] if name == "inpainting" else ["image"]
+    arguments = {picture: str(tmp_path / "a.png") for picture in pictures} | zoo.SMALL
+    drawn = blueprint(Teacher(pipeline=str(tmp_path / "teacher"), arguments=arguments), torch.float32)
+    known = trace(pipeline, arguments)
+    assert drawn.trace.conditioning == known.conditioning and drawn.trace.latent_shape == known.latent_shape
+    spec, real = drawn.trace.denoiser.spec, known.denoiser.spec
+    assert (spec.sample, spec.appended) == (real.sample, real.appended)
+    assert [helper.feeds for helper in spec.helpers] == [helper.feeds for helper in real.helpers]
+
+
+def test_an_ip_adapter_is_part_of_the_network(tmp_path):
+    pipeline = tiny_sd()
+    adapter = IPAdapter(**zoo.ip_adapter(pipeline.unet, tmp_path / "adapter"))
+    save_pipeline(pipeline, tmp_path / "teacher")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    told = {"ip_adapter_image": str(tmp_path / "a.png"), **zoo.SMALL}
+    teacher = Teacher(pipeline=str(tmp_path / "teacher"), ip_adapter=adapter, arguments=told)
+    drawn = blueprint(teacher, torch.float32)
+    assert drawn.trace.conditioning["added_cond_kwargs.image_embeds.0"] == (1, 6)
+    unet = drawn.trace.denoiser.network
+    assert [name for name, _ in unet.named_parameters()] == [name for name, _ in pipeline.unet.named_parameters()]
+    assert sum(b.numel() for b in unet.buffers()) > 1000 and drawn.trace.pipeline.image_encoder is not None
 
 
 def test_proposals_fit_and_are_written_into_the_recipe(teacher, tmp_path, capsys, monkeypatch):

@@ -5,9 +5,9 @@ of their results, so a run can be gone through, and its memory counted, before a
 """
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from stepdistill.errors import InputError
-from stepdistill.pipeline.denoiser import CallSpec, Conditions, Denoiser, first_tensor
+from stepdistill.pipeline.denoiser import CallSpec, Conditions, Denoiser, Helper, tensors_in
+from stepdistill.pipeline.explain import as_latents
+from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.pipeline.load import quiet, source
-from stepdistill.pipeline.observe import Call, entry_argument, observe, patched
+from stepdistill.pipeline.observe import Step, TraceError, calls_of, entry_argument, modules, observe, patched
 from stepdistill.pipeline.trace import PROBES, Guidance, Trace
+from stepdistill.recipe import Teacher
 from stepdistill.schedule import from_scheduler
 
 # All that a pipeline is, but its weights.
@@ -38,43 +41,58 @@ class Blueprint:
     mode: FakeTensorMode
 
 
-def blueprint(path: str | Path, revision: str | None, dtype: torch.dtype) -> Blueprint:
-    """The pipeline at ``path`` (folder, embedded teacher or hub id) without its weights.
+def blueprint(teacher: Teacher, dtype: torch.dtype) -> Blueprint:
+    """The recipe's teacher without its weights; of an IP-Adapter the files are read.
 
     Raises:
         InputError: its configs cannot be had, or its call depends on more than shapes.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    pipeline = _without_weights(_configs(path, revision), dtype, mode)
+    pipeline = from_configs(_configs(teacher.pipeline, teacher.revision), dtype, mode)
+    if teacher.ip_adapter is not None:
+        with without_data(nullcontext()):  # files can be read only as data
+            load_ip_adapter(pipeline, teacher.ip_adapter)
     entry = entry_argument(pipeline)
     try:
-        (three, sample), (two, _) = (_first_step(pipeline, PROBES[entry][:count]) for count in (3, 2))
+        three, two = (_first_step(pipeline, PROBES[entry][:count], teacher.arguments) for count in (3, 2))
     except Exception as error:
+        if isinstance(error, InputError) and not isinstance(error, TraceError):
+            raise  # the arguments are not the pipeline's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"plan: {type(pipeline).__name__} cannot be run on shapes alone: {reason}") from error
-    spec, names = _spec(three, two, sample)
     schedule, kind = from_scheduler(pipeline.scheduler)
-    network = pipeline.components[three.component]
+    networks, component = modules(pipeline), three.calls[-1].component
+    helpers, told = [], []
+    for name, feeds in _feeding(three, component).items():
+        spec, conditions = _spec(three, two, name, feeds={})
+        helpers.append(Helper(name, Denoiser(networks[name], spec, schedule, kind), feeds))
+        told += [helpers[-1].prefix + condition for condition in conditions]
+    spec, names = _spec(three, two, component, {name: None for helper in helpers for name in helper.feeds})
+    spec = replace(spec, helpers=tuple(helpers))
+    (call,) = calls_of(three.calls, component, [helper.name for helper in helpers])
+    rows = spec.conditions(call.arguments, [*names, *told])
     return Blueprint(
         Trace(
             pipeline=pipeline,
-            component=three.component,
+            component=component,
             entry=entry,
-            denoiser=Denoiser(network, spec, schedule, kind),
+            denoiser=Denoiser(networks[component], spec, schedule, kind),
             guidance=Guidance("none"),
-            latent_shape=tuple(sample.shape[1:]),
-            conditioning={name: tuple(three.arguments[name].shape[1:]) for name in names},
+            latent_shape=tuple(three.sample.shape[1:]),
+            conditioning={name: tuple(value.shape[1:]) for name, value in rows.items()},
             self_test_error=0.0,
+            arguments=teacher.arguments,
         ),
-        {name: three.arguments[name][:1] for name in names},
+        {name: value[:1] for name, value in rows.items()},
         mode,
     )
 
 
 @contextmanager
-def without_data(mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, what is made has no data, a module's ``to`` gives it new parameters instead of swapping tensors, and a
-    copy of a module has copies of its tensors (torch's would copy the mode with them, which corrupts memory)."""
+def without_data(mode: AbstractContextManager) -> Iterator[None]:
+    """Inside, what is made has no data (in a fake ``mode``), a module's ``to`` gives it new parameters instead of
+    swapping tensors, and a copy of a module has copies of its tensors (torch's would copy the mode with them, which
+    corrupts memory)."""
 
     def copied(self: Tensor, memo: dict[int, Any]) -> Tensor:
         made = self.detach().clone()
@@ -112,7 +130,8 @@ def _configs(path: str | Path, revision: str | None) -> Path:
         raise InputError(f"pipeline {path}: its configs cannot be downloaded: {str(error).splitlines()[0]}") from error
 
 
-def _without_weights(folder: Path, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
+def from_configs(folder: Path, dtype: torch.dtype, mode: AbstractContextManager) -> Any:
+    """The pipeline that the configs in ``folder`` describe, with fresh weights; without data in a fake ``mode``."""
     networks = {}
     for name, entry in DiffusionPipeline.load_config(folder).items():
         if not isinstance(entry, list) or entry[0] is None:
@@ -136,31 +155,59 @@ def _without_weights(folder: Path, dtype: torch.dtype, mode: FakeTensorMode) -> 
 
 
 @torch.no_grad()
-def _first_step(pipeline: Any, entries: tuple[Any, ...]) -> tuple[Call, Tensor]:
-    """The denoiser's call in the first step, guidance off, and the scheduler's sample."""
+def _first_step(pipeline: Any, entries: tuple[Any, ...], arguments: Mapping[str, Any]) -> Step:
+    """The first step, guidance off; the denoiser's call is its last."""
 
     def step(model_output: Tensor, timestep: Any, sample: Tensor, **_: Any) -> tuple[Tensor]:
         return (sample,)
 
     with quiet(), patched(pipeline.scheduler, "step", step):
-        recording = observe(pipeline, entries, steps=1, guidance=1.0, stop_steps=1)
-    return recording.steps[0].calls[-1], recording.steps[0].sample
+        return observe(pipeline, entries, arguments, steps=1, guidance=1.0, stop_steps=1).steps[0]
 
 
-def _spec(three: Call, two: Call, sample: Tensor) -> tuple[CallSpec, list[str]]:
-    """How the denoiser is called, as far as shapes tell, and which arguments are conditions."""
-    tensors = {name: value for name, value in three.arguments.items() if isinstance(value, Tensor)}
-    x = next((name for name, value in tensors.items() if value.shape == sample.shape), None)
-    time = next((name for name in three.arguments if name in ("timestep", "timesteps", "t")), None)
-    if x is None or time is None:
-        raise InputError(f"plan: the arguments of {three.component} do not show what is the sample and what the time")
-    rest = {name: value for name, value in three.arguments.items() if name not in (x, time)}
+def _feeding(step: Step, component: str) -> dict[str, dict[str, int | tuple[int, ...]]]:
+    """The networks that are told the sample and make arguments of the denoiser's, as far as shapes tell."""
+    (call,) = calls_of(step.calls, component)
+    found = {}
+    for other in step.calls:
+        if other is call or not any(_is_sample(value, step.sample) for value in other.arguments.values()):
+            continue
+        feeds, free = {}, dict(enumerate(other.outputs))
+        for name, value in call.arguments.items():
+            index = []
+            for tensor in tensors_in(value):
+                index += [next((i for i, one in free.items() if one.shape == tensor.shape), None)]
+                free.pop(index[-1], None)
+            if index and None not in index:
+                feeds[name] = index[0] if isinstance(value, Tensor) else tuple(index)
+        if feeds:
+            found[other.component] = feeds
+    return found
+
+
+def _is_sample(value: Any, sample: Tensor) -> bool:
+    latents, _ = as_latents(value, sample)
+    return latents is not None and len(latents) == len(sample)
+
+
+def _spec(three: Step, two: Step, component: str, feeds: Iterable[str]) -> tuple[CallSpec, list[str]]:
+    """How the network is called, as far as shapes tell, and which arguments are conditions; ``feeds`` are others'."""
+    (call,), (other,) = (calls_of(step.calls, component) for step in (three, two))
+    sample = three.sample
+    layouts = {name: as_latents(v, sample)[1] for name, v in call.arguments.items() if _is_sample(v, sample)}
+    # One that is the sample as it is goes before one that holds more.
+    x = min(layouts, key=lambda name: layouts[name][2] is not None, default=None)
+    time = next((name for name in call.arguments if name in ("timestep", "timesteps", "t")), None)
+    if x is None or time is None or layouts[x][1]:
+        raise InputError(f"plan: the arguments of {component} do not show what is the sample and what the time")
+    rest = {name: value for name, value in call.arguments.items() if name not in (x, time, *feeds)}
     names = [
         name
         for name, value in rest.items()
-        if name in tensors and value.ndim and (len(value), len(two.arguments[name])) == (3, 2)
+        if isinstance(value, Tensor) and value.ndim and (len(value), len(other.arguments[name])) == (3, 2)
     ]
-    doubled = first_tensor(three.output).shape[1] == 2 * sample.shape[1]
     constants = {name: value for name, value in rest.items() if name not in names}
+    doubled = call.outputs[0].shape[1] == 2 * sample.shape[1]
     output = "first_half" if doubled else "identity"
-    return CallSpec(x, time, output=output, constants=constants), names
+    spec = CallSpec(x, time, output=output, constants=constants, frame_axis=layouts[x][0], appended=layouts[x][2])
+    return spec, [*names, *([spec.extra] if spec.extra else [])]

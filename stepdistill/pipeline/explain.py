@@ -125,7 +125,7 @@ def is_guided(recording: Recording) -> bool:
     component, step = denoiser_component(recording), recording.steps[0]
     calls = [call for call in step.calls if call.component == component]
     twice = torch.cat([scaled_sample(step)[: recording.count]] * 2)
-    seen = (_as_latents(value, twice)[0] for value in calls[0].arguments.values())
+    seen = (as_latents(value, twice)[0] for value in calls[0].arguments.values())
     return len(calls) == 2 or any(latents is not None and close(latents, twice) for latents in seen)
 
 
@@ -147,7 +147,7 @@ def sample_argument(off: Recording, on: Recording, component: str) -> tuple[Call
             for call in step.calls:
                 found = set()
                 for name, value in call.arguments.items():
-                    latents, layout = _as_latents(value, scaled)
+                    latents, layout = as_latents(value, scaled)
                     repeats = 0 if latents is None else len(latents) / len(scaled)
                     if repeats in (1, 2) and close(latents, torch.cat([scaled] * int(repeats))):
                         found.add((name, *layout))
@@ -167,10 +167,10 @@ def sample_argument(off: Recording, on: Recording, component: str) -> tuple[Call
     return spec, lengths == {2}
 
 
-_Layout = tuple[int | None, bool, tuple[int, int] | None]
+Layout = tuple[int | None, bool, tuple[int, int] | None]
 
 
-def _as_latents(value: Any, like: Tensor) -> tuple[Tensor | None, _Layout]:
+def as_latents(value: Any, like: Tensor) -> tuple[Tensor | None, Layout]:
     """``value`` laid out like ``like`` (None if it cannot be), and how: frame axis, list, what is appended to it."""
     is_list = is_list_of_rows(value)
     tensor = torch.stack(value) if is_list else value

@@ -81,7 +81,8 @@ def export(
     recipe = load(run / "recipe.yaml", safe=safe)
     path = best_checkpoint(run) or newest_checkpoint(run, say)
     # The stock pipeline is in float32, and so is what it is compared with.
-    exact = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"precision": "fp32"})})
+    plain = {"precision": "fp32", "quantize": None}
+    exact = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update=plain)})
     session = build(exact, torch.device("cpu"), cache=cache_folder(), with_data=False)
     step = load_student(session, path)
     fuse, keys = recipe.export.fuse if fuse is None else fuse, keys or recipe.export.keys

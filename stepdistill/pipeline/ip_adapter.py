@@ -35,7 +35,7 @@ def load_ip_adapter(pipeline: Any, adapter: IPAdapter) -> None:
         raise InputError(f"teacher.ip_adapter: {type(pipeline).__name__} takes none")
     wanted = stock_arguments(adapter)
     networks = [value for value in pipeline.components.values() if isinstance(value, nn.Module)]
-    before = {id(parameter) for network in networks for parameter in network.parameters()}
+    before = [{name for name, _ in network.named_parameters()} for network in networks]
     # An encoder in a folder without a slash lies beside the weights, as diffusers has it.
     folder = adapter.image_encoder if "/" in adapter.image_encoder else f"{wanted['subfolder']}/{adapter.image_encoder}"
     try:
@@ -48,13 +48,12 @@ def load_ip_adapter(pipeline: Any, adapter: IPAdapter) -> None:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"teacher.ip_adapter: cannot be loaded into {type(pipeline).__name__}: {reason}") from error
-    for network in networks:
-        places = [(module, name) for module in network.modules() for name, _ in module.named_parameters(recurse=False)]
-        fresh = [(module, name) for module, name in places if id(getattr(module, name)) not in before]
-        for module, name in fresh:
-            value = getattr(module, name).detach()
-            delattr(module, name)
-            module.register_buffer(name, value, persistent=False)
+    for network, known in zip(networks, before, strict=True):
+        fresh = [(name, value) for name, value in network.named_parameters() if name not in known]
+        for name, value in fresh:
+            module, own = network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            delattr(module, own)
+            module.register_buffer(own, value.detach(), persistent=False)
         if fresh:
             # For whatever asks what the network's outputs depend on.
             network.register_buffer("ip_adapter_scale", torch.tensor(adapter.scale), persistent=False)

@@ -1,14 +1,17 @@
 """Pipelines from embedded teachers, folders and the hub: safetensors only, no code but diffusers' own."""
 
 import difflib
+import importlib
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import BitsAndBytesConfig, DiffusionPipeline, TorchAoConfig
+from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -22,7 +25,10 @@ from stepdistill.recipe import IPAdapter
 
 
 def load_pipeline(
-    path: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+    path: str | Path,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantize: Literal["nf4", "int8"] | None = None,
 ) -> DiffusionPipeline:
     """A pipeline by the name of an embedded teacher, a local folder or a hub id; safetensors only, no remote code.
 
@@ -30,32 +36,59 @@ def load_pipeline(
     exported LoRA gives its teacher with the LoRA in the weights and the student's scheduler.
 
     Args:
-        revision: of a hub id. dtype: of all its networks.
+        revision: of a hub id. dtype: of all its networks. quantize: the denoiser's linear layers.
 
     Raises:
         InputError: there is none, or it cannot be loaded that way.
     """
     if is_lora(Path(path)):
+        if quantize is not None:
+            raise InputError("teacher.quantize: expected null for a teacher that is an exported LoRA")
         pipeline = fuse(load_pipeline(*teacher_of(Path(path)), dtype), Path(path))
     else:
-        pipeline = _stock(path, revision, dtype)
+        pipeline = _stock(path, revision, dtype, quantize)
     if adapter := _teacher_section(path).get("ip_adapter"):
         load_ip_adapter(pipeline, IPAdapter(**adapter))
     return pipeline
 
 
-def _stock(path: str | Path, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
-    place = source(path)
+def _stock(path: str | Path, revision: str | None, dtype: torch.dtype, quantize: str | None) -> DiffusionPipeline:
+    place, options = source(path), {}
+    if quantize is not None:
+        options = {"quantization_config": _quantization(quantize, dtype), "torch_dtype": dtype}
     try:
-        with quiet():
-            pipeline = DiffusionPipeline.from_pretrained(place, revision=revision, use_safetensors=True)
-            # Not by an argument: its name depends on the version, and half-precision files would come as they are.
-            pipeline.to(dtype)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        with quiet(), warnings.catch_warnings():
+            # Newer versions call the argument dtype, and warn; older ones know only this name.
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
+            pipeline = DiffusionPipeline.from_pretrained(place, revision=revision, use_safetensors=True, **options)
+            if quantize is None:
+                # Not by an argument: its name depends on the version, and half-precision files would come as they are.
+                pipeline.to(dtype)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"pipeline {path}: cannot be loaded as a diffusers pipeline: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     return attach(pipeline, place) if (Path(place) / CONFIG).is_file() else pipeline
+
+
+def _quantization(how: str, dtype: torch.dtype) -> PipelineQuantizationConfig:
+    """diffusers' configuration for the network of any pipeline that generates.
+
+    Raises:
+        InputError: the package is missing, or does not work here.
+    """
+    package = {"nf4": "bitsandbytes", "int8": "torchao"}[how]
+    try:
+        if how == "nf4":
+            importlib.import_module(package)
+            config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        else:
+            config = TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
+    except (ImportError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"teacher.quantize: {how} needs {package} (pip install {package}): {reason}") from error
+    # diffusers' two names for what is asked at every step.
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(("unet", "transformer"), config))
 
 
 def source(path: str | Path) -> str:

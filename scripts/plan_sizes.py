@@ -1,0 +1,211 @@
+"""What `stepdistill plan` expects of recipes at real sizes, without any download: a table in Markdown.
+
+    python scripts/plan_sizes.py                       # SD 1.5, SDXL, SD 3.5 medium, each recipe of docs/plan.md
+    python scripts/plan_sizes.py sdxl --gpu 24
+    python scripts/plan_sizes.py sd15 --measure train.precision=fp32 teacher.arguments='{height: 256, width: 256}'
+
+Of each pipeline the configs are written, by hand from those that are published. With --measure random weights are
+written too, and a real step's peak is set beside the expected one: on CUDA where there is a device, else on the CPU.
+"""
+
+import argparse
+import json
+import string
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5TokenizerFast
+
+from stepdistill import plan
+from stepdistill.pipeline.blueprint import from_configs
+from stepdistill.pipeline.load import save_pipeline
+from stepdistill.recipe import load
+from stepdistill.session import build
+from stepdistill.trainer import Trainer
+
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+}
+UNETS = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sdxl": {
+        "sample_size": 128,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [320, 640, 1280],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "use_linear_projection": True,
+    },
+}
+SD35_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+    "qk_norm": "rms_norm",
+}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+ONE = ("train.batch_size=1", "train.accumulation=1")
+RUNS = [
+    ("sd15", "sd15_dmd2", ()),
+    ("sd15", "sd15_dmd2", ("train.gradient_checkpointing=true", "train.precision=bf16")),
+    ("sdxl", "sdxl_dmd2_lora", ONE),
+    ("sdxl", "sdxl_dmd2_lora", ()),
+    ("sd35", "sd35_medium_dmd2_lora", ()),
+]
+
+
+def network(folder: Path, library: str, class_name: str, **config: Any) -> list[str]:
+    """Write a diffusers network's config; returns its entry of model_index.json."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"_class_name": class_name, **config}))
+    return [library, class_name]
+
+
+def clip(folder: Path, number: str, projected: bool, **config: Any) -> dict[str, list[str]]:
+    """A CLIP text encoder's config and a tokenizer of letters with its length."""
+    name = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+    letters = [token for letter in string.ascii_lowercase for token in (letter, f"{letter}</w>")]
+    vocab = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77).save_pretrained(folder / f"tokenizer{number}")
+    text = CLIPTextConfig(**config, projection_dim=config["hidden_size"], eos_token_id=len(vocab) - 1)
+    text.save_pretrained(folder / f"text_encoder{number}")
+    return {f"text_encoder{number}": ["transformers", name], f"tokenizer{number}": ["transformers", "CLIPTokenizer"]}
+
+
+def t5(folder: Path) -> dict[str, list[str]]:
+    """The config of T5-XXL's encoder and a tokenizer of letters."""
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *((c, -3.0) for c in string.ascii_lowercase)]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=512).save_pretrained(
+        folder / "tokenizer_3"
+    )
+    T5Config(**T5_XXL, d_kv=64).save_pretrained(folder / "text_encoder_3")
+    return {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+
+
+def write(folder: Path, size: str) -> Path:
+    """The configs of the pipeline of that size."""
+    index: dict[str, Any] = {}
+    if size == "sd35":
+        index |= {"_class_name": "StableDiffusion3Pipeline"}
+        index |= clip(folder, "", True, **CLIP_L) | clip(folder, "_2", True, **CLIP_G) | t5(folder)
+        index["transformer"] = network(folder / "transformer", "diffusers", "SD3Transformer2DModel", **SD35_MEDIUM)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    else:
+        index["unet"] = network(folder / "unet", "diffusers", "UNet2DConditionModel", **UNETS[size])
+        index |= clip(folder, "", False, **CLIP_L)
+        scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
+        if size == "sdxl":
+            index |= {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+            index |= clip(folder, "_2", True, **CLIP_G)
+            scheduler = EulerDiscreteScheduler(**BETAS)
+        else:
+            index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+            index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    latents = 16 if size == "sd35" else 4
+    index["vae"] = network(folder / "vae", "diffusers", "AutoencoderKL", **VAE, latent_channels=latents)
+    scheduler.save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def cpu_peak(trainer: Trainer, step: int) -> int:
+    """Bytes at the peak of a step: what stands, and the most that the allocator handed out on top of it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trainer.step(step)
+    now = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    modules = [one for one in trainer.session.trace.pipeline.components.values() if isinstance(one, torch.nn.Module)]
+    roles = trainer.session.method.roles
+    modules += [getattr(roles, name).network for name in ("student", *trainer.session.method.extra_roles)]
+    standing = [t for module in modules for t in (*torch.nn.Module.parameters(module), *module.buffers())]
+    standing += [t for one in trainer.optimizers.values() for state in one.state.values() for t in state.values()]
+    standing += trainer.average.values()
+    return peak + sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in standing}.values())
+
+
+def measured(recipe: str, overrides: list[str], folder: Path) -> int:
+    """Bytes at the peak of a real step of the trainer, the weights and moments that stand among them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    save_pipeline(from_configs(folder, torch.bfloat16, nullcontext()), folder)
+    session = build(load(recipe, overrides), device)
+    trainer = Trainer(session, Accelerator(cpu=device.type == "cpu"), folder)
+    turns = [len(set(session.method.turns(step))) for step in range(20)]
+    step = turns.index(max(turns))
+    trainer.step(step)  # makes the optimizers' moments
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        trainer.step(step)
+        return torch.cuda.max_memory_allocated()
+    return cpu_peak(trainer, step)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sizes", nargs="*", choices=["sd15", "sdxl", "sd35", []], help="none: all")
+    parser.add_argument("--gpu", type=float, help="also what would make it fit so many GiB")
+    parser.add_argument("--measure", nargs="*", metavar="KEY=VALUE", help="run a step of the first one, changed so")
+    options = parser.parse_args()
+    print("| recipe | changed | teacher | peak GiB | in the turn of | weights | optimizer | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as place:
+        folders: dict[str, Path] = {}
+        runs = [run for run in RUNS if not options.sizes or run[0] in options.sizes]
+        if options.measure is not None:
+            runs = [(*runs[0][:2], (*runs[0][2], *options.measure))]
+        for size, recipe, overrides in runs:
+            if size not in folders:
+                folders[size] = write(Path(place) / size, size)
+            start = time.perf_counter()
+            changed = [f"teacher.pipeline={folders[size]}", *overrides]
+            found = plan.plan(recipe, changed)
+            seconds = time.perf_counter() - start
+            teacher = next(line for line in found.lines if line.name == "teacher")
+            weights, optimizer = (sum(getattr(line, name) for line in found.lines) for name in ("weights", "optimizer"))
+            print(
+                f"| `{recipe}` | {', '.join(overrides) or '-'} | {teacher.parameters / 1e6:.0f} M "
+                f"| {found.peak / plan.GIB:.1f} | {found.player} | {weights / plan.GIB:.1f} "
+                f"| {optimizer / plan.GIB:.1f} | {seconds:.0f} |",
+                flush=True,
+            )
+            if options.gpu:
+                print(plan.as_text(*plan.fit(recipe, changed, options.gpu), options.gpu), flush=True)
+            if options.measure is not None:
+                print(f"measured {measured(recipe, changed, folders[size]) / plan.GIB:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What a recipe's sections cannot see alone: keys that contradict each other, sources that are not there."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepdistill import assets
+from stepdistill.data.forms import form
+from stepdistill.recipe_errors import found, suggest
+from stepdistill.yaml_lines import Keys
+
+if TYPE_CHECKING:
+    from stepdistill.recipe import Recipe
+
+SOURCES = "a folder, .jsonl, .tar, .parquet, .arrow or hub:OWNER/NAME"
+"""Where samples may come from (:mod:`stepdistill.data.forms`), in words."""
+
+
+def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
+    """(key, problem) of each; ``config`` is the method's own section as its ``Config``."""
+    teacher, student, data, train = recipe.teacher, recipe.student, recipe.data, recipe.train
+    embedded, folder = assets.teachers(), Path(teacher.pipeline).expanduser()
+    if teacher.pipeline not in embedded:
+        if folder.is_dir() and not (folder / "model_index.json").is_file():
+            problem = f"expected a pipeline in diffusers format, found no model_index.json in {folder}"
+            yield ("teacher", "pipeline"), problem
+        if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", teacher.pipeline):
+            known = (
+                f"an embedded teacher ({', '.join(embedded) or 'none here'}), an existing folder or a hub id owner/name"
+            )
+            hint = suggest(teacher.pipeline, embedded)
+            yield ("teacher", "pipeline"), f"expected {known}, found {found(teacher.pipeline)}{hint}"
+    if student.init is not None and not Path(student.init).is_dir():
+        yield ("student", "init"), f"expected a run folder or an exported pipeline, found nothing at {student.init}"
+    if student.config:
+        how = recipe.method.implementation.role_training(config).get("student", student.train)
+        if how != "full":
+            yield ("student", "config"), f"expected none for a student that stands on the teacher's weights ({how})"
+    if teacher.quantize is not None:
+        if teacher.precision != "bf16":
+            yield ("teacher", "precision"), f"expected 'bf16' beside teacher.quantize, found {found(teacher.precision)}"
+        implementation = recipe.method.implementation
+        names = ("student", *implementation.extra_roles)
+        training = {name: student.train for name in names} | dict(implementation.role_training(config))
+        if whole := [name for name, how in training.items() if how == "full"]:
+            problem = f"expected 'lora' beside teacher.quantize; all weights of the {whole[0]} would be trained"
+            yield ("student", "train"), problem
+    conditions = data.conditions
+    known = ("classes", "captions", *assets.prompt_lists())
+    if isinstance(conditions, str) and conditions not in known and form(conditions) is None:
+        names = ", ".join(map(repr, known))
+        yield ("data", "conditions"), f"expected {names}, a list, a .txt or {SOURCES}, {_nothing(conditions)}"
+    if conditions == "captions" and data.images is None:
+        yield ("data", "conditions"), "expected data.images beside 'captions', found null"
+    if data.arguments and conditions != "captions":
+        if isinstance(conditions, list) or form(conditions) in (None, "text"):
+            problem = f"expected 'captions' or {SOURCES} beside data.arguments, found {found(conditions)}"
+            yield ("data", "conditions"), problem
+        if data.images is not None:
+            problem = f"expected 'captions' beside data.arguments and data.images, found {found(conditions)}"
+            yield ("data", "conditions"), problem
+    for name in data.arguments:
+        if not isinstance(teacher.arguments.get(name), str):
+            problem = f"expected a picture, an example, as teacher.arguments.{name}"
+            yield ("data", "arguments", name), f"{problem}, found {found(teacher.arguments.get(name))}"
+    if conditions == []:
+        yield ("data", "conditions"), "expected at least one prompt, found an empty list"
+    if data.images not in (None, "fashion-mnist") and form(data.images) in (None, "text"):
+        yield ("data", "images"), f"expected 'fashion-mnist', {SOURCES}, {_nothing(data.images)}"
+    for key, source in (("conditions", conditions), ("images", data.images)):
+        if isinstance(source, str) and form(source) == "hub" and data.limit is None:
+            yield ("data", key), "expected data.limit beside it, the number of samples to be streamed, found null"
+    if data.images is None and recipe.method.implementation.data_needs(config).images:
+        problem = f"trains on real images with these settings; expected data.images: 'fashion-mnist', {SOURCES}"
+        yield ("method", "name"), f"{recipe.method.name} {problem}, found null"
+    guidance = teacher.guidance
+    if guidance.interval is not None and not 0 <= guidance.interval[0] < guidance.interval[1] <= 1:
+        problem = f"expected [low, high] with 0 <= low < high <= 1, found {guidance.interval}"
+        yield ("teacher", "guidance", "interval"), problem
+    if recipe.method.implementation.guides_itself:
+        for key, off, value in (("interval", None, guidance.interval), ("rescale", 0.0, guidance.rescale)):
+            if value != off:
+                problem = f"expected {found(off)} for {recipe.method.name}, which forms guidance itself, found {value}"
+                yield ("teacher", "guidance", key), problem
+    for key, problem in recipe.method.implementation.problems(config, student.steps, train.steps):
+        yield tuple(key.split(".")), problem
+    if train.batch_size % train.accumulation:
+        problem = f"expected a divisor of train.batch_size ({train.batch_size}), found {train.accumulation}"
+        yield ("train", "accumulation"), problem
+    if recipe.distributed.shard:
+        if not recipe.method.implementation.shards:
+            yield ("distributed", "shard"), f"expected false for {recipe.method.name}, found true"
+        if train.compile:
+            yield ("train", "compile"), "expected false beside distributed.shard, found true"
+        if train.optimizer != "adamw":
+            yield ("train", "optimizer"), f"expected adamw beside distributed.shard, found {train.optimizer}"
+        if teacher.quantize is not None:
+            yield ("teacher", "quantize"), f"expected null beside distributed.shard, found {teacher.quantize}"
+    if max(train.betas) >= 1:
+        yield ("train", "betas"), f"expected two numbers from 0 to below 1, found {train.betas}"
+    solver_steps = (recipe.method.model_extra or {}).get("solver_steps", student.steps)
+    if solver_steps < student.steps:
+        yield ("student", "steps"), f"expected at most method.solver_steps ({solver_steps}), found {student.steps}"
+    if train.lr_warmup > train.steps:
+        yield ("train", "lr_warmup"), f"expected at most train.steps ({train.steps}), found {train.lr_warmup}"
+    if recipe.output is not None:
+        blocked = [path for path in (Path(recipe.output), *Path(recipe.output).parents) if path.is_file()]
+        if blocked:
+            yield ("output",), f"expected a folder, found a file at {blocked[0]}"
+    if recipe.resume not in ("auto", "never") and not Path(recipe.resume).is_dir():
+        hint = suggest(recipe.resume, ["auto", "never"])
+        yield ("resume",), f"expected auto, never or an existing folder, found {found(recipe.resume)}{hint}"
+
+
+def _nothing(source: str) -> str:
+    """The end of a message about a path that is no source of samples."""
+    return (
+        f"found {Path(source).suffix or 'a text file'} at {source}"
+        if Path(source).exists()
+        else (f"found nothing at {source}")
+    )
