@@ -9,13 +9,13 @@ format. scripts/measure_teacher.py then records the reference statistics and the
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
+from teacher_training import Averaged, batches, log, normalise_latents, one_cycle, train
 
 from stepdistill.data import fashion_mnist
 from stepdistill.eval.features import Classifier
@@ -24,26 +24,6 @@ from stepdistill.schedule import from_scheduler
 
 LATENT = (4, 8, 8)
 NULL_CLASS = 1000
-
-
-def log(stage: str, message: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {stage}: {message}", flush=True)
-
-
-def one_cycle(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 5 % of the steps, then cosine to zero."""
-    warm = max(1, int(0.05 * steps))
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
-
-
-def batches(n: int, size: int, seed: int):
-    """Endless index batches, reshuffled every epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(n, generator=generator)
-        yield from order[: n - n % size].split(size)
 
 
 def new_vae() -> AutoencoderKL:
@@ -82,22 +62,8 @@ def train_vae(work: Path, steps: int, batch: int = 64, peak: float = 2e-3) -> No
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
             log("vae", f"step {step}/{steps} reconstruction {reconstruction.item():.4f}")
-    _normalise_latents(vae, images[:10_000])
+    normalise_latents(vae, iter(images[:10_000].split(500)))
     save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, work / "vae.safetensors")
-
-
-@torch.no_grad()
-def _normalise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
-    """Fold a per-channel shift and scale into quant_conv and post_quant_conv: zero mean, unit deviation."""
-    latents = torch.cat([vae.encode(x).latent_dist.mean for x in images.split(500)])
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    channels = LATENT[0]
-    into, out = vae.quant_conv, vae.post_quant_conv
-    into.weight[:channels] /= std[:, None, None, None]
-    into.bias[:channels] = (into.bias[:channels] - mean) / std
-    into.bias[channels:] -= 2 * std.log()
-    out.bias += out.weight[:, :, 0, 0] @ mean
-    out.weight *= std[None, :, None, None]
 
 
 @torch.no_grad()
@@ -160,18 +126,11 @@ def train_denoiser(work: Path, steps: int, batch: int = 128, peak: float = 1e-3,
     denoiser = new_denoiser()
     parameters = dict(denoiser.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.99), weight_decay=0.01)
-    ema = {name: p.detach().clone() for name, p in parameters.items()}
-    checkpoint, first = work / "denoiser-checkpoint.safetensors", 0
-    if checkpoint.exists():
-        first = _resume_denoiser(checkpoint, parameters, ema, optimizer)
-        log("denoiser", f"resumed at step {first}")
+    averaged = Averaged(parameters, optimizer, ema_decay)
     schedule, _ = from_scheduler(new_scheduler())
     forward = torch.compile(denoiser)
-    average = 0.0
-    for step in range(first, steps):
-        optimizer.param_groups[0]["lr"] = one_cycle(step, steps, peak)
-        # Every draw follows from the step number alone, so a resumed run continues the same sequence.
-        generator = torch.Generator().manual_seed(step)
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(latents), (batch,), generator=generator)
         timestep = torch.randint(1000, (batch,), generator=generator)
         dropped = torch.rand(batch, generator=generator) < 0.1
@@ -180,41 +139,10 @@ def train_denoiser(work: Path, steps: int, batch: int = 128, peak: float = 1e-3,
         x_t = schedule.add_noise(x0, eps, t)
         target = schedule.velocity(x0, eps, t)
         predicted = forward(x_t, timestep=timestep, class_labels=labels[rows].masked_fill(dropped, NULL_CLASS)).sample
-        loss = F.mse_loss(predicted, target)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-        optimizer.step()
-        decay = min(ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - decay)
-        average = loss.item() if step == first else 0.99 * average + 0.01 * loss.item()
-        if step % 100 == 0:
-            log("denoiser", f"step {step}/{steps} loss {average:.4f}")
-        if (step + 1) % 250 == 0:
-            _save_denoiser(checkpoint, parameters, ema, optimizer, step + 1)
-    save_file({name: p.contiguous() for name, p in ema.items()}, work / "denoiser.safetensors")
+        return F.mse_loss(predicted, target)
 
-
-def _save_denoiser(path: Path, parameters, ema, optimizer, step: int) -> None:
-    tensors = {"step": torch.tensor(step)}
-    for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        tensors |= {f"weight.{name}": parameter.detach(), f"ema.{name}": ema[name]}
-        tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
-    save_file(tensors, path.with_suffix(".partial"))
-    path.with_suffix(".partial").rename(path)
-
-
-@torch.no_grad()
-def _resume_denoiser(path: Path, parameters, ema, optimizer) -> int:
-    stored = load_file(path)
-    step = int(stored["step"])
-    for name, parameter in parameters.items():
-        parameter.copy_(stored[f"weight.{name}"])
-        ema[name].copy_(stored[f"ema.{name}"])
-        moments = {key: stored[f"{key}.{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-    return step
+    train("denoiser", averaged, loss, steps, peak, work)
+    save_file({name: p.contiguous() for name, p in averaged.average.items()}, work / "denoiser.safetensors")
 
 
 def train_classifier(work: Path, epochs: int = 4, batch: int = 128, peak: float = 2e-3) -> None:

@@ -1,0 +1,265 @@
+"""Train the embedded text-to-image teacher on captioned emoji: autoencoder, then text encoder and denoiser together.
+
+    python scripts/emoji_data.py --packages . --out build/emoji
+    python scripts/train_emoji_teacher.py vae denoiser pack --data build/emoji --work build/emoji-teacher
+
+On a GPU in bfloat16 and compiled, on a CPU in float32. Every stage leaves a file in the work folder and is skipped when
+that is there; both training stages go on from their last checkpoint. ``pack`` writes a StableDiffusionPipeline in stock
+format, 64x64 pixels, float16 on disk. ``--vae-steps 2 --denoiser-steps 2 --batch 4`` is the smoke test.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from teacher_training import Averaged, log, normalise_latents, train
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from stepdistill.pipeline.load import save_pipeline
+from stepdistill.schedule import from_scheduler
+
+CHANNELS, SIZE, TOKENS, WIDTH = 8, 8, 16, 192
+VOCABULARY = 2400
+
+
+def read(data: Path, split: str) -> tuple[Tensor, list[dict]]:
+    """Images uint8 (N, 3, 64, 64) of a split that scripts/emoji_data.py wrote, and what is known of each."""
+    lines = (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    facts = [json.loads(line) for line in lines]
+    pictures = [np.asarray(Image.open(data / one["image"]).convert("RGB")) for one in facts]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), facts
+
+
+def floats(images: Tensor, device: torch.device) -> Tensor:
+    return (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def new_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(24, 48, 96, 96),
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=8,
+        sample_size=SIZE * 8,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def new_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """Byte pairs of the captions' words, the frequent ones whole; CLIP's special tokens."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    stored = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in stored["merges"]]
+    return CLIPTokenizer(vocab=stored["vocab"], merges=merges, model_max_length=TOKENS)
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def new_denoiser() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIZE,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=(128, 160),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=8,
+        norm_num_groups=16,
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """v-prediction; the scaled-linear table ends at alpha = 0.015, so pure noise is a fair start."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.02,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        steps_offset=1,
+        clip_sample=False,
+    )
+
+
+def train_vae(images: Tensor, work: Path, steps: int, batch: int, device: torch.device, peak: float = 2e-3) -> None:
+    """L1 of pixels and of their differences to the neighbours, which keeps edges sharp, with a light KL term."""
+    torch.manual_seed(0)
+    vae = new_vae().to(device, memory_format=torch.channels_last)
+    parameters = dict(vae.named_parameters())
+    averaged = Averaged(parameters, torch.optim.AdamW(parameters.values(), weight_decay=0.0), decay=0.999)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        x = floats(images[torch.randint(len(images), (batch,), generator=generator)], device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            posterior = vae.encode(x).latent_dist
+            error = vae.decode(posterior.sample()).sample - x
+        error = error.float()
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return error.abs().mean() + edges + 1e-6 * posterior.kl().float().mean()
+
+    train("vae", averaged, loss, steps, peak, work)
+    vae.load_state_dict(averaged.average)
+    vae.eval()
+    normalise_latents(vae, (floats(part, device) for part in images.split(100)))
+    save_file({k: v.cpu().contiguous() for k, v in vae.state_dict().items()}, work / "vae.safetensors")
+
+
+@torch.no_grad()
+def encode_all(images: Tensor, work: Path, device: torch.device) -> Tensor:
+    """Latent means of images (N, 8, 8, 8); cached in the work folder."""
+    cached = work / "latents.safetensors"
+    if not cached.exists():
+        vae = new_vae().to(device).eval()
+        vae.load_state_dict(load_file(work / "vae.safetensors"))
+        parts = [vae.encode(floats(part, device)).latent_dist.mean.cpu() for part in images.split(100)]
+        save_file({"latents": torch.cat(parts).contiguous()}, cached)
+    return load_file(cached)["latents"]
+
+
+class Captions:
+    """Token numbers of every picture's caption and of its other names."""
+
+    def __init__(self, facts: list[dict], tokenizer: CLIPTokenizer):
+        self.texts = [[one["caption"], *one["others"]] for one in facts]
+        known = sorted({text for texts in self.texts for text in texts} | {""})
+        rows = tokenizer(known, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+        self.ids = dict(zip(known, rows.input_ids, strict=True))
+
+    def draw(self, rows: Tensor, seed: int) -> Tensor:
+        """(B, 16): another name for a third of those that have one, none (guidance's empty prompt) for a tenth."""
+        dice, found = random.Random(seed), []
+        for row in rows.tolist():
+            names = self.texts[row]
+            text = dice.choice(names) if dice.random() < 1 / 3 else names[0]
+            found.append(self.ids["" if dice.random() < 0.1 else text])
+        return torch.stack(found)
+
+
+class Both(nn.Module):
+    """Text encoder and denoiser as one module, for one compiled graph and one optimizer."""
+
+    def __init__(self, tokenizer: CLIPTokenizer):
+        super().__init__()
+        self.text, self.denoiser = new_text_encoder(tokenizer), new_denoiser()
+
+    def forward(self, x_t: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
+        return self.denoiser(x_t, timestep, self.text(ids).last_hidden_state).sample
+
+
+def train_denoiser(
+    images: Tensor, facts: list[dict], work: Path, steps: int, batch: int, device: torch.device, peak: float = 1e-3
+) -> None:
+    """v-prediction MSE at uniform timesteps, captions dropped with probability 0.1 (Ho & Salimans 2022)."""
+    latents = encode_all(images, work, device)
+    tokenizer = new_tokenizer([text for one in facts for text in (one["caption"], *one["others"])])
+    tokenizer.save_pretrained(work / "tokenizer")
+    captions = Captions(facts, tokenizer)
+    torch.manual_seed(0)
+    both = Both(tokenizer).to(device, memory_format=torch.channels_last)
+    parameters = dict(both.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.99), weight_decay=0.01)
+    averaged = Averaged(parameters, optimizer, decay=0.9995)
+    schedule, _ = from_scheduler(new_scheduler())
+    forward = torch.compile(both) if steps >= 1000 else both  # a short trial does not earn it back
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(latents), (batch,), generator=generator)
+        timestep = torch.randint(1000, (batch,), generator=generator)
+        x0, eps = latents[rows], torch.randn(batch, CHANNELS, SIZE, SIZE, generator=generator)
+        t = schedule.time(timestep)
+        x_t, target = schedule.add_noise(x0, eps, t).to(device), schedule.velocity(x0, eps, t).to(device)
+        ids = captions.draw(rows, step).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            predicted = forward(x_t.contiguous(memory_format=torch.channels_last), timestep.to(device), ids)
+        return F.mse_loss(predicted.float(), target)
+
+    train("denoiser", averaged, loss, steps, peak, work)
+    save_file({name: p.cpu().contiguous() for name, p in averaged.average.items()}, work / "denoiser.safetensors")
+
+
+def pack(work: Path, out: Path) -> None:
+    """Write the stock pipeline folder, float16 on disk."""
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    vae, both = new_vae(), Both(tokenizer)
+    vae.load_state_dict(load_file(work / "vae.safetensors"))
+    both.load_state_dict(load_file(work / "denoiser.safetensors"), strict=False)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=both.text,
+        tokenizer=tokenizer,
+        unet=both.denoiser,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    save_pipeline(pipeline.to(torch.float16), out)
+    # transformers would load what it finds, float16, beside diffusers' float32.
+    config = out / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    size = sum(f.stat().st_size for f in out.glob("*/*.safetensors"))
+    log("pack", f"{out}: {size / 1e6:.2f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=("vae", "denoiser", "pack"))
+    parser.add_argument("--data", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--work", type=Path, default=Path("build/emoji-teacher"))
+    parser.add_argument("--out", type=Path, default=Path("assets/teachers/emoji"))
+    parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument("--denoiser-steps", type=int, default=20000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    work, device = arguments.work, torch.device(arguments.device)
+    work.mkdir(parents=True, exist_ok=True)
+    for stage in arguments.stages:
+        if stage == "pack":
+            pack(work, arguments.out)
+        elif (work / f"{stage}.safetensors").exists():
+            log(stage, "already there, skipped")
+        elif stage == "vae":
+            train_vae(read(arguments.data, "train")[0], work, arguments.vae_steps, arguments.batch, device)
+        else:
+            images, facts = read(arguments.data, "train")
+            train_denoiser(images, facts, work, arguments.denoiser_steps, arguments.batch, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The scripts that make the emoji teacher: what goes into which split, and two updates of everything end to end."""
+
+import importlib
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+CODES = {"1f430": "rabbit face", "1f431": "cat face", "2764-fe0f": "red heart", "1f1ee-1f1f9": "flag of italy"}
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The two scripts as modules."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield importlib.import_module("emoji_data"), importlib.import_module("train_emoji_teacher")
+    sys.path.remove(str(SCRIPTS))
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+@pytest.fixture
+def packages(scripts, tmp_path) -> Path:
+    """Archives like the npm packages', with four emoji, one of a skin tone and a catalogue."""
+    catalogue = [
+        {"unified": code.upper(), "short_names": ["bunny" if code == "1f430" else "x"], "category": "Any"}
+        | {"subcategory": "country-flag" if "1f1ee" in code else "any"}
+        for code in CODES
+    ]
+    random = np.random.default_rng(0)
+    for archive, folder in scripts[0].PACKAGES.values():
+        with tarfile.open(tmp_path / archive, "w:gz") as tar:
+            add(tar, "package/emoji.json", json.dumps(catalogue).encode())
+            for code in (*CODES, "1f44b-1f3fd"):
+                file = io.BytesIO()
+                Image.fromarray(random.integers(0, 255, (72, 72, 4), dtype=np.uint8)).save(file, "PNG")
+                add(tar, f"{folder}{code}.png", file.getvalue())
+    return tmp_path
+
+
+def test_genders_stay_together_and_a_concept_is_held_out_for_good(scripts):
+    data = scripts[0]
+    names = [f"{who} {work}" for who in ("man", "woman", "person") for work in map(str, range(400))]
+    found = {name: [data.split(name, style) for style in data.PACKAGES] for name in names}
+    assert all(found[f"man {i}"] == found[f"woman {i}"] == found[f"person {i}"] for i in range(400))
+    assert {"concepts"} in map(set, found.values()) and {"train"} in map(set, found.values())
+    assert all("concepts" not in splits or set(splits) == {"concepts"} for splits in found.values())
+    assert max(splits.count("styles") for splits in found.values()) == 1
+    # 5 % and 10 % of the rest, of 400 concepts.
+    assert 8 < sum("concepts" in splits for splits in found.values()) / 3 < 35
+    assert 20 < sum("styles" in splits for splits in found.values()) / 3 < 60
+    assert data.split("woman", "flat") in ("train", "styles", "concepts")
+
+
+def test_from_packages_to_a_pipeline_that_draws(scripts, packages, monkeypatch, capsys):
+    data, teacher = scripts
+    out, work = packages / "emoji", packages / "work"
+    monkeypatch.setattr(data, "split", lambda name, style: "concepts" if "cat" in name else "train")
+    monkeypatch.setattr(sys, "argv", ["emoji_data.py", "--packages", str(packages), "--out", str(out)])
+    data.main()
+    assert "train: 9 pictures" in capsys.readouterr().out
+    images, facts = teacher.read(out, "train")
+    assert images.shape == (9, 3, 64, 64) and images.dtype == torch.uint8
+    assert {one["concept"] for one in facts} == {"rabbit face", "red heart", "flag of italy"}
+    rabbit = facts[[one["concept"] for one in facts].index("rabbit face")]
+    assert (rabbit["caption"], rabbit["others"]) == ("flat emoji of rabbit face", ["flat emoji of bunny"])
+    assert (out / rabbit["image"]).with_suffix(".txt").read_text() == rabbit["caption"]
+    options = ["--data", str(out), "--work", str(work), "--out", str(packages / "teacher"), "--device", "cpu"]
+    options += ["--vae-steps", "2", "--denoiser-steps", "2", "--batch", "2"]
+    monkeypatch.setattr(sys, "argv", ["train_emoji_teacher.py", "vae", "denoiser", "pack", *options])
+    teacher.main()
+    pipe = StableDiffusionPipeline.from_pretrained(packages / "teacher")
+    pipe.set_progress_bar_config(disable=True)
+    draw = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
+    first, second = (
+        pipe(f"flat emoji of {name}", generator=torch.Generator().manual_seed(0), **draw).images
+        for name in ("rabbit face", "bunny")
+    )
+    assert first.shape == (1, 64, 64, 3) and not np.array_equal(first, second)
+    ids = pipe.tokenizer("flat emoji of rabbit face").input_ids
+    assert len(ids) == 7 and ids[-1] == pipe.text_encoder.config.eos_token_id
+    assert load_latents(work).std(dim=(0, 2, 3)).allclose(torch.ones(8), atol=0.05)
+
+
+def load_latents(work: Path) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(work / "latents.safetensors")["latents"]
+
+
+def test_a_stopped_training_goes_on_where_it_was(scripts, tmp_path, monkeypatch):
+    training = importlib.import_module("teacher_training")
+    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+
+    def run(folder: Path, stop: int) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.ones(3))
+        averaged = training.Averaged({"w": weight}, torch.optim.AdamW([weight]), decay=0.9)
+
+        def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+            if step == stop:
+                raise KeyboardInterrupt
+            return (weight * torch.randn(3, generator=generator)).square().sum()
+
+        folder.mkdir(exist_ok=True)
+        try:
+            training.train("any", averaged, loss, 6, 1e-2, folder)
+        except KeyboardInterrupt:
+            return run(folder, -1)
+        return torch.cat([weight.detach(), averaged.average["w"]])
+
+    assert torch.equal(run(tmp_path / "whole", -1), run(tmp_path / "parts", 4))
