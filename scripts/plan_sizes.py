@@ -153,7 +153,7 @@ def cpu_peak(trainer: Trainer, step: int) -> int:
     modules += [getattr(roles, name).network for name in ("student", *trainer.session.method.extra_roles)]
     standing = [t for module in modules for t in (*torch.nn.Module.parameters(module), *module.buffers())]
     standing += [t for one in trainer.optimizers.values() for state in one.state.values() for t in state.values()]
-    standing += trainer.average.values()
+    standing += trainer.average.weights.values()
     return peak + sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in standing}.values())
 
 

@@ -5,7 +5,8 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stepdistill.errors import InputError
+from stepdistill.pipeline.denoiser import Denoiser
 
 T = TypeVar("T")
 
@@ -124,6 +126,15 @@ class Processes:
             return dict(metrics)
         values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=self.accelerator.device)
         return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+
+    @contextmanager
+    def counted_once(self, roles: Sequence[Denoiser]) -> Iterator[None]:
+        """Inside, rows that all processes put through the roles' networks alike count in the first process alone."""
+        before = [role.evaluations for role in roles]
+        yield
+        if not self.first:
+            for role, evaluations in zip(roles, before, strict=True):
+                role.evaluations = evaluations
 
     @torch.no_grad()
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -1,6 +1,7 @@
-"""The optimizers that a recipe can name: AdamW, or AdamW with its moments in 8 bits."""
+"""The optimizers that a recipe can name: AdamW, or AdamW with its moments in 8 bits; and their learning rate."""
 
 import importlib
+import math
 from collections.abc import Iterable
 
 import torch
@@ -29,3 +30,13 @@ def make_optimizer(parameters: Iterable[nn.Parameter], train: Train, lr: float) 
         raise InputError(
             f"train.optimizer: adamw8bit needs bitsandbytes (pip install bitsandbytes), found: {error}"
         ) from None
+
+
+def learning_rate(train: Train, step: int, peak: float) -> float:
+    """The rate at ``step``: warmed up to ``peak``, then as the recipe says."""
+    if step < train.lr_warmup:
+        return peak * (step + 1) / train.lr_warmup
+    if train.lr_decay == "constant":
+        return peak
+    done = (step - train.lr_warmup) / max(1, train.steps - train.lr_warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))

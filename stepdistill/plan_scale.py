@@ -78,10 +78,11 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Stack:
-    """The bytes of a network's parameters: all of them, and those of its largest block."""
+    """The bytes of a network's parameters: all of them, those of its largest block, and those outside of blocks."""
 
     whole: int
     block: int
+    rest: int
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,9 @@ def scale(
 
 
 def kinds_of_steps(method: DistillMethod, steps: int) -> dict[tuple[str, ...], float]:
-    """Which share of the steps, the first 5000 standing for all, has which turns."""
-    counted = min(steps, 5000)
-    kinds = Counter(tuple(method.turns(step)) for step in range(counted))
-    return {turns: count / counted for turns, count in kinds.items()}
+    """Which share of the steps has which turns."""
+    kinds = Counter(tuple(method.turns(step)) for step in range(steps))
+    return {turns: count / steps for turns, count in kinds.items()}
 
 
 def memory_of_copies(local: Plan, gpus: int) -> float:
@@ -157,6 +157,8 @@ def memory_of_shards(local: Plan, stacks: Collection[Stack], whole: Collection[s
     fixed = sum(line.weights + line.optimizer + line.average for line in local.lines)
     fixed -= away * sum(stack.whole for stack in stacks)
     fixed -= away * sum(line.optimizer + line.average for line in local.lines if line.name in whole)
+    if gpus > 1:
+        fixed += sum(stack.rest for stack in stacks)
     # The block that runs, the one that is fetched meanwhile, and the gradients of one that are still whole.
     block = max(stack.block for stack in stacks) if gpus > 1 else 0
     turns = []
@@ -171,8 +173,8 @@ def stacks_of(method: DistillMethod) -> dict[nn.Module, Stack]:
     stacks = {}
     for name in ("teacher", *_role_names(method)):
         network = innermost(getattr(method.roles, name).network)
-        sizes = [_bytes(block) for block in blocks(network)]
-        stacks[network] = Stack(whole := _bytes(network), max([*sizes, whole - sum(sizes)]))
+        sizes, whole = [_bytes(block) for block in blocks(network)], _bytes(network)
+        stacks[network] = Stack(whole, max(sizes, default=0), whole - sum(sizes))
     return stacks
 
 
@@ -181,7 +183,7 @@ def traffic_of(
 ) -> Traffic:
     """The mean over all steps, and over the student's first and last step as the ones that are trained."""
     stacks, steps = stacks_of(method), {}
-    for step in range(min(recipe.train.steps, 5000)):
+    for step in range(recipe.train.steps):
         steps.setdefault(tuple(method.turns(step)), step)
     one = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 1, "accumulation": 1})})
     gradients = gathered = scattered = copied = 0.0

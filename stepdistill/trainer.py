@@ -27,8 +27,10 @@ from stepdistill.eval.row_cache import cache_folder
 from stepdistill.evaluation import BEST, Evaluation, ranked
 from stepdistill.faults import explained
 from stepdistill.finite import FiniteWatch
-from stepdistill.optimizer import make_optimizer
+from stepdistill.moving_average import MovingAverage
+from stepdistill.optimizer import learning_rate, make_optimizer
 from stepdistill.pipeline.card import fill_in_quality
+from stepdistill.pipeline.denoiser import Denoiser
 from stepdistill.pipeline.export import export
 from stepdistill.preview import Preview
 from stepdistill.progress import TrainingProgress, WorkProgress, quiet, say
@@ -134,9 +136,11 @@ class Trainer:
         self.parameters = {player: self._parameters(player) for player in self.method.players}
         for parameter in itertools.chain.from_iterable(self.parameters.values()):
             parameter.requires_grad_(False)
-        self.optimizers = {player: self._optimizer(player) for player in self.method.players}
-        student = dict(self.method.roles.student.network.named_parameters())
-        self.average = {name: p.detach().clone() for name, p in student.items()} if self.recipe.student.ema else {}
+        self.optimizers = {
+            player: make_optimizer(parameters, self.recipe.train, self._peak_rate(player))
+            for player, parameters in self.parameters.items()
+        }
+        self.average = MovingAverage(self.method.roles.student.network, self.recipe.student.ema)
         self.finite = FiniteWatch()
         self.stop_requested = False
         self.spent = 0
@@ -146,15 +150,14 @@ class Trainer:
     def _parameters(self, player: str) -> list[nn.Parameter]:
         return [p for module in self.method.modules(player) for p in module.parameters()]
 
-    def _optimizer(self, player: str) -> torch.optim.Optimizer:
-        train = self.recipe.train
-        return make_optimizer(self.parameters[player], train, train.lr if player == "student" else train.critic_lr)
+    def _peak_rate(self, player: str) -> float:
+        return self.recipe.train.lr if player == "student" else self.recipe.train.critic_lr
 
     def state(self, step: int) -> checkpoint.State:
         """Everything that a checkpoint holds."""
         roles = self.method.roles
         networks = {name: getattr(roles, name).network for name in ("student", *self.method.extra_roles)}
-        averages = {"student": self.average} if self.average else {}
+        averages = {"student": self.average.weights} if self.average.weights else {}
         return checkpoint.State(step, networks | self.method.extra_modules(), self.optimizers, averages)
 
     def run(self, start: Path | None) -> tuple[int, bool]:
@@ -176,18 +179,19 @@ class Trainer:
         # Networks that are shared out run in all processes or in none; only one of them writes.
         looks = self.processes.first or bool(self.shards)
         if every and looks:
-            with self._counted_once():
+            with self.processes.counted_once(self._roles()):
                 evaluation = Evaluation(self.session, self.folder, first)
         if self._enough(evaluation):
             return first, False
-        with self._counted_once():
+        with self.processes.counted_once(self._roles()):
             preview = Preview(self.session, self.folder, self.processes.first) if looks else None
         self.accelerator.init_trackers("tensorboard")
         step, saved, enough = first, first, False
         watchdog = Watchdog(self.folder, train.watchdog_minutes, first, self.processes.rank)
         with self._signals(), TrainingProgress(first, train.steps) as progress, watchdog:
             if first == 0 and preview:
-                self._show(preview, 0)
+                with self.processes.counted_once(self._roles()):
+                    preview.write(0, self.averaged())
             while step < train.steps and not enough and not self._stopping(step):
                 metrics = self.step(step, log=(step + 1) % train.log_every == 0 or step in (first, train.steps - 1))
                 step += 1
@@ -198,7 +202,8 @@ class Trainer:
                 if kept or shown or measured:
                     self.finite.check()
                 if shown and preview:
-                    metrics |= self._show(preview, step)
+                    with self.processes.counted_once(self._roles()):
+                        metrics |= preview.write(step, self.averaged())
                 if measured:
                     metrics |= self._measure(evaluation, step)
                     enough = self._enough(evaluation)
@@ -245,15 +250,11 @@ class Trainer:
             return self.stop_requested
         return False
 
-    def _show(self, preview: Preview, step: int) -> dict[str, float]:
-        with self._counted_once():
-            return preview.write(step, self.averaged())
-
     def _measure(self, evaluation: Evaluation | None, step: int) -> dict[str, float]:
         """Measure the student, and keep its checkpoint if it is among the best; the first process decides."""
         value = None
         if evaluation:
-            with self._counted_once():
+            with self.processes.counted_once(self._roles()):
                 value = evaluation.measure(self.averaged())
         value = self.processes.once(lambda: value)
         if evaluation:
@@ -262,16 +263,6 @@ class Trainer:
             self._write(self.folder / BEST, step, self.recipe.evaluation.keep_best + 1)
         self.processes.once(lambda: evaluation.write())
         return {f"evaluation/{self.recipe.evaluation.metric}": value}
-
-    @contextmanager
-    def _counted_once(self) -> Iterator[None]:
-        """Inside, rows that all processes put through the networks alike count in the first one alone."""
-        roles = [getattr(self.method.roles, name) for name in ("teacher", "student", *self.method.extra_roles)]
-        before = [role.evaluations for role in roles]
-        yield
-        if not self.processes.first:
-            for role, evaluations in zip(roles, before, strict=True):
-                role.evaluations = evaluations
 
     def _save(self, checkpoints: Path, step: int) -> None:
         parameters = itertools.chain.from_iterable(self.parameters.values())
@@ -283,6 +274,7 @@ class Trainer:
         if not self.shards:
             self.processes.once(lambda: checkpoint.save(folder, self.state(step), keep))
             return
+        self.shards.settle()
         files = checkpoint.contents(self.state(step), self.processes.first)
         self.processes.once(lambda: checkpoint.write(folder, step, files, keep))
 
@@ -303,7 +295,7 @@ class Trainer:
         if not log:
             return {}
         metrics = self.processes.mean(metrics)
-        return metrics | {"lr": self._rate(step, train.lr), "seconds": time.perf_counter() - began}
+        return metrics | {"lr": learning_rate(train, step, train.lr), "seconds": time.perf_counter() - began}
 
     def evaluations(self) -> int:
         """Rows that went through any of the run's networks so far, in all processes; an interrupted run's first part
@@ -311,8 +303,10 @@ class Trainer:
         return self.spent + self.built + self.processes.sum(self._evaluations() - self.built)
 
     def _evaluations(self) -> int:
-        roles = self.method.roles
-        return sum(getattr(roles, name).evaluations for name in ("teacher", "student", *self.method.extra_roles))
+        return sum(role.evaluations for role in self._roles())
+
+    def _roles(self) -> list[Denoiser]:
+        return [getattr(self.method.roles, name) for name in ("teacher", "student", *self.method.extra_roles)]
 
     def _turn(self, player: str, step: int, batches: list[Batch], log: bool) -> dict[str, float]:
         train, parameters, optimizer = self.recipe.train, self.parameters[player], self.optimizers[player]
@@ -341,41 +335,25 @@ class Trainer:
             norm = clip_gradients(parameters, train.clip or math.inf)
             self.finite.add(f"{player} gradient ({' + '.join(losses)})", step, norm)
             for group in optimizer.param_groups:
-                group["lr"] = self._rate(step, train.lr if player == "student" else train.critic_lr)
+                group["lr"] = learning_rate(train, step, self._peak_rate(player))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         for statistic in self.method.statistics():
             self.processes.add_up(statistic)
         self.method.after_update(player)
-        if player == "student" and self.average:
-            moving = [p.detach() for p in self.method.roles.student.network.parameters()]
-            # A young average of decay 0.999 would mostly be the teacher: its horizon grows with the run.
-            decay = min(self.recipe.student.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.average.values()), moving, 1 - decay)
+        if player == "student":
+            self.average.update(step)
         if log:
             metrics["grad_norm"] = norm.item()
         return metrics
 
-    def _rate(self, step: int, peak: float) -> float:
-        train = self.recipe.train
-        if step < train.lr_warmup:
-            return peak * (step + 1) / train.lr_warmup
-        if train.lr_decay == "constant":
-            return peak
-        done = (step - train.lr_warmup) / max(1, train.steps - train.lr_warmup)
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the student carries its moving average, the weights that will be exported."""
-        weights = dict(self.method.roles.student.network.named_parameters())
-        kept = {name: weights[name].detach().clone() for name in self.average}
-        _assign(weights, self.average)
-        try:
+        self.shards.settle()
+        with self.average.applied():
             yield
-        finally:
             self.shards.settle()
-            _assign(weights, kept)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -412,12 +390,6 @@ def only_moving(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
-
-
-@torch.no_grad()
-def _assign(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        weights[name].copy_(value)
 
 
 def _norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:

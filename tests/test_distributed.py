@@ -21,9 +21,8 @@ from test_trainer import GAN, make_recipe, pictures, teacher  # noqa: F401
 CASES = {
     "gan": (GAN, {}),
     "lcm-lora": ({"name": "lcm", "solver_steps": 5}, {"student": {"train": "lora", "rank": 4}}),
-    "ladd": ({"name": "ladd", "r1": 0.1}, {"accumulation": 2}),
+    "ladd": ({"name": "ladd", "r1": 0.1}, {"batch_size": 8, "accumulation": 2, "gradient_checkpointing": True}),
 }
-SHARDED = ("gan", "lcm-lora", "ladd")
 HERE = Path(__file__).parent
 
 
@@ -38,11 +37,11 @@ def newest(run: Path) -> dict[str, torch.Tensor]:
     return {f"{name}/{key}": value for name, tensors in files.items() for key, value in tensors.items()}
 
 
-@pytest.fixture(scope="module")
-def runs(teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
-    """Every case trained by one process and by two, in folders CASE-1 and CASE-2; by two with shards in CASE-shards.
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def runs(request, teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
+    """Every case trained by one process in folder CASE-1, by several in CASE-copies and, with shards, in CASE-shards.
 
-    Case gan begins in one process, goes on in two with shards, and ends in one.
+    Case gan-shards begins in one process, goes on in several, and ends in one.
     """
     place = tmp_path_factory.mktemp("runs")
 
@@ -52,10 +51,10 @@ def runs(teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
         made = make_recipe(teacher, place / f"{case}-{kind}", method, pictures, **changes)
         return made | {"distributed": {"shard": kind == "shards"}}
 
-    together = [recipe(case, "2") for case in CASES]
-    together += [recipe(case, "shards", steps=2 if case == "gan" else 3) for case in SHARDED]
+    together = [recipe(case, "copies") for case in CASES]
+    together += [recipe(case, "shards", steps=2 if case == "gan" else 3) for case in CASES]
     (place / "recipes.json").write_text(json.dumps(together))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
     command = [*launcher, str(HERE / "several_processes.py"), str(place / "recipes.json")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "call_elsewhere", call_here)
@@ -68,13 +67,14 @@ def runs(teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
     return place
 
 
-@pytest.mark.parametrize(("case", "kind"), [*((case, "2") for case in CASES), *((case, "shards") for case in SHARDED)])
-def test_two_processes_train_what_one_does(case, kind, runs):
-    one, two = newest(runs / f"{case}-1"), newest(runs / f"{case}-{kind}")
-    assert one.keys() == two.keys()
+@pytest.mark.parametrize("kind", ["copies", "shards"])
+@pytest.mark.parametrize("case", CASES)
+def test_several_processes_train_what_one_does(case, kind, runs):
+    one, several = newest(runs / f"{case}-1"), newest(runs / f"{case}-{kind}")
+    assert one.keys() == several.keys()
     # Attention does not change when all keys move alike: their biases' gradient is rounding noise, which Adam enlarges.
     names = [name for name in one if not name.endswith("to_k.bias")]
-    worst = max((one[name].double() - two[name].double()).abs().max().item() for name in names)
+    worst = max((one[name].double() - several[name].double()).abs().max().item() for name in names)
     assert worst < 1e-6
     lines = [
         [json.loads(line) for line in (runs / f"{case}-{n}" / "metrics.jsonl").read_text().splitlines()]
@@ -90,6 +90,7 @@ def test_two_processes_train_what_one_does(case, kind, runs):
     assert (runs / f"{case}-{kind}" / "export" / "model_index.json").is_file()
 
 
+@pytest.mark.parametrize("runs", [2], indirect=True)
 def test_what_the_processes_tell_each_other(runs):
     first, second = (json.loads((runs / f"recipes.json.{rank}").read_text()) for rank in (0, 1))
     assert first.pop("share") == [[0, 4], 2] and second.pop("share") == [[2, 6], 2]

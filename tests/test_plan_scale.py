@@ -40,7 +40,7 @@ def test_the_slowest_link_sets_the_pace():
 
 
 def test_memory_of_one_gpu():
-    """A student of 40 B and its frozen teacher; 10 B in the largest block; a head of 4 B that is trained beside it."""
+    """A student of 40 B and its frozen teacher; 10 B in the largest block, 3 B outside; a head of 4 B beside it."""
     lines = [
         Line("teacher", weights=40),
         Line("student", weights=40, gradients=40, optimizer=80, average=40, activations=30),
@@ -52,9 +52,9 @@ def test_memory_of_one_gpu():
     # In the exchange the student's gradients are there three times, when its activations are gone.
     assert memory_of_copies(local, 2) == fixed + max(40 + 2 * 40, 4 + 100) == fixed + 120
     assert memory_of_copies(local, 1) == fixed + 104
-    stacks = [Stack(40, 10), Stack(40, 10)]
+    stacks = [Stack(40, 10, 3), Stack(40, 10, 3)]
     # A quarter of 80 weights, 80 moments and 40 average; head and encoders whole; 2 blocks pass in the head's turn.
-    assert memory_of_shards(local, stacks, ["student"], 4) == (80 + 80 + 40) / 4 + 4 + 8 + 20 + (4 + 100 + 20)
+    assert memory_of_shards(local, stacks, ["student"], 4) == (80 + 80 + 40) / 4 + 4 + 8 + 20 + 6 + (4 + 100 + 20)
     assert memory_of_shards(local, stacks, ["student"], 1) == fixed + 104
 
 
