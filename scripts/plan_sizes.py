@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5TokenizerFast
 
 from stepdistill import plan
-from stepdistill.pipeline.blueprint import from_configs
+from stepdistill.blueprint import from_configs
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.recipe import load
 from stepdistill.session import build

@@ -1,6 +1,6 @@
 """What a recipe will need of a device's memory, before any weight is loaded, and what would make it fit.
 
-The recipe's own method runs one step on networks of fake tensors (:mod:`stepdistill.pipeline.blueprint`), forward and
+The recipe's own method runs one step on networks of fake tensors (:mod:`stepdistill.blueprint`), forward and
 backward, for every player; what is alive at any moment is counted. Nothing is estimated from formulas but the
 optimizer's moments.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from stepdistill import assets, yaml_lines
+from stepdistill.blueprint import Blueprint, blueprint, without_data
 from stepdistill.data.batch import Batch, PathRows
 from stepdistill.data.conditions import wanted
 from stepdistill.data.forms import count as samples_in
@@ -21,7 +22,6 @@ from stepdistill.data.forms import form
 from stepdistill.errors import InputError
 from stepdistill.memory import LiveBytes, savings
 from stepdistill.methods.base import DistillMethod
-from stepdistill.pipeline.blueprint import Blueprint, blueprint, without_data
 from stepdistill.pipeline.conditioning import class_names
 from stepdistill.recipe import Recipe, load
 from stepdistill.samplers import SAMPLERS

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepdistill.blueprint import Blueprint
 from stepdistill.data.batch import Batch
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod
-from stepdistill.pipeline.blueprint import Blueprint
 from stepdistill.pipeline.denoiser import first_tensor, innermost
 from stepdistill.plan import GIB, RESERVE, FirstBatch, Plan, batch_of, blueprint_of, method_of, plan
 from stepdistill.recipe import Recipe, load

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline import zoo
 from pipeline.tiny import CLASSES, redraw, tiny_sd, tiny_vae
 from stepdistill import assets, cli, plan, yaml_lines
+from stepdistill.blueprint import blueprint, without_data
 from stepdistill.errors import InputError
-from stepdistill.pipeline.blueprint import blueprint, without_data
 from stepdistill.pipeline.load import load_pipeline, save_pipeline
 from stepdistill.pipeline.trace import trace
 from stepdistill.recipe import IPAdapter, Teacher, load
