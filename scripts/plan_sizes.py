@@ -175,7 +175,7 @@ def measured(recipe: str, overrides: list[str], folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sizes", nargs="*", choices=["sd15", "sdxl", "sd35", []], help="none: all")
+    parser.add_argument("sizes", nargs="*", choices=["sd15", "sdxl", "sd35"], help="none: all")
     parser.add_argument("--gpu", type=float, help="also what would make it fit so many GiB")
     parser.add_argument("--measure", nargs="*", metavar="KEY=VALUE", help="run a step of the first one, changed so")
     options = parser.parse_args()

@@ -5,7 +5,7 @@ of their results, so a run can be gone through, and its memory counted, before a
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,17 @@ from stepdistill.pipeline.denoiser import CallSpec, Conditions, Denoiser, Helper
 from stepdistill.pipeline.explain import as_latents
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.pipeline.load import quiet, source
-from stepdistill.pipeline.observe import Step, TraceError, calls_of, entry_argument, modules, observe, patched
+from stepdistill.pipeline.observe import (
+    Call,
+    Recording,
+    Step,
+    TraceError,
+    calls_of,
+    entry_argument,
+    modules,
+    observe,
+    patched,
+)
 from stepdistill.pipeline.trace import PROBES, Guidance, Trace
 from stepdistill.recipe import Teacher
 from stepdistill.schedule import from_scheduler
@@ -50,18 +60,20 @@ def blueprint(teacher: Teacher, dtype: torch.dtype) -> Blueprint:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     pipeline = from_configs(_configs(teacher.pipeline, teacher.revision), dtype, mode)
     if teacher.ip_adapter is not None:
-        with without_data(nullcontext()):  # files can be read only as data
+        with quiet(), without_data(nullcontext()):  # files can be read only as data
             load_ip_adapter(pipeline, teacher.ip_adapter)
     entry = entry_argument(pipeline)
     try:
-        three, two = (_first_step(pipeline, PROBES[entry][:count], teacher.arguments) for count in (3, 2))
+        three = _observed(pipeline, PROBES[entry], teacher.arguments, stop_steps=1).steps[0]
+        component = three.calls[-1].component
+        two = _observed(pipeline, PROBES[entry][:2], teacher.arguments, stop_calls=(component, 1)).calls
     except Exception as error:
         if isinstance(error, InputError) and not isinstance(error, TraceError):
             raise  # the arguments are not the pipeline's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"plan: {type(pipeline).__name__} cannot be run on shapes alone: {reason}") from error
     schedule, kind = from_scheduler(pipeline.scheduler)
-    networks, component = modules(pipeline), three.calls[-1].component
+    networks = modules(pipeline)
     helpers, told = [], []
     for name, feeds in _feeding(three, component).items():
         spec, conditions = _spec(three, two, name, feeds={})
@@ -155,14 +167,14 @@ def from_configs(folder: Path, dtype: torch.dtype, mode: AbstractContextManager)
 
 
 @torch.no_grad()
-def _first_step(pipeline: Any, entries: tuple[Any, ...], arguments: Mapping[str, Any]) -> Step:
+def _observed(pipeline: Any, entries: tuple[Any, ...], arguments: Mapping[str, Any], **stop: Any) -> Recording:
     """The first step, guidance off; the denoiser's call is its last."""
 
     def step(model_output: Tensor, timestep: Any, sample: Tensor, **_: Any) -> tuple[Tensor]:
         return (sample,)
 
     with quiet(), patched(pipeline.scheduler, "step", step):
-        return observe(pipeline, entries, arguments, steps=1, guidance=1.0, stop_steps=1).steps[0]
+        return observe(pipeline, entries, arguments, steps=1, guidance=1.0, **stop)
 
 
 def _feeding(step: Step, component: str) -> dict[str, dict[str, int | tuple[int, ...]]]:
@@ -190,9 +202,9 @@ def _is_sample(value: Any, sample: Tensor) -> bool:
     return latents is not None and len(latents) == len(sample)
 
 
-def _spec(three: Step, two: Step, component: str, feeds: Iterable[str]) -> tuple[CallSpec, list[str]]:
+def _spec(three: Step, two: Sequence[Call], component: str, feeds: Iterable[str]) -> tuple[CallSpec, list[str]]:
     """How the network is called, as far as shapes tell, and which arguments are conditions; ``feeds`` are others'."""
-    (call,), (other,) = (calls_of(step.calls, component) for step in (three, two))
+    (call,), (other,) = (calls_of(calls, component) for calls in (three.calls, two))
     sample = three.sample
     layouts = {name: as_latents(v, sample)[1] for name, v in call.arguments.items() if _is_sample(v, sample)}
     # One that is the sample as it is goes before one that holds more.

@@ -210,26 +210,25 @@ def _turns(
     """(player, most bytes that its turn makes), for a step in which all players move, or as many as ever do."""
     train = recipe.train
     step = max(range(min(train.steps, 5000)), key=lambda step: (len(set(method.turns(step))), -step))
-    # A second micro-batch runs while the first one's gradients are there.
-    firsts = [i * (train.batch_size // train.accumulation) for i in range(min(train.accumulation, 2))]
-    batches = [batch_of(recipe, drawn, method, step, first) for first in firsts]
-    done = set()
+    batch, done = batch_of(recipe, drawn, method, step, 0), set()
     for turn, player in enumerate(method.turns(step)):
         if player in done:
             continue
         done.add(player)
         parameters = [p for module in method.modules(player) for p in module.parameters()]
         with only_moving(parameters), LiveBytes(known) as live:
-            for batch in batches:
-                batch.turn = turn
-                with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16"):
-                    losses = method.losses(player, batch)
-                if len(losses) > 1:
-                    # Steps that are logged measure each term's gradient first.
-                    for loss in losses.values():
-                        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-                sum(losses.values()).backward()
-                del losses
+            if train.accumulation > 1:  # a later micro-batch runs while the first one's gradients are there
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+            batch.turn = turn
+            with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16"):
+                losses = method.losses(player, batch)
+            if len(losses) > 1:
+                # Steps that are logged measure each term's gradient first.
+                for loss in losses.values():
+                    torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            sum(losses.values()).backward()
+            del losses
             for parameter in parameters:
                 parameter.grad = None
         yield player, live.peak

@@ -18,7 +18,6 @@ from stepdistill.methods.base import DistillMethod, Roles
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries
 from stepdistill.pipeline.denoiser import Denoiser, innermost
 from stepdistill.pipeline.generate import set_up
-from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.pipeline.latents import decoder, encode_images, image_shape
 from stepdistill.pipeline.load import is_export, load_pipeline
 from stepdistill.pipeline.lora import is_lora, load_adapter
@@ -82,9 +81,8 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         InputError: whatever the recipe asks for and the pipeline or data cannot give.
     """
     dtype = torch.bfloat16 if recipe.teacher.precision == "bf16" else torch.float32
-    pipeline = load_pipeline(recipe.teacher.pipeline, recipe.teacher.revision, dtype, recipe.teacher.quantize)
-    if recipe.teacher.ip_adapter is not None:
-        load_ip_adapter(pipeline, recipe.teacher.ip_adapter)
+    source = recipe.teacher
+    pipeline = load_pipeline(source.pipeline, source.revision, dtype, source.quantize, source.ip_adapter)
     if device.type != "cpu":
         pipeline.to(device)
     traced = trace(pipeline, recipe.teacher.arguments)

@@ -29,6 +29,7 @@ def load_pipeline(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     quantize: Literal["nf4", "int8"] | None = None,
+    ip_adapter: IPAdapter | None = None,
 ) -> DiffusionPipeline:
     """A pipeline by the name of an embedded teacher, a local folder or a hub id; safetensors only, no remote code.
 
@@ -37,6 +38,7 @@ def load_pipeline(
 
     Args:
         revision: of a hub id. dtype: of all its networks. quantize: the denoiser's linear layers.
+        ip_adapter: loaded into it.
 
     Raises:
         InputError: there is none, or it cannot be loaded that way.
@@ -47,8 +49,11 @@ def load_pipeline(
         pipeline = fuse(load_pipeline(*teacher_of(Path(path)), dtype), Path(path))
     else:
         pipeline = _stock(path, revision, dtype, quantize)
-    if adapter := _teacher_section(path).get("ip_adapter"):
-        load_ip_adapter(pipeline, IPAdapter(**adapter))
+    if ip_adapter is None and (earlier := _teacher_section(path).get("ip_adapter")):
+        ip_adapter = IPAdapter(**earlier)
+    if ip_adapter is not None:
+        with quiet():
+            load_ip_adapter(pipeline, ip_adapter)
     return pipeline
 
 

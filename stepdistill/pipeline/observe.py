@@ -65,9 +65,11 @@ class Step:
         scheduler = copy.deepcopy(self.scheduler)
         options = dict(self.options)
         with forked_random(self.sample.device):
-            _set_random_state(self.random_state)
-            if "generators" in self.random_state:
-                options["generator"] = _revive(self.random_state["generators"])
+            torch.set_rng_state(self.random_state["cpu"])
+            if "cuda" in self.random_state:
+                torch.cuda.set_rng_state(self.random_state["cuda"], self.sample.device)
+            if "generator" in self.random_state:
+                options["generator"] = _cloned(self.random_state["generator"])
             return first_tensor(scheduler.step(model_output, self.timestep, self.sample, **options))
 
 
@@ -330,23 +332,12 @@ def _copied(value: Any) -> Any:
 def _random_state(device: torch.device, generator: Any) -> dict[str, Any]:
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        state["cuda"] = (device, torch.cuda.get_rng_state(device))
+        state["cuda"] = torch.cuda.get_rng_state(device)
     if generator is not None:
-        many = generator if isinstance(generator, list) else [generator]
-        state["generators"] = ([(g.device, g.get_state()) for g in many], isinstance(generator, list))
+        state["generator"] = _cloned(generator)
     return state
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"][1], state["cuda"][0])
-
-
-def _revive(states: tuple[list[tuple[torch.device, Tensor]], bool]) -> Any:
-    revived = []
-    for device, state in states[0]:
-        generator = torch.Generator(device)
-        generator.set_state(state)
-        revived.append(generator)
-    return revived if states[1] else revived[0]
+def _cloned(generator: Any) -> Any:
+    """A generator, or each of a list, that draws the same and leaves the original alone."""
+    return [*map(_cloned, generator)] if isinstance(generator, list) else generator.clone_state()
