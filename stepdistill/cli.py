@@ -155,15 +155,23 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 40,
     classes: Annotated[str | None, typer.Option(help="Class names or numbers, separated by commas.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
+    rule: Annotated[str, typer.Option(help="cfg, cfg++, adaptive, icg, tsg or s2; with a number: s2:0.25.")] = "cfg",
+    teacher: Annotated[str | None, typer.Option(help="A pipeline for the first steps, under --guidance.")] = None,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="How many steps are the teacher's.")] = 1,
     out: Annotated[Path, typer.Option(help="The grid to write.")] = Path("grid.png"),
     as_json: AsJson = False,
 ) -> None:
     """Draw images and write them as one PNG grid."""
     named = [int(one) if one.isdecimal() else one for one in classes.split(",")] if classes else []
-    result = stepdistill.sample(
-        path, steps=steps, guidance=guidance, seed=seed, count=count, conditions=[*named, *(prompt or ())], out=out
-    )
+    settings = {
+        "rule": rule,
+        "teacher": teacher,
+        "teacher_steps": teacher_steps,
+        "conditions": [*named, *(prompt or ())],
+    }
+    result = stepdistill.sample(path, steps=steps, guidance=guidance, seed=seed, count=count, out=out, **settings)
     facts = {"grid": str(result.path), "images": len(result.images), "seconds": round(result.seconds, 3)}
+    facts["nfe"] = round(result.nfe, 2)
     _print_facts(facts, as_json)
 
 

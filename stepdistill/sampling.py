@@ -1,5 +1,6 @@
 """Looks at a pipeline: ``inspect`` says how it is driven, ``sample`` draws images from it."""
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid
+from stepdistill.inference_guidance import NO_EMPTY, rule_named, teacher_first
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.generate import decode, generate
 from stepdistill.pipeline.load import export_arguments, is_export, load_pipeline
@@ -19,12 +21,16 @@ from stepdistill.pipeline.trace import Trace, trace
 
 @dataclass(frozen=True)
 class SampleResult:
-    """``images`` uint8 (N, C, H, W), the label of each, the grid's path (None: not written), wall-clock seconds."""
+    """``images`` uint8 (N, C, H, W), the label of each, the grid's path (None: not written), wall-clock seconds.
+
+    ``nfe`` is the mean number of network passes for an image.
+    """
 
     images: Tensor
     labels: tuple[str, ...]
     path: Path | None
     seconds: float
+    nfe: float
 
 
 def inspect(path: str | Path, revision: str | None = None, arguments: Mapping[str, Any] | None = None) -> Trace:
@@ -51,6 +57,9 @@ def sample(
     count: int = 16,
     conditions: Sequence[str | int] | None = None,
     out: str | Path | None = None,
+    rule: str = "cfg",
+    teacher: str | Path | None = None,
+    teacher_steps: int = 1,
 ) -> SampleResult:
     """Draw ``count`` images; image i depends on (seed, i) and its condition alone.
 
@@ -58,11 +67,13 @@ def sample(
         path: see :func:`inspect`. steps: of the pipeline's own scheduler. guidance: w, 1 is off.
         conditions: class names, class numbers or prompts, taken in turn; None: all classes.
         out: where to write the images as one PNG grid.
+        rule: how guidance is done, a name in :data:`stepdistill.inference_guidance.RULES`; ``NAME:NUMBER`` sets it.
+        teacher: a pipeline that makes the first ``teacher_steps`` steps, with ``guidance``; the others have none.
 
     Raises:
-        InputError: no such pipeline, class or guidance.
+        InputError: no such pipeline, class, guidance or rule.
     """
-    for name, value in (("steps", steps), ("count", count)):
+    for name, value in (("steps", steps), ("count", count), ("teacher_steps", teacher_steps)):
         if value < 1:
             raise InputError(f"{name}: expected a positive integer, found {value}")
     if seed < 0:
@@ -71,12 +82,26 @@ def sample(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     traced.pipeline.to(device)
     conditioning = encode(traced, entries(traced, list(conditions) if conditions else "classes"), None).to(device)
-    if guidance != 1 and conditioning.null is None:
+    if guidance != 1 and conditioning.null is None and rule.partition(":")[0] not in NO_EMPTY:
         raise InputError(f"guidance: expected 1 for a pipeline without guidance, found {guidance}")
+    make_rule, denoisers = rule_named(rule, guidance), [traced.denoiser]
+    if teacher is not None:
+        if rule != "cfg":
+            raise InputError(f"rule: expected cfg where a teacher makes the first steps, found {rule}")
+        first = inspect(teacher)
+        if (first.latent_shape, first.conditioning) != (traced.latent_shape, traced.conditioning):
+            raise InputError(f"teacher: {teacher} has other latents or conditions than {path}")
+        first.pipeline.to(device)
+        denoisers.append(first.denoiser)
+        make_rule = functools.partial(teacher_first, first.denoiser, guidance, teacher_steps)
+    before = sum(denoiser.evaluations for denoiser in denoisers)
     start = time.perf_counter()
     index = torch.arange(count) % len(conditioning)
     scheduler = traced.pipeline.scheduler
-    latents = generate(traced, scheduler, conditioning, index, steps=steps, guidance=guidance, seed=seed)
+    latents = generate(
+        traced, scheduler, conditioning, index, steps=steps, guidance=guidance, seed=seed, rule=make_rule
+    )
+    nfe = (sum(denoiser.evaluations for denoiser in denoisers) - before) / count
     images = decode(traced, latents)
     seconds = time.perf_counter() - start
     if out is not None:
@@ -84,4 +109,4 @@ def sample(
         out.parent.mkdir(parents=True, exist_ok=True)
         columns = len(conditioning) if 1 < len(conditioning) <= 16 else round(count**0.5)
         image_grid(images, columns).save(out, format="PNG")
-    return SampleResult(images, tuple(conditioning.labels[i] for i in index.tolist()), out, seconds)
+    return SampleResult(images, tuple(conditioning.labels[i] for i in index.tolist()), out, seconds, nfe)

@@ -5,14 +5,14 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.guidance import guided
+from stepdistill.inference_guidance import Rule, Step, classifier_free
 from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.pipeline.denoiser import first_tensor
 from stepdistill.pipeline.observe import TraceError, forked_random, observe, patched, run
@@ -35,6 +35,10 @@ def noise(shape: Sequence[int], seed: int, indices: Sequence[int], stream: int =
     return torch.stack([torch.randn(tuple(shape), generator=sample_generator(seed, int(i), stream)) for i in indices])
 
 
+def _dice(seed: int, indices: Sequence[int], stream: int) -> list[torch.Generator]:
+    return [sample_generator(seed, index, stream) for index in indices]
+
+
 @torch.no_grad()
 def generate(
     trace: Trace,
@@ -49,6 +53,7 @@ def generate(
     batch: int = 250,
     timesteps: Sequence[int] | None = None,
     initial: Tensor | None = None,
+    rule: Callable[[], Rule] | None = None,
 ) -> Tensor:
     """Latents (N, *latent_shape), float32; sample i depends on (seed, first_index + i) and its condition alone.
 
@@ -59,6 +64,7 @@ def generate(
         labels_index: entries of ``conditioning``, (N,). guidance: w, 1 is off.
         timesteps: explicit timesteps instead of the scheduler's own grid of ``steps``.
         initial: noise (N, *latent_shape) to start from instead of the seed's.
+        rule: makes a guidance rule of :mod:`stepdistill.inference_guidance` for each batch, instead of ``guidance``.
 
     Raises:
         InputError: the scheduler's prediction type is another, or it cannot make this grid.
@@ -83,10 +89,14 @@ def generate(
         stepper = copy.deepcopy(ready)
         if takes_generator:
             options["generator"] = [sample_generator(seed, i, stream=1) for i in indices]
-        for timestep in stepper.timesteps:
+        guide = rule() if rule else classifier_free(guidance)
+        times = [denoiser.schedule.time(timestep.to(device)) for timestep in stepper.timesteps]
+        times.append(torch.zeros_like(times[0]))
+        for number, timestep in enumerate(stepper.timesteps):
             x_t = stepper.scale_model_input(x, timestep) if hasattr(stepper, "scale_model_input") else x
-            t = denoiser.schedule.time(timestep.to(device)).expand(len(x))
-            prediction = guided(denoiser, x_t, t, cond, null, guidance)
+            t, r = (time.expand(len(x)) for time in times[number : number + 2])
+            dice = functools.partial(_dice, seed, indices, 2 + number)
+            prediction = guide(denoiser, Step(number, x_t, t, r, cond, null, conditioning, rows, dice, seed))
             x = stepper.step(prediction.raw.to(x.dtype), timestep, x, **options, return_dict=False)[0]
         parts.append(x)
     return torch.cat(parts)

@@ -1,0 +1,242 @@
+"""Guidance at inference by other rules than uncond + w (cond - uncond) at every step. Nothing is trained.
+
+A rule is called at every step of one batch and returns the prediction that the scheduler goes on with. What it does to
+a sample depends on the sample's seed and index alone, never on the batch it is in.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepdistill.errors import InputError
+from stepdistill.guidance import ddim_update, guided
+from stepdistill.kernels import guide
+from stepdistill.pipeline.conditioning import Conditioning
+from stepdistill.pipeline.denoiser import Conditions, Denoiser
+from stepdistill.recipe_errors import suggest
+from stepdistill.schedule import Prediction
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a batch's generation.
+
+    Args:
+        number: from 0 up. x_t: noisy samples (B, ...). t, r: times (B,) of this step and of the next one, 0 at the end.
+        cond, null: conditions of B rows: those of entries ``rows`` (B,) of ``conditioning``.
+        dice: makes each sample's own random numbers for this step. seed: of the whole generation.
+    """
+
+    number: int
+    x_t: Tensor
+    t: Tensor
+    r: Tensor
+    cond: Conditions
+    null: Conditions | None
+    conditioning: Conditioning
+    rows: Tensor
+    dice: Callable[[], list[torch.Generator]]
+    seed: int
+
+
+Rule = Callable[[Denoiser, Step], Prediction]
+
+
+def classifier_free(scale: float) -> Rule:
+    """uncond + w (cond - uncond), as the denoiser's own call describes it."""
+    return lambda denoiser, step: guided(denoiser, step.x_t, step.t, step.cond, step.null, scale)
+
+
+def cfg_plus_plus(scale: float) -> Rule:
+    """CFG++ (Chung et al. 2024): x_0 of the guided prediction, the noise that stays of the unguided one; w in [0, 1].
+
+    Under DDIM (Euler on a flow) both are linear in the network's outputs, so this is guidance with a scale that depends
+    on the step. Other solvers are given the same scale.
+    """
+
+    def rule(denoiser: Denoiser, step: Step) -> Prediction:
+        update = ddim_update(denoiser.schedule, denoiser.kind, step.x_t, step.t, step.r, plus_plus=True)
+        # The last step ends in x_0, where no noise stays.
+        share = torch.where(step.r > 0, update.b / (update.b + update.c), 1.0)
+        return guided(denoiser, step.x_t, step.t, step.cond, step.null, (scale * share).float())
+
+    return rule
+
+
+class Adaptive:
+    """Adaptive Guidance (Castillo et al. 2023): a sample whose two predictions agree is not guided any more.
+
+    Args:
+        scale: w. threshold: cosine of the two predicted noises above which they agree.
+    """
+
+    def __init__(self, scale: float, threshold: float = 0.99):
+        self.scale, self.threshold = scale, threshold
+        self.open: Tensor | None = None
+
+    def __call__(self, denoiser: Denoiser, step: Step) -> Prediction:
+        x_t, t = step.x_t, step.t
+        if self.open is None:
+            self.open = torch.arange(len(x_t), device=x_t.device)
+        rows = self.open
+        both = {name: torch.cat([value, step.null[name][rows]]) for name, value in step.cond.items()}
+        doubled = denoiser(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
+        cond, uncond = doubled.raw[: len(x_t)], doubled.raw[len(x_t) :]
+        raw = cond.index_copy(0, rows, guide(cond[rows], uncond, self.scale))
+        noises = doubled.eps
+        cosine = F.cosine_similarity(noises[: len(x_t)][rows].flatten(1), noises[len(x_t) :].flatten(1))
+        self.open = rows[cosine <= self.threshold]
+        return Prediction(raw, x_t, t, doubled.schedule, doubled.kind)
+
+
+def independent_condition(scale: float) -> Rule:
+    """Independent condition guidance (Sadat et al. 2024): away from a random other condition, new at every step.
+
+    For networks that know no empty condition.
+
+    Raises:
+        InputError: there is one condition only.
+    """
+
+    def rule(denoiser: Denoiser, step: Step) -> Prediction:
+        count = len(step.conditioning)
+        if count < 2:
+            raise InputError("rule: icg needs a second class or prompt to guide away from")
+        drawn = torch.cat([torch.randint(1, count, (1,), generator=dice) for dice in step.dice()])
+        other, _ = step.conditioning.batch((step.rows + drawn.to(step.rows.device)) % count)
+        return guided(denoiser, step.x_t, step.t, step.cond, other, scale)
+
+    return rule
+
+
+def time_step(scale: float, spread: float = 0.05) -> Rule:
+    """Time-step guidance (Sadat et al. 2024): away from what the network says when it is told a wrong time.
+
+    Args:
+        spread: standard deviation of the error in time, of which there is 1 in all.
+    """
+
+    def rule(denoiser: Denoiser, step: Step) -> Prediction:
+        x_t, t = step.x_t, step.t
+        error = torch.cat([torch.randn(1, generator=dice) for dice in step.dice()])
+        wrong = (t + spread * error.to(t)).clamp(0, 1)
+        both = {name: torch.cat([value, value]) for name, value in step.cond.items()}
+        doubled = denoiser(torch.cat([x_t, x_t]), torch.cat([t, wrong]), both)
+        raw = guide(*doubled.raw.chunk(2), scale)
+        return Prediction(raw, x_t, t, doubled.schedule, doubled.kind)
+
+    return rule
+
+
+def dropped_blocks(scale: float, strength: float = 0.25, share: float = 0.1) -> Rule:
+    """S2-Guidance (Chen et al. 2025): classifier-free guidance, and away from the network without some of its blocks.
+
+    Args:
+        scale: w. strength: s in guided + s (cond - dropped). share: of the blocks that are left out, at least one and
+            others at every step; the first and the last stay.
+
+    Raises:
+        InputError: the network is not a chain of at least three equal blocks.
+    """
+
+    def rule(denoiser: Denoiser, step: Step) -> Prediction:
+        blocks = equal_blocks(denoiser.network)
+        count = max(1, round(share * len(blocks)))
+        dice = torch.Generator().manual_seed(step.seed * 1000 + step.number)
+        chosen = (torch.randperm(len(blocks) - 2, generator=dice)[:count] + 1).tolist()
+        whole = guided(denoiser, step.x_t, step.t, step.cond, step.null, scale)
+        cond = denoiser(step.x_t, step.t, step.cond).raw if scale != 1 else whole.raw
+        with without([blocks[i] for i in chosen]):
+            less = denoiser(step.x_t, step.t, step.cond).raw
+        raw = whole.raw + strength * (cond - less)
+        return Prediction(raw, step.x_t, step.t, whole.schedule, whole.kind)
+
+    return rule
+
+
+def teacher_first(teacher: Denoiser, scale: float, steps: int = 1) -> Rule:
+    """The teacher's first steps, the student's others: the teacher's variety at a few more passes (diversity
+    distillation, Gandikota and Bau 2025).
+
+    Args:
+        teacher: takes the student's samples and conditions. scale: its w; the student is not guided.
+    """
+
+    def rule(denoiser: Denoiser, step: Step) -> Prediction:
+        if step.number >= steps:
+            return denoiser(step.x_t, step.t, step.cond)
+        return guided(teacher, step.x_t, step.t, step.cond, step.null, scale)
+
+    return rule
+
+
+def equal_blocks(network: nn.Module) -> Sequence[nn.Module]:
+    """The network's longest list of blocks of one class.
+
+    Raises:
+        InputError: it has none of three blocks or more.
+    """
+    lists = [
+        one for one in network.modules() if isinstance(one, nn.ModuleList) and len({type(block) for block in one}) == 1
+    ]
+    longest = max(lists, key=len, default=())
+    if len(longest) < 3:
+        raise InputError(f"rule: s2 leaves out blocks of a chain of equal ones, and {type(network).__name__} has none")
+    return longest
+
+
+@contextlib.contextmanager
+def without(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """These blocks let their hidden states through as they are."""
+
+    def through(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+        streams = [given[name] for name in ("encoder_hidden_states", "hidden_states") if name in given]
+        return streams[-1] if isinstance(output, Tensor) else tuple(streams)
+
+    handles = [block.register_forward_hook(through, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+RULES: dict[str, Callable[..., Rule]] = {
+    "cfg": classifier_free,
+    "cfg++": cfg_plus_plus,
+    "adaptive": Adaptive,
+    "icg": independent_condition,
+    "tsg": time_step,
+    "s2": dropped_blocks,
+}
+"""By the names of ``stepdistill sample --rule NAME[:NUMBER]``; the number is a rule's second argument."""
+
+NO_EMPTY = ("icg", "tsg")
+"""The rules that need no empty condition."""
+
+
+def rule_named(text: str, scale: float) -> Callable[[], Rule]:
+    """What makes the rule ``NAME`` or ``NAME:NUMBER``, once for each batch.
+
+    Raises:
+        InputError: no such rule, or it takes no number.
+    """
+    name, colon, number = text.partition(":")
+    if name not in RULES:
+        raise InputError(f"rule: expected one of {', '.join(RULES)}, found {name!r}{suggest(name, RULES)}")
+    if not colon:
+        return lambda: RULES[name](scale)
+    if len(inspect.signature(RULES[name]).parameters) < 2:
+        raise InputError(f"rule: {name} takes no number, found {text!r}")
+    try:
+        value = float(number)
+    except ValueError:
+        raise InputError(f"rule: expected a number after {name}:, found {number!r}") from None
+    return lambda: RULES[name](scale, value)

@@ -1,0 +1,227 @@
+"""Guidance rules at inference: each against its definition written out, and no sample knows its batch."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import stepdistill
+from pipeline import tiny
+from stepdistill.cli import app
+from stepdistill.errors import InputError
+from stepdistill.guidance import guided
+from stepdistill.inference_guidance import RULES, Adaptive, equal_blocks, rule_named, teacher_first, without
+from stepdistill.pipeline.conditioning import encode
+from stepdistill.pipeline.generate import generate, noise, sample_generator
+from stepdistill.pipeline.trace import trace
+
+N, STEPS, W = 5, 4, 3.0
+ROWS = torch.tensor([0, 1, 2, 0, 1])
+
+
+@functools.cache
+def traced():
+    return trace(tiny.tiny_dit())
+
+
+@functools.cache
+def conditions():
+    return encode(traced(), [3, 0, 7], None)
+
+
+def run(rule, batch=N, seed=1):
+    """(latents, passes an image) under a rule's name or maker."""
+    make = rule_named(rule, W) if isinstance(rule, str) else rule
+    found, before = traced(), traced().denoiser.evaluations
+    latents = generate(
+        found, found.pipeline.scheduler, conditions(), ROWS, steps=STEPS, guidance=W, seed=seed, batch=batch, rule=make
+    )
+    return latents, (found.denoiser.evaluations - before) / N
+
+
+def by_hand(predict, update=None):
+    """DDIM written out: ``predict(number, x, t)`` gives (x_0, the noise that stays)."""
+    schedule, ready = traced().denoiser.schedule, traced().pipeline.scheduler
+    ready.set_timesteps(STEPS)
+    x = noise(traced().latent_shape, 1, range(N))
+    times = [*(schedule.time(t).expand(N) for t in ready.timesteps), torch.zeros(N)]
+    for number, (t, r) in enumerate(itertools.pairwise(times)):
+        x0, eps = predict(number, x, t)
+        alpha, sigma = (c.view(-1, 1, 1, 1).to(x.dtype) for c in schedule.coefficients(r))
+        x = alpha * x0 + sigma * eps if number + 1 < STEPS else x0
+    return x
+
+
+def two(x, t):
+    """The conditional and the unconditional prediction."""
+    cond, null = conditions().batch(ROWS)
+    return traced().denoiser(x, t, cond), traced().denoiser(x, t, null)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_sample_does_not_depend_on_its_batch(rule):
+    whole, passes = run(rule)
+    parts, same = run(rule, batch=2)
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+    assert passes == same and torch.isfinite(whole).all()
+    if rule != "cfg":
+        assert (whole - run("cfg")[0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [0.0, 0.6, 1.0])
+def test_cfg_plus_plus_keeps_the_noise_of_the_unguided_prediction(scale):
+    def predict(_, x, t):
+        cond, uncond = two(x, t)
+        return uncond.x0 + scale * (cond.x0 - uncond.x0), uncond.eps
+
+    found, _ = run(lambda: RULES["cfg++"](scale))
+    torch.testing.assert_close(found, by_hand(predict), rtol=1e-4, atol=1e-4)
+
+
+def test_adaptive_guidance_stops_where_the_predictions_agree():
+    always, full = run(lambda: Adaptive(W, threshold=1.01))
+    torch.testing.assert_close(always, run("cfg")[0])
+    assert full == 2 * STEPS
+    once, least = run("adaptive:-1.01")
+    assert least == STEPS + 1
+
+    def predict(number, x, t):
+        with torch.no_grad():
+            cond, uncond = two(x, t)
+        w = W if number == 0 else 1.0
+        return uncond.x0 + w * (cond.x0 - uncond.x0), uncond.eps + w * (cond.eps - uncond.eps)
+
+    torch.testing.assert_close(once, by_hand(predict), rtol=1e-4, atol=1e-4)
+    middle = Adaptive(W)
+    rows = []
+
+    def watched(denoiser, step):
+        result = middle(denoiser, step)
+        rows.append(len(middle.open))
+        return result
+
+    run(lambda: watched)
+    assert rows == sorted(rows, reverse=True)
+
+
+@torch.no_grad()
+def test_independent_conditions_are_other_entries_and_new_at_every_step():
+    cond, _ = conditions().batch(ROWS)
+    drawn = []
+
+    def predict(number, x, t):
+        shifts = [torch.randint(1, 3, (1,), generator=sample_generator(1, i, 2 + number)) for i in range(N)]
+        others = (ROWS + torch.cat(shifts)) % 3
+        assert (others != ROWS).all()
+        drawn.append(others.tolist())
+        result = guided(traced().denoiser, x, t, cond, conditions().batch(others)[0], W)
+        return result.x0, result.eps
+
+    expected = by_hand(predict)
+    torch.testing.assert_close(run("icg")[0], expected, rtol=1e-4, atol=1e-4)
+    assert len({tuple(one) for one in drawn}) > 1
+    alone = encode(traced(), [3], None)
+    with pytest.raises(InputError, match="icg needs a second class or prompt"):
+        generate(
+            traced(),
+            traced().pipeline.scheduler,
+            alone,
+            torch.zeros(1, dtype=torch.long),
+            steps=1,
+            guidance=W,
+            seed=0,
+            rule=rule_named("icg", W),
+        )
+
+
+def test_time_step_guidance_is_none_without_an_error_in_time():
+    cond_only = run(lambda: RULES["cfg"](1.0))[0]
+    torch.testing.assert_close(run("tsg:0")[0], cond_only, rtol=1e-4, atol=1e-5)
+    assert run("tsg")[1] == 2 * STEPS
+
+
+@torch.no_grad()
+def test_dropped_blocks_let_their_hidden_states_through():
+    found = traced()
+    blocks = equal_blocks(found.denoiser.network)
+    x, t = noise(found.latent_shape, 0, range(N)), torch.full((N,), 0.5)
+    cond, _ = conditions().batch(ROWS)
+    before = found.denoiser(x, t, cond).raw
+    kept = list(found.denoiser.network.transformer_blocks)
+    with without([blocks[1]]):
+        less = found.denoiser(x, t, cond).raw
+    found.denoiser.network.transformer_blocks = torch.nn.ModuleList([kept[0], kept[2]])
+    shorter = found.denoiser(x, t, cond).raw
+    found.denoiser.network.transformer_blocks = torch.nn.ModuleList(kept)
+    torch.testing.assert_close(less, shorter)
+    torch.testing.assert_close(found.denoiser(x, t, cond).raw, before)
+    torch.testing.assert_close(run("s2:0")[0], run("cfg")[0])
+    assert run("s2")[1] == 4 * STEPS
+    with pytest.raises(InputError, match="Linear has none"):
+        equal_blocks(torch.nn.Linear(1, 1))
+
+
+@torch.no_grad()
+def test_joint_blocks_are_dropped_in_both_streams():
+    found = trace(tiny.tiny_sd3())
+    conditioning = encode(found, ["a red shoe", "rain"], None)
+    x, t = noise(found.latent_shape, 0, range(2)), torch.full((2,), 0.5)
+    cond, _ = conditioning.batch(torch.arange(2))
+    network = found.denoiser.network
+    whole = found.denoiser(x, t, cond).raw
+    with without([network.transformer_blocks[0]]):
+        less = found.denoiser(x, t, cond).raw
+    network.transformer_blocks = network.transformer_blocks[1:]
+    torch.testing.assert_close(less, found.denoiser(x, t, cond).raw)
+    assert (less - whole).abs().max() > 1e-3
+
+
+def test_the_teacher_makes_the_first_steps(tmp_path):
+    found = traced()
+    whole, _ = run(lambda: teacher_first(found.denoiser, W, steps=STEPS))
+    torch.testing.assert_close(whole, run("cfg")[0])
+    none, passes = run(lambda: teacher_first(found.denoiser, W, steps=0))
+    torch.testing.assert_close(none, run(lambda: RULES["cfg"](1.0))[0])
+    assert passes == STEPS
+    assert run(lambda: teacher_first(found.denoiser, W, steps=1))[1] == STEPS + 1
+
+    tiny.save_pipeline(tiny.tiny_dit(), tmp_path / "teacher")
+    settings = {"steps": 3, "guidance": 2.0, "count": 2, "conditions": [3, 5]}
+    mixed = stepdistill.sample(tmp_path / "teacher", teacher=tmp_path / "teacher", teacher_steps=2, **settings)
+    assert mixed.nfe == 5
+    with pytest.raises(InputError, match="rule: expected cfg where a teacher makes the first steps, found icg"):
+        stepdistill.sample(tmp_path / "teacher", teacher=tmp_path / "teacher", rule="icg", **settings)
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("adaptve", "expected one of cfg, .* found 'adaptve'; did you mean 'adaptive'"),
+        ("cfg:2", "cfg takes no number"),
+        ("s2:much", "expected a number after s2:, found 'much'"),
+    ],
+)
+def test_a_wrong_rule_is_one_line(text, problem):
+    with pytest.raises(InputError, match=problem):
+        rule_named(text, W)
+
+
+def test_the_command_line_says_the_passes(tmp_path):
+    tiny.save_pipeline(tiny.tiny_dit(), tmp_path / "teacher")
+    command = [
+        "sample",
+        str(tmp_path / "teacher"),
+        "--steps",
+        "3",
+        "--guidance",
+        "2",
+        "--count",
+        "2",
+        "--rule",
+        "tsg:0.1",
+    ]
+    done = CliRunner().invoke(app, [*command, "--rule", "tsg:0.1", "--out", str(tmp_path / "grid.png"), "--json"])
+    assert done.exit_code == 0 and '"nfe": 6' in done.output and (tmp_path / "grid.png").is_file()
