@@ -377,4 +377,5 @@ def _picture(state: Bench, sampling: Sampling) -> tuple[str, Any]:
     if VERDICT_METRIC in metrics:
         value = metric_text(VERDICT_METRIC, metrics[VERDICT_METRIC])
         caption += f" · {metric_name(VERDICT_METRIC, state.samples)} {value}"
+    caption += " · a class a column"
     return caption, image_grid(images, columns=classes)

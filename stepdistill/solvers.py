@@ -24,6 +24,8 @@ def stock_solvers(scheduler: Any) -> dict[str, Any]:
     schedule, _ = from_scheduler(scheduler)
     if schedule.name == "flow":
         common = {"num_train_timesteps": schedule.train_timesteps}
+        if config.get("use_dynamic_shifting"):  # the pipeline tells the shift with the picture's size
+            common |= {name: config[name] for name in ("use_dynamic_shifting", "time_shift_type") if name in config}
         flow = {**common, "use_flow_sigmas": True, "flow_shift": schedule.shift, "prediction_type": "flow_prediction"}
         return {
             "Euler": FlowMatchEulerDiscreteScheduler(**common, shift=schedule.shift),

@@ -133,8 +133,11 @@ def _measure_source(
         scale = float(facts["guidance"]) if stated is None else stated
         rule = stated_rule(facts) if stated is None else Rule()
     real = {view: state.reference(view) for view in protocol.views} if protocol.reference else None
-    title = f"{name} w={scale:g}{rule_text(rule)}"
-    teacher = state.sampler(title, "teacher", path, protocol.teacher.steps, scale, revision, rule)
+    teacher = state.sampler(name, "teacher", path, protocol.teacher.steps, scale, revision, rule)
+    if teacher.guidance != scale:
+        kind = type(teacher.trace.pipeline).__name__
+        report.remarks.append(f"{name}: {kind} has no guidance of w = {scale:g} outside its network; it runs without.")
+    teacher = replace(teacher, name=f"{name} w={teacher.guidance:g}{rule_text(rule)}")
     teacher_row, views = _add(state, report, teacher, real, None)
     _show(state, report, teacher, teacher_row, views)
     if real is None:

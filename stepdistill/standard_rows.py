@@ -78,6 +78,8 @@ class StandardBench:
     ) -> Sampler:
         """The pipeline at ``path``, traced, with the protocol's prompts or its own classes.
 
+        One whose guidance is inside its network, or that has none, runs at ``guidance`` 1.
+
         Raises:
             InputError: it cannot be loaded or traced, or takes what the protocol or a metric does not.
         """
@@ -93,7 +95,9 @@ class StandardBench:
             wanted = read_prompts(self.data / protocol.prompts.file, protocol.prompts.count)
         else:
             wanted = entries(traced, "classes")
-        sampler = Sampler(name, role, traced, weights_digest(pipeline), tuple(wanted), steps, guidance)
+        guides = traced.guidance.kind in ("batched", "two_calls")
+        scale = guidance if guides else 1.0
+        sampler = Sampler(name, role, traced, weights_digest(pipeline), tuple(wanted), steps, scale)
         self.extras.check(sampler)
         return sampler
 

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from diffusers import LCMScheduler
 from PIL import Image
 
-from pipeline.tiny import tiny_dit, tiny_sd
+from pipeline.tiny import tiny_dit, tiny_flux, tiny_sd
 from stepdistill import bench as run_bench
 from stepdistill.drawing import Sampler, draw
 from stepdistill.errors import InputError
@@ -208,7 +208,7 @@ def test_lpips_is_between_a_prompts_images_and_to_the_teachers(root, measured, a
     by_hand = [float(added(repeats[i : i + 1], repeats[i + 3 : i + 4])) for i in range(3)]
     assert student.metrics["lpips_diversity"] == pytest.approx(sum(by_hand) / 3, rel=1e-5)
     assert "LPIPS to the teacher's image" in report.to_markdown()
-    with pytest.raises(InputError, match="also: pickscore needs a pipeline of prompts, found classes in teacher w=2"):
+    with pytest.raises(InputError, match="also: pickscore needs a pipeline of prompts, found classes in teacher"):
         measured(path, also=["pickscore"])
     with pytest.raises(InputError, match=r"also: expected a standard protocol such as .*, found fashion-v1"):
         measured("fashion-v1", also=["lpips"])
@@ -311,6 +311,19 @@ def test_prompts_diversity_and_a_folder_of_real_images(root, measured, added, tm
     changes["reference"] = real | {"count": 6}
     with pytest.raises(InputError, match="real: protocol text expects 6 images, found 5"):
         measured(protocol(root, "text", conditions="prompts", **changes), source="text")
+
+
+def test_a_teacher_with_its_guidance_inside_runs_without_and_under_every_solver(root, measured, monkeypatch):
+    # Loaded from disk it would make pictures of its default size.
+    monkeypatch.setattr(sys.modules["stepdistill.standard_rows"], "load_pipeline", lambda *_: tiny_flux())
+    view = {"network": "inception", "crop": "none", "metrics": ["fid"]}
+    view["weights"] = {"file": "w.pth", "sha256": None, "how": ""}
+    changes = {"views": {"inception": view}, "samples": 4, "teacher": {"steps": 3, "guidance": 5.0}}
+    report = measured(protocol(root, "flux", **changes), source="flux", steps=(2,), solvers=True, batch=2)
+    assert [(row.name, row.nfe) for row in report.rows] == [
+        ("flux w=1", 3), ("Euler", 2), ("DPM-Solver++", 2), ("UniPC", 2),
+    ]  # fmt: skip
+    assert "flux: FluxPipeline has no guidance of w = 5 outside its network; it runs without." in report.remarks
 
 
 def test_stored_moments_are_enough_for_fid_and_rows_of_other_files_are_not_merged(root, measured):
