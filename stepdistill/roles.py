@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -22,6 +23,7 @@ def build_roles(
     rank: int,
     targets: Sequence[str] | Literal["auto"] = "auto",
     smaller: nn.Module | None = None,
+    home: torch.device | None = None,
 ) -> Roles:
     """The roles of a run, all starting as the teacher.
 
@@ -31,6 +33,7 @@ def build_roles(
             adapter on the teacher's own weights) or "frozen" (the teacher's own weights, for methods that add to them).
         scale: the guidance scale to distil. rank: rank and alpha of the adapters. targets: see :func:`lora_targets`.
         smaller: what student and target are copies of instead, see :func:`stepdistill.pruning.pruned`.
+        home: where copies are kept; None: where the teacher is.
 
     Raises:
         InputError: a target names no layer.
@@ -42,7 +45,7 @@ def build_roles(
     for name, how in training.items():
         if how == "full":
             source = smaller if smaller is not None and name in ("student", "target") else teacher.network
-            networks[name] = copy.deepcopy(source).float()
+            networks[name] = copy.deepcopy(source).to(home, torch.float32)
     backbone, adapters = teacher.network, [name for name, how in training.items() if how == "lora"]
     # A new adapter starts with B = 0, so each role starts as the teacher exactly.
     with warnings.catch_warnings():

@@ -69,13 +69,23 @@ class Session:
             batch.path = self.paths.rows(row, self.conditioning, self.device)
         return batch
 
+    def prepare(self) -> None:
+        """Let the method make what depends on the shapes of a batch; the last thing before training."""
+        self.method.prepare(self.batch(0, 0, 1))
+        if self.recipe.train.compile:
+            compile_networks(self.method.roles)
 
-def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_data: bool = True) -> Session:
+
+def build(
+    recipe: Recipe, device: torch.device, cache: Path | None = None, with_data: bool = True, shared: bool = False
+) -> Session:
     """Load and trace the teacher, encode conditions and images, build roles and method.
 
     Args:
         cache: folder for encoded conditions and latents; None keeps them in memory only.
         with_data: False leaves images and trajectories out (export needs none).
+        shared: copies of the teacher stay in the host's memory, to be shared out among processes from there
+            (:func:`stepdistill.sharding.share_out`); :meth:`Session.prepare` is to be called after that.
 
     Raises:
         InputError: whatever the recipe asks for and the pipeline or data cannot give.
@@ -128,7 +138,7 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         paths = teacher_paths(traced.denoiser, conditioning, needs.paths, scale, shape, seed, cache)
     # Adapters and heads start from global random numbers.
     torch.manual_seed(recipe.train.seed)
-    method = make_method(recipe, traced, sampler, scale, device)
+    method = make_method(recipe, traced, sampler, scale, device, torch.device("cpu") if shared else device)
     rows = None
     if paths is not None:
         # What they cost belongs to the run, whoever made them.
@@ -137,15 +147,23 @@ def build(recipe: Recipe, device: torch.device, cache: Path | None = None, with_
         rows = _real_rows(*real[:2], traced, conditioning, cache)
         rows = (rows[0].to(device), rows[1].to(device))
     session = Session(recipe, traced, conditioning, method, sampler, rows, device, paths)
-    if with_data:
-        method.prepare(session.batch(0, 0, 1))
-        if recipe.train.compile:
-            compile_networks(method.roles)
+    if with_data and not shared:
+        session.prepare()
     return session
 
 
-def make_method(recipe: Recipe, traced: Trace, sampler: Sampler, scale: float, device: torch.device) -> DistillMethod:
-    """The recipe's method with its roles on the traced teacher's network; ``scale`` is the guidance to distil.
+def make_method(
+    recipe: Recipe,
+    traced: Trace,
+    sampler: Sampler,
+    scale: float,
+    device: torch.device,
+    home: torch.device | None = None,
+) -> DistillMethod:
+    """The recipe's method with its roles on the traced teacher's network.
+
+    Args:
+        scale: the guidance to distil. device: the teacher's. home: that of networks trained whole; None: the teacher's.
 
     Raises:
         InputError: the network does not allow what the recipe asks of it.
@@ -156,7 +174,7 @@ def make_method(recipe: Recipe, traced: Trace, sampler: Sampler, scale: float, d
     smaller = pruned(traced.denoiser.network, student.config) if student.config else None
     if smaller is not None:
         _switch(smaller, recipe)
-    roles = build_roles(traced.denoiser, training, scale, student.rank, student.targets, smaller)
+    roles = build_roles(traced.denoiser, training, scale, student.rank, student.targets, smaller, home)
     roles.decode = decoder(traced)
     if student.init is not None:
         _start_from(Path(student.init), roles.student, traced.pipeline, traced.component)
@@ -165,7 +183,7 @@ def make_method(recipe: Recipe, traced: Trace, sampler: Sampler, scale: float, d
         network = implementation.adapt(config, name, role.network, scale)
         if network is not role.network and recipe.teacher.precision != "fp32":
             raise InputError("teacher.precision: expected fp32 for a method that adds to its networks, found bf16")
-        setattr(roles, name, role.on(network.to(device)))
+        setattr(roles, name, role.on(network.to(home or device if training[name] == "full" else device)))
     if roles.target is not None:
         # It starts as the student, with what the method added at random or student.init loaded.
         for slow, fast in zip(roles.target.network.parameters(), roles.student.network.parameters(), strict=True):

@@ -70,10 +70,10 @@ class Shards:
 
 
 def share_out(method: DistillMethod, batch: Batch, device: torch.device) -> Shards:
-    """Share out the networks that the method's roles stand on, among all processes.
+    """Share out the networks that the method's roles stand on, among all processes; each keeps its parts on ``device``.
 
     Args:
-        batch: any rows; every network is called on them once.
+        batch: any rows; the teacher, which has to be on ``device`` already, is called on them once.
 
     Raises:
         InputError: a network or torch do not allow it.
@@ -81,17 +81,20 @@ def share_out(method: DistillMethod, batch: Batch, device: torch.device) -> Shar
     roles = [role for role in vars(method.roles).values() if isinstance(role, Denoiser)]
     if any(isinstance(role.network, Adapted) for role in roles):
         raise InputError("distributed.shard: expected false for a method that adds to its networks")
-    networks = {innermost(role.network): role for role in roles}
+    networks = dict.fromkeys(innermost(role.network) for role in roles)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for network, role in networks.items():
+    teacher, times = method.roles.teacher, torch.full((batch.size,), 0.5, device=device)
+    with _strangers(innermost(teacher.network)) as found, torch.no_grad():
+        # Through another view of the same network, so that nobody counts the call.
+        teacher.on(teacher.network)(batch.noise("start"), times, batch.cond)
+    names = [name for name, module in innermost(teacher.network).named_modules() if module in found]
+    for network in networks:
         adapters = set(nn.Module.parameters(network)) - set(weights(network))
         options = {"mesh": mesh} | ({"ignored_params": adapters} if adapters else {})
-        with _strangers(network) as strangers, torch.no_grad():
-            # Another view of the same network, so that nobody counts the call.
-            role.on(role.network)(batch.noise("start"), torch.full((batch.size,), 0.5, device=device), batch.cond)
+        members = blocks(network)
         try:
-            for module in (*strangers, *blocks(network), network):
-                passing = module in blocks(network)
+            for module in (*map(network.get_submodule, names), *members, network):
+                passing = module in members
                 fully_shard(module, reshard_after_forward=passing, **options)
                 # A block is put together again when a gradient comes to its output. That of a whole network may not be
                 # asked for one, where hidden states are: what is outside of blocks stays until the turn is over.

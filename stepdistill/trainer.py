@@ -80,11 +80,15 @@ def _train(recipe: Recipe, safe: bool) -> RunResult:
     start = processes.once(lambda: prepare_folder(folder, recipe, safe))
     step, report = 0, None
     try:
+        shared, shards = recipe.distributed.shard and processes.count > 1, Shards()
         with accelerator.main_process_first():  # the others find what it has cached
-            session = build(recipe, accelerator.device, cache=cache_folder())
+            session = build(recipe, accelerator.device, cache=cache_folder(), shared=shared)
+        if shared:
+            shards = share_out(session.method, session.batch(0, 0, 1), accelerator.device)
+            session.prepare()
         if start is None:
             check_conventions(session)
-        step, interrupted = Trainer(session, accelerator, folder).run(start)
+        step, interrupted = Trainer(session, accelerator, folder, shards).run(start)
         if not interrupted and processes.first:
             heartbeat(folder, step, "exporting")
             export(folder, folder / "export")
@@ -124,15 +128,15 @@ class Trainer:
 
     Args:
         session: the method with its roles and data. folder: the run folder, with recipe.yaml in it.
+        shards: the networks that are shared out among the processes.
     """
 
-    def __init__(self, session: Session, accelerator: Accelerator, folder: Path):
+    def __init__(self, session: Session, accelerator: Accelerator, folder: Path, shards: Shards | None = None):
         self.session, self.accelerator, self.folder = session, accelerator, folder
         self.processes = Processes(accelerator)
         self.recipe, self.method = session.recipe, session.method
-        self.shards = Shards()
-        if self.recipe.distributed.shard and self.processes.count > 1:
-            self.shards = share_out(self.method, session.batch(0, 0, 1), accelerator.device)
+        self.shards = shards or Shards()
+        self.shards.settle()
         self.parameters = {player: self._parameters(player) for player in self.method.players}
         for parameter in itertools.chain.from_iterable(self.parameters.values()):
             parameter.requires_grad_(False)
@@ -171,16 +175,15 @@ class Trainer:
         self.spent = max(0, self.processes.once(lambda: keep_lines_before(lines, first)) - self.built)
         if first >= train.steps:
             return first, False
-        every, evaluation = self.recipe.evaluation.every, None
+        every = self.recipe.evaluation.every
         best = (self.folder / BEST, self.recipe.evaluation.keep_best) if every else ()
         self.processes.once(
             lambda: checkpoint.check_space(checkpoints, self.state(first), train.keep_checkpoints, *best)
         )
         # Networks that are shared out run in all processes or in none; only one of them writes.
         looks = self.processes.first or bool(self.shards)
-        if every and looks:
-            with self.processes.counted_once(self._roles()):
-                evaluation = Evaluation(self.session, self.folder, first)
+        with self.processes.counted_once(self._roles()):
+            evaluation = Evaluation(self.session, self.folder, first) if every and looks else None
         if self._enough(evaluation):
             return first, False
         with self.processes.counted_once(self._roles()):
@@ -298,8 +301,7 @@ class Trainer:
         return metrics | {"lr": learning_rate(train, step, train.lr), "seconds": time.perf_counter() - began}
 
     def evaluations(self) -> int:
-        """Rows that went through any of the run's networks so far, in all processes; an interrupted run's first part
-        is included."""
+        """Rows that went through any network so far, in all processes and all parts of an interrupted run."""
         return self.spent + self.built + self.processes.sum(self._evaluations() - self.built)
 
     def _evaluations(self) -> int:
