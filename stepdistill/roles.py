@@ -45,7 +45,8 @@ def build_roles(
     for name, how in training.items():
         if how == "full":
             source = smaller if smaller is not None and name in ("student", "target") else teacher.network
-            networks[name] = copy.deepcopy(source).to(home, torch.float32)
+            copied = copy.deepcopy(source)
+            networks[name] = (copied.to(home) if home else copied).float()
     backbone, adapters = teacher.network, [name for name, how in training.items() if how == "lora"]
     # A new adapter starts with B = 0, so each role starts as the teacher exactly.
     with warnings.catch_warnings():
