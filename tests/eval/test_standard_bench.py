@@ -122,6 +122,23 @@ def test_a_sample_depends_on_its_seed_and_index_alone(double, batch):
     assert not torch.equal(draw(double, numbers[:2], 40, seed=4, batch=batch), alone[:2])
 
 
+def test_metrics_do_not_depend_on_the_batch(root, measured, monkeypatch, tmp_path):
+    module = sys.modules["stepdistill.standard_rows"]
+    monkeypatch.setattr(module, "load_pipeline", lambda *_: tiny_dit().to(torch.float64))
+    monkeypatch.setattr(module.StandardBench, "cost", lambda *_: {})
+    view = {"network": "inception", "crop": "none", "metrics": ["fid", "kid", "inception_score"]}
+    view["weights"] = {"file": "w.pth", "sha256": None, "how": ""}
+    real = {"images": "five", "kind": "folder", "file": "real", "sha256": None, "count": 5, "how": ""}
+    path = protocol(root, "batches", conditions="classes", views={"inception": view}, reference=real)
+    rows, contents = [], []
+    for batch in (1, 7, 64):
+        cache = tmp_path / str(batch)
+        rows += measured(path, source="teacher", batch=batch, cache=cache).rows
+        contents.append({str(p.relative_to(cache)): p.read_bytes() for p in (cache / "samples").rglob("*.safetensors")})
+    assert len(contents[0]) == 4 and all(content == contents[0] for content in contents)
+    assert all(row.metrics == pytest.approx(rows[0].metrics, rel=1e-9) for row in rows)
+
+
 def test_teacher_fid_of_a_student_is_against_its_teachers_samples(root, measured, tmp_path):
     path = protocol(root, "teacher-fid")
     report = measured(path, out=tmp_path)
