@@ -44,7 +44,7 @@ def traced():
 
 def facts(form: str, teacher: str) -> dict:
     stated = {"teacher": teacher, "method": "dmd2", "steps": 4, "guidance": 7.5, "call_guidance": 1.0}
-    return stated | {"adapter": False, "form": form, "trained_steps": 9}
+    return stated | {"adapter": False, "form": form, "trained_steps": 9, "recipe": {"teacher": {"ip_adapter": None}}}
 
 
 @pytest.mark.parametrize("form", ["lora", "pipeline"])
