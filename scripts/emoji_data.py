@@ -12,7 +12,8 @@ concept, style, category), which ``data.images: build/emoji/train`` in a recipe 
     concepts   a concept, with all of its genders, that train has in no style
 
 Variants of skin tone are left out: one package has two tones swapped, and they would outnumber everything else. Which
-concepts are held out depends on the hash of their name alone. Licences: assets/teachers/NOTICE.md.
+concepts are held out depends on the hash of their name alone. The pictures are Twemoji (CC BY 4.0), Noto Emoji
+(Apache-2.0) and Microsoft's Fluent Emoji (MIT); whoever passes on what is made of them names them.
 """
 
 import argparse

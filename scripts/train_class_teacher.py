@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
-from teacher_training import Averaged, batches, log, normalise_latents, one_cycle, train
+from teacher_training import Averaged, batches, log, new_scheduler, normalise_latents, one_cycle, train
 
 from stepdistill.data import fashion_mnist
 from stepdistill.eval.features import Classifier
@@ -104,19 +104,6 @@ def new_denoiser() -> DiTTransformer2DModel:
     torch.nn.init.zeros_(denoiser.proj_out_2.bias)
     # Always eval mode: in train mode diffusers' label embedding drops labels by itself.
     return denoiser.eval()
-
-
-def new_scheduler() -> DDIMScheduler:
-    """v-prediction; the scaled-linear table ends at alpha = 0.015, so pure noise is a fair start."""
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.02,
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        clip_sample=False,
-    )
 
 
 def train_denoiser(work: Path, steps: int, batch: int = 128, peak: float = 1e-3, ema_decay: float = 0.9995) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from teacher_training import Averaged, log, normalise_latents, train
+from teacher_training import Averaged, log, new_scheduler, normalise_latents, train
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -99,20 +99,6 @@ def new_denoiser() -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         attention_head_dim=8,
         norm_num_groups=16,
-    )
-
-
-def new_scheduler() -> DDIMScheduler:
-    """v-prediction; the scaled-linear table ends at alpha = 0.015, so pure noise is a fair start."""
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.02,
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        steps_offset=1,
-        clip_sample=False,
     )
 
 
@@ -223,7 +209,7 @@ def pack(work: Path, out: Path) -> None:
         text_encoder=both.text,
         tokenizer=tokenizer,
         unet=both.denoiser,
-        scheduler=new_scheduler(),
+        scheduler=new_scheduler(steps_offset=1),  # without effect on trailing steps; Stable Diffusion's asks for it
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -55,10 +55,16 @@ def guided(
         conditional = doubled.raw[: len(x_t)]
         # Where both are the same, w makes no difference.
         unconditional = conditional.index_copy(0, second, doubled.raw[len(x_t) :])
-    raw = guide(conditional, unconditional, scale, rule, t)
-    if denoiser.keeps_norm:
-        raw = with_norm_of(conditional, raw)
+    raw = combined(denoiser, conditional, unconditional, scale, t, rule)
     return Prediction(raw, x_t, t, doubled.schedule, doubled.kind)
+
+
+def combined(
+    denoiser: Denoiser, cond: Tensor, uncond: Tensor, scale: float | Tensor, t: Tensor, rule: Rule | None = None
+) -> Tensor:
+    """The denoiser's two outputs (B, ...) at times t (B,) as its pipeline combines them; arguments as for guided()."""
+    raw = guide(cond, uncond, scale, denoiser.rule if rule is None else rule, t)
+    return with_norm_of(cond, raw) if denoiser.keeps_norm else raw
 
 
 def rule_text(rule: Rule) -> str:

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepdistill.errors import InputError
-from stepdistill.guidance import ddim_update, guided
-from stepdistill.kernels import guide
+from stepdistill.guidance import combined, ddim_update, guided
 from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.pipeline.denoiser import Conditions, Denoiser
 from stepdistill.recipe_errors import suggest
@@ -45,15 +44,15 @@ class Step:
     seed: int
 
 
-Rule = Callable[[Denoiser, Step], Prediction]
+StepRule = Callable[[Denoiser, Step], Prediction]
 
 
-def classifier_free(scale: float) -> Rule:
+def classifier_free(scale: float) -> StepRule:
     """uncond + w (cond - uncond), as the denoiser's own call describes it."""
     return lambda denoiser, step: guided(denoiser, step.x_t, step.t, step.cond, step.null, scale)
 
 
-def cfg_plus_plus(scale: float) -> Rule:
+def cfg_plus_plus(scale: float) -> StepRule:
     """CFG++ (Chung et al. 2024): x_0 of the guided prediction, the noise that stays of the unguided one; w in [0, 1].
 
     Under DDIM (Euler on a flow) both are linear in the network's outputs, so this is guidance with a scale that depends
@@ -88,14 +87,14 @@ class Adaptive:
         both = {name: torch.cat([value, step.null[name][rows]]) for name, value in step.cond.items()}
         doubled = denoiser(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
         cond, uncond = doubled.raw[: len(x_t)], doubled.raw[len(x_t) :]
-        raw = cond.index_copy(0, rows, guide(cond[rows], uncond, self.scale))
+        raw = cond.index_copy(0, rows, combined(denoiser, cond[rows], uncond, self.scale, t[rows]))
         noises = doubled.eps
         cosine = F.cosine_similarity(noises[: len(x_t)][rows].flatten(1), noises[len(x_t) :].flatten(1))
         self.open = rows[cosine <= self.threshold]
         return Prediction(raw, x_t, t, doubled.schedule, doubled.kind)
 
 
-def independent_condition(scale: float) -> Rule:
+def independent_condition(scale: float) -> StepRule:
     """Independent condition guidance (Sadat et al. 2024): away from a random other condition, new at every step.
 
     For networks that know no empty condition.
@@ -115,7 +114,7 @@ def independent_condition(scale: float) -> Rule:
     return rule
 
 
-def time_step(scale: float, spread: float = 0.05) -> Rule:
+def time_step(scale: float, spread: float = 0.05) -> StepRule:
     """Time-step guidance (Sadat et al. 2024): away from what the network says when it is told a wrong time.
 
     Args:
@@ -128,13 +127,13 @@ def time_step(scale: float, spread: float = 0.05) -> Rule:
         wrong = (t + spread * error.to(t)).clamp(0, 1)
         both = {name: torch.cat([value, value]) for name, value in step.cond.items()}
         doubled = denoiser(torch.cat([x_t, x_t]), torch.cat([t, wrong]), both)
-        raw = guide(*doubled.raw.chunk(2), scale)
+        raw = combined(denoiser, *doubled.raw.chunk(2), scale, t)
         return Prediction(raw, x_t, t, doubled.schedule, doubled.kind)
 
     return rule
 
 
-def dropped_blocks(scale: float, strength: float = 0.25, share: float = 0.1) -> Rule:
+def dropped_blocks(scale: float, strength: float = 0.25, share: float = 0.1) -> StepRule:
     """S2-Guidance (Chen et al. 2025): classifier-free guidance, and away from the network without some of its blocks.
 
     Args:
@@ -150,17 +149,19 @@ def dropped_blocks(scale: float, strength: float = 0.25, share: float = 0.1) -> 
         count = max(1, round(share * len(blocks)))
         dice = torch.Generator().manual_seed(step.seed * 1000 + step.number)
         chosen = (torch.randperm(len(blocks) - 2, generator=dice)[:count] + 1).tolist()
-        whole = guided(denoiser, step.x_t, step.t, step.cond, step.null, scale)
-        cond = denoiser(step.x_t, step.t, step.cond).raw if scale != 1 else whole.raw
+        cond = denoiser(step.x_t, step.t, step.cond)
         with without([blocks[i] for i in chosen]):
             less = denoiser(step.x_t, step.t, step.cond).raw
-        raw = whole.raw + strength * (cond - less)
-        return Prediction(raw, step.x_t, step.t, whole.schedule, whole.kind)
+        raw = cond.raw
+        if scale != 1:
+            uncond = denoiser(step.x_t, step.t, step.null).raw
+            raw = combined(denoiser, cond.raw, uncond, scale, step.t)
+        return Prediction(raw + strength * (cond.raw - less), step.x_t, step.t, cond.schedule, cond.kind)
 
     return rule
 
 
-def teacher_first(teacher: Denoiser, scale: float, steps: int = 1) -> Rule:
+def teacher_first(teacher: Denoiser, scale: float, steps: int = 1) -> StepRule:
     """The teacher's first steps, the student's others: the teacher's variety at a few more passes (diversity
     distillation, Gandikota and Bau 2025).
 
@@ -208,7 +209,7 @@ def without(blocks: Sequence[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-RULES: dict[str, Callable[..., Rule]] = {
+RULES: dict[str, Callable[..., StepRule]] = {
     "cfg": classifier_free,
     "cfg++": cfg_plus_plus,
     "adaptive": Adaptive,
@@ -218,11 +219,14 @@ RULES: dict[str, Callable[..., Rule]] = {
 }
 """By the names of ``stepdistill sample --rule NAME[:NUMBER]``; the number is a rule's second argument."""
 
-NO_EMPTY = ("icg", "tsg")
-"""The rules that need no empty condition."""
+
+def needs_empty(text: str, scale: float) -> bool:
+    """Whether the rule ``NAME`` or ``NAME:NUMBER`` asks the network about the empty condition."""
+    name = text.partition(":")[0]
+    return name not in ("icg", "tsg") and (scale != 1 or name not in ("cfg", "s2"))
 
 
-def rule_named(text: str, scale: float) -> Callable[[], Rule]:
+def rule_named(text: str, scale: float) -> Callable[[], StepRule]:
     """What makes the rule ``NAME`` or ``NAME:NUMBER``, once for each batch.
 
     Raises:

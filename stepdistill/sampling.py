@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid
-from stepdistill.inference_guidance import NO_EMPTY, rule_named, teacher_first
+from stepdistill.inference_guidance import needs_empty, rule_named, teacher_first
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.generate import decode, generate
 from stepdistill.pipeline.load import export_arguments, is_export, load_pipeline
@@ -82,9 +82,10 @@ def sample(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     traced.pipeline.to(device)
     conditioning = encode(traced, entries(traced, list(conditions) if conditions else "classes"), None).to(device)
-    if guidance != 1 and conditioning.null is None and rule.partition(":")[0] not in NO_EMPTY:
-        raise InputError(f"guidance: expected 1 for a pipeline without guidance, found {guidance}")
     make_rule, denoisers = rule_named(rule, guidance), [traced.denoiser]
+    if conditioning.null is None and needs_empty(rule, guidance):
+        problem = f"found {guidance}" if guidance != 1 else f"and rule cfg, found {rule}"
+        raise InputError(f"guidance: expected 1 for a pipeline without guidance, {problem}")
     if teacher is not None:
         if rule != "cfg":
             raise InputError(f"rule: expected cfg where a teacher makes the first steps, found {rule}")

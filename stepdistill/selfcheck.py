@@ -154,6 +154,7 @@ class _Probe:
         variance, (alpha, sigma) = x0.double().var(), reading.schedule.coefficients(t)
         linear = variance * sigma**2 / (alpha**2 * variance + sigma**2)
         error = difference.double().square().flatten(1).mean(1) / linear
+        # A reading that overflows fits worst of all.
         return error.nan_to_num(nan=torch.inf).reshape(len(levels), len(x0))
 
 

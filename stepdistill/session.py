@@ -105,9 +105,9 @@ def build(
     implementation, config, data = recipe.method.implementation, recipe.method.config, recipe.data
     needs, real = implementation.data_needs(config), None
     if with_data and needs.images:
-        if shared := [name for name in traced.pictures if name not in data.arguments]:
+        if common := [name for name in traced.pictures if name not in data.arguments]:
             raise InputError(
-                f"data.images: expected none beside teacher.arguments.{shared[0]}, and a method or settings that need "
+                f"data.images: expected none beside teacher.arguments.{common[0]}, and a method or settings that need "
                 "none: real images would have to be those of that picture; data.arguments gives each its own"
             )
         real = images.load(data, *image_shape(traced))

@@ -103,7 +103,6 @@ def test_what_the_processes_tell_each_other(runs):
     assert "train.batch_size: expected a multiple of processes x train.accumulation (2 x 1), found 3" in first["odd"]
 
 
-@pytest.mark.slow
 def test_a_launched_run_ends_with_one_line_and_the_code_of_a_wrong_input(teacher, tmp_path):  # noqa: F811
     recipe = make_recipe(teacher, tmp_path / "run", {"name": "dmd2"}, batch_size=3) | {"distributed": {"processes": 2}}
     (tmp_path / "three.yaml").write_text(json.dumps(recipe))

@@ -159,7 +159,7 @@ def test_dropped_blocks_let_their_hidden_states_through():
     torch.testing.assert_close(less, shorter)
     torch.testing.assert_close(found.denoiser(x, t, cond).raw, before)
     torch.testing.assert_close(run("s2:0")[0], run("cfg")[0])
-    assert run("s2")[1] == 4 * STEPS
+    assert run("s2")[1] == 3 * STEPS
     with pytest.raises(InputError, match="Linear has none"):
         equal_blocks(torch.nn.Linear(1, 1))
 
@@ -194,6 +194,22 @@ def test_the_teacher_makes_the_first_steps(tmp_path):
     assert mixed.nfe == 5
     with pytest.raises(InputError, match="rule: expected cfg where a teacher makes the first steps, found icg"):
         stepdistill.sample(tmp_path / "teacher", teacher=tmp_path / "teacher", rule="icg", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings, problem",
+    [
+        ({"rule": "adaptive"}, "expected 1 for a pipeline without guidance, and rule cfg, found adaptive"),
+        ({"rule": "cfg++", "guidance": 0.6}, "expected 1 for a pipeline without guidance, found 0.6"),
+    ],
+)
+def test_a_pipeline_without_an_empty_condition_takes_what_needs_none(tmp_path, settings, problem):
+    tiny.save_pipeline(tiny.tiny_flux(), tmp_path / "flux")
+    common = {"steps": 1, "count": 2, "conditions": ["a red shoe", "rain"]}
+    with pytest.raises(InputError, match=problem):
+        stepdistill.sample(tmp_path / "flux", **common, **settings)
+    if settings["rule"] == "adaptive":
+        assert stepdistill.sample(tmp_path / "flux", **common, rule="icg", guidance=2.0).nfe == 2
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,18 @@ def test_guidance_in_an_interval_reaches_method_previews_and_trajectories(folder
     scheduler = plain.trace.pipeline.scheduler
     assert passes(plain.trace, scheduler, 10, 3.0) == 20 and passes(limited.trace, scheduler, 10, 1.0) == 10
     assert passes(limited.trace, scheduler, 10, 3.0) == 13
+
+
+def test_networks_that_will_be_shared_out_wait_for_it(folder, tmp_path):
+    write_shard(tmp_path / "a.tar", ["7", "3"], [0, 100])
+    recipe = {
+        "teacher": {"pipeline": str(folder)},
+        "student": {"steps": 2},
+        "data": {"images": str(tmp_path / "a.tar")},
+        "method": {"name": "dmd2", "gan_weight": 0.1},
+        "train": {"steps": 1, "batch_size": 2, "lr": 1e-3},
+    }
+    made = build(load(recipe), torch.device("cpu"), shared=True)
+    assert made.method.gan.heads is None
+    made.prepare()
+    assert made.method.gan.heads is not None

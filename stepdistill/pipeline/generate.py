@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.inference_guidance import Rule, Step, classifier_free
+from stepdistill.inference_guidance import Step, StepRule, classifier_free
 from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.pipeline.denoiser import first_tensor
 from stepdistill.pipeline.observe import TraceError, forked_random, observe, patched, run
@@ -53,7 +53,7 @@ def generate(
     batch: int = 250,
     timesteps: Sequence[int] | None = None,
     initial: Tensor | None = None,
-    rule: Callable[[], Rule] | None = None,
+    rule: Callable[[], StepRule] | None = None,
 ) -> Tensor:
     """Latents (N, *latent_shape), float32; sample i depends on (seed, first_index + i) and its condition alone.
 
