@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from stepdistill.bench import device_name, library_versions
 from stepdistill.data.batch import Batch
-from stepdistill.pipeline.denoiser import CallSpec, Denoiser
+from stepdistill.denoiser import CallSpec, Denoiser
 from stepdistill.profiling import HostReads
 from stepdistill.recipe import load
 from stepdistill.roles import build_roles

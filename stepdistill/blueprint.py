@@ -18,8 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from stepdistill.denoiser import CallSpec, Conditions, Denoiser, Helper, tensors_in
 from stepdistill.errors import InputError
-from stepdistill.pipeline.denoiser import CallSpec, Conditions, Denoiser, Helper, tensors_in
 from stepdistill.pipeline.explain import as_latents
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.pipeline.load import quiet, source

@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
+from stepdistill.denoiser import hidden_states
 from stepdistill.errors import InputError
 from stepdistill.eval.features import fold_batch_norm, pretrained_lite
-from stepdistill.pipeline.denoiser import hidden_states
 
 LITE2 = "efficientnet-lite2"
 LITE2_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
-from stepdistill.pipeline.denoiser import Denoiser
 
 T = TypeVar("T")
 

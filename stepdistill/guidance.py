@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.denoiser import Conditions, Denoiser
 from stepdistill.kernels import Rule, Update, guide
-from stepdistill.pipeline.denoiser import Conditions, Denoiser
 from stepdistill.schedule import Kind, Prediction, Schedule
 
 

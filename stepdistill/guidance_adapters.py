@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stepdistill.adapters import Adapted, plain_network
+from stepdistill.denoiser import first_tensor, with_first_tensor
 from stepdistill.errors import InputError
-from stepdistill.pipeline.denoiser import first_tensor, with_first_tensor
 
 NAME = "guidance_adapter"
 """The name under which a network holds the adapter that is fastened to it."""

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepdistill.denoiser import Conditions, Denoiser
 from stepdistill.errors import InputError
 from stepdistill.guidance import combined, ddim_update, guided
 from stepdistill.pipeline.conditioning import Conditioning
-from stepdistill.pipeline.denoiser import Conditions, Denoiser
 from stepdistill.recipe_errors import suggest
 from stepdistill.schedule import Prediction
 

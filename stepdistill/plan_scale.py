@@ -26,9 +26,9 @@ from torch import nn
 
 from stepdistill.blueprint import Blueprint
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import first_tensor, innermost
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod
-from stepdistill.pipeline.denoiser import first_tensor, innermost
 from stepdistill.plan import GIB, RESERVE, FirstBatch, Plan, batch_of, blueprint_of, method_of, plan
 from stepdistill.recipe import Recipe, load
 from stepdistill.sharding import blocks, is_whole, weights

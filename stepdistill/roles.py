@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from stepdistill.adapters import AdapterView, FrozenView, lora_targets
+from stepdistill.denoiser import Denoiser
 from stepdistill.methods.base import Roles, RoleTraining
-from stepdistill.pipeline.denoiser import Denoiser
 
 
 def build_roles(

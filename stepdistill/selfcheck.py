@@ -15,12 +15,12 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from stepdistill.denoiser import Conditions, Denoiser
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
 from stepdistill.kernels import Rule
 from stepdistill.methods.times import time_of_ratio
 from stepdistill.pipeline.conditioning import Conditioning
-from stepdistill.pipeline.denoiser import Conditions, Denoiser
 from stepdistill.progress import say
 from stepdistill.schedule import FlowSchedule, Kind, Prediction, Schedule, VPSchedule
 from stepdistill.session import Session

@@ -13,14 +13,14 @@ from stepdistill.data import images
 from stepdistill.data.batch import Batch
 from stepdistill.data.conditions import wanted
 from stepdistill.data.paths import Paths, teacher_paths
+from stepdistill.denoiser import Denoiser, innermost
 from stepdistill.errors import InputError
+from stepdistill.export.lora import is_lora, load_adapter
 from stepdistill.methods.base import DistillMethod, Roles
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries
-from stepdistill.pipeline.denoiser import Denoiser, innermost
 from stepdistill.pipeline.generate import set_up
 from stepdistill.pipeline.latents import decoder, encode_images, image_shape
 from stepdistill.pipeline.load import is_export, load_pipeline
-from stepdistill.pipeline.lora import is_lora, load_adapter
 from stepdistill.pipeline.trace import Trace, at_guidance, trace, under
 from stepdistill.pruning import pruned
 from stepdistill.recipe import Recipe

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stepdistill.adapters import Adapted
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import Denoiser, innermost
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod
-from stepdistill.pipeline.denoiser import Denoiser, innermost
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

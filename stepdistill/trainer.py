@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from stepdistill import checkpoint
 from stepdistill.bench import bench
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import Denoiser
 from stepdistill.distributed import Processes
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.evaluation import BEST, Evaluation, ranked
+from stepdistill.export.card import fill_in_quality
+from stepdistill.export.export import export
 from stepdistill.faults import explained
 from stepdistill.finite import FiniteWatch
 from stepdistill.moving_average import MovingAverage
 from stepdistill.optimizer import learning_rate, make_optimizer
-from stepdistill.pipeline.card import fill_in_quality
-from stepdistill.pipeline.denoiser import Denoiser
-from stepdistill.pipeline.export import export
 from stepdistill.preview import Preview
 from stepdistill.progress import TrainingProgress, WorkProgress, quiet, say
 from stepdistill.recipe import Recipe, load

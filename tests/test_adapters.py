@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.tiny import tiny_dit, tiny_sd
 from stepdistill.adapters import AdapterView, GuidanceEmbedded, SlowTime, fourier, plain_network
+from stepdistill.denoiser import CallSpec, Denoiser
 from stepdistill.errors import InputError
-from stepdistill.pipeline.denoiser import CallSpec, Denoiser
 from stepdistill.roles import build_roles
 from stepdistill.schedule import from_scheduler
 

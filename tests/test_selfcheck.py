@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from pipeline.tiny import save_dit, tiny_dit, tiny_sd, tiny_sd3
 from stepdistill import assets, selfcheck
+from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
-from stepdistill.pipeline.denoiser import Denoiser
 from stepdistill.pipeline.generate import generate
 from stepdistill.recipe import load
 from stepdistill.schedule import from_scheduler

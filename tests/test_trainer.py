@@ -18,9 +18,9 @@ from PIL import Image
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill import checkpoint
 from stepdistill.errors import InputError
+from stepdistill.export.export import load_student
 from stepdistill.finite import NonFiniteError
 from stepdistill.methods import METHODS
-from stepdistill.pipeline.export import load_student
 from stepdistill.recipe import load
 from stepdistill.session import build
 from stepdistill.trainer import Trainer, train

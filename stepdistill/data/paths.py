@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.batch import PathRows, generator
+from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided, rule_text
 from stepdistill.methods.base import PathNeeds
 from stepdistill.pipeline.conditioning import Conditioning
-from stepdistill.pipeline.denoiser import Denoiser
 from stepdistill.progress import WorkProgress
 from stepdistill.samplers import dpm_solver_step, solver_grid
 from stepdistill.tensor_cache import cached

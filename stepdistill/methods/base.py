@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import Denoiser
 from stepdistill.guidance import guided
-from stepdistill.pipeline.denoiser import Denoiser
 from stepdistill.samplers import Sampler
 from stepdistill.schedule import Prediction
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from stepdistill.adapters import GuidanceEmbedded
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import Conditions, Denoiser
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig
 from stepdistill.methods.losses import pseudo_huber
-from stepdistill.pipeline.denoiser import Conditions, Denoiser
 from stepdistill.samplers import solver_grid
 from stepdistill.schedule import EDMSchedule, Prediction, Schedule, per_sample
 

@@ -27,11 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.adapters import SlowTime
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import Conditions
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, Roles
 from stepdistill.methods.times import T_FLOOR, normal_log_snr_times, time_of_ratio
 from stepdistill.methods.trigflow import LogVariance, TrigFlow, derivative
-from stepdistill.pipeline.denoiser import Conditions
 from stepdistill.progress import say
 from stepdistill.samplers import Sampler
 from stepdistill.schedule import Prediction, per_sample

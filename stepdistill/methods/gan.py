@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import Denoiser
 from stepdistill.discriminator import Heads, ImageFeatures, image_features
 from stepdistill.methods.losses import GanLoss, discriminator_loss, generator_loss, gradient_penalty
 from stepdistill.methods.times import uniform_times
-from stepdistill.pipeline.denoiser import Denoiser
 
 Times = Callable[[Batch, str], Tensor]
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from stepdistill.adapters import GuidanceEmbedded
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import Conditions
 from stepdistill.errors import InputError
 from stepdistill.guidance_adapters import AttentionAdapter, GuidanceAdapter, OutputGuide, WithGuidanceAdapter
 from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, PathNeeds, RoleTraining
 from stepdistill.methods.losses import prediction_loss
 from stepdistill.methods.times import uniform_times
-from stepdistill.pipeline.denoiser import Conditions
 from stepdistill.schedule import per_sample
 
 # The argument that tells an adapted network its w (B,).

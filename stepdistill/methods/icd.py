@@ -17,12 +17,12 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import Denoiser
 from stepdistill.methods.base import Roles
 from stepdistill.methods.consistency import SolverConfig
 from stepdistill.methods.losses import pseudo_huber
 from stepdistill.methods.segments import PCM, pick
 from stepdistill.methods.times import T_FLOOR
-from stepdistill.pipeline.denoiser import Denoiser
 from stepdistill.samplers import Sampler
 from stepdistill.schedule import Prediction
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepdistill.denoiser import Conditions, Denoiser
 from stepdistill.kernels import dmd_gradient, identity_loss, mean_per_sample, pseudo_huber, sid_loss, surrogate
-from stepdistill.pipeline.denoiser import Conditions, Denoiser
 from stepdistill.schedule import Prediction
 
 __all__ = [

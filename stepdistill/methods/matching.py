@@ -21,11 +21,11 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import Conditions
 from stepdistill.methods.base import DistillMethod, MethodConfig, Roles
 from stepdistill.methods.losses import denoising_loss, surrogate
 from stepdistill.methods.times import uniform_times
 from stepdistill.methods.trajectory import TrajectoryConfig, TrajectoryRegression
-from stepdistill.pipeline.denoiser import Conditions
 from stepdistill.samplers import Sampler
 
 

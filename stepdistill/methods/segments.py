@@ -23,8 +23,8 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import Conditions, Denoiser
 from stepdistill.methods.consistency import LCM, ConsistencyConfig
-from stepdistill.pipeline.denoiser import Conditions, Denoiser
 from stepdistill.samplers import Sampler, Step
 from stepdistill.schedule import Prediction
 

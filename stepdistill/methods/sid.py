@@ -28,12 +28,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import Denoiser
 from stepdistill.guidance import guided
 from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, Roles
 from stepdistill.methods.gan import LatentDiscriminator
 from stepdistill.methods.losses import prediction_loss, sid_loss
 from stepdistill.methods.times import uniform_times
-from stepdistill.pipeline.denoiser import Denoiser
 from stepdistill.samplers import Sampler
 from stepdistill.schedule import Prediction
 

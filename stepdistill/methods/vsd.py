@@ -20,12 +20,12 @@ from pydantic import Field, NonNegativeFloat, field_validator
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import Conditions
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
 from stepdistill.methods.base import RoleTraining
 from stepdistill.methods.matching import DistributionMatching, MatchingConfig
 from stepdistill.methods.times import normal_log_snr_times
-from stepdistill.pipeline.denoiser import Conditions
 from stepdistill.schedule import per_sample
 
 

@@ -1,1 +1,1 @@
-"""Everything that knows diffusers pipelines: tracing, conditioning, generation, export."""
+"""Teachers by tracing, their conditions and latents."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.sample import Pictures
+from stepdistill.denoiser import Conditions, joined
 from stepdistill.errors import InputError
 from stepdistill.pipeline.compare import rows_equal
-from stepdistill.pipeline.denoiser import Conditions, joined
 from stepdistill.pipeline.observe import Call, Recording, calls_of, modules, observe
 from stepdistill.pipeline.trace import Trace
 from stepdistill.tensor_cache import cached

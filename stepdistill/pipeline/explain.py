@@ -14,9 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stepdistill.guidance import with_norm_of
-from stepdistill.pipeline.compare import close, deviation, rows_equal, same, single_value, tolerance
-from stepdistill.pipeline.denoiser import (
+from stepdistill.denoiser import (
     CallSpec,
     Conditions,
     Output,
@@ -25,6 +23,8 @@ from stepdistill.pipeline.denoiser import (
     tensors_in,
     unflatten,
 )
+from stepdistill.guidance import with_norm_of
+from stepdistill.pipeline.compare import close, deviation, rows_equal, same, single_value, tolerance
 from stepdistill.pipeline.observe import Call, Recording, Step, TraceError, calls_of
 
 GUIDANCE_LIMIT = 1e-4

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.denoiser import first_tensor
 from stepdistill.errors import InputError
 from stepdistill.inference_guidance import Step, StepRule, classifier_free
 from stepdistill.pipeline.conditioning import Conditioning
-from stepdistill.pipeline.denoiser import first_tensor
 from stepdistill.pipeline.observe import TraceError, forked_random, observe, patched, run
 from stepdistill.pipeline.trace import PROBES, Trace
 from stepdistill.schedule import from_scheduler

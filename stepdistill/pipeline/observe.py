@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepdistill.denoiser import first_tensor, flatten, tensors_in
 from stepdistill.errors import InputError
-from stepdistill.pipeline.denoiser import first_tensor, flatten, tensors_in
-from stepdistill.pipeline.stock_call import is_picture, opened
+from stepdistill.export.stock_call import is_picture, opened
 
 ENTRY_ARGUMENTS = ("prompt", "class_labels", "batch_size")
 """What a pipeline may be asked for: texts, class ids, or just a number of images."""

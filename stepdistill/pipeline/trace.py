@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepdistill.denoiser import Denoiser, Helper, first_tensor
 from stepdistill.errors import InputError
+from stepdistill.export.stock_call import is_picture
 from stepdistill.guidance import guided, rule_text
 from stepdistill.kernels import Rule
 from stepdistill.pipeline import explain
 from stepdistill.pipeline.compare import deviation, tolerance
-from stepdistill.pipeline.denoiser import Denoiser, Helper, first_tensor
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.observe import (
@@ -31,7 +32,6 @@ from stepdistill.pipeline.observe import (
     modules,
     observe,
 )
-from stepdistill.pipeline.stock_call import is_picture
 from stepdistill.schedule import Kind, Schedule, from_scheduler
 
 __all__ = ["Guidance", "Trace", "TraceError", "load_pipeline", "trace"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
-from stepdistill.pipeline.denoiser import CallSpec, Denoiser
+from stepdistill.denoiser import CallSpec, Denoiser
 from stepdistill.samplers import DDIM, Renoise, Sampler, Step
 from stepdistill.schedule import EDMSchedule, FlowSchedule, Kind, Schedule, VPSchedule
 

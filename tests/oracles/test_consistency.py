@@ -29,11 +29,11 @@ from torch import nn
 from pipeline.tiny import tiny_dit
 from stepdistill.adapters import GuidanceEmbedded
 from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser
+from stepdistill.denoiser import CallSpec, Denoiser
 from stepdistill.errors import InputError
 from stepdistill.methods import Roles
 from stepdistill.methods.consistency import LCM, TCD, ConsistencyConfig, boundary, solver_grid
 from stepdistill.methods.losses import pseudo_huber
-from stepdistill.pipeline.denoiser import CallSpec, Denoiser
 from stepdistill.samplers import TCD as TCDSampler
 from stepdistill.samplers import Renoise, Step, renoise_up
 from stepdistill.schedule import KINDS, Prediction, Schedule, from_scheduler

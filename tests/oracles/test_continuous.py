@@ -9,10 +9,10 @@ from bed import G1, M1, SCHEDULES, OnGrid, Spy, at, batch, column, gradients, pl
 from torch import nn
 
 from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser
+from stepdistill.denoiser import CallSpec, Denoiser
 from stepdistill.errors import InputError
 from stepdistill.methods import Roles, continuous
 from stepdistill.methods.continuous import SCM, TBCM, SCMConfig, TBCMConfig, TrigFlow
-from stepdistill.pipeline.denoiser import CallSpec, Denoiser
 from stepdistill.schedule import KINDS, Prediction, Schedule
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]

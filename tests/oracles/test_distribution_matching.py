@@ -21,8 +21,8 @@ from torch import nn
 
 from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser, affine_critic
 from stepdistill.data.batch import Batch, PathRows
+from stepdistill.denoiser import CallSpec, Denoiser
 from stepdistill.methods import METHODS, Roles
-from stepdistill.pipeline.denoiser import CallSpec, Denoiser
 from stepdistill.roles import build_roles
 from stepdistill.schedule import KINDS
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from stepdistill.analytic import MixtureDenoiser
 from stepdistill.data.batch import Batch, PathRows
+from stepdistill.denoiser import CallSpec, Denoiser
 from stepdistill.errors import InputError
 from stepdistill.methods import METHODS, Roles
-from stepdistill.pipeline.denoiser import CallSpec, Denoiser
 from stepdistill.samplers import DDIM, solver_grid
 from stepdistill.schedule import KINDS, per_sample
 

@@ -9,9 +9,9 @@ from bed import G1, SCHEDULES, OnGrid, Spy, at, batch, column, ddim_path, genera
 from torch import nn
 
 from stepdistill.analytic import GaussianDenoiser
+from stepdistill.denoiser import CallSpec, Denoiser
 from stepdistill.methods import Roles
 from stepdistill.methods.progressive import ProgressiveConfig, ProgressiveDistillation
-from stepdistill.pipeline.denoiser import CallSpec, Denoiser
 from stepdistill.samplers import DDIM
 from stepdistill.schedule import KINDS, from_scheduler
 

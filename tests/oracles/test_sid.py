@@ -24,10 +24,10 @@ from torch import nn
 
 from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser, affine_critic
 from stepdistill.data.batch import Batch
+from stepdistill.denoiser import CallSpec, Denoiser
 from stepdistill.methods import METHODS, Roles
 from stepdistill.methods.losses import denoising_loss, identity_loss
 from stepdistill.methods.sid import SiD
-from stepdistill.pipeline.denoiser import CallSpec, Denoiser
 from stepdistill.schedule import KINDS
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]

@@ -15,12 +15,12 @@ from torch import nn
 import stepdistill
 from pipeline.tiny import redraw, save_dit, tiny_dit, tiny_flux, tiny_sd, tiny_sd3
 from stepdistill.adapters import FrozenView
+from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
 from stepdistill.eval.row_cache import weights_digest
 from stepdistill.guidance import guided
 from stepdistill.guidance_adapters import ADAPTERS, AttentionAdapter, OutputGuide, WithGuidanceAdapter, fasten, fastened
 from stepdistill.pipeline.conditioning import encode, entries
-from stepdistill.pipeline.denoiser import Denoiser
 from stepdistill.pipeline.load import load_pipeline, save_pipeline
 from stepdistill.pipeline.trace import Trace, trace
 from stepdistill.trainer import train

@@ -7,7 +7,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLDenoiseStep
 
 from pipeline.tiny import redraw
-from stepdistill.pipeline.guider import FusedGuidance
+from stepdistill.guider import FusedGuidance
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,16 @@ from stepdistill.adapters import plain_network
 from stepdistill.errors import InputError, RunError
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.evaluation import best_checkpoint
+from stepdistill.export import stock_call
+from stepdistill.export.attach import CONFIG as ATTACHED
+from stepdistill.export.card import model_card
+from stepdistill.export.lora import Keys, save_lora, why_not_lora
 from stepdistill.guidance_adapters import fastened
-from stepdistill.pipeline import ip_adapter, stock_call
-from stepdistill.pipeline.attach import CONFIG as ATTACHED
-from stepdistill.pipeline.card import model_card
+from stepdistill.pipeline import ip_adapter
 from stepdistill.pipeline.compare import deviation
 from stepdistill.pipeline.conditioning import plain_conditions
 from stepdistill.pipeline.generate import decode
 from stepdistill.pipeline.load import load_pipeline, save_pipeline, source
-from stepdistill.pipeline.lora import Keys, save_lora, why_not_lora
 from stepdistill.pipeline.observe import call_arguments
 from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say
@@ -193,7 +194,7 @@ def stock_arguments(traced: Trace, entries: Sequence[str | int], steps: int) -> 
 
 
 def call_elsewhere(request: dict[str, Any]) -> dict[str, Tensor]:
-    """What :mod:`stepdistill.pipeline.stock_call` reports, run by a Python that cannot import stepdistill.
+    """What :mod:`stepdistill.export.stock_call` reports, run by a Python that cannot import stepdistill.
 
     Raises:
         ExportError: the export cannot be loaded or called there.
