@@ -156,6 +156,9 @@ def sample(
     classes: Annotated[str | None, typer.Option(help="Class names or numbers, separated by commas.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
     rule: Annotated[str, typer.Option(help="cfg, cfg++, adaptive, icg, tsg or s2; with a number: s2:0.25.")] = "cfg",
+    interval: Annotated[
+        str | None, typer.Option(help="LOW,HIGH: guidance at these times only, of which 1 is noise and 0 data.")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="A pipeline for the first steps, under --guidance.")] = None,
     teacher_steps: Annotated[int, typer.Option(min=1, help="How many steps are the teacher's.")] = 1,
     out: Annotated[Path, typer.Option(help="The grid to write.")] = Path("grid.png"),
@@ -165,6 +168,7 @@ def sample(
     named = [int(one) if one.isdecimal() else one for one in classes.split(",")] if classes else []
     settings = {
         "rule": rule,
+        "interval": _interval(interval) if interval else None,
         "teacher": teacher,
         "teacher_steps": teacher_steps,
         "conditions": [*named, *(prompt or ())],
@@ -313,6 +317,15 @@ def _numbers(option: str, text: str) -> list[int]:
     if not all(one.strip().isdecimal() and int(one) for one in text.split(",")):
         raise InputError(f"{option}: expected numbers separated by commas, found '{text}'")
     return [int(one) for one in text.split(",")]
+
+
+def _interval(text: str) -> tuple[float, float]:
+    """LOW,HIGH as two numbers."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise InputError(f"--interval: expected LOW,HIGH, found '{text}'") from None
+    return low, high
 
 
 def _headline(recipe: Path) -> str:

@@ -52,6 +52,18 @@ def classifier_free(scale: float) -> StepRule:
     return lambda denoiser, step: guided(denoiser, step.x_t, step.t, step.cond, step.null, scale)
 
 
+def limited(rule: StepRule, low: float, high: float) -> StepRule:
+    """``rule`` at times from ``low`` to ``high``, both included, and no guidance at others, which costs one pass
+    (limited interval, Kynkäänniemi et al. 2024)."""
+
+    def within(denoiser: Denoiser, step: Step) -> Prediction:
+        # A batch is at one time.
+        t = step.t[0].float()
+        return rule(denoiser, step) if bool((low <= t) & (t <= high)) else denoiser(step.x_t, step.t, step.cond)
+
+    return within
+
+
 def cfg_plus_plus(scale: float) -> StepRule:
     """CFG++ (Chung et al. 2024): x_0 of the guided prediction, the noise that stays of the unguided one; w in [0, 1].
 

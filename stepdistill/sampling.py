@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid
-from stepdistill.inference_guidance import needs_empty, rule_named, teacher_first
+from stepdistill.inference_guidance import limited, needs_empty, rule_named, teacher_first
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.generate import decode, generate
 from stepdistill.pipeline.load import export_arguments, is_export, load_pipeline
@@ -58,6 +58,7 @@ def sample(
     conditions: Sequence[str | int] | None = None,
     out: str | Path | None = None,
     rule: str = "cfg",
+    interval: tuple[float, float] | None = None,
     teacher: str | Path | None = None,
     teacher_steps: int = 1,
 ) -> SampleResult:
@@ -68,6 +69,7 @@ def sample(
         conditions: class names, class numbers or prompts, taken in turn; None: all classes.
         out: where to write the images as one PNG grid.
         rule: how guidance is done, a name in :data:`stepdistill.inference_guidance.RULES`; ``NAME:NUMBER`` sets it.
+        interval: the times, of which 1 is noise and 0 data, with guidance; at others there is none. None: all.
         teacher: a pipeline that makes the first ``teacher_steps`` steps, with ``guidance``; the others have none.
 
     Raises:
@@ -78,17 +80,22 @@ def sample(
             raise InputError(f"{name}: expected a positive integer, found {value}")
     if seed < 0:
         raise InputError(f"seed: expected an integer from 0 up, found {seed}")
+    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
+        raise InputError(f"interval: expected low, high with 0 <= low < high <= 1, found {interval}")
     traced = inspect(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     traced.pipeline.to(device)
     conditioning = encode(traced, entries(traced, list(conditions) if conditions else "classes"), None).to(device)
-    make_rule, denoisers = rule_named(rule, guidance), [traced.denoiser]
+    unlimited, denoisers = rule_named(rule, guidance), [traced.denoiser]
+    make_rule = unlimited if interval is None else lambda: limited(unlimited(), *interval)
     if conditioning.null is None and needs_empty(rule, guidance):
         problem = f"found {guidance}" if guidance != 1 else f"and rule cfg, found {rule}"
         raise InputError(f"guidance: expected 1 for a pipeline without guidance, {problem}")
     if teacher is not None:
         if rule != "cfg":
             raise InputError(f"rule: expected cfg where a teacher makes the first steps, found {rule}")
+        if interval is not None:
+            raise InputError(f"interval: expected none where a teacher makes the first steps, found {interval}")
         first = inspect(teacher)
         if (first.latent_shape, first.conditioning) != (traced.latent_shape, traced.conditioning):
             raise InputError(f"teacher: {teacher} has other latents or conditions than {path}")

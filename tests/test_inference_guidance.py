@@ -12,7 +12,7 @@ from pipeline import tiny
 from stepdistill.cli import app
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
-from stepdistill.inference_guidance import RULES, Adaptive, equal_blocks, rule_named, teacher_first, without
+from stepdistill.inference_guidance import RULES, Adaptive, equal_blocks, limited, rule_named, teacher_first, without
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.generate import generate, noise, sample_generator
 from stepdistill.pipeline.trace import trace
@@ -79,6 +79,24 @@ def test_cfg_plus_plus_keeps_the_noise_of_the_unguided_prediction(scale):
 
     found, _ = run(lambda: RULES["cfg++"](scale))
     torch.testing.assert_close(found, by_hand(predict), rtol=1e-4, atol=1e-4)
+
+
+def test_a_limited_interval_saves_the_passes_outside_it():
+    whole, _ = run(lambda: limited(rule_named("cfg", W)(), 0, 1))
+    torch.testing.assert_close(whole, run("cfg")[0])
+    low, high = traced().denoiser.schedule.time(torch.tensor([499, 749])).tolist()
+
+    def predict(number, x, t):
+        with torch.no_grad():
+            cond, uncond = two(x, t)
+        w = W if number in (1, 2) else 1.0
+        return uncond.x0 + w * (cond.x0 - uncond.x0), uncond.eps + w * (cond.eps - uncond.eps)
+
+    # Both ends are inside.
+    middle, passes = run(lambda: limited(rule_named("cfg", W)(), low, high))
+    assert passes == STEPS + 2
+    torch.testing.assert_close(middle, by_hand(predict), rtol=1e-4, atol=1e-4)
+    assert run(lambda: limited(rule_named("s2", W)(), 0.4, 0.8))[1] == STEPS + 2 * 2
 
 
 def test_adaptive_guidance_stops_where_the_predictions_agree():
@@ -192,8 +210,13 @@ def test_the_teacher_makes_the_first_steps(tmp_path):
     settings = {"steps": 3, "guidance": 2.0, "count": 2, "conditions": [3, 5]}
     mixed = stepdistill.sample(tmp_path / "teacher", teacher=tmp_path / "teacher", teacher_steps=2, **settings)
     assert mixed.nfe == 5
-    with pytest.raises(InputError, match="rule: expected cfg where a teacher makes the first steps, found icg"):
-        stepdistill.sample(tmp_path / "teacher", teacher=tmp_path / "teacher", rule="icg", **settings)
+    for wrong, problem in [
+        ({"rule": "icg"}, "rule: expected cfg where a teacher makes the first steps, found icg"),
+        ({"interval": (0.2, 0.8)}, "interval: expected none where a teacher makes the first steps"),
+        ({"interval": (0.8, 0.2)}, "interval: expected low, high with 0 <= low < high <= 1"),
+    ]:
+        with pytest.raises(InputError, match=problem):
+            stepdistill.sample(tmp_path / "teacher", teacher=tmp_path / "teacher", **wrong, **settings)
 
 
 @pytest.mark.parametrize(
@@ -239,5 +262,10 @@ def test_the_command_line_says_the_passes(tmp_path):
         "--rule",
         "tsg:0.1",
     ]
-    done = CliRunner().invoke(app, [*command, "--rule", "tsg:0.1", "--out", str(tmp_path / "grid.png"), "--json"])
+    out = ["--out", str(tmp_path / "grid.png"), "--json"]
+    done = CliRunner().invoke(app, [*command, *out])
     assert done.exit_code == 0 and '"nfe": 6' in done.output and (tmp_path / "grid.png").is_file()
+    limited_to = CliRunner().invoke(app, [*command, *out, "--interval", "0.5,1"])
+    assert limited_to.exit_code == 0 and '"nfe": 5' in limited_to.output
+    wrong = CliRunner().invoke(app, [*command, *out, "--interval", "0.5"])
+    assert isinstance(wrong.exception, InputError) and "expected LOW,HIGH, found '0.5'" in str(wrong.exception)
