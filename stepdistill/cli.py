@@ -161,6 +161,9 @@ def sample(
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="A pipeline for the first steps, under --guidance.")] = None,
     teacher_steps: Annotated[int, typer.Option(min=1, help="How many steps are the teacher's.")] = 1,
+    refine: Annotated[
+        float | None, typer.Option(help="Instead, moves the student's x0 by this weight to the teacher's.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The grid to write.")] = Path("grid.png"),
     as_json: AsJson = False,
 ) -> None:
@@ -171,6 +174,7 @@ def sample(
         "interval": _interval(interval) if interval else None,
         "teacher": teacher,
         "teacher_steps": teacher_steps,
+        "refine": refine,
         "conditions": [*named, *(prompt or ())],
     }
     result = stepdistill.sample(path, steps=steps, guidance=guidance, seed=seed, count=count, out=out, **settings)

@@ -173,22 +173,6 @@ def dropped_blocks(scale: float, strength: float = 0.25, share: float = 0.1) -> 
     return rule
 
 
-def teacher_first(teacher: Denoiser, scale: float, steps: int = 1) -> StepRule:
-    """The teacher's first steps, the student's others: the teacher's variety at a few more passes (diversity
-    distillation, Gandikota and Bau 2025).
-
-    Args:
-        teacher: takes the student's samples and conditions. scale: its w; the student is not guided.
-    """
-
-    def rule(denoiser: Denoiser, step: Step) -> Prediction:
-        if step.number >= steps:
-            return denoiser(step.x_t, step.t, step.cond)
-        return guided(teacher, step.x_t, step.t, step.cond, step.null, scale)
-
-    return rule
-
-
 def equal_blocks(network: nn.Module) -> Sequence[nn.Module]:
     """The network's longest list of blocks of one class.
 

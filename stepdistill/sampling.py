@@ -12,11 +12,12 @@ from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid
-from stepdistill.inference_guidance import limited, needs_empty, rule_named, teacher_first
+from stepdistill.inference_guidance import limited, needs_empty, rule_named
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.generate import decode, generate
 from stepdistill.pipeline.load import export_arguments, is_export, load_pipeline
 from stepdistill.pipeline.trace import Trace, trace
+from stepdistill.teacher_rules import check_teacher, teacher_first, teacher_refined
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def sample(
     interval: tuple[float, float] | None = None,
     teacher: str | Path | None = None,
     teacher_steps: int = 1,
+    refine: float | None = None,
 ) -> SampleResult:
     """Draw ``count`` images; image i depends on (seed, i) and its condition alone.
 
@@ -71,6 +73,7 @@ def sample(
         rule: how guidance is done, a name in :data:`stepdistill.inference_guidance.RULES`; ``NAME:NUMBER`` sets it.
         interval: the times, of which 1 is noise and 0 data, with guidance; at others there is none. None: all.
         teacher: a pipeline that makes the first ``teacher_steps`` steps, with ``guidance``; the others have none.
+        refine: instead, the student makes them and moves by this weight, 0 to 1, towards the teacher's x_0.
 
     Raises:
         InputError: no such pipeline, class, guidance or rule.
@@ -82,6 +85,8 @@ def sample(
         raise InputError(f"seed: expected an integer from 0 up, found {seed}")
     if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
         raise InputError(f"interval: expected low, high with 0 <= low < high <= 1, found {interval}")
+    if refine is not None and (teacher is None or not 0 <= refine <= 1):
+        raise InputError(f"refine: expected a teacher and a weight from 0 to 1, found {refine}")
     traced = inspect(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     traced.pipeline.to(device)
@@ -93,15 +98,17 @@ def sample(
         raise InputError(f"guidance: expected 1 for a pipeline without guidance, {problem}")
     if teacher is not None:
         if rule != "cfg":
-            raise InputError(f"rule: expected cfg where a teacher makes the first steps, found {rule}")
+            raise InputError(f"rule: expected cfg where a teacher helps, found {rule}")
         if interval is not None:
-            raise InputError(f"interval: expected none where a teacher makes the first steps, found {interval}")
+            raise InputError(f"interval: expected none where a teacher helps, found {interval}")
         first = inspect(teacher)
-        if (first.latent_shape, first.conditioning) != (traced.latent_shape, traced.conditioning):
-            raise InputError(f"teacher: {teacher} has other latents or conditions than {path}")
+        check_teacher(first, traced, str(teacher))
         first.pipeline.to(device)
         denoisers.append(first.denoiser)
-        make_rule = functools.partial(teacher_first, first.denoiser, guidance, teacher_steps)
+        if refine is None:
+            make_rule = functools.partial(teacher_first, first.denoiser, guidance, teacher_steps)
+        else:
+            make_rule = functools.partial(teacher_refined, first.denoiser, guidance, refine, teacher_steps)
     before = sum(denoiser.evaluations for denoiser in denoisers)
     start = time.perf_counter()
     index = torch.arange(count) % len(conditioning)

@@ -1,63 +1,19 @@
 """Guidance rules at inference: each against its definition written out, and no sample knows its batch."""
 
-import functools
-import itertools
-
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import stepdistill
+from guidance_bed import ROWS, STEPS, N, W, by_hand, conditions, run, traced, two
 from pipeline import tiny
 from stepdistill.cli import app
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
-from stepdistill.inference_guidance import RULES, Adaptive, equal_blocks, limited, rule_named, teacher_first, without
+from stepdistill.inference_guidance import RULES, Adaptive, equal_blocks, limited, rule_named, without
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.generate import generate, noise, sample_generator
 from stepdistill.pipeline.trace import trace
-
-N, STEPS, W = 5, 4, 3.0
-ROWS = torch.tensor([0, 1, 2, 0, 1])
-
-
-@functools.cache
-def traced():
-    return trace(tiny.tiny_dit())
-
-
-@functools.cache
-def conditions():
-    return encode(traced(), [3, 0, 7], None)
-
-
-def run(rule, batch=N, seed=1):
-    """(latents, passes an image) under a rule's name or maker."""
-    make = rule_named(rule, W) if isinstance(rule, str) else rule
-    found, before = traced(), traced().denoiser.evaluations
-    latents = generate(
-        found, found.pipeline.scheduler, conditions(), ROWS, steps=STEPS, guidance=W, seed=seed, batch=batch, rule=make
-    )
-    return latents, (found.denoiser.evaluations - before) / N
-
-
-def by_hand(predict, update=None):
-    """DDIM written out: ``predict(number, x, t)`` gives (x_0, the noise that stays)."""
-    schedule, ready = traced().denoiser.schedule, traced().pipeline.scheduler
-    ready.set_timesteps(STEPS)
-    x = noise(traced().latent_shape, 1, range(N))
-    times = [*(schedule.time(t).expand(N) for t in ready.timesteps), torch.zeros(N)]
-    for number, (t, r) in enumerate(itertools.pairwise(times)):
-        x0, eps = predict(number, x, t)
-        alpha, sigma = (c.view(-1, 1, 1, 1).to(x.dtype) for c in schedule.coefficients(r))
-        x = alpha * x0 + sigma * eps if number + 1 < STEPS else x0
-    return x
-
-
-def two(x, t):
-    """The conditional and the unconditional prediction."""
-    cond, null = conditions().batch(ROWS)
-    return traced().denoiser(x, t, cond), traced().denoiser(x, t, null)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -195,28 +151,6 @@ def test_joint_blocks_are_dropped_in_both_streams():
     network.transformer_blocks = network.transformer_blocks[1:]
     torch.testing.assert_close(less, found.denoiser(x, t, cond).raw)
     assert (less - whole).abs().max() > 1e-3
-
-
-def test_the_teacher_makes_the_first_steps(tmp_path):
-    found = traced()
-    whole, _ = run(lambda: teacher_first(found.denoiser, W, steps=STEPS))
-    torch.testing.assert_close(whole, run("cfg")[0])
-    none, passes = run(lambda: teacher_first(found.denoiser, W, steps=0))
-    torch.testing.assert_close(none, run(lambda: RULES["cfg"](1.0))[0])
-    assert passes == STEPS
-    assert run(lambda: teacher_first(found.denoiser, W, steps=1))[1] == STEPS + 1
-
-    tiny.save_pipeline(tiny.tiny_dit(), tmp_path / "teacher")
-    settings = {"steps": 3, "guidance": 2.0, "count": 2, "conditions": [3, 5]}
-    mixed = stepdistill.sample(tmp_path / "teacher", teacher=tmp_path / "teacher", teacher_steps=2, **settings)
-    assert mixed.nfe == 5
-    for wrong, problem in [
-        ({"rule": "icg"}, "rule: expected cfg where a teacher makes the first steps, found icg"),
-        ({"interval": (0.2, 0.8)}, "interval: expected none where a teacher makes the first steps"),
-        ({"interval": (0.8, 0.2)}, "interval: expected low, high with 0 <= low < high <= 1"),
-    ]:
-        with pytest.raises(InputError, match=problem):
-            stepdistill.sample(tmp_path / "teacher", teacher=tmp_path / "teacher", **wrong, **settings)
 
 
 @pytest.mark.parametrize(
