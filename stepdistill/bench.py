@@ -327,7 +327,7 @@ def sample(
             steps=sampling.steps,
             guidance=sampling.guidance,
             seed=seed,
-            first_index=first,
+            indices=range(first, first + len(index)),
         )
         parts.append(decode(model.trace, latents).cpu())
         if progress:

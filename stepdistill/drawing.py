@@ -72,7 +72,7 @@ def draw(sampler: Sampler, numbers: Sequence[int], first: int, *, seed: int, bat
         steps=sampler.steps,
         guidance=sampler.guidance,
         seed=seed,
-        first_index=first,
+        indices=range(first, first + len(numbers)),
         batch=batch,
     )
     return decode(sampler.trace, latents, batch=batch)

@@ -35,13 +35,13 @@ def run(rule, batch=N, seed=1):
     return latents, (found.denoiser.evaluations - before) / N
 
 
-def by_hand(predict):
-    """DDIM written out: ``predict(number, x, t)`` gives (x_0, the noise that stays)."""
+def by_hand(predict, start=0, x=None):
+    """DDIM written out: ``predict(number, x, t)`` gives (x_0, the noise that stays); from step ``start`` at ``x``."""
     schedule, ready = traced().denoiser.schedule, traced().pipeline.scheduler
     ready.set_timesteps(STEPS)
-    x = noise(traced().latent_shape, 1, range(N))
+    x = noise(traced().latent_shape, 1, range(N)) if x is None else x
     times = [*(schedule.time(t).expand(N) for t in ready.timesteps), torch.zeros(N)]
-    for number, (t, r) in enumerate(itertools.pairwise(times)):
+    for number, (t, r) in list(enumerate(itertools.pairwise(times)))[start:]:
         x0, eps = predict(number, x, t)
         alpha, sigma = (c.view(-1, 1, 1, 1).to(x.dtype) for c in schedule.coefficients(r))
         x = alpha * x0 + sigma * eps if number + 1 < STEPS else x0

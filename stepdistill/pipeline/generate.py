@@ -49,21 +49,25 @@ def generate(
     steps: int,
     guidance: float,
     seed: int,
-    first_index: int = 0,
+    indices: Sequence[int] | None = None,
     batch: int = 250,
     timesteps: Sequence[int] | None = None,
     initial: Tensor | None = None,
+    onto: Tensor | None = None,
+    start: int = 0,
     rule: Callable[[], StepRule] | None = None,
 ) -> Tensor:
-    """Latents (N, *latent_shape), float32; sample i depends on (seed, first_index + i) and its condition alone.
+    """Latents (N, *latent_shape), float32; sample i depends on (seed, indices[i]) and its condition alone.
 
     The scheduler is set up and stepped with the arguments that the pipeline itself would give it.
 
     Args:
         scheduler: a stock scheduler of the denoiser's prediction type; it is copied, not changed.
-        labels_index: entries of ``conditioning``, (N,). guidance: w, 1 is off.
+        labels_index: entries of ``conditioning``, (N,). guidance: w, 1 is off. indices: N numbers; None: from 0 up.
         timesteps: explicit timesteps instead of the scheduler's own grid of ``steps``.
         initial: noise (N, *latent_shape) to start from instead of the seed's.
+        onto: clean latents (N, *latent_shape) that the noise is put onto, the grid's first ``start`` steps being left
+            out (SDEdit, Meng et al. 2022; the image-to-image pipelines); None: from pure noise.
         rule: makes a guidance rule of :mod:`stepdistill.inference_guidance` for each batch, instead of ``guidance``.
 
     Raises:
@@ -79,27 +83,43 @@ def generate(
     device = next(denoiser.network.parameters()).device
     ready, options = _ready(trace, scheduler, steps, timesteps, device)
     takes_generator = "generator" in inspect.signature(ready.step).parameters
+    indices = range(len(labels_index)) if indices is None else indices
+    # Schedulers of second order go through each step in two.
+    skipped = start * getattr(ready, "order", 1)
+    if hasattr(ready, "set_begin_index"):
+        ready.set_begin_index(skipped)
     parts = []
-    for start in range(0, len(labels_index), batch):
-        rows = labels_index[start : start + batch]
-        indices = range(first_index + start, first_index + start + len(rows))
+    for first in range(0, len(labels_index), batch):
+        chosen = slice(first, first + batch)
+        rows, numbers = labels_index[chosen], indices[chosen]
         cond, null = conditioning.batch(rows)
-        x = noise(trace.latent_shape, seed, indices) if initial is None else initial[start : start + batch]
-        x = x.to(device, torch.float32) * getattr(ready, "init_noise_sigma", 1.0)
+        x = noise(trace.latent_shape, seed, numbers) if initial is None else initial[chosen]
+        x = x.to(device, torch.float32)
         stepper = copy.deepcopy(ready)
         if takes_generator:
-            options["generator"] = [sample_generator(seed, i, stream=1) for i in indices]
+            options["generator"] = [sample_generator(seed, i, stream=1) for i in numbers]
         guide = rule() if rule else classifier_free(guidance)
-        times = [denoiser.schedule.time(timestep.to(device)) for timestep in stepper.timesteps]
+        timesteps = stepper.timesteps
+        times = [denoiser.schedule.time(timestep.to(device)).expand(len(x)) for timestep in timesteps]
         times.append(torch.zeros_like(times[0]))
-        for number, timestep in enumerate(stepper.timesteps):
-            x_t = stepper.scale_model_input(x, timestep) if hasattr(stepper, "scale_model_input") else x
-            t, r = (time.expand(len(x)) for time in times[number : number + 2])
-            dice = functools.partial(_dice, seed, indices, 2 + number)
-            prediction = guide(denoiser, Step(number, x_t, t, r, cond, null, conditioning, rows, dice, seed))
-            x = stepper.step(prediction.raw.to(x.dtype), timestep, x, **options, return_dict=False)[0]
+        if onto is None:
+            x = x * getattr(ready, "init_noise_sigma", 1.0)
+        else:
+            x_t = denoiser.schedule.add_noise(onto[chosen].to(x), x, times[skipped])
+            x = x_t / _scaled(stepper, torch.ones_like(x), timesteps[skipped])
+        for number in range(skipped, len(timesteps)):
+            x_t = _scaled(stepper, x, timesteps[number])
+            dice = functools.partial(_dice, seed, numbers, 2 + number)
+            step = Step(number, x_t, *times[number : number + 2], cond, null, conditioning, rows, dice, seed)
+            raw = guide(denoiser, step).raw.to(x.dtype)
+            x = stepper.step(raw, timesteps[number], x, **options, return_dict=False)[0]
         parts.append(x)
     return torch.cat(parts)
+
+
+def _scaled(scheduler: Any, x: Tensor, timestep: Tensor) -> Tensor:
+    """The scheduler's sample as the network takes it: x_t."""
+    return scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
 
 
 @torch.no_grad()
@@ -205,6 +225,4 @@ def _ready(
     grid, options = set_up(trace, scheduler, steps if own_grid else 1)
     ready = copy.deepcopy(scheduler)
     ready.set_timesteps(**(grid if own_grid else {"timesteps": list(timesteps)}), device=device)
-    if hasattr(ready, "set_begin_index"):
-        ready.set_begin_index(0)
     return ready, dict(options)

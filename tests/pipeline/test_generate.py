@@ -1,21 +1,25 @@
 """Generation repeats the pipeline's own, and a sample depends on its seed and index alone."""
 
+import copy
 import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     LCMScheduler,
+    StableDiffusionImg2ImgPipeline,
     TCDScheduler,
 )
 
 from pipeline import tiny
 from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.generate import decode, generate, noise
+from stepdistill.pipeline.generate import decode, generate, noise, sample_generator
 from stepdistill.pipeline.observe import observe, patched
 from stepdistill.pipeline.trace import trace
 
@@ -88,6 +92,31 @@ def test_generate_repeats_the_pipeline_under_other_solvers(scheduler):
     assert solver.num_inference_steps is None
 
 
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
+def test_noise_is_put_onto_latents_as_the_stock_pipeline_of_images_does(scheduler):
+    result = traced("tiny_sd")
+    solver = scheduler.from_config(result.pipeline.scheduler.config)
+    parts = result.pipeline.components | {"scheduler": copy.deepcopy(solver)}
+    stock = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    onto = noise(result.latent_shape, 9, range(2))
+    settings = {"num_inference_steps": 4, "strength": 0.5, "guidance_scale": 3.0, "output_type": "latent"}
+    expected = stock(["a", "b"], image=onto, generator=[sample_generator(0, i) for i in (7, 2)], **settings).images
+    ours = generate(
+        result,
+        solver,
+        encode(result, ["a", "b"]),
+        torch.arange(2),
+        steps=4,
+        guidance=3.0,
+        seed=0,
+        indices=[7, 2],
+        onto=onto,
+        start=2,
+    )
+    assert relative(ours, expected) < 1e-5
+
+
 @pytest.mark.parametrize("scheduler", [LCMScheduler, TCDScheduler])
 def test_a_sample_depends_on_seed_and_index_alone(scheduler):
     result = traced("tiny_dit")
@@ -100,7 +129,7 @@ def test_a_sample_depends_on_seed_and_index_alone(scheduler):
 
     whole = run(index)
     assert relative(run(index, batch=3), whole) < 1e-5
-    assert relative(run(index[4:], first_index=4), whole[4:]) < 1e-5
+    assert relative(run(index[4:], indices=[4, 5, 6]), whole[4:]) < 1e-5
     assert relative(run(index, seed=6), whole) > 0.1
     assert relative(whole[3], whole[0]) > 0.1
 
