@@ -155,7 +155,9 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 40,
     classes: Annotated[str | None, typer.Option(help="Class names or numbers, separated by commas.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
-    rule: Annotated[str, typer.Option(help="cfg, cfg++, adaptive, icg, tsg or s2; with a number: s2:0.25.")] = "cfg",
+    rule: Annotated[
+        str, typer.Option(help="cfg, cfg++, adaptive, linear, icg, tsg or s2; with a number: s2:0.25.")
+    ] = "cfg",
     interval: Annotated[
         str | None, typer.Option(help="LOW,HIGH: guidance at these times only, of which 1 is noise and 0 data.")
     ] = None,

@@ -215,6 +215,9 @@ RULES: dict[str, Callable[..., StepRule]] = {
 }
 """By the names of ``stepdistill sample --rule NAME[:NUMBER]``; the number is a rule's second argument."""
 
+FITTED = "linear"
+"""The rule that is fitted to the pipeline first: :mod:`stepdistill.linear_guidance`; the number is of samples."""
+
 
 def needs_empty(text: str, scale: float) -> bool:
     """Whether the rule ``NAME`` or ``NAME:NUMBER`` asks the network about the empty condition."""
@@ -230,7 +233,8 @@ def rule_named(text: str, scale: float) -> Callable[[], StepRule]:
     """
     name, colon, number = text.partition(":")
     if name not in RULES:
-        raise InputError(f"rule: expected one of {', '.join(RULES)}, found {name!r}{suggest(name, RULES)}")
+        names = [*RULES, FITTED]
+        raise InputError(f"rule: expected one of {', '.join(names)}, found {name!r}{suggest(name, names)}")
     if not colon:
         return lambda: RULES[name](scale)
     if len(inspect.signature(RULES[name]).parameters) < 2:

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid
-from stepdistill.inference_guidance import limited, needs_empty, rule_named
-from stepdistill.pipeline.conditioning import encode, entries
+from stepdistill.inference_guidance import FITTED, StepRule, limited, needs_empty, rule_named
+from stepdistill.linear_guidance import LinearAdaptive, fit_linear
+from stepdistill.pipeline.conditioning import Conditioning, encode, entries
 from stepdistill.pipeline.generate import decode, generate
 from stepdistill.pipeline.load import export_arguments, is_export, load_pipeline
 from stepdistill.pipeline.trace import Trace, trace
@@ -87,35 +89,34 @@ def sample(
         raise InputError(f"interval: expected low, high with 0 <= low < high <= 1, found {interval}")
     if refine is not None and (teacher is None or not 0 <= refine <= 1):
         raise InputError(f"refine: expected a teacher and a weight from 0 to 1, found {refine}")
+    for name, value, plain in (("rule", rule, "cfg"), ("interval", interval, None)):
+        if teacher is not None and value != plain:
+            raise InputError(f"{name}: expected {plain or 'none'} where a teacher helps, found {value}")
     traced = inspect(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     traced.pipeline.to(device)
     conditioning = encode(traced, entries(traced, list(conditions) if conditions else "classes"), None).to(device)
-    unlimited, denoisers = rule_named(rule, guidance), [traced.denoiser]
-    make_rule = unlimited if interval is None else lambda: limited(unlimited(), *interval)
     if conditioning.null is None and needs_empty(rule, guidance):
         problem = f"found {guidance}" if guidance != 1 else f"and rule cfg, found {rule}"
         raise InputError(f"guidance: expected 1 for a pipeline without guidance, {problem}")
+    denoisers = [traced.denoiser]
     if teacher is not None:
-        if rule != "cfg":
-            raise InputError(f"rule: expected cfg where a teacher helps, found {rule}")
-        if interval is not None:
-            raise InputError(f"interval: expected none where a teacher helps, found {interval}")
-        first = inspect(teacher)
-        check_teacher(first, traced, str(teacher))
-        first.pipeline.to(device)
-        denoisers.append(first.denoiser)
+        helper = _teacher(teacher, traced)
+        denoisers.append(helper)
         if refine is None:
-            make_rule = functools.partial(teacher_first, first.denoiser, guidance, teacher_steps)
+            make_rule = functools.partial(teacher_first, helper, guidance, teacher_steps)
         else:
-            make_rule = functools.partial(teacher_refined, first.denoiser, guidance, refine, teacher_steps)
+            make_rule = functools.partial(teacher_refined, helper, guidance, refine, teacher_steps)
+    elif rule.partition(":")[0] == FITTED:
+        make_rule = _fitted(rule, traced, conditioning, steps, guidance, seed)
+    else:
+        make_rule = rule_named(rule, guidance)
+    guide = make_rule if interval is None else lambda: limited(make_rule(), *interval)
     before = sum(denoiser.evaluations for denoiser in denoisers)
     start = time.perf_counter()
     index = torch.arange(count) % len(conditioning)
     scheduler = traced.pipeline.scheduler
-    latents = generate(
-        traced, scheduler, conditioning, index, steps=steps, guidance=guidance, seed=seed, rule=make_rule
-    )
+    latents = generate(traced, scheduler, conditioning, index, steps=steps, guidance=guidance, seed=seed, rule=guide)
     nfe = (sum(denoiser.evaluations for denoiser in denoisers) - before) / count
     images = decode(traced, latents)
     seconds = time.perf_counter() - start
@@ -125,3 +126,23 @@ def sample(
         columns = len(conditioning) if 1 < len(conditioning) <= 16 else round(count**0.5)
         image_grid(images, columns).save(out, format="PNG")
     return SampleResult(images, tuple(conditioning.labels[i] for i in index.tolist()), out, seconds, nfe)
+
+
+def _teacher(path: str | Path, student: Trace) -> Denoiser:
+    """The denoiser of the pipeline at ``path``, on the student's device."""
+    found = inspect(path)
+    check_teacher(found, student, str(path))
+    found.pipeline.to(student.pipeline.device)
+    return found.denoiser
+
+
+def _fitted(
+    rule: str, traced: Trace, conditioning: Conditioning, steps: int, guidance: float, seed: int
+) -> Callable[[], StepRule]:
+    """What makes the rule ``linear`` or ``linear:SAMPLES``, once for each batch."""
+    number = rule.partition(":")[2]
+    if ":" in rule and not (number.isdecimal() and int(number)):
+        raise InputError(f"rule: expected a number of samples after {FITTED}:, found {number!r}")
+    options = {"count": int(number)} if number else {}
+    coefficients = fit_linear(traced, conditioning, steps=steps, guidance=guidance, seed=seed, **options)
+    return lambda: LinearAdaptive(guidance, coefficients)
