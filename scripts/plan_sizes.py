@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5TokenizerFas
 
 from stepdistill import plan
 from stepdistill.blueprint import from_configs
+from stepdistill.pipeline import observe
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.recipe import load
 from stepdistill.session import build
@@ -138,7 +139,10 @@ def write(folder: Path, size: str) -> Path:
 
 
 def cpu_peak(trainer: Trainer, step: int) -> int:
-    """Bytes at the peak of a step: what stands, and the most that the allocator handed out on top of it."""
+    """Bytes at the peak of a step: what stands, and the most that the allocator handed out on top of it.
+
+    Without the encoders, which on an accelerator rest in the host's memory.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer.step(step)
     now = peak = 0
@@ -146,7 +150,8 @@ def cpu_peak(trainer: Trainer, step: int) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    modules = [one for one in trainer.session.trace.pipeline.components.values() if isinstance(one, torch.nn.Module)]
+    traced = trainer.session.trace
+    modules = [one for name, one in observe.modules(traced.pipeline).items() if name not in traced.encoders]
     roles = trainer.session.method.roles
     modules += [getattr(roles, name).network for name in ("student", *trainer.session.method.extra_roles)]
     standing = [t for module in modules for t in (*torch.nn.Module.parameters(module), *module.buffers())]
@@ -173,10 +178,13 @@ def measured(recipe: str, overrides: list[str], folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sizes", nargs="*", choices=["sd15", "sdxl", "sd35"], help="none: all")
+    known = [run[0] for run in RUNS]
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"{', '.join(known)}; none: all")
     parser.add_argument("--gpu", type=float, help="also what would make it fit so many GiB")
     parser.add_argument("--measure", nargs="*", metavar="KEY=VALUE", help="run a step of the first one, changed so")
     options = parser.parse_args()
+    if strangers := set(options.sizes) - set(known):
+        parser.error(f"sizes: expected some of {', '.join(known)}, found {sorted(strangers)[0]}")
     print("| recipe | changed | teacher | peak GiB | in the turn of | weights | optimizer | seconds |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:

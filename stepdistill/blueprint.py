@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from stepdistill.denoiser import CallSpec, Conditions, Denoiser, Helper, tensors_in
 from stepdistill.errors import InputError
-from stepdistill.pipeline.explain import as_latents
+from stepdistill.pipeline.explain import as_latents, encoders
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.pipeline.load import quiet, source
 from stepdistill.pipeline.observe import (
@@ -94,6 +94,7 @@ def blueprint(teacher: Teacher, dtype: torch.dtype) -> Blueprint:
             conditioning={name: tuple(value.shape[1:]) for name, value in rows.items()},
             self_test_error=0.0,
             arguments=teacher.arguments,
+            encoders=encoders(three, component, [helper.name for helper in helpers]),
         ),
         {name: value[:1] for name, value in rows.items()},
         mode,

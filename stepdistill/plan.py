@@ -32,6 +32,7 @@ from stepdistill.trainer import only_moving
 GIB = 2**30
 RESERVE = 1.0
 """GiB that CUDA's context, workspaces and fragmentation take beside the tensors."""
+ENCODERS, AUTOENCODER = "encoders", "autoencoder and others"
 # Of an 8-bit moment: one byte a value, and a float32 scale for each block of 256.
 ADAM_BYTES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 # A weight in 4 bits has a float32 scale for each block of 64; in 8 bits the scale of its row is next to nothing.
@@ -53,11 +54,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Plan:
-    """Lines of the table, the expected peak in bytes, and the player in whose turn it comes."""
+    """Lines of the table, the expected peak in bytes, and the player in whose turn it comes.
+
+    ``encoders`` are on the device while conditions are encoded (``encoding`` bytes with teacher and autoencoder), and
+    rest in the host's memory after that.
+    """
 
     lines: list[Line]
     peak: int
     player: str
+    encoders: Line = Line("encoders")
+    encoding: int = 0
 
     def fits(self, gpu: float) -> bool:
         """Whether the peak and what CUDA needs stay within ``gpu`` GiB."""
@@ -93,6 +100,8 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     for player, peak in _turns(recipe, drawn, method, known):
         activations[player] = max(activations.get(player, 0), peak - gradients[player])
     store = _stored(recipe, drawn)
+    encoders = Line(ENCODERS, *weights.pop(ENCODERS))
+    encoding = encoders.weights + sum(weights[name][1] for name in ("teacher", AUTOENCODER))
     player = max(activations, key=lambda name: activations[name] + gradients[name])
     lines = [
         Line(
@@ -108,7 +117,8 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     ]
     lines.append(Line("stored conditions and images", weights=store))
     fixed = sum(line.weights + line.optimizer + line.average for line in lines)
-    return Plan(lines, fixed + gradients[player] + activations[player], player)
+    peak = fixed + gradients[player] + activations[player]
+    return Plan(lines, max(peak, encoding), player if peak >= encoding else ENCODERS, encoders, encoding)
 
 
 def fit(recipe: str | Path, overrides: Sequence[str], gpu: float) -> tuple[Plan, list[Change]]:
@@ -247,8 +257,12 @@ def _weights(recipe: Recipe, drawn: Blueprint, method: DistillMethod) -> dict[st
         groups[name] = [*network.parameters(), *network.buffers()]
     for player in method.players:
         groups.setdefault(player, []).extend(p for module in method.modules(player) for p in module.parameters())
-    others = [c for n, c in pipeline.components.items() if isinstance(c, nn.Module) and n != drawn.trace.component]
-    groups["encoders and autoencoder"] = [t for m in others for t in (*m.parameters(), *m.buffers())]
+    for name in (ENCODERS, AUTOENCODER):
+        groups[name] = []
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and name != drawn.trace.component:
+            group = groups[ENCODERS if name in drawn.trace.encoders else AUTOENCODER]
+            group += [*component.parameters(), *component.buffers()]
     seen: set[int] = set()
     found = {}
     for name, tensors in groups.items():
@@ -309,7 +323,11 @@ def as_text(first: Plan, changes: Sequence[Change], gpu: float | None) -> str:
         sizes = " ".join(f"{getattr(line, name) / GIB:11.3f}" for name in columns)
         rows.append(f"{line.name:{width}} {line.parameters / 1e6:10.2f} M {sizes}")
     last = changes[-1].plan if changes else first
-    rows += ["", f"peak {first.peak / GIB:.2f} GiB, in the turn of the {first.player}"]
+    when = "while conditions are encoded" if first.player == ENCODERS else f"in the turn of the {first.player}"
+    if first.encoders.weights:
+        size = f"{first.encoders.parameters / 1e6:.2f} M parameters, {first.encoders.weights / GIB:.3f} GiB"
+        rows.append(f"encoders: {size}, in the host's memory once the conditions are encoded")
+    rows += ["", f"peak {first.peak / GIB:.2f} GiB, {when}"]
     if gpu is not None:
         rows[-1] += f"; {_verdict(first, gpu)}"
         rows += [
@@ -328,6 +346,7 @@ def _verdict(plan: Plan, gpu: float) -> str:
 def as_dict(first: Plan, changes: Sequence[Change], gpu: float | None) -> dict[str, Any]:
     """The same for scripts; bytes."""
     facts = {"schema": 1, "peak": first.peak, "player": first.player, "lines": [asdict(line) for line in first.lines]}
+    facts |= {"encoders": asdict(first.encoders), "encoding": first.encoding}
     if gpu is None:
         return facts
     proposals = [{"key": c.key, "value": c.value, "peak": c.plan.peak, "effect": c.effect} for c in changes]

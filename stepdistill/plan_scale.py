@@ -148,7 +148,8 @@ def memory_of_copies(local: Plan, gpus: int) -> float:
     """Bytes at one GPU's peak: the plan's, but gradients are exchanged through two flat copies of them."""
     fixed = sum(line.weights + line.optimizer + line.average for line in local.lines)
     exchange = 2 if gpus > 1 else 0
-    return fixed + max(line.gradients + max(line.activations, exchange * line.gradients) for line in local.lines)
+    turns = [line.gradients + max(line.activations, exchange * line.gradients) for line in local.lines]
+    return max(local.encoding, fixed + max(turns))
 
 
 def memory_of_shards(local: Plan, stacks: Collection[Stack], whole: Collection[str], gpus: int) -> float:
@@ -165,7 +166,7 @@ def memory_of_shards(local: Plan, stacks: Collection[Stack], whole: Collection[s
     for line in local.lines:
         away_too, passing = (away, 3 * block) if line.name in whole else (0, 2 * block)
         turns.append(line.gradients * (1 - away_too) + line.activations + passing)
-    return fixed + max(turns)
+    return max(local.encoding, fixed + max(turns))
 
 
 def stacks_of(method: DistillMethod) -> dict[nn.Module, Stack]:

@@ -17,7 +17,7 @@ from stepdistill.denoiser import Denoiser, innermost
 from stepdistill.errors import InputError
 from stepdistill.export.lora import is_lora, load_adapter
 from stepdistill.methods.base import DistillMethod, Roles
-from stepdistill.pipeline.conditioning import Conditioning, encode, entries
+from stepdistill.pipeline.conditioning import Conditioning, encode, entries, rest_encoders
 from stepdistill.pipeline.generate import set_up
 from stepdistill.pipeline.latents import decoder, encode_images, image_shape
 from stepdistill.pipeline.load import is_export, load_pipeline
@@ -131,6 +131,8 @@ def build(
     if isinstance(sampler, TCD):
         # Stable Diffusion's pipelines hand every scheduler an eta of their own, 0 in a plain call.
         sampler.gamma = set_up(traced, sampler.scheduler, recipe.student.steps)[1].get("eta", sampler.gamma)
+    if device.type != "cpu":
+        rest_encoders(traced, device)
     paths = None
     if with_data and needs.paths is not None:
         # Before adapters rename the teacher's weights: what is stored serves every run with this teacher.

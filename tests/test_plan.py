@@ -19,6 +19,7 @@ from stepdistill import assets, cli, plan, yaml_lines
 from stepdistill.blueprint import blueprint, without_data
 from stepdistill.errors import InputError
 from stepdistill.pipeline.load import load_pipeline, save_pipeline
+from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.trace import trace
 from stepdistill.recipe import IPAdapter, Teacher, load
 from stepdistill.session import build
@@ -84,7 +85,7 @@ def test_a_line_for_every_role(teacher):
     found = plan.plan(recipe_of(teacher, "full"))
     lines = {line.name: line for line in found.lines}
     teacher_line, student, critic = lines["teacher"], lines["student"], lines["critic"]
-    assert list(lines) == ["teacher", "student", "critic", "encoders and autoencoder", "stored conditions and images"]
+    assert list(lines) == ["teacher", "student", "critic", "autoencoder and others", "stored conditions and images"]
     assert student.parameters == critic.parameters == teacher_line.parameters > 100_000
     assert 4 * student.parameters == student.gradients == student.average == student.optimizer // 2
     assert 0 < student.weights - student.gradients < 50_000  # the table of positions is no parameter
@@ -93,6 +94,22 @@ def test_a_line_for_every_role(teacher):
     assert lines["stored conditions and images"].weights == 10 * 8  # ten class numbers
     rest = sum(line.weights + line.optimizer + line.average for line in found.lines)
     assert found.peak == rest + max(line.gradients + line.activations for line in found.lines)
+
+
+def test_encoders_count_only_while_they_work(tmp_path):
+    save_pipeline(tiny_sd(), tmp_path / "sd")
+    recipe = recipe_of(tmp_path / "sd", "lora", "sfd", batch_size=1) | {"data": {"conditions": ["a red shoe"]}}
+    found, pipeline = plan.plan(recipe), tiny_sd()
+    lines = {line.name: line.weights for line in found.lines}
+    held = {name: sum(t.nbytes for t in (*one.parameters(), *one.buffers())) for name, one in modules(pipeline).items()}
+    assert (found.encoders.name, found.encoders.weights) == ("encoders", held["text_encoder"])
+    assert lines["autoencoder and others"] == held["vae"] and "encoders" not in lines
+    assert found.encoding == sum(held.values()) and found.peak > found.encoding
+    rest = sum(line.weights + line.optimizer + line.average for line in found.lines)
+    assert found.peak == rest + max(line.gradients + line.activations for line in found.lines)
+    assert "in the host's memory" in plan.as_text(found, [], None)
+    heavy = plan.Plan(found.lines, found.encoding, plan.ENCODERS, found.encoders, found.encoding)
+    assert "while conditions are encoded" in plan.as_text(heavy, [], None)
 
 
 def test_a_quantized_backbone_is_smaller(teacher):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from stepdistill.data.sample import Pictures
@@ -143,6 +144,18 @@ def encode(
     cond, null = _section(stored, "cond/"), _section(stored, "null/")
     whole = {name: null.get(name, rows) for name, rows in cond.items()} if null else None
     return Conditioning(labels, cond, whole, entries, None if pictures is None else torch.device("cpu"))
+
+
+def rest_encoders(trace: Trace, device: torch.device) -> None:
+    """Move the networks that make conditions into the host's memory; called again, they work there.
+
+    A preview is decoded by the pipeline's own call, which encodes a prompt first: seconds on a CPU, for gigabytes that
+    training needs. ``device`` is the pipeline's, where the answers are sent.
+    """
+    for name in trace.encoders:
+        encoder = getattr(trace.pipeline, name).to("cpu")
+        encoder.register_forward_pre_hook(lambda _, *given: send_to_device(given, "cpu"), with_kwargs=True)
+        encoder.register_forward_hook(lambda _module, _inputs, output: send_to_device(output, device))
 
 
 def _encoded(trace: Trace, entries: tuple[str | int, ...], pictures: Sequence[Pictures] | None) -> dict[str, Tensor]:

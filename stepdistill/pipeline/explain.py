@@ -114,6 +114,12 @@ def _place(tensor: Tensor, outputs: Sequence[Tensor]) -> int | None:
     return next((i for i, one in enumerate(outputs) if one.shape == tensor.shape and torch.equal(one, tensor)), None)
 
 
+def encoders(first: Step, component: str, helpers: Iterable[str]) -> tuple[str, ...]:
+    """The networks that work before the denoiser and its helpers do: they make conditions."""
+    names = [call.component for call in first.calls]
+    return tuple(dict.fromkeys(name for name in names[: names.index(component)] if name not in helpers))
+
+
 def only(recording: Recording, component: str, helpers: Iterable[str] = ()) -> Recording:
     """The recording as if ``component`` had been its only network, see :func:`calls_of`."""
     steps = [replace(step, calls=calls_of(step.calls, component, helpers)) for step in recording.steps]

@@ -147,7 +147,7 @@ def decode(trace: Trace, latents: Tensor, batch: int = 250) -> Tensor:
 
     parts = []
     for chunk in latents.split(batch):
-        chunk = chunk.to(pipeline.device, network.dtype)
+        chunk = chunk.to(next(network.parameters()).device, network.dtype)
 
         @functools.wraps(scheduler.step)
         def given(*_args: Any, chunk: Tensor = chunk, **_kwargs: Any) -> "_Output":
@@ -188,7 +188,7 @@ def set_up(trace: Trace, scheduler: Any, steps: int) -> tuple[dict[str, Any], di
     """The arguments of set_timesteps() and of step() that the pipeline itself gives this scheduler in ``steps`` steps.
 
     Pipelines compute sigmas and shifts for set_timesteps and pass eta to step; one image's first step shows
-    both. The result is kept in the trace, so the text encoders may be gone afterwards.
+    both. The result is kept in the trace.
     """
     key = json.dumps([type(scheduler).__name__, dict(scheduler.config), steps], default=str)
     if key not in trace.set_ups:

@@ -59,6 +59,7 @@ class Trace:
         conditioning: one row's shape by argument; None for the length of what grows with the prompt.
         arguments: what every call of the pipeline is given besides: height, num_frames, negative_prompt, ...
         self_test_error: the largest relative error of a replayed step.
+        encoders: the networks that work before the first step alone, and make conditions.
         set_ups: how the pipeline sets up the schedulers that were run so far (filled by ``generate``).
     """
 
@@ -71,6 +72,7 @@ class Trace:
     conditioning: dict[str, tuple[int | None, ...]]
     self_test_error: float
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    encoders: tuple[str, ...] = ()
     set_ups: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -159,6 +161,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         conditioning={name: (None, *shape[1:]) if name in padded else shape for name, shape in shapes.items()},
         self_test_error=_self_test(off, on, denoiser, guidance, conditions),
         arguments=arguments,
+        encoders=explain.encoders(whole[0].steps[0], component, names),
     )
 
 

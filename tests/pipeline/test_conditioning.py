@@ -10,7 +10,8 @@ from pipeline import tiny
 from pipeline.toy import toy
 from stepdistill.errors import InputError
 from stepdistill.pipeline import conditioning
-from stepdistill.pipeline.conditioning import class_count, class_names, encode, entries
+from stepdistill.pipeline.conditioning import class_count, class_names, encode, entries, rest_encoders
+from stepdistill.pipeline.generate import decode
 from stepdistill.pipeline.trace import trace
 
 PROMPTS = ["a red shoe", "rain", "two birds", "", "a bag"]
@@ -19,6 +20,46 @@ PROMPTS = ["a red shoe", "rain", "two birds", "", "a bag"]
 @functools.cache
 def traced(name):
     return trace(getattr(tiny, name)())
+
+
+@pytest.mark.parametrize(
+    ("name", "encoders"),
+    [
+        ("tiny_dit", ()),
+        ("tiny_sd", ("text_encoder",)),
+        ("tiny_sd3", ("text_encoder", "text_encoder_2", "text_encoder_3")),
+        ("tiny_flux", ("text_encoder", "text_encoder_2")),
+    ],
+)
+def test_the_networks_that_make_conditions_are_known(name, encoders):
+    assert traced(name).encoders == encoders
+
+
+def test_resting_encoders_answer_where_the_pipeline_is():
+    """A device without data stands for the accelerator: the encoders stay in memory, their answers go there."""
+    result, away = trace(tiny.tiny_sd3()), torch.device("meta")
+    ids = torch.tensor([[0, 5, 6, 1]])
+    encoders = [getattr(result.pipeline, name) for name in result.encoders]
+    before = [encoder(ids, output_hidden_states=True) for encoder in encoders]
+    rest_encoders(result, away)
+    for encoder, expected in zip(encoders, before, strict=True):
+        found = encoder(ids, output_hidden_states=True)
+        assert {p.device.type for p in encoder.parameters()} == {"cpu"}
+        assert type(found) is type(expected) and found[0].device == found.hidden_states[-1].device == away
+        assert found[0].shape == expected[0].shape and len(found.hidden_states) == len(expected.hidden_states)
+
+
+@pytest.mark.gpu
+def test_resting_encoders_decode_and_encode_as_before():
+    result = trace(tiny.tiny_sd3().to("cuda"))
+    latents = torch.randn(2, *result.latent_shape, generator=torch.Generator().manual_seed(0))
+    before, images = encode(result, PROMPTS[:2], None), decode(result, latents)
+    rest_encoders(result, torch.device("cuda"))
+    after = encode(result, PROMPTS[:2], None)
+    assert {getattr(result.pipeline, name).device.type for name in result.encoders} == {"cpu"}
+    for name, value in before.cond.items():
+        torch.testing.assert_close(after.cond[name], value, rtol=1e-3, atol=1e-4)
+    assert torch.equal(decode(result, latents), images)
 
 
 def test_class_conditions():
