@@ -1,14 +1,23 @@
-# make quickstart | compare | test | soak | lint | docs. Uses the active virtual environment, else makes .venv; set-up runs once.
+# make quickstart | demo | compare | test | soak | lint | docs. Uses the active virtual environment, else makes .venv; set-up runs once.
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
 # Named after the checkout: an environment that is shared by two of them is set up for each.
 STAMP := $(VENV)/.set-up$(subst /,-,$(CURDIR))
 
-.PHONY: quickstart compare test soak lint docs
+.PHONY: quickstart demo compare test soak lint docs
 
 quickstart: $(STAMP)
 	$(BIN)/stepdistill train recipes/quickstart.yaml
 	@echo "Open runs/quickstart/report/index.html in a browser."
+
+# Another student: make demo STUDENT=runs/fashion_dmd2/export
+STUDENT := runs/quickstart/export
+demo: $(STAMP)-demo $(STUDENT)/stepdistill.json
+	$(BIN)/stepdistill demo $(STUDENT) $(ARGUMENTS)
+
+runs/quickstart/export/stepdistill.json: | $(STAMP)
+	@echo "There is no student yet: this distils the embedded teacher first, in about six minutes."
+	$(BIN)/stepdistill train recipes/quickstart.yaml
 
 # Hours on a CPU; picks up where it was stopped. Pieces: make compare ARGUMENTS='--methods dmd2 lcm --seeds 0 1 2'
 compare: $(STAMP)
@@ -35,4 +44,8 @@ lint: $(STAMP)
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e '.[eval,dev]'
+	touch $@
+
+$(STAMP)-demo: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[demo]'
 	touch $@

@@ -186,6 +186,19 @@ def sample(
 
 
 @app.command()
+def demo(
+    student: Annotated[str, typer.Argument(help="A run or an exported student.")],
+    teacher: Annotated[str | None, typer.Option(help="Its teacher, if it is not where the export says.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860 up.")] = None,
+) -> None:
+    """Open a local page that draws with a student beside its teacher, from the same noise."""
+    # gradio takes seconds to import, and is an extra.
+    from stepdistill.demo_page import serve
+
+    serve(student, teacher, port)
+
+
+@app.command()
 def bench(
     sources: Annotated[list[str], typer.Argument(help="Runs or pipelines; with --compare, reports.")],
     steps: Annotated[str, typer.Option(help="Student steps, separated by commas.")] = "1,2,4",

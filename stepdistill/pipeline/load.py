@@ -46,7 +46,9 @@ def load_pipeline(
     if is_lora(Path(path)):
         if quantize is not None:
             raise InputError("teacher.quantize: expected null for a teacher that is an exported LoRA")
-        pipeline = fuse(load_pipeline(*teacher_of(Path(path)), dtype), Path(path))
+        pipeline = load_pipeline(*teacher_of(Path(path)), dtype)
+        with quiet():
+            pipeline = fuse(pipeline, Path(path))
     else:
         pipeline = _stock(path, revision, dtype, quantize)
     if ip_adapter is None and (earlier := _teacher_section(path).get("ip_adapter")):
