@@ -166,6 +166,10 @@ def sample(
     refine: Annotated[
         float | None, typer.Option(help="Instead, moves the student's x0 by this weight to the teacher's.")
     ] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="A prompt that cross-attention steers away from, without guidance.")
+    ] = None,
+    negative_scale: Annotated[float, typer.Option(help="How far from it.")] = 0.2,
     out: Annotated[Path, typer.Option(help="The grid to write.")] = Path("grid.png"),
     as_json: AsJson = False,
 ) -> None:
@@ -177,6 +181,8 @@ def sample(
         "teacher": teacher,
         "teacher_steps": teacher_steps,
         "refine": refine,
+        "negative": negative,
+        "negative_scale": negative_scale,
         "conditions": [*named, *(prompt or ())],
     }
     result = stepdistill.sample(path, steps=steps, guidance=guidance, seed=seed, count=count, out=out, **settings)

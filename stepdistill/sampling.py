@@ -18,6 +18,7 @@ from stepdistill.linear_guidance import LinearAdaptive, fit_linear
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries
 from stepdistill.pipeline.generate import decode, generate
 from stepdistill.pipeline.load import export_arguments, is_export, load_pipeline
+from stepdistill.pipeline.negative import away_from
 from stepdistill.pipeline.trace import Trace, trace
 from stepdistill.teacher_rules import check_teacher, teacher_first, teacher_refined
 
@@ -65,6 +66,8 @@ def sample(
     teacher: str | Path | None = None,
     teacher_steps: int = 1,
     refine: float | None = None,
+    negative: str | None = None,
+    negative_scale: float = 0.2,
 ) -> SampleResult:
     """Draw ``count`` images; image i depends on (seed, i) and its condition alone.
 
@@ -76,6 +79,7 @@ def sample(
         interval: the times, of which 1 is noise and 0 data, with guidance; at others there is none. None: all.
         teacher: a pipeline that makes the first ``teacher_steps`` steps, with ``guidance``; the others have none.
         refine: instead, the student makes them and moves by this weight, 0 to 1, towards the teacher's x_0.
+        negative: a prompt that the network's cross-attention steers away from, without guidance, by negative_scale.
 
     Raises:
         InputError: no such pipeline, class, guidance or rule.
@@ -92,6 +96,9 @@ def sample(
     for name, value, plain in (("rule", rule, "cfg"), ("interval", interval, None)):
         if teacher is not None and value != plain:
             raise InputError(f"{name}: expected {plain or 'none'} where a teacher helps, found {value}")
+    for name, value, plain in (("guidance", guidance, 1), ("rule", rule, "cfg"), ("teacher", teacher, None)):
+        if negative is not None and value != plain:
+            raise InputError(f"{name}: expected {plain or 'none'} with a negative prompt, found {value}")
     traced = inspect(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     traced.pipeline.to(device)
@@ -107,6 +114,12 @@ def sample(
             make_rule = functools.partial(teacher_first, helper, guidance, teacher_steps)
         else:
             make_rule = functools.partial(teacher_refined, helper, guidance, refine, teacher_steps)
+    elif negative is not None:
+        away = away_from(traced, negative, negative_scale)
+
+        def make_rule() -> StepRule:
+            return away
+
     elif rule.partition(":")[0] == FITTED:
         make_rule = _fitted(rule, traced, conditioning, steps, guidance, seed)
     else:
