@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from stepdistill import bench, checkpoint, preview, trainer
-from stepdistill.export import export
+from stepdistill.exporting import export
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pipeline.tiny import save_dit, tiny_dit

@@ -19,11 +19,11 @@ __version__ = "0.1.0"
 # Imported on first use: each needs torch and diffusers, which take seconds that `stepdistill --help` should not.
 _VERBS = {
     "train": "stepdistill.trainer",
-    "export": "stepdistill.export.export",
+    "export": "stepdistill.exporting.export",
     "sample": "stepdistill.sampling",
     "bench": "stepdistill.bench",
     "inspect": "stepdistill.sampling",
-    "attach": "stepdistill.export.attach",
+    "attach": "stepdistill.exporting.attach",
 }
 
 __all__ = ["attach", "bench", "export", "inspect", "sample", "train"]

@@ -86,7 +86,7 @@ def export(
     if keys not in (None, "diffusers", "kohya"):
         raise InputError(f"--keys: expected diffusers or kohya, found '{keys}'")
     if hub is not None:
-        from stepdistill.export.hub import check_name, push
+        from stepdistill.exporting.hub import check_name, push
 
         check_name(hub)
     result = stepdistill.export(run, out, fuse, keys, safe)

@@ -15,7 +15,7 @@ from stepdistill.data.conditions import wanted
 from stepdistill.data.paths import Paths, teacher_paths
 from stepdistill.denoiser import Denoiser, innermost
 from stepdistill.errors import InputError
-from stepdistill.export.lora import is_lora, load_adapter
+from stepdistill.exporting.lora import is_lora, load_adapter
 from stepdistill.methods.base import DistillMethod, Roles
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries, rest_encoders
 from stepdistill.pipeline.generate import set_up

@@ -26,8 +26,8 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.distributed import Processes
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.evaluation import BEST, Evaluation, ranked
-from stepdistill.export.card import fill_in_quality
-from stepdistill.export.export import export
+from stepdistill.exporting.card import fill_in_quality
+from stepdistill.exporting.export import export
 from stepdistill.faults import explained
 from stepdistill.finite import FiniteWatch
 from stepdistill.moving_average import MovingAverage

@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-from stepdistill.export import export
+from stepdistill.exporting import export
 from stock_here import call_here
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)

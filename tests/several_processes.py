@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from stepdistill import run_samples
 from stepdistill.distributed import Processes, leave
 from stepdistill.errors import InputError
-from stepdistill.export import export
+from stepdistill.exporting import export
 from stepdistill.trainer import train
 from stock_here import call_here
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from stepdistill import checkpoint, run_samples
 from stepdistill.distributed import processes_wanted
-from stepdistill.export import export
+from stepdistill.exporting import export
 from stepdistill.trainer import train
 from stock_here import call_here
 from test_trainer import GAN, make_recipe, pictures, teacher  # noqa: F401

@@ -175,7 +175,7 @@ def test_it_is_trained_exported_and_sampled(name, tmp_path, monkeypatch):
     save_pipeline(pipeline, tmp_path / "teacher")
     monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
     monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
-    monkeypatch.setattr("stepdistill.export.export.CHECKED", 2)
+    monkeypatch.setattr("stepdistill.exporting.export.CHECKED", 2)
     run = train(recipe_of(name, tmp_path))  # the export has been reloaded and compared with the sampler of training
     student = DiffusionPipeline.from_pretrained(run.folder / "export")
     network = getattr(student, component)

@@ -15,7 +15,7 @@ from stepdistill import checkpoint, cli, yaml_lines
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import training_plot
 from stepdistill.eval.report import Report, Row
-from stepdistill.export.export import export
+from stepdistill.exporting.export import export
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.recipe import load
 

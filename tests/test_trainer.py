@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill import checkpoint
 from stepdistill.errors import InputError
-from stepdistill.export.export import load_student
+from stepdistill.exporting.export import load_student
 from stepdistill.finite import NonFiniteError
 from stepdistill.methods import METHODS
 from stepdistill.recipe import load

@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from stepdistill import assets
 from stepdistill.errors import InputError
-from stepdistill.export.attach import CONFIG, attach, write_adapter
-from stepdistill.export.lora import fuse, is_lora, teacher_of
+from stepdistill.exporting.attach import CONFIG, attach, write_adapter
+from stepdistill.exporting.lora import fuse, is_lora, teacher_of
 from stepdistill.guidance_adapters import NAME, fastened
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.recipe import IPAdapter

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import first_tensor, flatten, tensors_in
 from stepdistill.errors import InputError
-from stepdistill.export.stock_call import is_picture, opened
+from stepdistill.exporting.stock_call import is_picture, opened
 
 ENTRY_ARGUMENTS = ("prompt", "class_labels", "batch_size")
 """What a pipeline may be asked for: texts, class ids, or just a number of images."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from stepdistill.denoiser import Denoiser, Helper, first_tensor
 from stepdistill.errors import InputError
-from stepdistill.export.stock_call import is_picture
+from stepdistill.exporting.stock_call import is_picture
 from stepdistill.guidance import guided, rule_text
 from stepdistill.kernels import Rule
 from stepdistill.pipeline import explain

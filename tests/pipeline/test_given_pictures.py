@@ -85,7 +85,7 @@ def test_the_network_is_called_as_the_pipeline_calls_it(traced):
 def test_inpainting_is_distilled_and_exported(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
     monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
-    monkeypatch.setattr("stepdistill.export.export.CHECKED", 2)
+    monkeypatch.setattr("stepdistill.exporting.export.CHECKED", 2)
     save_pipeline(zoo.inpainting(), tmp_path / "teacher")
     run = train(recipe_of(tmp_path, pictures, student={"steps": 2, "train": "lora", "rank": 2}))
     card = (run.folder / "export" / "README.md").read_text()
@@ -117,7 +117,7 @@ def test_the_residuals_are_those_of_the_noisy_sample(controlled):
 def test_a_student_with_a_controlnet_is_distilled_and_exported(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
     monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
-    monkeypatch.setattr("stepdistill.export.export.CHECKED", 2)
+    monkeypatch.setattr("stepdistill.exporting.export.CHECKED", 2)
     pipeline = zoo.controlnet()
     save_pipeline(pipeline, tmp_path / "teacher")
     run = train(recipe_of(tmp_path, {"image": pictures["image"]}))

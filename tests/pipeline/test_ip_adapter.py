@@ -71,7 +71,7 @@ def test_the_adapter_is_no_parameter(traced, parts):
 def test_a_student_is_distilled_exported_and_loaded(how, parts, tmp_path, monkeypatch):
     monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
     monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
-    monkeypatch.setattr("stepdistill.export.export.CHECKED", 2)
+    monkeypatch.setattr("stepdistill.exporting.export.CHECKED", 2)
     arguments = {"ip_adapter_image": parts.picture, **zoo.SMALL}
     run = train(
         {

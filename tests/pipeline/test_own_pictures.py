@@ -85,7 +85,7 @@ def test_batches_go_to_the_device_and_rows_stay(made, traced):
 def test_a_run_with_pictures_of_its_own(made, tmp_path, monkeypatch):
     monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
     monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
-    monkeypatch.setattr("stepdistill.export.export.CHECKED", 2)
+    monkeypatch.setattr("stepdistill.exporting.export.CHECKED", 2)
     run = train(recipe(made, tmp_path / "run", {"conditions": made.pairs}))
     facts = json.loads((run.folder / "export" / "stepdistill.json").read_text())
     assert facts["recipe"]["data"]["arguments"] == {"image": "edges"}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.zoo import ZOO, Exhibit
-from stepdistill.export import stock_call
+from stepdistill.exporting import stock_call
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.pipeline.trace import Trace, trace
 from stepdistill.trainer import train
@@ -50,8 +50,8 @@ def sampled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[torch.Tenso
         images.append(result["images"])
         return result
 
-    monkeypatch.setattr("stepdistill.export.export.call_elsewhere", call_here)
-    monkeypatch.setattr("stepdistill.export.export.CHECKED", CHECKED)
+    monkeypatch.setattr("stepdistill.exporting.export.call_elsewhere", call_here)
+    monkeypatch.setattr("stepdistill.exporting.export.CHECKED", CHECKED)
     monkeypatch.setattr("stepdistill.trainer.Preview", NoPreview)
     monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
     return images

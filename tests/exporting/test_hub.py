@@ -11,9 +11,9 @@ import stepdistill
 from pipeline.tiny import tiny_sd
 from stepdistill import cli
 from stepdistill.errors import InputError
-from stepdistill.export import hub
-from stepdistill.export.card import PLACE, model_card
-from stepdistill.export.export import ExportResult
+from stepdistill.exporting import hub
+from stepdistill.exporting.card import PLACE, model_card
+from stepdistill.exporting.export import ExportResult
 from stepdistill.pipeline.trace import trace
 
 

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from stepdistill.errors import InputError
-from stepdistill.export.card import PLACE
+from stepdistill.exporting.card import PLACE
 
 
 def push(folder: Path, repository: str, private: bool = True) -> str:

@@ -20,10 +20,10 @@ from stepdistill.adapters import plain_network
 from stepdistill.errors import InputError, RunError
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.evaluation import best_checkpoint
-from stepdistill.export import stock_call
-from stepdistill.export.attach import CONFIG as ATTACHED
-from stepdistill.export.card import model_card
-from stepdistill.export.lora import Keys, save_lora, why_not_lora
+from stepdistill.exporting import stock_call
+from stepdistill.exporting.attach import CONFIG as ATTACHED
+from stepdistill.exporting.card import model_card
+from stepdistill.exporting.lora import Keys, save_lora, why_not_lora
 from stepdistill.guidance_adapters import fastened
 from stepdistill.pipeline import ip_adapter
 from stepdistill.pipeline.compare import deviation
@@ -194,7 +194,7 @@ def stock_arguments(traced: Trace, entries: Sequence[str | int], steps: int) -> 
 
 
 def call_elsewhere(request: dict[str, Any]) -> dict[str, Tensor]:
-    """What :mod:`stepdistill.export.stock_call` reports, run by a Python that cannot import stepdistill.
+    """What :mod:`stepdistill.exporting.stock_call` reports, run by a Python that cannot import stepdistill.
 
     Raises:
         ExportError: the export cannot be loaded or called there.

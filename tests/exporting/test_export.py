@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill.errors import InputError
-from stepdistill.export.export import ExportError, call_elsewhere, export
+from stepdistill.exporting.export import ExportError, call_elsewhere, export
 from stepdistill.samplers import DDIM
 from stepdistill.session import newest_checkpoint
 from stepdistill.trainer import train

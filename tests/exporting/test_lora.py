@@ -14,8 +14,8 @@ from torch import Tensor
 from pipeline.tiny import tiny_dit, tiny_flux, tiny_sd, tiny_sd3
 from stepdistill.adapters import lora_targets
 from stepdistill.errors import InputError
-from stepdistill.export.export import ExportError, export
-from stepdistill.export.lora import WEIGHTS
+from stepdistill.exporting.export import ExportError, export
+from stepdistill.exporting.lora import WEIGHTS
 from stepdistill.pipeline.load import load_pipeline, save_pipeline
 from stepdistill.trainer import train
 
@@ -215,7 +215,7 @@ def test_a_class_without_loras_gets_a_whole_pipeline_and_is_told(tmp_path, capfd
 
 def test_a_damaged_lora_is_refused(runs, tmp_path, monkeypatch):
     """The proof is of the file: a LoRA whose file holds other numbers than the student is not exported."""
-    from stepdistill.export import lora
+    from stepdistill.exporting import lora
 
     honest = lora.get_peft_model_state_dict
     monkeypatch.setattr(
