@@ -156,7 +156,7 @@ def sample(
     classes: Annotated[str | None, typer.Option(help="Class names or numbers, separated by commas.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
     rule: Annotated[
-        str, typer.Option(help="cfg, cfg++, adaptive, linear, icg, tsg or s2; with a number: s2:0.25.")
+        str, typer.Option(help="cfg, cfg++, adaptive, linear, icg, tsg, sag, s2; with a number: s2:0.25.")
     ] = "cfg",
     interval: Annotated[
         str | None, typer.Option(help="LOW,HIGH: guidance at these times only, of which 1 is noise and 0 data.")

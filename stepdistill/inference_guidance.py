@@ -18,7 +18,6 @@ from stepdistill.denoiser import Conditions, Denoiser
 from stepdistill.errors import InputError
 from stepdistill.guidance import combined, ddim_update, guided
 from stepdistill.pipeline.conditioning import Conditioning
-from stepdistill.recipe_errors import suggest
 from stepdistill.schedule import Prediction
 
 
@@ -203,44 +202,3 @@ def without(blocks: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-RULES: dict[str, Callable[..., StepRule]] = {
-    "cfg": classifier_free,
-    "cfg++": cfg_plus_plus,
-    "adaptive": Adaptive,
-    "icg": independent_condition,
-    "tsg": time_step,
-    "s2": dropped_blocks,
-}
-"""By the names of ``stepdistill sample --rule NAME[:NUMBER]``; the number is a rule's second argument."""
-
-FITTED = "linear"
-"""The rule that is fitted to the pipeline first: :mod:`stepdistill.linear_guidance`; the number is of samples."""
-
-
-def needs_empty(text: str, scale: float) -> bool:
-    """Whether the rule ``NAME`` or ``NAME:NUMBER`` asks the network about the empty condition."""
-    name = text.partition(":")[0]
-    return name not in ("icg", "tsg") and (scale != 1 or name not in ("cfg", "s2"))
-
-
-def rule_named(text: str, scale: float) -> Callable[[], StepRule]:
-    """What makes the rule ``NAME`` or ``NAME:NUMBER``, once for each batch.
-
-    Raises:
-        InputError: no such rule, or it takes no number.
-    """
-    name, colon, number = text.partition(":")
-    if name not in RULES:
-        names = [*RULES, FITTED]
-        raise InputError(f"rule: expected one of {', '.join(names)}, found {name!r}{suggest(name, names)}")
-    if not colon:
-        return lambda: RULES[name](scale)
-    if len(inspect.signature(RULES[name]).parameters) < 2:
-        raise InputError(f"rule: {name} takes no number, found {text!r}")
-    try:
-        value = float(number)
-    except ValueError:
-        raise InputError(f"rule: expected a number after {name}:, found {number!r}") from None
-    return lambda: RULES[name](scale, value)

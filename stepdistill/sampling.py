@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from torch import Tensor
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid
-from stepdistill.inference_guidance import FITTED, StepRule, limited, needs_empty, rule_named
-from stepdistill.linear_guidance import LinearAdaptive, fit_linear
-from stepdistill.pipeline.conditioning import Conditioning, encode, entries
+from stepdistill.named_rules import needs_empty, rule_for
+from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.generate import decode, generate
 from stepdistill.pipeline.load import export_arguments, is_export, load_pipeline
 from stepdistill.pipeline.negative import away_from
@@ -75,7 +74,7 @@ def sample(
         path: see :func:`inspect`. steps: of the pipeline's own scheduler. guidance: w, 1 is off.
         conditions: class names, class numbers or prompts, taken in turn; None: all classes.
         out: where to write the images as one PNG grid.
-        rule: how guidance is done, a name in :data:`stepdistill.inference_guidance.RULES`; ``NAME:NUMBER`` sets it.
+        rule: how guidance is done, a name in :data:`stepdistill.named_rules.RULES` or linear; ``NAME:NUMBER`` sets it.
         interval: the times, of which 1 is noise and 0 data, with guidance; at others there is none. None: all.
         teacher: a pipeline that makes the first ``teacher_steps`` steps, with ``guidance``; the others have none.
         refine: instead, the student makes them and moves by this weight, 0 to 1, towards the teacher's x_0.
@@ -89,16 +88,13 @@ def sample(
             raise InputError(f"{name}: expected a positive integer, found {value}")
     if seed < 0:
         raise InputError(f"seed: expected an integer from 0 up, found {seed}")
-    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
-        raise InputError(f"interval: expected low, high with 0 <= low < high <= 1, found {interval}")
     if refine is not None and (teacher is None or not 0 <= refine <= 1):
         raise InputError(f"refine: expected a teacher and a weight from 0 to 1, found {refine}")
-    for name, value, plain in (("rule", rule, "cfg"), ("interval", interval, None)):
-        if teacher is not None and value != plain:
-            raise InputError(f"{name}: expected {plain or 'none'} where a teacher helps, found {value}")
-    for name, value, plain in (("guidance", guidance, 1), ("rule", rule, "cfg"), ("teacher", teacher, None)):
-        if negative is not None and value != plain:
-            raise InputError(f"{name}: expected {plain or 'none'} with a negative prompt, found {value}")
+    alone = {"rule": (rule, "cfg"), "interval": (interval, None)}
+    if teacher is not None:
+        _check_plain("where a teacher helps", alone)
+    if negative is not None:
+        _check_plain("with a negative prompt", alone | {"guidance": (guidance, 1), "teacher": (teacher, None)})
     traced = inspect(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     traced.pipeline.to(device)
@@ -110,21 +106,14 @@ def sample(
     if teacher is not None:
         helper = _teacher(teacher, traced)
         denoisers.append(helper)
-        if refine is None:
-            make_rule = functools.partial(teacher_first, helper, guidance, teacher_steps)
-        else:
-            make_rule = functools.partial(teacher_refined, helper, guidance, refine, teacher_steps)
+        guide = functools.partial(teacher_first, helper, guidance, teacher_steps)
+        if refine is not None:
+            guide = functools.partial(teacher_refined, helper, guidance, refine, teacher_steps)
     elif negative is not None:
-        away = away_from(traced, negative, negative_scale)
-
-        def make_rule() -> StepRule:
-            return away
-
-    elif rule.partition(":")[0] == FITTED:
-        make_rule = _fitted(rule, traced, conditioning, steps, guidance, seed)
+        guide = functools.partial(away_from, traced, negative, negative_scale)
     else:
-        make_rule = rule_named(rule, guidance)
-    guide = make_rule if interval is None else lambda: limited(make_rule(), *interval)
+        settings = {"steps": steps, "guidance": guidance, "seed": seed, "interval": interval}
+        guide = rule_for(traced, conditioning, rule, **settings)
     before = sum(denoiser.evaluations for denoiser in denoisers)
     start = time.perf_counter()
     index = torch.arange(count) % len(conditioning)
@@ -149,13 +138,8 @@ def _teacher(path: str | Path, student: Trace) -> Denoiser:
     return found.denoiser
 
 
-def _fitted(
-    rule: str, traced: Trace, conditioning: Conditioning, steps: int, guidance: float, seed: int
-) -> Callable[[], StepRule]:
-    """What makes the rule ``linear`` or ``linear:SAMPLES``, once for each batch."""
-    number = rule.partition(":")[2]
-    if ":" in rule and not (number.isdecimal() and int(number)):
-        raise InputError(f"rule: expected a number of samples after {FITTED}:, found {number!r}")
-    options = {"count": int(number)} if number else {}
-    coefficients = fit_linear(traced, conditioning, steps=steps, guidance=guidance, seed=seed, **options)
-    return lambda: LinearAdaptive(guidance, coefficients)
+def _check_plain(when: str, settings: Mapping[str, tuple[Any, Any]]) -> None:
+    """Whether each setting (found, expected) is left as it is."""
+    for name, (found, expected) in settings.items():
+        if found != expected:
+            raise InputError(f"{name}: expected {'none' if expected is None else expected} {when}, found {found}")

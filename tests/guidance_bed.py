@@ -6,7 +6,7 @@ import itertools
 import torch
 
 from pipeline import tiny
-from stepdistill.inference_guidance import rule_named
+from stepdistill.named_rules import rule_named
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.generate import generate, noise
 from stepdistill.pipeline.trace import trace

@@ -10,7 +10,8 @@ from pipeline import tiny
 from stepdistill.cli import app
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
-from stepdistill.inference_guidance import RULES, Adaptive, equal_blocks, limited, rule_named, without
+from stepdistill.inference_guidance import Adaptive, equal_blocks, limited, without
+from stepdistill.named_rules import RULES, rule_named
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.generate import generate, noise, sample_generator
 from stepdistill.pipeline.trace import trace

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-import stepdistill
 from guidance_bed import STEPS, N, W, by_hand, conditions, run, traced, two
-from pipeline import tiny
 from stepdistill.errors import InputError
 from stepdistill.linear_guidance import FITS_SEED, LinearAdaptive, fit_linear
+from stepdistill.named_rules import rule_for
 from stepdistill.schedule import Prediction
 
 
@@ -50,10 +49,16 @@ def test_the_coefficients_are_those_of_least_squares():
         assert residual.square().sum() < 0.9 * (target - regressors[-1]).square().sum()
 
 
-def test_sampling_by_the_rule(tmp_path):
-    tiny.save_pipeline(tiny.tiny_dit(), tmp_path / "tiny")
-    settings = {"steps": STEPS, "guidance": W, "count": 3, "conditions": [3, 5]}
-    assert stepdistill.sample(tmp_path / "tiny", rule="linear:4", **settings).nfe == 2 * STEPS - 2
-    assert stepdistill.sample(tmp_path / "tiny", rule="linear:4", interval=(0.6, 1), **settings).nfe == STEPS + 1
-    with pytest.raises(InputError, match="expected a number of samples after linear:, found '0'"):
-        stepdistill.sample(tmp_path / "tiny", rule="linear:0", **settings)
+def test_the_rule_by_its_name():
+    settings = {"steps": STEPS, "guidance": W, "seed": 1}
+    coefficients = fit_linear(traced(), conditions(), **settings, count=4)
+    named, passes = run(rule_for(traced(), conditions(), "linear:4", **settings))
+    torch.testing.assert_close(named, run(lambda: LinearAdaptive(W, coefficients))[0])
+    assert passes == 2 * STEPS - 2
+    assert run(rule_for(traced(), conditions(), "linear:4", **settings, interval=(0.6, 1)))[1] == STEPS + 1
+    for text, interval, problem in [
+        ("linear:0", None, "expected a number of samples after linear:, found '0'"),
+        ("cfg", (0.8, 0.2), "interval: expected low, high with 0 <= low < high <= 1"),
+    ]:
+        with pytest.raises(InputError, match=problem):
+            rule_for(traced(), conditions(), text, **settings, interval=interval)

@@ -1,0 +1,95 @@
+"""Step rules by the names that the command line knows them by."""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+from stepdistill.attention_guidance import self_attention
+from stepdistill.errors import InputError
+from stepdistill.inference_guidance import (
+    Adaptive,
+    StepRule,
+    cfg_plus_plus,
+    classifier_free,
+    dropped_blocks,
+    independent_condition,
+    limited,
+    time_step,
+)
+from stepdistill.linear_guidance import LinearAdaptive, fit_linear
+from stepdistill.pipeline.conditioning import Conditioning
+from stepdistill.pipeline.trace import Trace
+from stepdistill.recipe_errors import suggest
+
+RULES: dict[str, Callable[..., StepRule]] = {
+    "cfg": classifier_free,
+    "cfg++": cfg_plus_plus,
+    "adaptive": Adaptive,
+    "icg": independent_condition,
+    "tsg": time_step,
+    "sag": self_attention,
+    "s2": dropped_blocks,
+}
+"""By the names of ``stepdistill sample --rule NAME[:NUMBER]``; the number is a rule's second argument."""
+
+FITTED = "linear"
+"""The rule that is fitted to the pipeline first: :mod:`stepdistill.linear_guidance`; the number is of samples."""
+
+
+def needs_empty(text: str, scale: float) -> bool:
+    """Whether the rule ``NAME`` or ``NAME:NUMBER`` asks the network about the empty condition."""
+    name = text.partition(":")[0]
+    return name not in ("icg", "tsg") and (scale != 1 or name not in ("cfg", "sag", "s2"))
+
+
+def rule_named(text: str, scale: float) -> Callable[[], StepRule]:
+    """What makes the rule ``NAME`` or ``NAME:NUMBER``, once for each batch.
+
+    Raises:
+        InputError: no such rule, or it takes no number.
+    """
+    name, colon, number = text.partition(":")
+    if name not in RULES:
+        names = [*RULES, FITTED]
+        raise InputError(f"rule: expected one of {', '.join(names)}, found {name!r}{suggest(name, names)}")
+    if not colon:
+        return lambda: RULES[name](scale)
+    if len(inspect.signature(RULES[name]).parameters) < 2:
+        raise InputError(f"rule: {name} takes no number, found {text!r}")
+    try:
+        value = float(number)
+    except ValueError:
+        raise InputError(f"rule: expected a number after {name}:, found {number!r}") from None
+    return lambda: RULES[name](scale, value)
+
+
+def rule_for(
+    trace: Trace,
+    conditioning: Conditioning,
+    text: str,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    interval: tuple[float, float] | None = None,
+) -> Callable[[], StepRule]:
+    """What makes the rule for this pipeline in so many steps, once for each batch; ``linear`` is fitted now.
+
+    Args:
+        text: ``NAME`` or ``NAME:NUMBER``. interval: the times at which it is in force; None: all.
+
+    Raises:
+        InputError: as :func:`rule_named`, or an interval outside [0, 1].
+    """
+    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
+        raise InputError(f"interval: expected low, high with 0 <= low < high <= 1, found {interval}")
+    name, colon, number = text.partition(":")
+    if name != FITTED:
+        make = rule_named(text, guidance)
+    else:
+        if colon and not (number.isdecimal() and int(number)):
+            raise InputError(f"rule: expected a number of samples after {FITTED}:, found {number!r}")
+        count = {"count": int(number)} if number else {}
+        coefficients = fit_linear(trace, conditioning, steps=steps, guidance=guidance, seed=seed, **count)
+        make = functools.partial(LinearAdaptive, guidance, coefficients)
+    return make if interval is None else lambda: limited(make(), *interval)
