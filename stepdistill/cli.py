@@ -195,7 +195,9 @@ def sample(
 def demo(
     student: Annotated[str, typer.Argument(help="A run or an exported student.")],
     teacher: Annotated[str | None, typer.Option(help="Its teacher, if it is not where the export says.")] = None,
-    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860 up.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 up.")
+    ] = None,
 ) -> None:
     """Open a local page that draws with a student beside its teacher, from the same noise."""
     # gradio takes seconds to import, and is an extra.

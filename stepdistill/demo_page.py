@@ -86,22 +86,30 @@ def serve(student: str | Path, teacher: str | Path | None = None, port: int | No
         student, teacher: see :func:`stepdistill.demo.load_demo`. port: None: the first free one from 7860 up.
     """
     blocks = page(load_demo(student, teacher))
-    _, url, _ = launch(blocks, port)
-    print(f"The page is open at {url} until Ctrl-C.", flush=True)
+    print(f"The page is open at {launch(blocks, port)} until Ctrl-C.", flush=True)
     blocks.block_thread()
 
 
-def launch(blocks: gradio.Blocks, port: int | None) -> tuple[Any, str, str]:
-    """Start the server beside this thread; returns what gradio does: (app, local address, "")."""
-    system = ["system-ui", "sans-serif"]  # gradio's own default would be fetched where it is not installed
-    return blocks.launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        share=False,
-        ssr_mode=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        footer_links=[],
-        theme=gradio.themes.Base(font=system, font_mono=["ui-monospace", "monospace"]),
-        css=STYLE,
-    )
+def launch(blocks: gradio.Blocks, port: int | None) -> str:
+    """Start the server beside this thread; returns its address.
+
+    Raises:
+        InputError: the port is taken.
+    """
+    system = ["system-ui", "sans-serif"]  # a theme may name fonts of Google's
+    try:
+        _, url, _ = blocks.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            theme=gradio.themes.Base(font=system, font_mono=["ui-monospace", "monospace"]),
+            css=STYLE,
+        )
+    except OSError as error:
+        wanted = "a free port from 7860 to 7959" if port is None else f"a free port, found {port} taken"
+        raise InputError(f"--port: expected {wanted}") from error
+    return url

@@ -183,7 +183,7 @@ def test_the_page_in_gradio_asks_nobody_else(classes, monkeypatch):
     from stepdistill.demo_page import launch, page
 
     blocks = page(classes)
-    _, url, _ = launch(blocks, None)
+    url = launch(blocks, None)
     try:
         served = urllib.request.urlopen(url).read().decode() + urllib.request.urlopen(f"{url}theme.css").read().decode()
         assert "fonts.googleapis" not in served and "system-ui" in served
@@ -191,6 +191,8 @@ def test_the_page_in_gradio_asks_nobody_else(classes, monkeypatch):
         last = client.predict("bagg", 0, fn_index=0)
         assert "Did you mean Bag?" in last
         assert client.predict("Bag", 0, fn_index=0).count("<img") == 3
+        with pytest.raises(InputError, match=r"--port: expected a free port, found \d+ taken"):
+            launch(page(classes), int(url.rstrip("/").rpartition(":")[2]))
     finally:
         blocks.close()
     assert set(called) == {"127.0.0.1"}
