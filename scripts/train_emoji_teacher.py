@@ -11,6 +11,7 @@ format, 64x64 pixels, float16 on disk. ``--vae-steps 2 --denoiser-steps 2 --batc
 import argparse
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from stepdistill.demo import VOCABULARY as VOCABULARY_FILE
+from stepdistill.demo import words_of
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.schedule import from_scheduler
 
@@ -172,8 +175,10 @@ def train_denoiser(
 ) -> None:
     """v-prediction MSE at uniform timesteps, captions dropped with probability 0.1 (Ho & Salimans 2022)."""
     latents = encode_all(images, work, device)
-    tokenizer = new_tokenizer([text for one in facts for text in (one["caption"], *one["others"])])
+    texts = [text for one in facts for text in (one["caption"], *one["others"])]
+    tokenizer = new_tokenizer(texts)
     tokenizer.save_pretrained(work / "tokenizer")
+    (work / VOCABULARY_FILE).write_text("\n".join(sorted(set(words_of(" ".join(texts))))) + "\n", encoding="utf-8")
     captions = Captions(facts, tokenizer)
     torch.manual_seed(0)
     both = Both(tokenizer).to(device, memory_format=torch.channels_last)
@@ -215,6 +220,7 @@ def pack(work: Path, out: Path) -> None:
         requires_safety_checker=False,
     )
     save_pipeline(pipeline.to(torch.float16), out)
+    shutil.copy(work / VOCABULARY_FILE, out)  # the demo page names words that are not in it
     # transformers would load what it finds, float16, beside diffusers' float32.
     config = out / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

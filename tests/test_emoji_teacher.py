@@ -89,6 +89,7 @@ def test_from_packages_to_a_pipeline_that_draws(scripts, packages, monkeypatch, 
         for name in ("rabbit face", "bunny")
     )
     assert first.shape == (1, 64, 64, 3) and not np.array_equal(first, second)
+    assert {"flat", "bunny", "italy"} <= set((packages / "teacher" / "vocabulary.txt").read_text().split())
     ids = pipe.tokenizer("flat emoji of rabbit face").input_ids
     assert len(ids) == 7 and ids[-1] == pipe.text_encoder.config.eos_token_id
     assert load_latents(work).std(dim=(0, 2, 3)).allclose(torch.ones(8), atol=0.05)
