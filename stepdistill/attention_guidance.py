@@ -39,9 +39,9 @@ def self_attention(scale: float, strength: float = 0.75) -> StepRule:
         if scale != 1:
             cond = denoiser(x_t, t, step.cond).raw
             guided = Prediction(combined(denoiser, cond, base.raw, scale, t), x_t, t, schedule, kind)
-        eps = guided.eps + strength * (base.eps - worse.eps)
-        x = x_t.to(eps)
-        raw = schedule.from_x0(schedule.to_x0(eps, x, t, "epsilon"), x, t, kind)
+        # As alpha x_0 + sigma eps is the sample in either case, sigma (eps - worse eps) = alpha (worse x_0 - blurred).
+        x0 = guided.x0 + strength * (blurred - worse.x0)
+        raw = schedule.from_x0(x0, x_t.to(x0), t, kind)
         return Prediction(raw, x_t, t, schedule, kind)
 
     return rule

@@ -1,0 +1,169 @@
+"""Quality, diversity and network passes of the rules of docs/guidance.md, under the demo protocol.
+
+    OMP_NUM_THREADS=1 python scripts/bench_rules.py
+
+The embedded teacher under each rule in few steps, and a student of two steps whom its teacher helps. Scales are the
+teacher's of all recipes or a rule's default: nothing is tuned. The student is ``stepdistill train fashion_tcd``'s.
+Writes assets/benchmarks/guidance_rules.json and the table in docs/guidance.md; ``--table-only`` repeats the table.
+"""
+
+import argparse
+import functools
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill import assets
+from stepdistill.bench import device_name, library_versions
+from stepdistill.collaboration import collaborate
+from stepdistill.denoiser import Denoiser
+from stepdistill.eval.names import metric_name, metric_text
+from stepdistill.eval.protocol import Instruments, load_instruments, measure
+from stepdistill.eval.report import between_markers
+from stepdistill.eval.row_cache import write_json
+from stepdistill.fitting import Model, fit
+from stepdistill.inference_guidance import StepRule, classifier_free
+from stepdistill.named_rules import rule_for
+from stepdistill.pipeline.generate import decode, generate
+from stepdistill.sampling import inspect
+from stepdistill.teacher_rules import teacher_first, teacher_refined
+
+TEACHER, SCALE, SEED = "fashion-dit", 1.5, 0
+BEGIN, END = "<!-- rules: written by scripts/bench_rules.py -->", "<!-- end of rules -->"
+SHOWN = ("fd_classifier", "fd_enet", "precision", "recall", "accuracy")
+# The name of the row, the rule, w, the interval.
+RULES: tuple[tuple[str, str, float, tuple[float, float] | None], ...] = (
+    ("no guidance", "cfg", 1.0, None),
+    ("cfg", "cfg", SCALE, None),
+    ("cfg, interval 0.2-0.8", "cfg", SCALE, (0.2, 0.8)),
+    ("cfg++", "cfg++", 0.6, None),
+    ("adaptive", "adaptive", SCALE, None),
+    ("linear", "linear", SCALE, None),
+    ("linear, interval 0.5-1", "linear", SCALE, (0.5, 1.0)),
+    ("icg", "icg", SCALE, None),
+    ("tsg", "tsg", SCALE, None),
+    ("sag", "sag", 1.0, None),
+    ("s2", "s2", SCALE, None),
+)
+STUDENT_STEPS, WEIGHT = 2, 0.3
+# Of the collaboration: the share of drafts that the teacher refines, its steps, how far it goes back.
+REFINED, ROLLBACK = 0.3, 0.5
+
+
+def row(name: str, steps: int, w: float, nfe: float, images: Tensor, instruments: Instruments) -> dict[str, Any]:
+    """The facts of one row; image i is of class i modulo their number."""
+    labels = torch.arange(len(images)) % len(instruments.protocol.labels)
+    found = measure(instruments, images.cpu(), labels)
+    print(name, round(nfe, 2), {key: round(value, 3) for key, value in found.metrics.items()}, flush=True)
+    facts = {"name": name, "steps": steps, "guidance": w, "nfe": nfe}
+    return facts | {"metrics": found.metrics, "diagnostics": found.diagnostics}
+
+
+def drawn(
+    model: Model, make: Callable[[], StepRule], steps: int, samples: int, denoisers: Sequence[Denoiser]
+) -> tuple[float, Tensor]:
+    """(passes an image, images) under a rule."""
+    before = sum(one.evaluations for one in denoisers)
+    index = torch.arange(samples) % len(model.conditioning)
+    settings = {"steps": steps, "guidance": 1.0, "seed": SEED, "rule": make}
+    latents = generate(model.trace, model.scheduler, model.conditioning, index, **settings)
+    return (sum(one.evaluations for one in denoisers) - before) / samples, decode(model.trace, latents)
+
+
+def teachers_rows(teacher: Model, instruments: Instruments, steps: int, samples: int) -> list[dict[str, Any]]:
+    """The teacher under each rule."""
+    rows = []
+    for name, rule, w, interval in RULES:
+        settings = {"steps": steps, "guidance": w, "seed": SEED, "interval": interval}
+        make = rule_for(teacher.trace, teacher.conditioning, rule, **settings)
+        nfe, images = drawn(teacher, make, steps, samples, [teacher.trace.denoiser])
+        rows.append(row(name, steps, w, nfe, images, instruments))
+    return rows
+
+
+def students_rows(
+    student: Model, teacher: Model, instruments: Instruments, steps: int, samples: int
+) -> list[dict[str, Any]]:
+    """The student alone, and with its teacher at the first step, correcting it, and refining the weak drafts."""
+    helper, rows = teacher.trace.denoiser, []
+    cases = [
+        ("student", 1.0, functools.partial(classifier_free, 1.0)),
+        ("teacher's first step", SCALE, functools.partial(teacher_first, helper, SCALE, 1)),
+        (f"refine {WEIGHT:g}", SCALE, functools.partial(teacher_refined, helper, SCALE, WEIGHT)),
+    ]
+    for name, w, make in cases:
+        nfe, images = drawn(student, make, STUDENT_STEPS, samples, [student.trace.denoiser, helper])
+        rows.append(row(name, STUDENT_STEPS, w, nfe, images, instruments))
+    classifier, labels = instruments.networks["classifier"], list(instruments.protocol.labels)
+
+    def oracle(images: Tensor, asked: Sequence[str]) -> Tensor:
+        numbers = torch.tensor([labels.index(name) for name in asked])
+        return classifier.logits(images).cpu().log_softmax(1).gather(1, numbers[:, None])[:, 0]
+
+    together = functools.partial(collaborate, student.trace, teacher.trace, range(len(labels)), oracle, count=samples)
+    together = functools.partial(together, steps=STUDENT_STEPS, teacher_steps=steps, rollback=ROLLBACK, guidance=SCALE)
+    # Drafts of another seed say what is weak.
+    threshold = float(together(threshold=-math.inf, seed=SEED + 1).scores.quantile(REFINED))
+    found = together(threshold=threshold, seed=SEED)
+    name = f"collaboration, {found.refined.float().mean():.0%} refined"
+    return [*rows, row(name, STUDENT_STEPS, SCALE, found.nfe, found.images, instruments)]
+
+
+def table(content: dict[str, Any]) -> str:
+    """The rows as Markdown; diversity is relative to the teacher without guidance."""
+    samples = content["samples"]
+    lines = [
+        f"| | w | NFE | {' | '.join(metric_name(metric, samples) for metric in SHOWN)} | Diversity-ENetLite0 |",
+        "|---|---|---|" + "---|" * (len(SHOWN) + 1),
+    ]
+    for title, rows in (("teacher", content["rows"]), (content["student"], content["student_rows"])):
+        for one in rows:
+            metrics = one["metrics"]
+            values = [metric_text(metric, metrics[metric]) for metric in SHOWN]
+            values.append(f"{metrics['diversity_enet'] / content['rows'][0]['metrics']['diversity_enet']:.3f}")
+            facts = [f"{title}, {one['steps']} steps: {one['name']}", f"{one['guidance']:g}", f"{one['nfe']:.4g}"]
+            lines.append(f"| {' | '.join([*facts, *values])} |")
+    error = max(one["diagnostics"]["fd_classifier_error"] for one in content["rows"])
+    lines.append(f"\nOther samples would move FD-classifier by up to {error:.2f} (one standard error).")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="runs/fashion_tcd", help="a run of the teacher's")
+    parser.add_argument("--steps", type=int, default=10, help="of the teacher")
+    parser.add_argument("--samples", type=int, default=500, help="images per row")
+    parser.add_argument("--table-only", action="store_true", help="write the table from the stored rows")
+    arguments = parser.parse_args()
+    out = assets.root() / "assets" / "benchmarks" / "guidance_rules.json"
+    if not arguments.table_only:
+        instruments = load_instruments()
+        paths = {"teacher": TEACHER, "student": arguments.student}
+        models = {role: fit(inspect(path), instruments.protocol, path, "cpu") for role, path in paths.items()}
+        settings = {"steps": arguments.steps, "samples": arguments.samples}
+        content = {
+            "schema": 1,
+            "protocol": instruments.protocol.id,
+            **settings,
+            "seed": SEED,
+            "command": shlex.join(["python", "scripts/bench_rules.py", *sys.argv[1:]]),
+            "versions": library_versions(),
+            "device": device_name(torch.device("cpu")),
+            "rows": teachers_rows(models["teacher"], instruments, **settings),
+            "student": Path(arguments.student).name,
+            "student_rows": students_rows(models["student"], models["teacher"], instruments, **settings),
+        }
+        write_json(out, content)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    between_markers(assets.root() / "docs" / "guidance.md", BEGIN, END, table(content))
+
+
+if __name__ == "__main__":
+    main()
