@@ -19,15 +19,23 @@ from stepdistill.drawing import Sampler
 from stepdistill.errors import InputError
 from stepdistill.eval.also import also_files, also_labels, check_also, load_also
 from stepdistill.eval.pictures import image_grid, shrunk
-from stepdistill.eval.report import Report, Row, verdict
+from stepdistill.eval.report import Report, Row, verdict, verdict_metric
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.eval.shards import SHARD, Shards
-from stepdistill.eval.standard import PINS, FileSpec, StandardProtocol, load_standard, obtain
+from stepdistill.eval.shipped import ShippedReference, ShippedSpec
+from stepdistill.eval.standard import (
+    PINS,
+    FileSpec,
+    StandardProtocol,
+    load_standard,
+    obtain,
+)
 from stepdistill.eval.standard_measure import RealSide, ViewRows, load_view
 from stepdistill.extras import Extras
 from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.kernels import Rule
 from stepdistill.pipeline.generate import set_up
+from stepdistill.real_rows import SHUFFLED, real_images, reconstructions
 from stepdistill.solvers import solver_runs
 from stepdistill.sources import Progress, Source, device_name, library_versions, read_all, training_curves
 from stepdistill.standard_rows import StandardBench
@@ -113,10 +121,11 @@ def standard_bench(
     return report
 
 
-def _files(spec: StandardProtocol) -> list[FileSpec]:
+def _files(spec: StandardProtocol) -> list[FileSpec | ShippedSpec]:
     """What is needed whatever the pipelines are."""
     prompts = [spec.prompts] if spec.prompts and spec.conditions == "prompts" else []
-    return [*prompts, *([spec.reference] if spec.reference else []), *(view.weights for view in spec.views.values())]
+    views = [file for view in spec.views.values() for file in view.files]
+    return [*prompts, *([spec.reference] if spec.reference else []), *views]
 
 
 def _measure_source(
@@ -138,6 +147,8 @@ def _measure_source(
         kind = type(teacher.trace.pipeline).__name__
         report.remarks.append(f"{name}: {kind} has no guidance of w = {scale:g} outside its network; it runs without.")
     teacher = replace(teacher, name=f"{name} w={teacher.guidance:g}{rule_text(rule)}")
+    if isinstance(protocol.reference, ShippedReference):
+        _bounds(state, report, teacher, name, real)
     teacher_row, views = _add(state, report, teacher, real, None)
     _show(state, report, teacher, teacher_row, views)
     if real is None:
@@ -148,7 +159,8 @@ def _measure_source(
     trained, folder = max(steps) if facts is None else int(facts["steps"]), state.folder(teacher)
     samplers = _solvers(report, teacher, nfe=trained) if with_solvers else []
     stock = [(sampler, *_add(state, report, sampler, real, folder)) for sampler in samplers]
-    if best := min(stock, key=lambda one: one[1].metrics.get("fid", math.inf), default=None):
+    metric = verdict_metric(report.labels)
+    if best := min(stock, key=lambda one: one[1].metrics.get(metric, math.inf), default=None):
         _show(state, report, *best)
     solver_rows = [row for _, row, _ in stock]
     if facts is None:
@@ -162,6 +174,13 @@ def _measure_source(
         if number == trained and protocol.reference:
             conclusion = verdict(row, teacher_row, solver_rows, report.labels)
             report.verdict += [conclusion] if conclusion else []
+
+
+def _bounds(state: StandardBench, report: Report, teacher: Sampler, name: str, real: dict[str, RealSide]) -> None:
+    """Put what real images score into the report, and what is left of them by the teacher's autoencoder."""
+    report.floor, report.controls[SHUFFLED] = real_images(state, real)
+    if seen := reconstructions(state, teacher, real):
+        report.controls[f"real images through {name}'s autoencoder"] = seen
 
 
 def _solvers(report: Report, teacher: Sampler, nfe: int) -> list[Sampler]:

@@ -3,7 +3,7 @@
 Sample i depends on (seed, i) and its prompt alone. A run that was killed goes on where it was.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,10 @@ from stepdistill.eval.networks import FeatureNetwork
 from stepdistill.eval.report import Row
 from stepdistill.eval.row_cache import RowCache, weights_digest
 from stepdistill.eval.shards import Shards, features_of
+from stepdistill.eval.shipped import ShippedPrompts, ShippedReference, read_entries
 from stepdistill.eval.standard import StandardProtocol, obtain, read_prompts
 from stepdistill.eval.standard_measure import (
+    ALIGNMENT,
     FRECHET,
     NEEDS_REAL_ROWS,
     RealSide,
@@ -30,10 +32,12 @@ from stepdistill.eval.standard_measure import (
     measure_standard,
     stored_images,
     stored_moments,
+    stored_rows,
 )
 from stepdistill.extras import Extras
 from stepdistill.kernels import Rule
 from stepdistill.pipeline.conditioning import encode, entries
+from stepdistill.pipeline.latents import image_shape
 from stepdistill.pipeline.load import export_arguments, load_pipeline
 from stepdistill.pipeline.trace import trace, under
 from stepdistill.sampling_cost import sampling_cost
@@ -92,14 +96,23 @@ class StandardBench:
         if kind == "prompts":
             with self.processes.main_process_first():
                 self.hashes |= obtain([protocol.prompts], self.data, offline=self.offline)
-            wanted = read_prompts(self.data / protocol.prompts.file, protocol.prompts.count)
+            wanted = self.prompts
         else:
             wanted = entries(traced, "classes")
+        if isinstance(protocol.reference, ShippedReference):
+            found, size = image_shape(traced), protocol.reference.size
+            if found != (3, size):
+                raise InputError(f"{path}: protocol {protocol.id} measures RGB images of {size} px, found {found}")
         guides = traced.guidance.kind in ("batched", "two_calls")
         scale = guidance if guides else 1.0
         sampler = Sampler(name, role, traced, weights_digest(pipeline), tuple(wanted), steps, scale)
         self.extras.check(sampler)
         return sampler
+
+    @property
+    def prompts(self) -> list[str]:
+        """The protocol's."""
+        return read_prompts(self.protocol.prompts.path(self.data), self.protocol.prompts.count)
 
     def images(self, sampler: Sampler, count: int) -> Shards:
         """The first ``count`` samples, made where they are not yet there; all processes together."""
@@ -136,7 +149,9 @@ class StandardBench:
             InputError: the reference does not hold what the protocol says.
         """
         spec, network = self.protocol.reference, self.networks[view]
-        path = self.data / spec.file
+        path = spec.path(self.data)
+        if isinstance(spec, ShippedReference):
+            return stored_rows(path, view)
         if spec.kind == "moments":
             moments = stored_moments(path, network.features)
             if not {*self.protocol.views[view].metrics} & {*NEEDS_REAL_ROWS}:
@@ -145,7 +160,7 @@ class StandardBench:
             count, read, load = len(images), lambda indices: images[indices.start : indices.stop], None
         else:
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-            moments, count, load = None, len(files), _opened
+            moments, count, load = None, len(files), opened
             read = lambda indices: files[indices.start : indices.stop]  # noqa: E731
         if count != spec.count:
             raise InputError(f"{path}: protocol {self.protocol.id} expects {spec.count} images, found {count}")
@@ -157,7 +172,8 @@ class StandardBench:
     def view_digest(self, view: str) -> str:
         """Of what decides a view's rows."""
         spec = self.protocol.views[view]
-        return digest(spec.model_dump(mode="json", exclude={"metrics", "prefix"}), self.hashes[spec.weights.file])
+        files = (self.hashes[file.file] for file in spec.files)
+        return digest(spec.model_dump(mode="json", exclude={"metrics", "prefix"}), *files)
 
     def folder(self, sampler: Sampler) -> Path:
         """Where a sampler's images and rows lie."""
@@ -211,8 +227,8 @@ class StandardBench:
         views = {}
         for name, spec in self.protocol.views.items():
             view = ViewRows(self.rows(images, name, folder), real=real[name] if real else RealSide())
-            if "clip_score" in spec.metrics:
-                view.texts = self._texts(sampler, name)
+            if {*spec.metrics} & {*ALIGNMENT}:
+                view.texts, view.splits = self.texts(sampler.wanted, name), self.splits
             if repeated and "diversity" in spec.metrics:
                 view.repeats = self.rows(repeated, name, folder / "repeats").all("rows")
                 view.repeat_prompts = torch.arange(repeated.count) % self.protocol.diversity.prompts
@@ -236,13 +252,20 @@ class StandardBench:
             batch=self.batch,
         )
 
-    def _texts(self, sampler: Sampler, view: str) -> Tensor:
-        key = digest(sampler.wanted, self.view_digest(view), self.protocol.views[view].prefix)
-        shards = Shards(self.cache / "texts" / key[:32], min(self.samples, len(sampler.wanted)))
+    @property
+    def splits(self) -> list[str]:
+        """Of every sample's prompt; empty where a protocol has none."""
+        if not isinstance(self.protocol.prompts, ShippedPrompts):
+            return []
+        known = [one["split"] for one in read_entries(self.protocol.prompts.path(self.data)).values()]
+        return [known[i % len(known)] for i in range(self.samples)]
+
+    def texts(self, wanted: Sequence[str], view: str) -> Tensor:
+        """A view's rows of every sample's prompt (samples, d)."""
+        key = digest(wanted, self.view_digest(view), self.protocol.views[view].prefix)
+        shards = Shards(self.cache / "texts" / key[:32], min(self.samples, len(wanted)))
         network = self.networks[view]
-        self.fill(
-            shards, lambda indices: {"rows": network.texts([sampler.entry(i) for i in indices])}, "features: prompts"
-        )
+        self.fill(shards, lambda indices: {"rows": network.texts([wanted[i] for i in indices])}, "features: prompts")
         texts = shards.all("rows")
         return texts[torch.arange(self.samples) % len(texts)]
 
@@ -256,6 +279,7 @@ def _kept_moments(shards: Shards) -> Moments:
     return Moments(**load_file(path))
 
 
-def _opened(path: Path) -> Tensor:
+def opened(path: Path) -> Tensor:
+    """A picture file as uint8 (3, H, W)."""
     with Image.open(path) as picture:
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)

@@ -157,6 +157,19 @@ def prompt_diversity(rows: Tensor, prompts: Tensor) -> float:
     return float(torch.stack(means).mean()) if means else float("nan")
 
 
+def memorised(fake: Tensor, real: Tensor, unseen: Tensor, *, near: float = 0.05, chunk: int = 1000) -> float:
+    """Share of rows ``fake`` (N, d) as near to one of the training rows ``real`` (M, d) as hardly any fresh picture is.
+
+    As near: within the quantile ``near`` of the distances from real pictures that were not trained on, ``unseen``
+    (K, d), to their nearest training row. So unseen pictures have ``near`` themselves, and copies have 1.
+    """
+    ours, theirs = (
+        torch.cat([_squared(rows, real.double()).min(1).values for rows in some.double().split(chunk)])
+        for some in (fake, unseen)
+    )
+    return float((ours <= theirs.quantile(near)).double().mean())
+
+
 def _radii(centres: Tensor, k: int, chunk: int) -> Tensor:
     """Squared distance (N,) from every row to its k-th nearest other row."""
     return torch.cat([_squared(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(chunk)])

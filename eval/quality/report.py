@@ -25,7 +25,7 @@ VERDICT_METRIC = "fd_classifier"
 Role = Literal["teacher", "student", "solver"]
 
 _STATED = ("protocol", "seed", "command", "versions", "device", "floor")
-_OPTIONAL = ("labels", "files", "remarks")
+_OPTIONAL = ("controls", "labels", "files", "remarks")
 
 
 @dataclass
@@ -81,9 +81,9 @@ def verdict(
     """The verdict on one student row; None when the rows lack the metric that it is about.
 
     Args:
-        labels: the metrics' names under a standard protocol, whose verdicts are by FID.
+        labels: the metrics' names under a standard protocol, whose verdicts are by FID or its own distance.
     """
-    metric = _verdict_metric(labels)
+    metric = verdict_metric(labels)
     if any(metric not in row.metrics for row in (student, teacher, *solvers)):
         return None
     ours, theirs = student.metrics[metric], teacher.metrics[metric]
@@ -125,8 +125,9 @@ def verdict(
 class Report:
     """Everything a benchmark found. ``floor``: the metrics of real images at the same number of samples.
 
-    ``labels``: metrics' names under a standard protocol. ``files``: SHA-256 of what it stands on. ``remarks``: notes
-    for the reader. (caption, picture) go into the page, not into report.json: ``pictures`` (grids of the same seeds),
+    ``controls``: those of other images that no sampler made, by what they are. ``labels``: metrics' names under a
+    standard protocol. ``files``: SHA-256 of what it stands on. ``remarks``: notes for the reader. (caption, picture) go
+    into the page, not into report.json: ``pictures`` (grids of the same seeds),
     ``strips`` (images of one prompt a row), ``worst``, and ``training`` (curves of the runs).
     """
 
@@ -138,6 +139,7 @@ class Report:
     floor: dict[str, float]
     rows: list[Row]
     verdict: list[Verdict] = field(default_factory=list)
+    controls: dict[str, dict[str, float]] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
@@ -175,7 +177,7 @@ class Report:
     def verdict_summary(self) -> str:
         """How many students pass, and by what."""
         passed = sum(entry.passed for entry in self.verdict)
-        metric = self.title(_verdict_metric(self.labels))
+        metric = self.title(verdict_metric(self.labels))
         return (
             f"{passed} of {len(self.verdict)} students replace their teacher: {metric} at most {RATIO_TARGET:g}× the "
             f"teacher's, and at least {100 * GAP_TARGET:.0f} % closed of the gap that the best stock solver at that "
@@ -251,6 +253,7 @@ def merge(reports: Sequence[Report]) -> Report:
             rows.append(row)
     merged = {entry.student: entry for report in reports for entry in report.verdict}
     stated = {name: getattr(first, name) for name in (*_STATED, *_OPTIONAL)}
+    stated["controls"] = {name: found for report in reports for name, found in report.controls.items()}
     stated["labels"] = {metric: label for report in reports for metric, label in report.labels.items()}
     stated["files"] = {name: sha256 for report in reports for name, sha256 in report.files.items()}
     stated["remarks"] = list(dict.fromkeys(remark for report in reports for remark in report.remarks))
@@ -292,8 +295,11 @@ def compare(paths: Sequence[str | Path], out: str | Path | None = None) -> Repor
     return merged
 
 
-def _verdict_metric(labels: Mapping[str, str] | None) -> str:
-    return "fid" if labels else VERDICT_METRIC
+def verdict_metric(labels: Mapping[str, str] | None) -> str:
+    """What a verdict is about: FID under a standard protocol that has it; ``labels`` as for :func:`verdict`."""
+    if not labels:
+        return VERDICT_METRIC
+    return "fd_enet" if "fd_enet" in labels else "fid"
 
 
 def between_markers(path: Path, begin: str, end: str, text: str) -> None:

@@ -15,10 +15,11 @@ import huggingface_hub
 import torch
 import yaml
 from huggingface_hub.errors import HfHubHTTPError
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from stepdistill.errors import InputError
 from stepdistill.eval.protocol import protocol_path
+from stepdistill.eval.shipped import ShippedPrompts, ShippedReference, ShippedSpec, ShippedView, Strict
 from stepdistill.text_files import write_text
 
 Metric = Literal[
@@ -27,11 +28,7 @@ Metric = Literal[
 ]  # fmt: skip
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileSpec(_Strict):
+class FileSpec(Strict):
     """A file or folder below the data folder. ``sha256``: all digits, the first ones, or None where nobody states them.
     It comes from ``url``, or is a folder with the files ``names`` of the hub's repository ``hub``; else ``how`` says
     where to get it."""
@@ -47,6 +44,10 @@ class FileSpec(_Strict):
     def open(self) -> bool:
         """Whether the first file that is used decides what later ones must be."""
         return len(self.sha256 or "") < 64
+
+    def path(self, folder: Path) -> Path:
+        """Where it lies, there or not."""
+        return folder / self.file
 
 
 class PromptSpec(FileSpec):
@@ -68,7 +69,7 @@ class ReferenceSpec(FileSpec):
     count: int
 
 
-class ViewSpec(_Strict):
+class ViewSpec(Strict):
     """One pass of one network over cropped and resized images, and the metrics that its rows give."""
 
     network: Literal["inception", "clip", "dinov2"]
@@ -80,6 +81,11 @@ class ViewSpec(_Strict):
     pretrained: str | None = None
     prefix: str = ""
 
+    @property
+    def files(self) -> tuple[FileSpec, ...]:
+        """What its network needs."""
+        return (self.weights,)
+
     @model_validator(mode="after")
     def _clip_is_named(self) -> "ViewSpec":
         if self.network == "clip" and not (self.arch and self.pretrained):
@@ -87,32 +93,32 @@ class ViewSpec(_Strict):
         return self
 
 
-class TeacherSpec(_Strict):
+class TeacherSpec(Strict):
     """How the teacher's row is made; ``guidance`` None: as the student was trained."""
 
     steps: int
     guidance: float | None
 
 
-class KidSpec(_Strict):
+class KidSpec(Strict):
     subsets: int
     size: int
     seed: int
 
 
-class NeighbourSpec(_Strict):
+class NeighbourSpec(Strict):
     """``k`` of precision, recall, density and coverage, on at most ``rows`` rows a side."""
 
     k: int
     rows: int
 
 
-class DiversitySpec(_Strict):
+class DiversitySpec(Strict):
     prompts: int
     images: int
 
 
-class StandardProtocol(_Strict):
+class StandardProtocol(Strict):
     """A frozen protocol; protocols/coco30k-gigagan-v1.yaml explains the keys. ``reference`` None: the teacher."""
 
     id: str
@@ -120,9 +126,9 @@ class StandardProtocol(_Strict):
     samples: int
     seed: int
     teacher: TeacherSpec
-    prompts: PromptSpec | None = None
-    reference: ReferenceSpec | None = None
-    views: dict[str, ViewSpec]
+    prompts: PromptSpec | ShippedPrompts | None = None
+    reference: ReferenceSpec | ShippedReference | None = None
+    views: dict[str, ViewSpec | ShippedView]
     kid: KidSpec
     neighbours: NeighbourSpec
     diversity: DiversitySpec | None = None
@@ -145,11 +151,13 @@ class StandardProtocol(_Strict):
 _TITLES = {
     "fid": "FID@{n}", "patch_fid": "Patch-FID@{n}", "kid": "KID@{n} ×1000", "fd_dinov2": "FD-DINOv2@{n}",
     "precision": "Precision", "recall": "Recall", "density": "Density", "coverage": "Coverage",
-    "inception_score": "Inception score", "cmmd": "CMMD@{n}",
+    "inception_score": "Inception score", "cmmd": "CMMD@{n}", "fd_enet": "FD-ENetLite0@{n}",
+    "kid_enet": "KID-ENetLite0@{n} ×1000", "memorised": "Memorised", "lit_score": "LiT-score",
+    "lit_score_styles": "LiT-score, unseen style", "lit_score_concepts": "LiT-score, unseen concept",
 }  # fmt: skip
 
 
-def _label(metric: str, view: ViewSpec, samples: int) -> str:
+def _label(metric: str, view: ViewSpec | ShippedView, samples: int) -> str:
     if metric == "clip_score":
         return f"CLIP {view.arch}/{view.pretrained}/{view.prefix.strip() or 'no prefix'}"
     if metric == "diversity":
@@ -201,7 +209,7 @@ def _content(name: str | Path) -> tuple[dict[str, Any], Path, str]:
     return content, path, variant
 
 
-def obtain(specs: Sequence[FileSpec], folder: Path, *, offline: bool) -> dict[str, str]:
+def obtain(specs: Sequence[FileSpec | ShippedSpec], folder: Path, *, offline: bool) -> dict[str, str]:
     """Make sure that files lie below ``folder``; returns the SHA-256 of each by its name.
 
     Where no publisher states a hash, the first use writes it into ``folder``/pins.yaml (name: SHA-256), and later ones
@@ -211,7 +219,7 @@ def obtain(specs: Sequence[FileSpec], folder: Path, *, offline: bool) -> dict[st
         InputError: files are missing (all are named, with where to get them), or one is not the pinned one.
     """
     unique = {spec.file: spec for spec in specs}
-    missing = [spec for spec in unique.values() if not (folder / spec.file).exists()]
+    missing = [spec for spec in unique.values() if not spec.path(folder).exists()]
     if lost := [spec for spec in missing if offline or not (spec.url or spec.hub)]:
         raise InputError("; ".join(_advice(spec, folder) for spec in lost))
     for spec in missing:
@@ -219,10 +227,11 @@ def obtain(specs: Sequence[FileSpec], folder: Path, *, offline: bool) -> dict[st
     pins = _read_pins(folder / PINS)
     found: dict[str, str] = {}
     for name, spec in unique.items():
-        found[name] = content_sha256(folder / name)
+        path = spec.path(folder)
+        found[name] = content_sha256(path)
         for expected, where in ((spec.sha256, "the protocol's"), (pins.get(name), f"in {folder / PINS}")):
             if expected and not found[name].startswith(expected):
-                raise InputError(f"{folder / name}: SHA-256 is {found[name]}, pinned is {expected} ({where})")
+                raise InputError(f"{path}: SHA-256 is {found[name]}, pinned is {expected} ({where})")
     if fresh := {name: found[name] for name, spec in unique.items() if spec.open and name not in pins}:
         write_text(folder / PINS, yaml.safe_dump(pins | fresh))
     return found
@@ -236,8 +245,8 @@ def _read_pins(path: Path) -> dict[str, str]:
     return {str(name): str(value) for name, value in (pins or {}).items()}
 
 
-def _advice(spec: FileSpec, folder: Path) -> str:
-    path = folder / spec.file
+def _advice(spec: FileSpec | ShippedSpec, folder: Path) -> str:
+    path = spec.path(folder)
     if spec.url:
         get = f"curl -L --create-dirs -o {path} {spec.url}"
     elif spec.hub:

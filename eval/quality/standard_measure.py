@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.eval.bootstrap import standard_error
+from stepdistill.eval.lite import Thumbnail, lit_scorer, projected_lite
 from stepdistill.eval.metrics import (
     Moments,
     clip_score,
@@ -18,6 +20,7 @@ from stepdistill.eval.metrics import (
     frechet_distance,
     inception_score,
     kid,
+    memorised,
     precision_recall,
     prompt_diversity,
 )
@@ -25,38 +28,50 @@ from stepdistill.eval.moments import MomentSum
 from stepdistill.eval.networks import FeatureNetwork, clip, dino, inception
 from stepdistill.eval.protocol import Measurement
 from stepdistill.eval.shards import SHARD, Shards
+from stepdistill.eval.shipped import ShippedView
 from stepdistill.eval.standard import StandardProtocol, ViewSpec
 
-FRECHET = ("fid", "patch_fid", "fd_dinov2")
-NEEDS_REAL_ROWS = ("kid", "precision", "recall", "density", "coverage", "cmmd")
+FRECHET = ("fid", "patch_fid", "fd_dinov2", "fd_enet")
+KID = ("kid", "kid_enet")
+NEEDS_REAL_ROWS = (*KID, "precision", "recall", "density", "coverage", "cmmd", "memorised")
+ALIGNMENT = {"clip_score": None, "lit_score": None, "lit_score_styles": "styles", "lit_score_concepts": "concepts"}
+"""Metrics of a picture and its prompt: of which split's prompts, None: of all."""
 
 
 @dataclass
 class RealSide:
-    """What samples are compared with: moments, and rows where a metric needs them."""
+    """What samples are compared with: moments, and rows where a metric needs them.
+
+    ``unseen``: rows (K, d) of real images whose captions are the prompts, where the protocol has such.
+    """
 
     moments: Moments | None = None
     rows: Callable[[], Tensor] | None = None
+    unseen: Tensor | None = None
 
 
 @dataclass
 class ViewRows:
     """One view's rows of one row of the report.
 
-    ``texts``: rows of the prompts (N, d), for CLIP. ``repeats`` and ``repeat_prompts``: rows of the further samples
-    for diversity and the number of each one's prompt.
+    ``texts``: rows of the prompts (N, d), for CLIP and LiT. ``splits``: each prompt's. ``repeats`` and
+    ``repeat_prompts``: rows of the further samples for diversity and the number of each one's prompt.
     """
 
     samples: Shards
     texts: Tensor | None = None
+    splits: Sequence[str] = ()
     repeats: Tensor | None = None
     repeat_prompts: Tensor | None = None
     real: RealSide = field(default_factory=RealSide)
 
 
-def load_view(view: ViewSpec, folder: Path, device: str | torch.device) -> FeatureNetwork:
-    """The network of a view, on ``device``, with its weights from the data folder."""
-    weights = folder / view.weights.file
+def load_view(view: ViewSpec | ShippedView, folder: Path, device: str | torch.device) -> FeatureNetwork:
+    """The network of a view, on ``device``, with its weights from the data folder or this package."""
+    if isinstance(view, ShippedView):
+        loaders = {"enet": projected_lite, "lit": lit_scorer, "thumbnail": Thumbnail}
+        return loaders[view.network](*(spec.path(folder) for spec in view.files[:1])).to(device)
+    weights = view.weights.path(folder)
     if view.network == "inception":
         return inception(weights, crop=view.crop, resize=view.resize).to(device)
     if view.network == "clip":
@@ -95,11 +110,17 @@ def _measure_view(
         values |= _against_rows(protocol, view, wanted, errors)
     if "inception_score" in wanted:
         values["inception_score"], errors["inception_score"] = inception_score(view.samples.all("logits"))
-    if "clip_score" in wanted:
-        rows = view.samples.all("rows")
-        values["clip_score"] = clip_score(rows, view.texts)
-        if resamples:
-            errors["clip_score"] = standard_error(lambda index: clip_score(rows[index], view.texts[index]), len(rows))
+    for metric in set(wanted) & set(ALIGNMENT):
+        rows, texts, split = view.samples.all("rows"), view.texts, ALIGNMENT[metric]
+        if split is not None:
+            chosen = torch.tensor([its == split for its in view.splits])
+            rows, texts = rows[chosen], texts[chosen]
+        if len(rows) == 0:
+            continue
+        values[metric] = clip_score(rows, texts)
+        if resamples and len(rows) > 1:
+            resampled = lambda index, rows=rows, texts=texts: clip_score(rows[index], texts[index])  # noqa: E731
+            errors[metric] = standard_error(resampled, len(rows))
     if "diversity" in wanted and view.repeats is not None:
         values["diversity"] = prompt_diversity(view.repeats, view.repeat_prompts)
     return {metric: values[metric] for metric in wanted if metric in values}, errors
@@ -117,11 +138,13 @@ def _against_rows(
 ) -> dict[str, float]:
     real, fake = view.real.rows(), view.samples.all("rows")
     values: dict[str, float] = {}
-    if "kid" in wanted:
-        values["kid"], spread = kid(real, fake, **protocol.kid.model_dump())
+    for metric in set(wanted) & set(KID):
+        values[metric], spread = kid(real, fake, **protocol.kid.model_dump())
         # Subsets that are whole sets do not vary, and would say nothing of other samples.
         if (blocks := min(protocol.kid.subsets, min(len(real), len(fake)) // protocol.kid.size)) > 1:
-            errors["kid"] = spread / blocks**0.5
+            errors[metric] = spread / blocks**0.5
+    if "memorised" in wanted:
+        values["memorised"] = memorised(fake, real, view.real.unseen, near=protocol.reference.near)
     if "cmmd" in wanted:
         values["cmmd"] = cmmd(real, fake)
     # Both sides as many rows: these metrics depend on their numbers.
@@ -149,6 +172,23 @@ def stored_moments(path: Path, features: int) -> Moments:
     if mean.shape != (features,) or cov.shape != (features, features):
         raise InputError(f"{path}: expected moments of {features} features, found {tuple(cov.shape)}")
     return Moments(mean, cov)
+
+
+def stored_rows(path: Path, view: str) -> RealSide:
+    """A view's rows of a safetensors file, ``<view>/real`` where samples are compared with any, and ``<view>/unseen``.
+
+    Raises:
+        InputError: the file has no such tensors.
+    """
+    with safe_open(path, "pt") as stored:
+        names = stored.keys()
+        if f"{view}/unseen" not in names:
+            raise InputError(f"{path}: expected the rows {view}/unseen, found {', '.join(names)}")
+        unseen = stored.get_tensor(f"{view}/unseen").float()
+        if f"{view}/real" not in names:
+            return RealSide(unseen=unseen)
+        rows = stored.get_tensor(f"{view}/real").float()
+    return RealSide(Moments.of(rows), lambda: rows, unseen)
 
 
 def stored_images(path: Path) -> Tensor:
