@@ -22,18 +22,18 @@ from torch import Tensor
 
 from stepdistill import assets
 from stepdistill.bench import device_name, library_versions
-from stepdistill.collaboration import collaborate
 from stepdistill.denoiser import Denoiser
 from stepdistill.eval.names import metric_name, metric_text
 from stepdistill.eval.protocol import Instruments, load_instruments, measure
 from stepdistill.eval.report import between_markers
 from stepdistill.eval.row_cache import write_json
 from stepdistill.fitting import Model, fit
-from stepdistill.inference_guidance import StepRule, classifier_free
-from stepdistill.named_rules import rule_for
-from stepdistill.pipeline.generate import decode, generate
-from stepdistill.sampling import inspect
-from stepdistill.teacher_rules import teacher_first, teacher_refined
+from stepdistill.generation.collaboration import collaborate
+from stepdistill.generation.generate import decode, generate
+from stepdistill.generation.inference_guidance import StepRule, classifier_free
+from stepdistill.generation.named_rules import rule_for
+from stepdistill.generation.sampling import inspect
+from stepdistill.generation.teacher_rules import teacher_first, teacher_refined
 
 TEACHER, SCALE, SEED = "fashion-dit", 1.5, 0
 BEGIN, END = "<!-- rules: written by scripts/bench_rules.py -->", "<!-- end of rules -->"

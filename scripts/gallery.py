@@ -17,13 +17,13 @@ from PIL import Image
 
 from stepdistill import assets
 from stepdistill.bench import TEACHER_STEPS
-from stepdistill.drawing import Sampler, draw
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid
+from stepdistill.generation.drawing import Sampler, draw
+from stepdistill.generation.sampling import inspect
+from stepdistill.generation.solvers import stock_solvers
 from stepdistill.pipeline.conditioning import class_names, entries
 from stepdistill.pipeline.trace import Trace
-from stepdistill.sampling import inspect
-from stepdistill.solvers import stock_solvers
 from stepdistill.sources import Source, read_source
 
 PASSES = 4

@@ -19,7 +19,7 @@ from stepdistill import assets
 from stepdistill.eval.names import metric_name, metric_text
 from stepdistill.eval.pictures import image_grid
 from stepdistill.eval.report import between_markers
-from stepdistill.sampling import sample
+from stepdistill.generation.sampling import sample
 
 BEGIN, END = "<!-- results: written by scripts/publish_results.py -->", "<!-- end of results -->"
 SHOWN = ("fd_classifier", "fd_enet", "kid_enet", "precision", "recall", "accuracy")

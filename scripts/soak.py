@@ -28,8 +28,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from stepdistill import bench, checkpoint, preview, trainer
+from stepdistill import bench, checkpoint, trainer
 from stepdistill.exporting import export
+from stepdistill.generation import preview
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pipeline.tiny import save_dit, tiny_dit

@@ -20,9 +20,9 @@ __version__ = "0.1.0"
 _VERBS = {
     "train": "stepdistill.trainer",
     "export": "stepdistill.exporting.export",
-    "sample": "stepdistill.sampling",
+    "sample": "stepdistill.generation.sampling",
     "bench": "stepdistill.bench",
-    "inspect": "stepdistill.sampling",
+    "inspect": "stepdistill.generation.sampling",
     "attach": "stepdistill.exporting.attach",
 }
 

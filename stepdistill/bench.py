@@ -25,13 +25,13 @@ from stepdistill.eval.report import VERDICT_METRIC, Report, Role, Row, Verdict, 
 from stepdistill.eval.row_cache import RowCache, cache_folder, row_key
 from stepdistill.eval.standard import is_standard
 from stepdistill.fitting import Model, fit
+from stepdistill.generation.generate import decode, generate, passes
+from stepdistill.generation.sampling_cost import sampling_cost
+from stepdistill.generation.solvers import solver_runs
 from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.kernels import Rule
-from stepdistill.pipeline.generate import decode, generate, passes
 from stepdistill.pipeline.load import export_arguments, load_pipeline
 from stepdistill.pipeline.trace import trace, under
-from stepdistill.sampling_cost import sampling_cost
-from stepdistill.solvers import solver_runs
 from stepdistill.sources import (
     Progress,
     Source,

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from stepdistill.bench import TEACHER_STEPS
-from stepdistill.drawing import Sampler, draw
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid, png_data_uri
+from stepdistill.generation.drawing import Sampler, draw
+from stepdistill.generation.generate import set_up
+from stepdistill.generation.sampling import inspect
 from stepdistill.guidance import stated_rule
 from stepdistill.pipeline.conditioning import class_names
-from stepdistill.pipeline.generate import set_up
 from stepdistill.pipeline.load import export_arguments, source
 from stepdistill.pipeline.trace import Trace, at_guidance, under
-from stepdistill.sampling import inspect
 from stepdistill.sources import read_source
 from stepdistill.text_files import read_text
 

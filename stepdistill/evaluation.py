@@ -18,8 +18,8 @@ from stepdistill.eval.metrics import Moments, frechet_distance, kid
 from stepdistill.eval.protocol import load_networks, load_protocol, load_reference
 from stepdistill.eval.row_cache import write_json
 from stepdistill.fitting import check_fit
-from stepdistill.pipeline.generate import decode
-from stepdistill.run_samples import diffuse, distilled
+from stepdistill.generation.generate import decode
+from stepdistill.generation.run_samples import diffuse, distilled
 from stepdistill.session import Session
 
 # Apart from training, preview and benchmark seeds.

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stepdistill.drawing import Sampler, digest
 from stepdistill.errors import InputError
 from stepdistill.eval.also import ALSO, DISTANCE, DIVERSITY, also_files
 from stepdistill.eval.bootstrap import standard_error
 from stepdistill.eval.perceptual import Lpips, Preference, lpips_diversity
 from stepdistill.eval.shards import Shards
+from stepdistill.generation.drawing import Sampler, digest
 
 if TYPE_CHECKING:
     from stepdistill.standard_rows import StandardBench

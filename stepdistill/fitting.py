@@ -8,8 +8,8 @@ import torch
 from stepdistill.errors import InputError
 from stepdistill.eval.protocol import Protocol
 from stepdistill.eval.row_cache import weights_digest
+from stepdistill.generation.generate import decode
 from stepdistill.pipeline.conditioning import Conditioning, class_count, encode
-from stepdistill.pipeline.generate import decode
 from stepdistill.pipeline.trace import Trace
 
 

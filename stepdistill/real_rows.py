@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from stepdistill.drawing import Sampler, digest
 from stepdistill.eval.networks import feature_pass
 from stepdistill.eval.shards import Shards
 from stepdistill.eval.shipped import read_entries
 from stepdistill.eval.standard_measure import ALIGNMENT, RealSide, ViewRows, measure_standard
-from stepdistill.pipeline.generate import decode
-from stepdistill.pipeline.latents import encode_images
+from stepdistill.generation.drawing import Sampler, digest
+from stepdistill.generation.generate import decode
+from stepdistill.generation.latents import encode_images
 from stepdistill.standard_rows import StandardBench, opened
 
 SHUFFLED = "real images, each with another one's caption"

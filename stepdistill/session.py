@@ -16,10 +16,10 @@ from stepdistill.data.paths import Paths, teacher_paths
 from stepdistill.denoiser import Denoiser, innermost
 from stepdistill.errors import InputError
 from stepdistill.exporting.lora import is_lora, load_adapter
+from stepdistill.generation.generate import set_up
+from stepdistill.generation.latents import decoder, encode_images, image_shape
 from stepdistill.methods.base import DistillMethod, Roles
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries, rest_encoders
-from stepdistill.pipeline.generate import set_up
-from stepdistill.pipeline.latents import decoder, encode_images, image_shape
 from stepdistill.pipeline.load import is_export, load_pipeline
 from stepdistill.pipeline.trace import Trace, at_guidance, trace, under
 from stepdistill.pruning import pruned

@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from stepdistill.drawing import Sampler
 from stepdistill.errors import InputError
 from stepdistill.eval.also import also_files, also_labels, check_also, load_also
 from stepdistill.eval.pictures import image_grid, shrunk
@@ -32,11 +31,12 @@ from stepdistill.eval.standard import (
 )
 from stepdistill.eval.standard_measure import RealSide, ViewRows, load_view
 from stepdistill.extras import Extras
+from stepdistill.generation.drawing import Sampler
+from stepdistill.generation.generate import set_up
+from stepdistill.generation.solvers import solver_runs
 from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.kernels import Rule
-from stepdistill.pipeline.generate import set_up
 from stepdistill.real_rows import SHUFFLED, real_images, reconstructions
-from stepdistill.solvers import solver_runs
 from stepdistill.sources import Progress, Source, device_name, library_versions, read_all, training_curves
 from stepdistill.standard_rows import StandardBench
 

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.drawing import Sampler, digest, draw
 from stepdistill.errors import InputError
 from stepdistill.eval.metrics import Moments
 from stepdistill.eval.networks import FeatureNetwork
@@ -35,12 +34,13 @@ from stepdistill.eval.standard_measure import (
     stored_rows,
 )
 from stepdistill.extras import Extras
+from stepdistill.generation.drawing import Sampler, digest, draw
+from stepdistill.generation.latents import image_shape
+from stepdistill.generation.sampling_cost import sampling_cost
 from stepdistill.kernels import Rule
 from stepdistill.pipeline.conditioning import encode, entries
-from stepdistill.pipeline.latents import image_shape
 from stepdistill.pipeline.load import export_arguments, load_pipeline
 from stepdistill.pipeline.trace import trace, under
-from stepdistill.sampling_cost import sampling_cost
 from stepdistill.sources import Progress
 
 REPEAT_OFFSET = 10**8
@@ -241,7 +241,7 @@ class StandardBench:
         return sampler.key(self.seed, self.samples, digest(self.digest, against))
 
     def cost(self, sampler: Sampler) -> dict[str, float]:
-        """See :func:`stepdistill.sampling_cost.sampling_cost`; on the protocol's first conditions."""
+        """See :func:`stepdistill.generation.sampling_cost.sampling_cost`; on the protocol's first conditions."""
         conditioning = encode(sampler.trace, [sampler.entry(i) for i in range(min(self.batch, len(sampler.wanted)))])
         return sampling_cost(
             sampler.trace,

@@ -30,9 +30,9 @@ from stepdistill.exporting.card import fill_in_quality
 from stepdistill.exporting.export import export
 from stepdistill.faults import explained
 from stepdistill.finite import FiniteWatch
+from stepdistill.generation.preview import Preview
 from stepdistill.moving_average import MovingAverage
 from stepdistill.optimizer import learning_rate, make_optimizer
-from stepdistill.preview import Preview
 from stepdistill.progress import TrainingProgress, WorkProgress, quiet, say
 from stepdistill.recipe import Recipe, load
 from stepdistill.run_folder import keep_lines_before, prepare_folder

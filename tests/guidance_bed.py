@@ -6,9 +6,9 @@ import itertools
 import torch
 
 from pipeline import tiny
-from stepdistill.named_rules import rule_named
+from stepdistill.generation.generate import generate, noise
+from stepdistill.generation.named_rules import rule_named
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.generate import generate, noise
 from stepdistill.pipeline.trace import trace
 
 N, STEPS, W = 5, 4, 3.0

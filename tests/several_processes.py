@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from stepdistill import run_samples
 from stepdistill.distributed import Processes, leave
 from stepdistill.errors import InputError
 from stepdistill.exporting import export
+from stepdistill.generation import run_samples
 from stepdistill.trainer import train
 from stock_here import call_here
 

@@ -4,7 +4,7 @@ import importlib.util
 import json
 
 from stepdistill import assets
-from stepdistill.named_rules import FITTED, RULES
+from stepdistill.generation.named_rules import FITTED, RULES
 
 ROOT = assets.root()
 

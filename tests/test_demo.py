@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from pipeline.tiny import CLASSES, save_dit, tiny_dit, tiny_sd
 from stepdistill import cli
 from stepdistill.demo import VOCABULARY, Demo, Drawn, load_demo, shelf, words_of
-from stepdistill.drawing import Sampler, draw
 from stepdistill.errors import InputError
+from stepdistill.generation.drawing import Sampler, draw
 from stepdistill.pipeline.load import save_pipeline
 
 TEACHER_STEPS = 3

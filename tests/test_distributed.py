@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stepdistill import checkpoint, run_samples
+from stepdistill import checkpoint
 from stepdistill.distributed import processes_wanted
 from stepdistill.exporting import export
+from stepdistill.generation import run_samples
 from stepdistill.trainer import train
 from stock_here import call_here
 from test_trainer import GAN, make_recipe, pictures, teacher  # noqa: F401

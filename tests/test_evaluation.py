@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from pipeline.tiny import tiny_sd
 from stepdistill.errors import InputError
 from stepdistill.evaluation import Evaluation, best_checkpoint, ranked, read_values
+from stepdistill.generation.run_samples import diffuse, distilled
 from stepdistill.recipe import load
-from stepdistill.run_samples import diffuse, distilled
 from stepdistill.session import build
 from stepdistill.trainer import train
 from test_trainer import make_recipe, teacher  # noqa: F401
@@ -28,7 +28,7 @@ def values_as(monkeypatch, values: dict[int, float]) -> None:
 
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch):
-    monkeypatch.setattr("stepdistill.run_samples.TEACHER_STEPS", 2)
+    monkeypatch.setattr("stepdistill.generation.run_samples.TEACHER_STEPS", 2)
 
 
 def recipe_of(teacher: Path, out: Path, steps: int, **evaluation) -> dict:  # noqa: F811

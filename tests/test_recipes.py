@@ -95,8 +95,8 @@ def test_a_recipe_trains_and_exports(name, place, tmp_path, monkeypatch):
     recipe = stated(name, place)
     if recipe.method.name == "add":
         pytest.importorskip("efficientnet_lite_pytorch")
-    monkeypatch.setattr("stepdistill.run_samples.TEACHER_STEPS", 2)
-    monkeypatch.setattr("stepdistill.preview.COUNT", 2)
+    monkeypatch.setattr("stepdistill.generation.run_samples.TEACHER_STEPS", 2)
+    monkeypatch.setattr("stepdistill.generation.preview.COUNT", 2)
     monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
     result = train(name, shortened(recipe, place, tmp_path / "run"))
     assert (result.step, result.interrupted) == (STEPS, False)

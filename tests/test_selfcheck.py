@@ -12,7 +12,7 @@ from pipeline.tiny import save_dit, tiny_dit, tiny_sd, tiny_sd3
 from stepdistill import assets, selfcheck
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
-from stepdistill.pipeline.generate import generate
+from stepdistill.generation.generate import generate
 from stepdistill.recipe import load
 from stepdistill.schedule import from_scheduler
 from stepdistill.selfcheck import LEVELS, check_conventions

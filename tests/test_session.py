@@ -11,10 +11,10 @@ from PIL import Image
 from pipeline.tiny import save_dit, tiny_dit, tiny_sd
 from stepdistill import plan
 from stepdistill.errors import InputError
-from stepdistill.pipeline.generate import passes
+from stepdistill.generation.generate import passes
+from stepdistill.generation.run_samples import diffuse
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.recipe import load
-from stepdistill.run_samples import diffuse
 from stepdistill.session import Session, build
 
 

@@ -32,7 +32,7 @@ GAN = {"name": "dmd2", "gan_weight": 0.05, "critic_steps": 2, "critic_warmup": 1
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch):
     """Previews of a teacher in two steps: nothing here looks at them."""
-    monkeypatch.setattr("stepdistill.run_samples.TEACHER_STEPS", 2)
+    monkeypatch.setattr("stepdistill.generation.run_samples.TEACHER_STEPS", 2)
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,8 @@ _OPTIONAL = ("controls", "labels", "files", "remarks")
 @dataclass
 class Row:
     """One sampler of one pipeline, measured. ``cost``: seconds_per_image, peak_memory_mib, parameters; where it was
-    asked for also latency_seconds, batch and flops (stepdistill.sampling_cost). ``diagnostics`` hold a standard error
-    ``<metric>_error`` where one was estimated.
+    asked for also latency_seconds, batch and flops. ``diagnostics`` hold a standard error ``<metric>_error`` where one
+    was estimated.
 
     ``cached`` says that nothing was run: the row's cost is that of the machine which measured it.
     """

@@ -24,11 +24,11 @@ from stepdistill.exporting import stock_call
 from stepdistill.exporting.attach import CONFIG as ATTACHED
 from stepdistill.exporting.card import model_card
 from stepdistill.exporting.lora import Keys, save_lora, why_not_lora
+from stepdistill.generation.generate import decode
 from stepdistill.guidance_adapters import fastened
 from stepdistill.pipeline import ip_adapter
 from stepdistill.pipeline.compare import deviation
 from stepdistill.pipeline.conditioning import plain_conditions
-from stepdistill.pipeline.generate import decode
 from stepdistill.pipeline.load import load_pipeline, save_pipeline, source
 from stepdistill.pipeline.observe import call_arguments
 from stepdistill.pipeline.trace import Trace

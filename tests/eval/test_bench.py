@@ -21,8 +21,8 @@ from stepdistill.bench import Bench, Sampling, fit, sample, solver_samplings
 from stepdistill.errors import InputError
 from stepdistill.eval.protocol import build_reference, load_networks, load_protocol
 from stepdistill.eval.row_cache import RowCache, empty_measurements, row_key, weights_digest, write_json
+from stepdistill.generation.solvers import stock_solvers
 from stepdistill.pipeline.trace import trace
-from stepdistill.solvers import stock_solvers
 from stepdistill.sources import read_source
 
 CPU = torch.device("cpu")

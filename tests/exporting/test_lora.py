@@ -52,8 +52,8 @@ def small_flux():
 def quick():
     """Short previews; and no check of conventions, which networks without training have none of."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stepdistill.run_samples.TEACHER_STEPS", 2)
-        patch.setattr("stepdistill.preview.COUNT", 2)
+        patch.setattr("stepdistill.generation.run_samples.TEACHER_STEPS", 2)
+        patch.setattr("stepdistill.generation.preview.COUNT", 2)
         patch.setattr("stepdistill.trainer.check_conventions", lambda session: None)
         yield
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from pipeline import tiny
 from pipeline.toy import toy
 from stepdistill.errors import InputError
+from stepdistill.generation.generate import decode
 from stepdistill.pipeline import conditioning
 from stepdistill.pipeline.conditioning import class_count, class_names, encode, entries, rest_encoders
-from stepdistill.pipeline.generate import decode
 from stepdistill.pipeline.trace import trace
 
 PROMPTS = ["a red shoe", "rain", "two birds", "", "a bag"]

@@ -8,10 +8,10 @@ import torch
 
 from guidance_bed import ROWS, STEPS, N, W, by_hand, conditions, traced
 from pipeline import tiny
-from stepdistill.collaboration import TEACHERS_SEED, collaborate
 from stepdistill.errors import InputError
+from stepdistill.generation.collaboration import TEACHERS_SEED, collaborate
+from stepdistill.generation.generate import decode, generate, noise
 from stepdistill.guidance import guided
-from stepdistill.pipeline.generate import decode, generate, noise
 
 
 @pytest.fixture(scope="module")

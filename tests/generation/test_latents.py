@@ -5,8 +5,8 @@ import torch
 
 from pipeline.zoo import ZOO
 from stepdistill.errors import InputError
-from stepdistill.pipeline.generate import decode
-from stepdistill.pipeline.latents import decoder, encode_images, image_shape, layout
+from stepdistill.generation.generate import decode
+from stepdistill.generation.latents import decoder, encode_images, image_shape, layout
 from stepdistill.pipeline.trace import trace
 
 

@@ -7,10 +7,10 @@ import torch
 
 from guidance_bed import ROWS, STEPS, W, by_hand, conditions, run, traced, two
 from pipeline import tiny
-from stepdistill.attention_guidance import attention_weights, gaussian_blur, self_attention
 from stepdistill.errors import InputError
+from stepdistill.generation.attention_guidance import attention_weights, gaussian_blur, self_attention
+from stepdistill.generation.generate import generate, noise
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.generate import generate, noise
 from stepdistill.pipeline.trace import trace
 
 

@@ -18,8 +18,8 @@ from diffusers import (
 
 from pipeline import tiny
 from stepdistill.errors import InputError
+from stepdistill.generation.generate import decode, generate, noise, sample_generator
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.generate import decode, generate, noise, sample_generator
 from stepdistill.pipeline.observe import observe, patched
 from stepdistill.pipeline.trace import trace
 

@@ -10,10 +10,10 @@ import stepdistill
 from pipeline import tiny
 from pipeline.zoo import ZOO
 from stepdistill.errors import InputError
-from stepdistill.inference_guidance import Step, classifier_free
+from stepdistill.generation.generate import decode, generate, noise
+from stepdistill.generation.inference_guidance import Step, classifier_free
+from stepdistill.generation.negative import _steered, away_from
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.generate import decode, generate, noise
-from stepdistill.pipeline.negative import _steered, away_from
 from stepdistill.pipeline.trace import trace
 
 PROMPTS = ["a red shoe", "rain"]

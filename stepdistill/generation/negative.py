@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
-from stepdistill.inference_guidance import Step, StepRule
+from stepdistill.generation.inference_guidance import Step, StepRule
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.observe import patched
 from stepdistill.pipeline.trace import Trace

@@ -4,8 +4,8 @@ import torch
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
+from stepdistill.generation.inference_guidance import Step, StepRule
 from stepdistill.guidance import guided
-from stepdistill.inference_guidance import Step, StepRule
 from stepdistill.pipeline.trace import Trace
 from stepdistill.schedule import Prediction
 

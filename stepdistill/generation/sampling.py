@@ -13,13 +13,13 @@ from torch import Tensor
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid
-from stepdistill.named_rules import needs_empty, rule_for
+from stepdistill.generation.generate import decode, generate
+from stepdistill.generation.named_rules import needs_empty, rule_for
+from stepdistill.generation.negative import away_from
+from stepdistill.generation.teacher_rules import check_teacher, teacher_first, teacher_refined
 from stepdistill.pipeline.conditioning import encode, entries
-from stepdistill.pipeline.generate import decode, generate
 from stepdistill.pipeline.load import export_arguments, is_export, load_pipeline
-from stepdistill.pipeline.negative import away_from
 from stepdistill.pipeline.trace import Trace, trace
-from stepdistill.teacher_rules import check_teacher, teacher_first, teacher_refined
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def sample(
         path: see :func:`inspect`. steps: of the pipeline's own scheduler. guidance: w, 1 is off.
         conditions: class names, class numbers or prompts, taken in turn; None: all classes.
         out: where to write the images as one PNG grid.
-        rule: how guidance is done, a name in :data:`stepdistill.named_rules.RULES` or linear; ``NAME:NUMBER`` sets it.
+        rule: how guidance is done, a name in :data:`.named_rules.RULES` or linear; ``NAME:NUMBER`` sets it.
         interval: the times, of which 1 is noise and 0 data, with guidance; at others there is none. None: all.
         teacher: a pipeline that makes the first ``teacher_steps`` steps, with ``guidance``; the others have none.
         refine: instead, the student makes them and moves by this weight, 0 to 1, towards the teacher's x_0.

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepdistill.eval.cost import metered
+from stepdistill.generation.generate import decode, generate
 from stepdistill.pipeline.conditioning import Conditioning
-from stepdistill.pipeline.generate import decode, generate
 from stepdistill.pipeline.trace import Trace
 
 REPEATS = 3

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
+from stepdistill.generation.inference_guidance import Step, StepRule
 from stepdistill.guidance import combined
-from stepdistill.inference_guidance import Step, StepRule
 from stepdistill.schedule import Prediction
 
 # The paper's: attention is 1 on average, and the blur is of 9 latent pixels.

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from stepdistill.eval.pictures import image_grid
-from stepdistill.pipeline.generate import decode
-from stepdistill.run_samples import diffuse, distilled
+from stepdistill.generation.generate import decode
+from stepdistill.generation.run_samples import diffuse, distilled
 from stepdistill.session import Session
 
 COUNT = 16

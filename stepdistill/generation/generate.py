@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepdistill.denoiser import first_tensor
 from stepdistill.errors import InputError
-from stepdistill.inference_guidance import Step, StepRule, classifier_free
+from stepdistill.generation.inference_guidance import Step, StepRule, classifier_free
 from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.pipeline.observe import TraceError, forked_random, observe, patched, run
 from stepdistill.pipeline.trace import PROBES, Trace
@@ -68,7 +68,7 @@ def generate(
         initial: noise (N, *latent_shape) to start from instead of the seed's.
         onto: clean latents (N, *latent_shape) that the noise is put onto, the grid's first ``start`` steps being left
             out (SDEdit, Meng et al. 2022; the image-to-image pipelines); None: from pure noise.
-        rule: makes a guidance rule of :mod:`stepdistill.inference_guidance` for each batch, instead of ``guidance``.
+        rule: makes a guidance rule of :mod:`.inference_guidance` for each batch, instead of ``guidance``.
 
     Raises:
         InputError: the scheduler's prediction type is another, or it cannot make this grid.

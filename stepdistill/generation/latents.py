@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
+from stepdistill.generation.generate import decode
 from stepdistill.pipeline.compare import deviation, tolerance
-from stepdistill.pipeline.generate import decode
 from stepdistill.pipeline.observe import TraceError, patched
 from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say

@@ -5,8 +5,8 @@ import torch
 
 from guidance_bed import STEPS, N, W, by_hand, conditions, run, traced, two
 from stepdistill.errors import InputError
-from stepdistill.linear_guidance import FITS_SEED, LinearAdaptive, fit_linear
-from stepdistill.named_rules import rule_for
+from stepdistill.generation.linear_guidance import FITS_SEED, LinearAdaptive, fit_linear
+from stepdistill.generation.named_rules import rule_for
 from stepdistill.schedule import Prediction
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from stepdistill.denoiser import Denoiser
+from stepdistill.generation.generate import generate
+from stepdistill.generation.inference_guidance import Step
 from stepdistill.guidance import combined
-from stepdistill.inference_guidance import Step
 from stepdistill.pipeline.conditioning import Conditioning
-from stepdistill.pipeline.generate import generate
 from stepdistill.pipeline.trace import Trace
 from stepdistill.schedule import Prediction
 

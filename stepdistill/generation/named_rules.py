@@ -4,9 +4,9 @@ import functools
 import inspect
 from collections.abc import Callable
 
-from stepdistill.attention_guidance import self_attention
 from stepdistill.errors import InputError
-from stepdistill.inference_guidance import (
+from stepdistill.generation.attention_guidance import self_attention
+from stepdistill.generation.inference_guidance import (
     Adaptive,
     StepRule,
     cfg_plus_plus,
@@ -16,7 +16,7 @@ from stepdistill.inference_guidance import (
     limited,
     time_step,
 )
-from stepdistill.linear_guidance import LinearAdaptive, fit_linear
+from stepdistill.generation.linear_guidance import LinearAdaptive, fit_linear
 from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.pipeline.trace import Trace
 from stepdistill.recipe_errors import suggest
@@ -33,7 +33,7 @@ RULES: dict[str, Callable[..., StepRule]] = {
 """By the names of ``stepdistill sample --rule NAME[:NUMBER]``; the number is a rule's second argument."""
 
 FITTED = "linear"
-"""The rule that is fitted to the pipeline first: :mod:`stepdistill.linear_guidance`; the number is of samples."""
+"""The rule that is fitted to the pipeline first: :mod:`.linear_guidance`; the number is of samples."""
 
 
 def needs_empty(text: str, scale: float) -> bool:

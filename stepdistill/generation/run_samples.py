@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepdistill.pipeline.generate import generate, noise
+from stepdistill.generation.generate import generate, noise
 from stepdistill.session import Session
 
 TEACHER_STEPS = 50

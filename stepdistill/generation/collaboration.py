@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
+from stepdistill.generation.generate import decode, generate
 from stepdistill.pipeline.conditioning import encode, entries
-from stepdistill.pipeline.generate import decode, generate
 from stepdistill.pipeline.trace import Trace
 
 Oracle = Callable[[Tensor, Sequence[str]], Tensor]

@@ -9,11 +9,11 @@ from guidance_bed import ROWS, STEPS, N, W, by_hand, conditions, run, traced, tw
 from pipeline import tiny
 from stepdistill.cli import app
 from stepdistill.errors import InputError
+from stepdistill.generation.generate import generate, noise, sample_generator
+from stepdistill.generation.inference_guidance import Adaptive, equal_blocks, limited, without
+from stepdistill.generation.named_rules import RULES, rule_named
 from stepdistill.guidance import guided
-from stepdistill.inference_guidance import Adaptive, equal_blocks, limited, without
-from stepdistill.named_rules import RULES, rule_named
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.generate import generate, noise, sample_generator
 from stepdistill.pipeline.trace import trace
 
 

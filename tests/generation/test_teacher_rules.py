@@ -9,10 +9,10 @@ import stepdistill
 from guidance_bed import ROWS, STEPS, N, W, by_hand, conditions, run, traced
 from pipeline import tiny
 from stepdistill.errors import InputError
+from stepdistill.generation.generate import sample_generator
+from stepdistill.generation.named_rules import RULES
+from stepdistill.generation.teacher_rules import teacher_first, teacher_refined
 from stepdistill.guidance import guided
-from stepdistill.named_rules import RULES
-from stepdistill.pipeline.generate import sample_generator
-from stepdistill.teacher_rules import teacher_first, teacher_refined
 
 
 @functools.cache

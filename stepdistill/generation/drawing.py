@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.eval.row_cache import row_key
+from stepdistill.generation.generate import decode, generate, passes
 from stepdistill.guidance import rule_text
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.generate import decode, generate, passes
 from stepdistill.pipeline.trace import Trace
 
 
