@@ -73,7 +73,7 @@ def test_the_scorer_finds_unseen_captions_and_is_the_same_again(script, folders,
 
 def test_validation_holds_concepts_out_and_writes_nothing(script, folders, monkeypatch, tmp_path, capsys):
     run(script, folders, tmp_path / "out", monkeypatch, "--validate")
-    found = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
+    found = json.loads("{" + capsys.readouterr().out.partition("{")[2])
     assert 4 <= found["all"]["captions"] <= 24 and not (tmp_path / "out").exists()
 
 
