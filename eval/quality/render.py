@@ -78,7 +78,10 @@ def _standard_notes(report: "Report") -> list[str]:
             "than 19 of 20 unseen real images are: 0.05 for fresh pictures, 1 for copies."
         )
     if "fd_enet" in report.metric_names:
-        lines.append("FD and KID are not Inception's: they cannot be compared with FIDs, nor with another protocol's.")
+        lines.append(
+            "FD and KID are not Inception's: they cannot be compared with FIDs, nor with another protocol's. FD is "
+            "biased upwards at small N, that of the real images as well; KID is not."
+        )
     if any(metric in PREFERENCES for metric in report.metric_names):
         lines.append("ImageReward, HPSv2 and PickScore predict what people prefer for a prompt: higher is better.")
     if report.samples < 10_000 and "fid" in report.metric_names:
