@@ -8,7 +8,8 @@
 Runs lie in --runs, one folder for each recipe and seed; a finished one is not trained again, an interrupted one goes
 on, one of an earlier version of the recipe is moved aside. Rows are merged into --out as soon as they are known, so the
 comparison can be made in pieces and by several processes. With the default --out, the table between the markers in
-README.md, docs/comparison.md and the plot beside --out are written as well. docs/contracts.md describes the JSON.
+README.md, docs/comparison.md and the plot beside --out are written as well; seeds of files like comparison_x10.json
+beside it get tables of their own there. docs/contracts.md describes the JSON.
 
 A student is named after its method, or after its recipe (without "fashion_") where a method has several. What there is
 to say about a student, such as why it misses a bar, is read from comparison_notes.yaml beside --out: NAME@STEPS: text.
@@ -273,7 +274,9 @@ def publish(content: dict[str, Any], arguments: argparse.Namespace) -> None:
     picture = "![FD against NFE, rings: the steps trained for](assets/benchmarks/comparison.png)"
     more = "Every row, and what there is to say about it, is in [docs/comparison.md](docs/comparison.md)."
     between_markers(root / "README.md", BEGIN, END, "\n\n".join([short_table(content), more, picture]))
-    (root / "docs" / "comparison.md").write_text(page(content), encoding="utf-8")
+    beside = sorted(arguments.out.parent.glob(f"{arguments.out.stem}_x*.json"))
+    others = [json.loads(path.read_text(encoding="utf-8")) for path in beside]
+    (root / "docs" / "comparison.md").write_text(page(content, others), encoding="utf-8")
 
 
 def default_out() -> Path:

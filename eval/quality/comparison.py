@@ -187,8 +187,8 @@ def short_table(content: dict[str, Any]) -> str:
     return "\n".join([*_table(header, lines), "", _stated(content)])
 
 
-def page(content: dict[str, Any]) -> str:
-    """docs/comparison.md: every row with everything that is known of it."""
+def page(content: dict[str, Any], others: Sequence[dict[str, Any]] = ()) -> str:
+    """docs/comparison.md: every row with all that is known of it; ``others`` are comparisons of other budgets."""
     n, rows = content["samples"], content["rows"]
     shown = [metric for metric in METRICS if any(metric in row["metrics"] for row in rows)]
     names = [metric_name(metric, n) for metric in shown]
@@ -213,11 +213,10 @@ def page(content: dict[str, Any]) -> str:
             cells = [_spread(rows, metric, *pair) for metric, pair in zip(shown, pairs, strict=True)]
             lines.append([entry["name"], len(entry["seeds"]), *cells])
         text += ["", "## Over seeds: mean ± standard deviation", "", *_table(["", "Seeds", *names], lines)]
-    if content["failures"]:
-        text += ["", "## Failed", ""]
-        text += [
-            f"- {one['name']} ({one['recipe']}, seed {one['seed']}): {one['error']}" for one in content["failures"]
-        ]
+    for other in others:
+        text += ["", f"## With {other['budget']:g} times the budget", "", *_seeds(other)]
+    for one in (one for each in (content, *others) for one in each["failures"]):
+        text += ["", f"**Failed**: {one['name']} ({one['recipe']}, seed {one['seed']}): {one['error']}"]
     text += ["", "## How to read it", ""]
     if content["floor"]:
         floor = {"role": "floor", "metrics": content["floor"]}
@@ -234,6 +233,19 @@ def page(content: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(text)
+
+
+def _seeds(content: dict[str, Any]) -> list[str]:
+    """FD of every student at the steps it was trained for, a column for each training seed."""
+    rows = [row for row in content["rows"] if as_trained(row)]
+    seeds = sorted({row["training"]["seed"] for row in rows})
+    found = {(row["name"], row["training"]["seed"]): row["metrics"][FD] for row in rows}
+    lines = [
+        [name, *(metric_text(FD, found.get((name, seed))) for seed in seeds)]
+        for name in dict.fromkeys(row["name"] for row in rows)
+    ]
+    title = metric_name(FD, content["samples"])
+    return [*_table(["", *(f"{title}, seed {seed}" for seed in seeds)], lines), "", _stated(content)]
 
 
 def _line(row: Entry) -> list[Any]:

@@ -288,6 +288,10 @@ def test_tables_and_plot_show_what_was_found():
     assert "- **lcm@4**: too few steps" in text and "## Consistency" in text and "## Guidance" in text
     assert "best at 1 step: FD at most 1.5x the teacher's: **missed** by dmd2@1, 13.50x" in text
     assert "| lcm@4 | 2 | 5.30 ± 0.42 |" in text
+    failed = {"name": "x", "recipe": "y", "seed": 2, "error": "z"}
+    text = page(content, [a_comparison(*STUDENTS) | {"budget": 0.1, "failures": [failed]}])
+    assert "## With 0.1 times the budget" in text and "**Failed**: x (y, seed 2): z" in text
+    assert "| lcm@4 | 5.00 | 5.60 |" in text and "| dmd2@4 | 4.20 | – |" in text and "| dmd2@1 | 54.00" not in text
     image = plot(content)
     assert image.width > 1000 and len(image.getcolors(1 << 24)) > 4
     assert plot(conclude(a_comparison(), {})).width > 100
