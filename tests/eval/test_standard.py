@@ -26,7 +26,7 @@ FROZEN = {
     "coco10k-sdxl-dmd2-v1": "ee73879d1ab5ff15",
     "coco30k-gigagan-v1": "a0bcd59790e6c259",
     "coco5k-val17-v1": "0dfaad386b4f2956",
-    "emoji-v1": "e895bde425952a12",
+    "emoji-v1": "b65b9baf507413aa",
     "edm50k-v1/cifar10": "9095039b3b33d05b",
     "edm50k-v1/imagenet64": "531d5938cdd75107",
     "edm50k-v1/ffhq": "f438c9697d2ad04c",
