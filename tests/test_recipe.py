@@ -164,7 +164,7 @@ def test_any_tree_is_a_recipe_or_an_input_error(tree: dict[str, Any], overrides:
 @pytest.mark.parametrize(
     "override, problem",
     [
-        ("train.steps=300", "train.steps: expected more than 300, at which the phase of 4 steps begins"),
+        ("train.steps=600", "train.steps: expected more than 600, at which the phase of 4 steps begins"),
         ("method.start_steps=24", "method.start_steps: expected student.steps times 2, 4, 8, ..., found 24"),
     ],
 )
