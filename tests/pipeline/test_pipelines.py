@@ -1,6 +1,6 @@
 """Every pipeline of the zoo goes all the way: traced, distilled with all weights and as LoRA, exported, sampled.
 
-What was found is the table of docs/pipelines.md.
+What was found is the table of docs/pipelines.md and README.md.
 """
 
 import json
@@ -17,7 +17,8 @@ from stepdistill.pipeline.load import save_pipeline
 from stepdistill.pipeline.trace import Trace, trace
 from stepdistill.trainer import train
 
-PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "pipelines.md"
 PROMPTS = ["a red shoe", "two birds on a wire"]
 CHECKED = 2
 METHODS: dict[str, dict[str, Any]] = {
@@ -110,3 +111,4 @@ def test_the_page_shows_what_was_found():
     assert list(listed) == [exhibit.title for exhibit in ZOO.values()]
     for name, row in FOUND.items():
         assert listed[ZOO[name].title] == row
+    assert "\n".join(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
