@@ -1,0 +1,123 @@
+"""Every command that the README and docs/ show is run, on tiny stand-ins of the names in it, or says what it needs."""
+
+import contextlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from pipeline.tiny import save_dit, tiny_dit, tiny_sd
+from stepdistill import cli, distributed, yaml_lines
+from stepdistill.demo import load_demo
+from stepdistill.exporting import export
+from stepdistill.pipeline.load import save_pipeline
+from stock_here import call_here
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEEDS = re.compile(r"#.*\b(needs|downloads)\b")
+"""What a command's comment says if no machine without network and GPU can run it."""
+
+SHORTER = {
+    "train": [
+        "train.steps=1",
+        "train.batch_size=4",
+        "train.accumulation=1",
+        "train.preview_every=9",
+        "report.samples=0",
+        "train.tracker=none",
+        "resume=never",
+    ],
+    "sample": ["--count", "2"],
+    "bench": ["--samples", "4", "--steps", "2", "--no-solvers"],
+}
+"""Said behind a command, so that it ends in seconds."""
+
+
+def shown() -> list[tuple[str, str]]:
+    """(page, line) of everything in fenced shell blocks, each command once whatever its comment says."""
+    found: dict[str, tuple[str, str]] = {}
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+            for line in filter(str.strip, block.splitlines()):
+                found.setdefault(line.partition("#")[0].strip(), (page.name, line))
+    return list(found.values())
+
+
+def recipe(pipeline: str, output: str, **student: str | int) -> dict:
+    return {
+        "teacher": {"pipeline": pipeline, "guidance": {"scale": 1.5}},
+        "student": {"steps": 2} | student,
+        "method": {"name": "sfd", "substeps": 1},
+        "train": {"steps": 1, "batch_size": 256, "lr": 1e-3, "preview_every": 9, "log_every": 1, "tracker": "none"},
+        "report": {"samples": 0},
+        "output": output,
+    }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the commands name: pipelines, recipes, runs, reports."""
+    folder = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(export, "call_elsewhere", call_here)
+        save_dit(tiny_dit(), folder / "PIPELINE")
+        save_pipeline(tiny_sd(), folder / "my-sdxl")
+        prompts = recipe("my-sdxl", "runs/mine", train="lora", rank=2)
+        recipes = {
+            "recipe.yaml": recipe("PIPELINE", "runs/recipe"),
+            "prompts.yaml": prompts | {"data": {"conditions": ["a red shoe", "rain"]}},
+        }
+        for name, stated in recipes.items():
+            Path(name).write_text(yaml_lines.dump(stated), encoding="utf-8")
+            assert cli.run(["train", name, *SHORTER["train"]]) == 0
+        for name in ("NAME", "quickstart", "fashion_dmd2", "short"):
+            shutil.copytree("runs/recipe", f"runs/{name}")
+        for name in re.findall(r"runs/(comparison/\S+)", (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")):
+            shutil.copytree("runs/recipe", f"runs/{name}", dirs_exist_ok=True)
+        shutil.copytree("runs/mine", "runs/my-student")
+        shutil.copytree("runs/recipe/export", "my-student")
+        shutil.copytree("PIPELINE", "my-teacher")
+        (folder / "recipes").symlink_to(ROOT / "recipes")
+        assert cli.run(["bench", "runs/NAME", "--out", "a", *SHORTER["bench"]]) == 0
+        shutil.copytree("a", "b")
+    return folder
+
+
+def run(line: str) -> int:
+    """Run a command that is shown; returns its exit code."""
+    program, *words = shlex.split(line.replace("fashion-dit", "PIPELINE"), comments=True)
+    if program == "make":  # what its target calls has tests of its own
+        return subprocess.run(["make", "--dry-run", "-C", ROOT, *words], capture_output=True).returncode
+    if program == "python":  # so has a script
+        return 0 if (ROOT / "tests" / f"test_{Path(words[0]).name}").exists() else 1
+    assert program == "stepdistill", "say in a comment what it needs"
+    if ">" not in words:
+        return cli.run([*words, *SHORTER.get(words[0], ())])
+    *words, _, out = words
+    with open(out, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        return cli.run([*words, *SHORTER.get(words[0], ())])
+
+
+def test_every_command_that_is_shown_runs(place, monkeypatch, capsys):
+    """One test, because the commands share a folder that takes longer to make than most of them run."""
+    monkeypatch.chdir(place)
+    # gradio is an extra: all of the demo but the page. Several processes: tests/test_distributed.py.
+    page = types.SimpleNamespace(serve=lambda student, teacher, port: load_demo(student, teacher))
+    monkeypatch.setitem(sys.modules, "stepdistill.demo_page", page)
+    launched = []
+    monkeypatch.setattr(distributed, "launch", lambda arguments, processes: launched.append(processes) or 0)
+    lines = [(page, line) for page, line in shown() if not NEEDS.search(line)]
+    assert len(lines) > 40
+    failed = []
+    for page, line in lines:
+        if run(line) != 0:
+            failed.append(f"{page}: {line}\n{capsys.readouterr().err}")
+    assert not failed, "\n\n".join(failed)
+    assert launched == [2, 2]
