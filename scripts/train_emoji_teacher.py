@@ -4,8 +4,9 @@
     python scripts/train_emoji_teacher.py vae denoiser pack --data build/emoji --work build/emoji-teacher
 
 On a GPU in bfloat16 and compiled, on a CPU in float32. Every stage leaves a file in the work folder and is skipped when
-that is there; both training stages go on from their last checkpoint. ``pack`` writes a StableDiffusionPipeline in stock
-format, 64x64 pixels, float16 on disk. ``--vae-steps 2 --denoiser-steps 2 --batch 4`` is the smoke test.
+that is there; training stages go on from their last checkpoint. ``decoder``, for a ``vae`` stage that was short, trains
+the autoencoder's second half further and leaves latents and denoiser alone. ``pack`` writes a StableDiffusionPipeline
+in stock format, 64x64 pixels, float16 on disk. ``--vae-steps 2 --denoiser-steps 2 --batch 4`` is the smoke test.
 """
 
 import argparse
@@ -30,14 +31,18 @@ from stepdistill.demo import words_of
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.schedule import from_scheduler
 
-CHANNELS, SIZE, TOKENS, WIDTH = 8, 8, 16, 192
+CHANNELS, SIZE, TOKENS, WIDTH = 16, 8, 16, 192
 VOCABULARY = 2400
 
 
+def read_facts(data: Path, split: str) -> list[dict]:
+    """What is known of each picture of a split that scripts/emoji_data.py wrote."""
+    return [json.loads(line) for line in (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def read(data: Path, split: str) -> tuple[Tensor, list[dict]]:
-    """Images uint8 (N, 3, 64, 64) of a split that scripts/emoji_data.py wrote, and what is known of each."""
-    lines = (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    facts = [json.loads(line) for line in lines]
+    """Images uint8 (N, 3, 64, 64) of a split, and what is known of each."""
+    facts = read_facts(data, split)
     pictures = [np.asarray(Image.open(data / one["image"]).convert("RGB")) for one in facts]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), facts
 
@@ -50,7 +55,7 @@ def new_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(24, 48, 96, 96),
+        block_out_channels=(16, 32, 64, 96),
         layers_per_block=1,
         latent_channels=CHANNELS,
         norm_num_groups=8,
@@ -95,18 +100,24 @@ def new_denoiser() -> UNet2DConditionModel:
         sample_size=SIZE,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=(128, 160),
+        block_out_channels=(64, 160),  # most of the work at 4x4, which a processor can afford
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH,
         attention_head_dim=8,
         norm_num_groups=16,
     )
 
 
+def reconstruction(error: Tensor) -> Tensor:
+    """L1 of pixels and of their differences to the neighbours, which keeps edges sharp."""
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + edges
+
+
 def train_vae(images: Tensor, work: Path, steps: int, batch: int, device: torch.device, peak: float = 2e-3) -> None:
-    """L1 of pixels and of their differences to the neighbours, which keeps edges sharp, with a light KL term."""
+    """Reconstruction with a light KL term."""
     torch.manual_seed(0)
     vae = new_vae().to(device, memory_format=torch.channels_last)
     parameters = dict(vae.named_parameters())
@@ -117,9 +128,7 @@ def train_vae(images: Tensor, work: Path, steps: int, batch: int, device: torch.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             posterior = vae.encode(x).latent_dist
             error = vae.decode(posterior.sample()).sample - x
-        error = error.float()
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        return error.abs().mean() + edges + 1e-6 * posterior.kl().float().mean()
+        return reconstruction(error.float()) + 1e-6 * posterior.kl().float().mean()
 
     train("vae", averaged, loss, steps, peak, work)
     vae.load_state_dict(averaged.average)
@@ -128,13 +137,39 @@ def train_vae(images: Tensor, work: Path, steps: int, batch: int, device: torch.
     save_file({k: v.cpu().contiguous() for k, v in vae.state_dict().items()}, work / "vae.safetensors")
 
 
+def train_decoder(images: Tensor, work: Path, steps: int, batch: int, device: torch.device, peak: float = 1e-3) -> None:
+    """The decoder alone, on latents with a tenth of noise, because a denoiser's are not exact either."""
+    latents = encode_all(images, work, device)
+    vae = trained_vae(work, device, "vae").to(memory_format=torch.channels_last)
+    parameters = {name: p for name, p in vae.named_parameters() if name.startswith(("decoder.", "post_quant_conv."))}
+    averaged = Averaged(parameters, torch.optim.AdamW(parameters.values(), weight_decay=0.0), decay=0.999)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(images), (batch,), generator=generator)
+        x0 = latents[rows]
+        eps = torch.randn(x0.shape, generator=generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            decoded = vae.decode((x0 + 0.1 * eps).to(device)).sample
+        return reconstruction(decoded.float() - floats(images[rows], device))
+
+    train("decoder", averaged, loss, steps, peak, work)
+    vae.load_state_dict(averaged.average, strict=False)
+    save_file({k: v.cpu().contiguous() for k, v in vae.state_dict().items()}, work / "decoder.safetensors")
+
+
+def trained_vae(work: Path, device: torch.device, *stages: str) -> AutoencoderKL:
+    """The autoencoder as the first of these stages left it that has been run."""
+    vae = new_vae().to(device).eval()
+    vae.load_state_dict(load_file(next(path for path in (work / f"{s}.safetensors" for s in stages) if path.exists())))
+    return vae
+
+
 @torch.no_grad()
 def encode_all(images: Tensor, work: Path, device: torch.device) -> Tensor:
-    """Latent means of images (N, 8, 8, 8); cached in the work folder."""
+    """Latent means of images (N, 16, 8, 8); cached in the work folder."""
     cached = work / "latents.safetensors"
     if not cached.exists():
-        vae = new_vae().to(device).eval()
-        vae.load_state_dict(load_file(work / "vae.safetensors"))
+        vae = trained_vae(work, device, "vae")
         parts = [vae.encode(floats(part, device)).latent_dist.mean.cpu() for part in images.split(100)]
         save_file({"latents": torch.cat(parts).contiguous()}, cached)
     return load_file(cached)["latents"]
@@ -184,7 +219,7 @@ def train_denoiser(
     both = Both(tokenizer).to(device, memory_format=torch.channels_last)
     parameters = dict(both.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.99), weight_decay=0.01)
-    averaged = Averaged(parameters, optimizer, decay=0.9995)
+    averaged = Averaged(parameters, optimizer, decay=max(0.9, 1 - 10 / steps))
     schedule, _ = from_scheduler(new_scheduler())
     forward = torch.compile(both) if steps >= 1000 else both  # a short trial does not earn it back
 
@@ -203,11 +238,10 @@ def train_denoiser(
     save_file({name: p.cpu().contiguous() for name, p in averaged.average.items()}, work / "denoiser.safetensors")
 
 
-def pack(work: Path, out: Path) -> None:
-    """Write the stock pipeline folder, float16 on disk."""
+def pack(work: Path, out: Path, captions: list[str], prompts: Path) -> None:
+    """Write the stock pipeline folder, float16 on disk, and the captions as a list that recipes can name."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    vae, both = new_vae(), Both(tokenizer)
-    vae.load_state_dict(load_file(work / "vae.safetensors"))
+    vae, both = trained_vae(work, torch.device("cpu"), "decoder", "vae"), Both(tokenizer)
     both.load_state_dict(load_file(work / "denoiser.safetensors"), strict=False)
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -220,6 +254,7 @@ def pack(work: Path, out: Path) -> None:
         requires_safety_checker=False,
     )
     save_pipeline(pipeline.to(torch.float16), out)
+    prompts.write_text("\n".join(dict.fromkeys(captions)) + "\n", encoding="utf-8")
     shutil.copy(work / VOCABULARY_FILE, out)  # the demo page names words that are not in it
     # transformers would load what it finds, float16, beside diffusers' float32.
     config = out / "text_encoder" / "config.json"
@@ -230,11 +265,13 @@ def pack(work: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=("vae", "denoiser", "pack"))
+    parser.add_argument("stages", nargs="+", choices=("vae", "decoder", "denoiser", "pack"))
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--work", type=Path, default=Path("build/emoji-teacher"))
     parser.add_argument("--out", type=Path, default=Path("assets/teachers/emoji"))
+    parser.add_argument("--prompts", type=Path, default=Path("assets/prompts/emoji.txt"))
     parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument("--decoder-steps", type=int, default=4000)
     parser.add_argument("--denoiser-steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -243,11 +280,14 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     for stage in arguments.stages:
         if stage == "pack":
-            pack(work, arguments.out)
+            captions = [one["caption"] for one in read_facts(arguments.data, "train")]
+            pack(work, arguments.out, captions, arguments.prompts)
         elif (work / f"{stage}.safetensors").exists():
             log(stage, "already there, skipped")
         elif stage == "vae":
             train_vae(read(arguments.data, "train")[0], work, arguments.vae_steps, arguments.batch, device)
+        elif stage == "decoder":
+            train_decoder(read(arguments.data, "train")[0], work, arguments.decoder_steps, arguments.batch, device)
         else:
             images, facts = read(arguments.data, "train")
             train_denoiser(images, facts, work, arguments.denoiser_steps, arguments.batch, device)

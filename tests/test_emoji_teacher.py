@@ -77,9 +77,10 @@ def test_from_packages_to_a_pipeline_that_draws(scripts, packages, monkeypatch, 
     rabbit = facts[[one["concept"] for one in facts].index("rabbit face")]
     assert (rabbit["caption"], rabbit["others"]) == ("flat emoji of rabbit face", ["flat emoji of bunny"])
     assert (out / rabbit["image"]).with_suffix(".txt").read_text() == rabbit["caption"]
-    options = ["--data", str(out), "--work", str(work), "--out", str(packages / "teacher"), "--device", "cpu"]
-    options += ["--vae-steps", "2", "--denoiser-steps", "2", "--batch", "2"]
-    monkeypatch.setattr(sys, "argv", ["train_emoji_teacher.py", "vae", "denoiser", "pack", *options])
+    options = ["--data", str(out), "--work", str(work), "--out", str(packages / "teacher")]
+    options += ["--prompts", str(packages / "prompts.txt"), "--device", "cpu"]
+    options += ["--vae-steps", "2", "--decoder-steps", "2", "--denoiser-steps", "2", "--batch", "2"]
+    monkeypatch.setattr(sys, "argv", ["train_emoji_teacher.py", "vae", "decoder", "denoiser", "pack", *options])
     teacher.main()
     pipe = StableDiffusionPipeline.from_pretrained(packages / "teacher")
     pipe.set_progress_bar_config(disable=True)
@@ -92,7 +93,7 @@ def test_from_packages_to_a_pipeline_that_draws(scripts, packages, monkeypatch, 
     assert {"flat", "bunny", "italy"} <= set((packages / "teacher" / "vocabulary.txt").read_text().split())
     ids = pipe.tokenizer("flat emoji of rabbit face").input_ids
     assert len(ids) == 7 and ids[-1] == pipe.text_encoder.config.eos_token_id
-    assert load_latents(work).std(dim=(0, 2, 3)).allclose(torch.ones(8), atol=0.05)
+    assert load_latents(work).std(dim=(0, 2, 3)).allclose(torch.ones(16), atol=0.05)
 
 
 def load_latents(work: Path) -> torch.Tensor:
