@@ -21,8 +21,11 @@ def diffuse(session: Session, role: Literal["teacher", "critic"], count: int, se
     """Latents (count, ...) of the teacher with the recipe's guidance, or of the critic without, in many stock steps."""
     trace, roles = session.trace, session.method.roles
     scheduler = trace.pipeline.scheduler
+    # The trace's own network has whatever adapter ran last switched on; the teacher's passes here train nobody and are
+    # not counted.
+    denoiser = roles.critic if role == "critic" else trace.denoiser.on(roles.teacher.network)
     return generate(
-        replace(trace, denoiser=roles.critic) if role == "critic" else trace,
+        replace(trace, denoiser=denoiser),
         type(scheduler).from_config(scheduler.config),
         session.conditioning,
         conditions_of(session, count),
