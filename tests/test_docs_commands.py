@@ -84,7 +84,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree("runs/mine", "runs/my-student")
         shutil.copytree("runs/recipe/export", "my-student")
         shutil.copytree("PIPELINE", "my-teacher")
-        (folder / "recipes").symlink_to(ROOT / "recipes")
+        for name in ("recipes", "Makefile", "pyproject.toml"):
+            (folder / name).symlink_to(ROOT / name)
         assert cli.run(["bench", "runs/NAME", "--out", "a", *SHORTER["bench"]]) == 0
         shutil.copytree("a", "b")
     return folder
@@ -94,7 +95,7 @@ def run(line: str) -> int:
     """Run a command that is shown; returns its exit code."""
     program, *words = shlex.split(line.replace("fashion-dit", "PIPELINE"), comments=True)
     if program == "make":  # what its target calls has tests of its own
-        return subprocess.run(["make", "--dry-run", "-C", ROOT, *words], capture_output=True).returncode
+        return subprocess.run(["make", "--dry-run", *words], capture_output=True).returncode
     if program == "python":  # so has a script
         return 0 if (ROOT / "tests" / f"test_{Path(words[0]).name}").exists() else 1
     assert program == "stepdistill", "say in a comment what it needs"
