@@ -106,6 +106,7 @@ def run(line: str) -> int:
         return cli.run([*words, *SHORTER.get(words[0], ())])
 
 
+@pytest.mark.timeout(900)
 def test_every_command_that_is_shown_runs(place, monkeypatch, capsys):
     """One test, because the commands share a folder that takes longer to make than most of them run."""
     monkeypatch.chdir(place)
