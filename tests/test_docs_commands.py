@@ -17,9 +17,8 @@ from stepdistill.demo import load_demo
 from stepdistill.exporting import export
 from stepdistill.pipeline.load import save_pipeline
 from stock_here import call_here
+from test_docs import ROOT, shown
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = re.compile(r"#.*\b(needs|downloads)\b")
 """What a command's comment says if no machine without network and GPU can run it."""
 
@@ -39,15 +38,13 @@ SHORTER = {
 """Said behind a command, so that it ends in seconds."""
 
 
-def shown() -> list[tuple[str, str]]:
+def commands() -> list[tuple[str, str]]:
     """(page, line) of everything in fenced shell blocks, each command once whatever its comment says."""
     found: dict[str, tuple[str, str]] = {}
-    for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-            for line in filter(str.strip, block.splitlines()):
-                # The gallery's runs differ in nothing that matters here.
-                line = re.sub(r"runs/comparison/\S+( .*) --out \S+", r"runs/NAME\1", line)
-                found.setdefault(line.partition("#")[0].strip(), (page.name, line))
+    for page, line in shown("bash"):
+        # The gallery's runs differ in nothing that matters here.
+        line = re.sub(r"runs/comparison/\S+( .*) --out \S+", r"runs/NAME\1", line)
+        found.setdefault(line.partition("#")[0].strip(), (page, line))
     return list(found.values())
 
 
@@ -117,7 +114,7 @@ def test_every_command_that_is_shown_runs(place, monkeypatch, capsys):
     monkeypatch.setattr(assets, "prompts", lambda name: place / "two.txt")  # the shipped list is of hundreds
     launched = []
     monkeypatch.setattr(distributed, "launch", lambda arguments, processes: launched.append(processes) or 0)
-    lines = [(page, line) for page, line in shown() if not NEEDS.search(line)]
+    lines = [(page, line) for page, line in commands() if not NEEDS.search(line)]
     assert len(lines) > 40
     failed = []
     for page, line in lines:
