@@ -298,50 +298,77 @@ class Plain:
                 slow.mul_(0.95).add_(fast, alpha=0.05)
 
 
-def fastgen_dmd2(checkout: Path, case: Case, precision: str) -> tuple[Callable[[], None], Callable[[], Tensor]]:
-    """FastGen's two iterations, student and critic, and its student's loss, on copies of the networks; no GAN."""
-    sys.path.insert(0, str(checkout))
-    base = importlib.import_module("fastgen.networks.network").FastGenNetwork
-    model_class = importlib.import_module("fastgen.methods").DMD2Model
-    config = importlib.import_module("fastgen.configs.methods.config_dmd2").ModelConfig()
+class FastGen:
+    """FastGen's own steps and its student's losses, on copies of the case's network; no GAN."""
 
-    class Network(base):
-        def __init__(self) -> None:
-            super().__init__(net_pred_type="flow", schedule_type="rf")
-            self.role = case.denoiser.on(copy.deepcopy(case.denoiser.network))
-            self.inner = self.role.network
+    def __init__(self, checkout: Path, case: Case, precision: str):
+        sys.path.insert(0, str(checkout))
+        self.case, self.precision = case, precision
+        self.data = {"real": case.latents, "condition": case.condition, "neg_condition": case.empty}
 
-        def forward(self, x_t, t, condition=None, fwd_pred_type=None, **_):
-            raw = self.role(x_t, t, condition).raw
-            wanted = fwd_pred_type or "flow"
-            return self.noise_scheduler.convert_model_output(x_t, raw, t, src_pred_type="flow", target_pred_type=wanted)
+    def network(self) -> nn.Module:
+        base, role = importlib.import_module("fastgen.networks.network").FastGenNetwork, self.case.denoiser
 
-    class Model(model_class):
-        def build_model(self) -> None:
-            self.net, self.teacher, self.fake_score = (Network().to(self.device) for _ in range(3))
-            for network in (self.net, self.fake_score):
-                network.requires_grad_(True)
+        class Network(base):
+            def __init__(self) -> None:
+                super().__init__(net_pred_type="flow", schedule_type="rf")
+                self.role = role.on(copy.deepcopy(role.network))
+                self.inner = self.role.network
 
-    config.device, config.precision = case.device, "float32"
-    config.precision_amp = "bfloat16" if precision == "bf16" else None
-    config.gan_loss_weight_gen, config.guidance_scale, config.student_update_freq = 0.0, SCALE, 2
-    config.student_sample_steps, config.input_shape = 4, list(case.shape)
-    config.sample_t_cfg.t_list = [0.999, 0.75, 0.5, 0.25, 0.0]
-    config.net_optimizer.fused = config.fake_score_optimizer.fused = True
-    model = Model(config)
-    model.on_train_begin()
-    model.init_optimizers()
-    data = {"real": case.latents, "condition": case.condition, "neg_condition": case.empty}
+            def forward(self, x_t, t, condition=None, fwd_pred_type=None, **_):
+                raw, convert = self.role(x_t, t, condition).raw, self.noise_scheduler.convert_model_output
+                return convert(x_t, raw, t, src_pred_type="flow", target_pred_type=fwd_pred_type or "flow")
 
-    def step() -> None:
-        for iteration in range(2):
-            model.optimizers_zero_grad(iteration)
-            losses, _ = model.single_train_step(data, iteration)
-            losses["total_loss"].backward()
-            nn.utils.clip_grad_norm_((model.net, model.fake_score)[iteration].parameters(), 1.0)
-            model.optimizers_schedulers_step(iteration)
+        return Network().to(self.case.device)
 
-    return step, lambda: model.single_train_step(data, 0)[0]["total_loss"]
+    def model(self, name: str, config_of: str, networks: tuple[str, ...], trained: tuple[str, ...], **keys: Any) -> Any:
+        """FastGen's class of that name with these networks."""
+        own, kind = self, getattr(importlib.import_module("fastgen.methods"), name)
+
+        class Model(kind):
+            def build_model(self) -> None:
+                for role in networks:
+                    setattr(self, role, own.network().requires_grad_(role in trained))
+
+        config = importlib.import_module(f"fastgen.configs.methods.{config_of}").ModelConfig()
+        dmd2 = importlib.import_module("fastgen.configs.methods.config_dmd2").ModelConfig()
+        config.net_optimizer = config.fake_score_optimizer = dmd2.net_optimizer  # AdamW, as all others here
+        config.net_optimizer.fused = True
+        config.device, config.precision = self.case.device, "float32"
+        config.precision_amp = "bfloat16" if self.precision == "bf16" else None
+        config.guidance_scale, config.input_shape = SCALE, list(self.case.shape)
+        for key, value in keys.items():
+            setattr(config, key, value)
+        return Model(config)
+
+    def runs(self, model: Any, *networks: str) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+        """(a step of one iteration for each network, the first one's loss)."""
+        model.on_train_begin()
+        model.init_optimizers()
+
+        def step() -> None:
+            for iteration, name in enumerate(networks):
+                model.optimizers_zero_grad(iteration)
+                losses, _ = model.single_train_step(self.data, iteration)
+                losses["total_loss"].backward()
+                nn.utils.clip_grad_norm_(getattr(model, name).parameters(), 1.0)
+                model.optimizers_schedulers_step(iteration)
+
+        return step, lambda: model.single_train_step(self.data, 0)[0]["total_loss"]
+
+    def dmd2(self) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+        trained = ("net", "fake_score")
+        keys = {"gan_loss_weight_gen": 0.0, "student_update_freq": 2, "student_sample_steps": 4}
+        model = self.model("DMD2Model", "config_dmd2", (*trained, "teacher"), trained, **keys)
+        model.config.sample_t_cfg.t_list = [0.999, 0.75, 0.5, 0.25, 0.0]
+        return self.runs(model, *trained)
+
+    def lcm(self) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+        """Consistency distillation from the teacher; it has no slow copy of the student, and its target is the student."""
+        model = self.model("CMModel", "config_cm", ("net", "teacher"), ("net",), use_ema=False)
+        model.loss_config.use_cd, model.ratio = True, 0.9
+        model.sample_t_cfg.time_dist_type = "uniform"
+        return self.runs(model, "net")
 
 
 def kept_mib(function: Callable[[], Any]) -> float:
@@ -406,8 +433,9 @@ def rows(name: str, method: str, case: Case, arguments: argparse.Namespace, fold
                 return getattr(plain, f"{method}_loss")()
 
         losses["plain"] = plain_loss
-    if arguments.fastgen and method == "dmd2" and case.train == "full":
-        steps["fastgen"], losses["fastgen"] = fastgen_dmd2(arguments.fastgen, case, arguments.precision)
+    if arguments.fastgen and case.train == "full":
+        rival = FastGen(arguments.fastgen, case, arguments.precision)
+        steps["fastgen"], losses["fastgen"] = getattr(rival, method)()
     seconds = measure(steps, case.device, arguments.repeats)
     found = []
     for kind, loss in losses.items():
