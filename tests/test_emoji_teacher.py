@@ -102,24 +102,56 @@ def load_latents(work: Path) -> torch.Tensor:
     return load_file(work / "latents.safetensors")["latents"]
 
 
-def test_a_stopped_training_goes_on_where_it_was(scripts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_stopped_training_goes_on_where_it_was(scripts, tmp_path, monkeypatch, muon):
     training = importlib.import_module("teacher_training")
     monkeypatch.setattr(training, "SAVE_EVERY", 0)
 
     def run(folder: Path, stop: int) -> torch.Tensor:
-        weight = torch.nn.Parameter(torch.ones(3))
-        averaged = training.Averaged({"w": weight}, torch.optim.AdamW([weight]), decay=0.9)
+        parameters = {"w": torch.nn.Parameter(torch.ones(3, 2)), "conv_in.w": torch.nn.Parameter(torch.ones(2, 2))}
+        optimizer = training.Muon(parameters, ("conv_in",)) if muon else torch.optim.AdamW(parameters.values())
+        averaged = training.Averaged(parameters, optimizer, decay=0.9)
 
         def loss(step: int, generator: torch.Generator) -> torch.Tensor:
             if step == stop:
                 raise KeyboardInterrupt
-            return (weight * torch.randn(3, generator=generator)).square().sum()
+            return sum((p * torch.randn(p.shape, generator=generator)).square().sum() for p in parameters.values())
 
         folder.mkdir(exist_ok=True)
         try:
             training.train("any", averaged, loss, 6, 1e-2, folder)
         except KeyboardInterrupt:
             return run(folder, -1)
-        return torch.cat([weight.detach(), averaged.average["w"]])
+        return torch.cat([p.detach() for p in (*parameters.values(), *averaged.average.values())])
 
     assert torch.equal(run(tmp_path / "whole", -1), run(tmp_path / "parts", 4))
+
+
+def test_hidden_weights_move_by_orthogonal_matrices_and_the_rest_as_under_adamw(scripts):
+    training = importlib.import_module("teacher_training")
+    torch.manual_seed(0)
+    weights = {"kernel": torch.randn(8, 2, 3, 3), "embedding.w": torch.randn(4, 4), "bias": torch.randn(4)}
+    parameters = {name: torch.nn.Parameter(value.clone()) for name, value in weights.items()}
+    plain = {name: torch.nn.Parameter(value.clone()) for name, value in weights.items()}
+    muon = training.Muon(parameters, ("embedding",), lr=0.1, weight_decay=0.0)
+    adamw = torch.optim.AdamW(plain.values(), lr=0.1, weight_decay=0.0)
+    for name, value in weights.items():
+        parameters[name].grad, plain[name].grad = value.cos(), value.cos()
+    muon.step()
+    adamw.step()
+    moved = (weights["kernel"] - parameters["kernel"].detach()).flatten(1) / (0.1 * 0.2 * 18**0.5)
+    # Newton-Schulz with these coefficients stops between 0.7 and 1.2.
+    assert ((0.6 < torch.linalg.svdvals(moved)) & (torch.linalg.svdvals(moved) < 1.3)).all()
+    assert (moved * weights["kernel"].cos().flatten(1)).sum() > 0
+    assert not torch.equal(parameters["kernel"], plain["kernel"])
+    assert all(torch.equal(parameters[name], plain[name]) for name in ("embedding.w", "bias"))
+
+
+def test_captions_lose_their_style_or_everything_now_and_then(scripts):
+    _, teacher = scripts
+    facts = [{"caption": "flat emoji of bunny", "others": []}]
+    texts = ["flat emoji of bunny", "bunny", ""]
+    captions = teacher.Captions(facts, teacher.new_tokenizer(texts))
+    drawn = captions.draw(torch.zeros(2000, dtype=torch.long), seed=0)
+    shares = [(drawn == captions.ids[text]).all(1).float().mean().item() for text in texts]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
