@@ -364,7 +364,7 @@ class FastGen:
         return self.runs(model, *trained)
 
     def lcm(self) -> tuple[Callable[[], None], Callable[[], Tensor]]:
-        """Consistency distillation from the teacher; it has no slow copy of the student, and its target is the student."""
+        """Consistency distillation from the teacher; its target is the student itself, not a slow copy of it."""
         model = self.model("CMModel", "config_cm", ("net", "teacher"), ("net",), use_ema=False)
         model.loss_config.use_cd, model.ratio = True, 0.9
         model.sample_t_cfg.time_dist_type = "uniform"

@@ -64,7 +64,7 @@ def normalise_latents(vae: AutoencoderKL, batches: Iterator[Tensor]) -> None:
 
 
 def orthogonal(gradient: Tensor) -> Tensor:
-    """The nearest half-orthogonal matrix, roughly: five Newton-Schulz steps (Jordan et al. 2024). A kernel is its rows."""
+    """About the nearest half-orthogonal matrix: five Newton-Schulz steps (Jordan et al. 2024); a kernel as its rows."""
     x = gradient.flatten(1)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
@@ -76,7 +76,7 @@ def orthogonal(gradient: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, with orthogonalised momentum for ``hidden``: matrices and kernels between a network's first and last layer.
+    """AdamW, with orthogonalised momentum for ``hidden``: matrices and kernels but those of names with an ``outside``.
 
     Their updates have AdamW's usual size (Liu et al. 2025), so one rate serves both. From step 2,025 of the emoji
     teacher, 150 steps lowered the loss by 0.02 more than AdamW's did, at the same cost a step on a processor.
@@ -98,7 +98,7 @@ class Muon(torch.optim.AdamW):
 
 
 class Averaged:
-    """Parameters in training, their moving average, the optimizer's moments; saved and resumed as one safetensors file."""
+    """Parameters in training, their moving average, the optimizer's moments; saved and resumed as one file."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, decay: float):
         self.parameters, self.optimizer, self.decay = parameters, optimizer, decay
