@@ -1,9 +1,10 @@
 """Publish finished runs: copy their reports to assets/benchmarks, draw the README's picture, write its table.
 
     python scripts/publish_results.py runs/fashion_dmd2 runs/fashion_tcd runs/quickstart
+    python scripts/publish_results.py runs/emoji_dmd2
 
-The picture shows the first run's student. The table between the markers in README.md is written from the stored
-reports alone, so ``--table-only`` repeats it without the runs.
+The picture shows the first run's student. The tables between the markers in README.md, one for each protocol and number
+of samples, are written from the stored reports alone, so ``--table-only`` repeats them without the runs.
 """
 
 import argparse
@@ -22,21 +23,39 @@ from stepdistill.eval.report import between_markers
 from stepdistill.generation.sampling import sample
 
 BEGIN, END = "<!-- results: written by scripts/publish_results.py -->", "<!-- end of results -->"
-SHOWN = ("fd_classifier", "fd_enet", "kid_enet", "precision", "recall", "accuracy")
-COLUMNS, ZOOM = 20, 2
+ZOOM = 2
+# Columns and picture of a protocol; the pictures are of all classes twice, or of these prompts in each style.
+SHOWN = {
+    "fashion-v1": ("fd_classifier", "fd_enet", "kid_enet", "precision", "recall", "accuracy"),
+    "emoji-v1": (
+        "fd_enet",
+        "kid_enet",
+        "lit_score",
+        "lit_score_styles",
+        "lit_score_concepts",
+        "memorised",
+        "diversity",
+    ),
+}
+PICTURES = {"fashion-v1": "four_steps.png", "emoji-v1": "emoji.png"}
+REAL = {"fashion-v1": "real test images (the floor)", "emoji-v1": "real pictures of the captions"}
+STYLES = ("flat", "shaded", "3d")
+THINGS = ("red heart", "rabbit face", "pizza", "grinning face")
 
 
-def picture(run: Path, out: Path) -> None:
+def picture(run: Path, protocol: str, out: Path) -> None:
     """Teacher at 4 steps, student at 4, teacher at 50: the same seeds in every column."""
     facts = json.loads((run / "export" / "stepdistill.json").read_text())
     teacher, w, n = facts["teacher"], facts["guidance"], facts["steps"]
+    prompts = [f"{style} emoji of {thing}" for thing in THINGS for style in STYLES]
+    wanted = {"count": 20} if protocol == "fashion-v1" else {"count": len(prompts), "conditions": prompts}
     rows = [
-        (f"teacher, {n} steps, no guidance: {n} NFE", sample(teacher, steps=n, count=COLUMNS)),
-        (f"student, {n} steps: {n} NFE", sample(run, steps=n, count=COLUMNS)),
-        (f"teacher, 50 steps, guidance {w:g}: 100 NFE", sample(teacher, steps=50, guidance=w, count=COLUMNS)),
+        (f"teacher, {n} steps, no guidance: {n} NFE", sample(teacher, steps=n, **wanted)),
+        (f"student, {n} steps: {n} NFE", sample(run, steps=n, **wanted)),
+        (f"teacher, 50 steps, guidance {w:g}: 100 NFE", sample(teacher, steps=50, guidance=w, **wanted)),
     ]
     font = ImageFont.load_default(18)
-    strips = [(text, image_grid(result.images, columns=COLUMNS)) for text, result in rows]
+    strips = [(text, image_grid(result.images, columns=wanted["count"])) for text, result in rows]
     width = strips[0][1].width * ZOOM
     height = sum(strip.height * ZOOM + 30 for _, strip in strips)
     canvas, y = Image.new("RGB", (width, height), "white"), 0
@@ -51,11 +70,9 @@ def picture(run: Path, out: Path) -> None:
 def table(reports: list[dict[str, Any]]) -> str:
     """One Markdown table of reports with the same N; rows measured in several of them stand once."""
     first = reports[0]
-    samples = first["rows"][0]["samples"]
-    lines = [
-        "| | NFE | " + " | ".join(metric_name(metric, samples) for metric in SHOWN) + " |",
-        "|---|---|" + "---|" * len(SHOWN),
-    ]
+    protocol, samples, shown = first["protocol"], first["rows"][0]["samples"], SHOWN[first["protocol"]]
+    names = [first.get("labels", {}).get(metric) or metric_name(metric, samples) for metric in shown]
+    lines = [f"| | NFE | {' | '.join(names)} |", "|---|---|" + "---|" * len(shown)]
     seen = set()
     for report in reports:
         for row in report["rows"]:
@@ -63,14 +80,25 @@ def table(reports: list[dict[str, Any]]) -> str:
             if key in seen:
                 continue
             seen.add(key)
-            values = " | ".join(metric_text(metric, row["metrics"].get(metric)) for metric in SHOWN)
+            values = " | ".join(metric_text(metric, row["metrics"].get(metric)) for metric in shown)
             name = f"**{row['name']}**" if row["role"] == "student" else row["name"]
             lines.append(f"| {name}, {row['steps']} steps | {row['nfe']} | {values} |")
-    floor = " | ".join(metric_text(metric, first["floor"].get(metric)) for metric in SHOWN)
-    lines.append(f"| real test images (the floor) | | {floor} |")
+    for name, found in {REAL[protocol]: first["floor"], **first.get("controls", {})}.items():
+        values = " | ".join(metric_text(metric, found.get(metric)) for metric in shown)
+        lines.append(f"| {name} | | {values} |")
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-    lines.append(f"\nProtocol {first['protocol']}, N = {samples}, seed {first['seed']}, {first['device']}; {versions}.")
+    lines.append(f"\nProtocol {protocol}, N = {samples}, seed {first['seed']}, {first['device']}; {versions}.")
     return "\n".join(lines)
+
+
+def tables(folder: Path) -> list[str]:
+    """Of the reports in ``folder``: one for each protocol and number of samples."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        if "verdict" in report:  # other files hold other things
+            groups.setdefault((report["protocol"], -report["rows"][0]["samples"]), []).append(report)
+    return [table(groups[key]) for key in sorted(groups)]
 
 
 def main() -> None:
@@ -84,15 +112,9 @@ def main() -> None:
     if not arguments.table_only:
         for run in arguments.runs:
             shutil.copy(run / "report" / "report.json", benchmarks / f"{run.name}.json")
-        picture(arguments.runs[0], assets.root() / "assets" / "pictures" / "four_steps.png")
-    paths = [path for path in sorted(benchmarks.glob("*.json")) if not path.stem.startswith("comparison")]
-    stored = [json.loads(path.read_text()) for path in paths]
-    tables = [
-        table([report for report in stored if report["rows"][0]["samples"] == samples])
-        for samples in sorted({report["rows"][0]["samples"] for report in stored}, reverse=True)
-    ]
-    joined = "\n\n".join(tables)
-    between_markers(assets.root() / "README.md", BEGIN, END, joined)
+        protocol = json.loads((benchmarks / f"{arguments.runs[0].name}.json").read_text())["protocol"]
+        picture(arguments.runs[0], protocol, assets.root() / "assets" / "pictures" / PICTURES[protocol])
+    between_markers(assets.root() / "README.md", BEGIN, END, "\n\n".join(tables(benchmarks)))
 
 
 if __name__ == "__main__":
