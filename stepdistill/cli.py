@@ -155,6 +155,7 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 40,
     classes: Annotated[str | None, typer.Option(help="Class names or numbers, separated by commas.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Instead, a file with a prompt or class a line.")] = None,
     rule: Annotated[
         str, typer.Option(help="cfg, cfg++, adaptive, linear, icg, tsg, sag, s2; with a number: s2:0.25.")
     ] = "cfg",
@@ -175,6 +176,8 @@ def sample(
 ) -> None:
     """Draw images and write them as one PNG grid."""
     named = [int(one) if one.isdecimal() else one for one in classes.split(",")] if classes else []
+    if prompts and (named or prompt):
+        raise InputError("--prompts: expected it without --prompt and --classes, found both")
     settings = {
         "rule": rule,
         "interval": _interval(interval) if interval else None,
@@ -183,7 +186,7 @@ def sample(
         "refine": refine,
         "negative": negative,
         "negative_scale": negative_scale,
-        "conditions": [*named, *(prompt or ())],
+        "conditions": prompts or [*named, *(prompt or ())],
     }
     result = stepdistill.sample(path, steps=steps, guidance=guidance, seed=seed, count=count, out=out, **settings)
     facts = {"grid": str(result.path), "images": len(result.images), "seconds": round(result.seconds, 3)}
@@ -193,7 +196,9 @@ def sample(
 
 @app.command()
 def demo(
-    student: Annotated[str, typer.Argument(help="A run or an exported student.")],
+    student: Annotated[
+        str | None, typer.Argument(help="A run or an exported student; default: the one of emoji that is shipped.")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="Its teacher, if it is not where the export says.")] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 up.")
@@ -203,7 +208,7 @@ def demo(
     # gradio takes seconds to import, and is an extra.
     from stepdistill.demo_page import serve
 
-    serve(student, teacher, port)
+    serve(student or assets.find("students/emoji"), teacher, port)
 
 
 @app.command()

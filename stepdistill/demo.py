@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill import assets
 from stepdistill.bench import TEACHER_STEPS
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid, png_data_uri
@@ -82,8 +83,11 @@ class Demo:
 
     @property
     def examples(self) -> list[str]:
-        """What to start with: the classes, or prompts that the student was trained with."""
+        """What to start with: the classes, or prompts that the student was trained with, from all over their list."""
         told = self.facts.get("recipe", {}).get("data", {}).get("conditions")
+        if told in assets.prompt_lists():
+            told = read_text(assets.prompts(told)).splitlines()
+            told = told[len(told) // MANY // 2 :: max(1, len(told) // MANY)]
         return list(self.classes or (told if isinstance(told, list) else ()))[:MANY]
 
     def read(self, text: str) -> tuple[str | int | None, str]:

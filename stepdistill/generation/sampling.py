@@ -58,7 +58,7 @@ def sample(
     guidance: float = 1.0,
     seed: int = 0,
     count: int = 16,
-    conditions: Sequence[str | int] | None = None,
+    conditions: str | Path | Sequence[str | int] | None = None,
     out: str | Path | None = None,
     rule: str = "cfg",
     interval: tuple[float, float] | None = None,
@@ -72,7 +72,7 @@ def sample(
 
     Args:
         path: see :func:`inspect`. steps: of the pipeline's own scheduler. guidance: w, 1 is off.
-        conditions: class names, class numbers or prompts, taken in turn; None: all classes.
+        conditions: class names, class numbers or prompts, or a file with one a line; taken in turn. None: all classes.
         out: where to write the images as one PNG grid.
         rule: how guidance is done, a name in :data:`.named_rules.RULES` or linear; ``NAME:NUMBER`` sets it.
         interval: the times, of which 1 is noise and 0 data, with guidance; at others there is none. None: all.
@@ -98,7 +98,8 @@ def sample(
     traced = inspect(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     traced.pipeline.to(device)
-    conditioning = encode(traced, entries(traced, list(conditions) if conditions else "classes"), None).to(device)
+    wanted = str(conditions) if isinstance(conditions, str | Path) else list(conditions or ()) or "classes"
+    conditioning = encode(traced, entries(traced, wanted), None).to(device)
     if conditioning.null is None and needs_empty(rule, guidance):
         problem = f"found {guidance}" if guidance != 1 else f"and rule cfg, found {rule}"
         raise InputError(f"guidance: expected 1 for a pipeline without guidance, {problem}")
