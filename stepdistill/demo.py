@@ -23,7 +23,7 @@ from stepdistill.generation.drawing import Sampler, draw
 from stepdistill.generation.generate import set_up
 from stepdistill.generation.sampling import inspect
 from stepdistill.guidance import stated_rule
-from stepdistill.pipeline.conditioning import class_names
+from stepdistill.pipeline.conditioning import class_names, unread
 from stepdistill.pipeline.load import export_arguments, source
 from stepdistill.pipeline.trace import Trace, at_guidance, under
 from stepdistill.sources import read_source
@@ -118,7 +118,7 @@ class Demo:
             near = {word: difflib.get_close_matches(word, self.words, n=2, cutoff=0.7) for word in strange}
             named = [f"“{word}”" + (f" (closest: {', '.join(near[word])})" if near[word] else "") for word in strange]
             hints.append(f"The teacher has never seen {', '.join(named)}: expect little of it.")
-        if lost := unread(self.samplers[0].trace, text):
+        if lost := unread(self.samplers[0].trace, [text]).get(text):
             hints.append(f"Too long, the end is not read: “{lost}”.")
         return " ".join(hints)
 
@@ -175,20 +175,6 @@ def vocabulary(*folders: str | Path) -> frozenset[str]:
 def words_of(text: str) -> list[str]:
     """The words of a prompt in lower case."""
     return re.findall(r"\w+(?:'\w+)*", text.lower().replace("’", "'"))
-
-
-def unread(trace: Trace, prompt: str) -> str:
-    """The end of a prompt that the pipeline's only tokenizer has no room for; "" where all is read."""
-    pipeline = trace.pipeline
-    tokenizer = getattr(pipeline, "tokenizer", None)
-    if tokenizer is None or hasattr(pipeline, "tokenizer_2"):
-        return ""
-    whole, kept = (
-        tokenizer(prompt, truncation=cut, max_length=tokenizer.model_max_length if cut else None).input_ids
-        for cut in (False, True)
-    )
-    # Both end in the same special token.
-    return tokenizer.decode(whole[len(kept) - 1 :], skip_special_tokens=True) if len(whole) > len(kept) else ""
 
 
 def shelf(demo: Demo, drawn: Sequence[Drawn | None], asked: str = "", hint: str = "", busy: bool = False) -> str:

@@ -19,9 +19,10 @@ from stepdistill.exporting.lora import is_lora, load_adapter
 from stepdistill.generation.generate import set_up
 from stepdistill.generation.latents import decoder, encode_images, image_shape
 from stepdistill.methods.base import DistillMethod, Roles
-from stepdistill.pipeline.conditioning import Conditioning, encode, entries, rest_encoders
+from stepdistill.pipeline.conditioning import Conditioning, encode, entries, rest_encoders, unread
 from stepdistill.pipeline.load import is_export, load_pipeline
 from stepdistill.pipeline.trace import Trace, at_guidance, trace, under
+from stepdistill.progress import say
 from stepdistill.pruning import pruned
 from stepdistill.recipe import Recipe
 from stepdistill.roles import build_roles
@@ -118,7 +119,11 @@ def build(
         _, told, pictures = real
     else:
         told = list(dict.fromkeys(real[1]))
-    conditioning = encode(traced, entries(traced, told), cache, pictures).to(device)
+    conditioning = encode(traced, asked := entries(traced, told), cache, pictures).to(device)
+    if with_data and (cut := unread(traced, asked)):
+        prompt, end = max(cut.items(), key=lambda one: len(one[1]))
+        longer = f"{len(cut)} of {len(asked)} prompts are longer than the pipeline reads"
+        say(f"data.conditions: {longer}; it does not see “{end}” of “{prompt}”")
     if scale != 1 and conditioning.null is None:
         raise InputError(f"teacher.guidance.scale: expected 1 for a pipeline without guidance, found {scale}")
     traced = under(traced, recipe.teacher.guidance.rule)

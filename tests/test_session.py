@@ -54,6 +54,22 @@ def write_shard(file, names, colours) -> None:
                 archive.addfile(info, io.BytesIO(content))
 
 
+def test_prompts_that_are_not_read_to_the_end_are_counted_in_one_line(tmp_path, capsys):
+    save_pipeline(tiny_sd(), tmp_path / "sd")
+    recipe = {
+        "teacher": {"pipeline": str(tmp_path / "sd")},
+        "student": {"steps": 2, "train": "lora", "rank": 2},
+        "data": {"conditions": ["rain " * 9 + "umbrella", "rain", "rain " * 11 + "umbrella"]},
+        "method": {"name": "sfd"},
+        "train": {"steps": 1, "batch_size": 2, "lr": 1e-3},
+    }
+    capsys.readouterr()
+    build(load(recipe), torch.device("cpu"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data.conditions: 2 of 3 prompts are longer than the pipeline reads; it does not see “")
+    assert line.endswith(f"umbrella” of “{recipe['data']['conditions'][2]}”")
+
+
 @pytest.mark.parametrize("conditions", ["classes", "captions"])
 def test_shards_of_images_with_class_numbers(folder, tmp_path, conditions, capsys):
     write_shard(tmp_path / "a.tar", ["7", "3", "", "7"], [0, 100, 0, 200])

@@ -15,6 +15,7 @@ from stepdistill.data.sample import Pictures
 from stepdistill.denoiser import Conditions, joined
 from stepdistill.errors import InputError
 from stepdistill.pipeline.compare import rows_equal
+from stepdistill.pipeline.load import quiet
 from stepdistill.pipeline.observe import Call, Recording, calls_of, modules, observe
 from stepdistill.pipeline.trace import Trace
 from stepdistill.tensor_cache import cached
@@ -158,13 +159,29 @@ def rest_encoders(trace: Trace, device: torch.device) -> None:
         encoder.register_forward_hook(lambda _module, _inputs, output: send_to_device(output, device))
 
 
+def unread(trace: Trace, prompts: Sequence[str]) -> dict[str, str]:
+    """Of those prompts that the pipeline's only tokenizer has no room for, the end that is not read."""
+    pipeline = trace.pipeline
+    tokenizer = getattr(pipeline, "tokenizer", None)
+    if tokenizer is None or hasattr(pipeline, "tokenizer_2") or trace.entry != "prompt":
+        return {}
+    with quiet():
+        whole = tokenizer(list(prompts)).input_ids
+    room = tokenizer.model_max_length
+    # The last token is a special one, and has its place in the room.
+    ends = {text: ids[room - 1 :] for text, ids in zip(prompts, whole, strict=True) if len(ids) > room}
+    return {text: tokenizer.decode(ids, skip_special_tokens=True) for text, ids in ends.items()}
+
+
 def _encoded(trace: Trace, entries: tuple[str | int, ...], pictures: Sequence[Pictures] | None) -> dict[str, Tensor]:
     """The file's tensors; what the empty condition shares with the others, row by row, is stored once."""
-    if pictures is None:
-        parts = [_caught(trace, entries[start : start + CHUNK], {}) for start in range(0, len(entries), CHUNK)]
-    else:
-        # One at a time: what a pipeline makes of a list of pictures is its own affair.
-        parts = [_caught(trace, [entry], own) for entry, own in zip(entries, pictures, strict=True)]
+    with quiet():  # or diffusers warns of every chunk with a prompt that is too long, and repeats the whole chunk
+        if pictures is None:
+            parts = [_caught(trace, entries[start : start + CHUNK], {}) for start in range(0, len(entries), CHUNK)]
+        else:
+            # One at a time: what a pipeline makes of a list of pictures is its own affair.
+            parts = [_caught(trace, [entry], own) for entry, own in zip(entries, pictures, strict=True)]
+    if pictures is not None:
         _check_sizes(trace, entries, [part[0] for part in parts])
     nulls = [{name: rows[:1] for name, rows in null.items()} for _, null in parts if null is not None]
     # All padded to one length.
