@@ -77,6 +77,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     fuse: Annotated[bool | None, typer.Option(help="A LoRA student as a whole pipeline, or as a LoRA.")] = None,
     keys: Annotated[str | None, typer.Option(help="Names in a LoRA's file: diffusers, or kohya for ComfyUI.")] = None,
+    half: Annotated[bool | None, typer.Option(help="The student's weights in float16: half the size.")] = None,
     hub: Annotated[str | None, typer.Option(help="Then upload it to OWNER/NAME on the Hugging Face hub.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     safe: Safe = False,
@@ -89,7 +90,7 @@ def export(
         from stepdistill.exporting.hub import check_name, push
 
         check_name(hub)
-    result = stepdistill.export(run, out, fuse, keys, safe)
+    result = stepdistill.export(run, out, fuse, keys, half, safe)
     facts = {result.form: str(result.folder), "max_error": result.max_error}
     if hub is not None:
         facts["hub"] = push(result.folder, hub, private=not public)

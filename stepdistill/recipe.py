@@ -192,6 +192,7 @@ class Export(Section):
     keys: Literal["diffusers", "kohya"] = Field(
         "diffusers", description="names in the LoRA file; kohya's for UNets only"
     )
+    half: bool = Field(False, description="the student's weights in float16: half the size")
 
 
 class Distributed(Section):

@@ -14,7 +14,7 @@ from diffusers import LCMScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 
 from pipeline.tiny import CLASSES, save_dit, tiny_dit, tiny_sd
-from stepdistill import cli
+from stepdistill import assets, cli
 from stepdistill.demo import VOCABULARY, Demo, Drawn, load_demo, shelf, words_of
 from stepdistill.errors import InputError
 from stepdistill.generation.drawing import Sampler, draw
@@ -137,6 +137,17 @@ def test_the_end_of_a_long_prompt_is_named(prompts):
     assert entry and "the end is not read: “" in hint
     assert words_of(hint.partition("“")[2])[-1] == "rain"
     assert prompts.read(" ".join(["rain"] * 9))[1] == ""
+
+
+def test_the_shipped_student_knows_emoji_and_says_what_it_does_not():
+    demo = load_demo(assets.find("students/emoji"))
+    assert len(demo.examples) == 24 and all(" emoji of " in one for one in demo.examples)
+    assert all(demo.read(one)[1] == "" for one in demo.examples)
+    assert "never seen “zebraa” (closest: zebra)" in demo.read("flat emoji of zebraa")[1]
+    pictures = list(demo.draw("3d emoji of red heart", 0))[-1]
+    assert [one.image.shape for one in pictures] == [(3, 64, 64)] * len(demo.samplers)
+    red, green, blue = pictures[-1].image[:, 24:40, 24:40].float().mean((1, 2))
+    assert red > 150 and red > 2 * green and red > blue
 
 
 def test_the_page_says_what_it_shows(classes):

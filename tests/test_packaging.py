@@ -81,6 +81,7 @@ def test_the_wheel_holds_every_file(installed: Path) -> None:
         ("eval/quality", "stepdistill/eval"),
         ("recipes", "stepdistill/_data/recipes"),
         ("assets/teachers", "stepdistill/_data/assets/teachers"),
+        ("assets/students", "stepdistill/_data/assets/students"),
         ("assets/features", "stepdistill/_data/assets/features"),
     ):
         files = {path.relative_to(ROOT / source) for path in (ROOT / source).rglob("*") if path.is_file()}

@@ -22,6 +22,7 @@ STEPS = 4
 # The stand-in of each family of teachers: an entry of the zoo.
 STAND_INS = {
     "fashion-dit": "dit",
+    "emoji": "sd",
     "facebook/DiT-XL-2-256": "dit",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",

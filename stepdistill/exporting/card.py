@@ -1,14 +1,16 @@
 """The model card of an exported pipeline: README.md with the metadata the hub reads and a snippet that runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from stepdistill import assets
 from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.pipeline.ip_adapter import stock_arguments
 from stepdistill.pipeline.observe import guidance_argument
 from stepdistill.pipeline.trace import Trace
 from stepdistill.recipe import IPAdapter
-from stepdistill.text_files import write_text
+from stepdistill.text_files import read_text, write_text
 
 PLACE = "PATH_OF_THIS_FOLDER"
 """Where the card's snippets name the folder; an upload puts the repository there."""
@@ -23,7 +25,7 @@ def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
     """
     steps, name, scheduler = facts["steps"], type(trace.pipeline).__name__, type(trace.pipeline.scheduler).__name__
     asked = {
-        "prompt": 'prompt="a photo of a cat"',
+        "prompt": f"prompt={json.dumps(_example(facts), ensure_ascii=False)}",
         "class_labels": "class_labels=[0, 1, 2, 3]",
         "batch_size": "batch_size=4",
     }
@@ -34,9 +36,11 @@ def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
         imported = "import stepdistill\n"
         attached = f'stepdistill.attach(pipe, "PATH_OF_THIS_FOLDER", scale={facts["guidance"]:g})\n'
         reloaded = "and the adapter attached"
-    base, classes = "PATH_OF_THIS_FOLDER", name
+    base, classes = '"PATH_OF_THIS_FOLDER"', name
     if facts["form"] == "lora":
-        base, classes = facts["teacher"], f"{scheduler}, {name}"
+        base, classes = f'"{facts["teacher"]}"', f"{scheduler}, {name}"
+        if facts["teacher"] in assets.teachers():
+            base, imported = f'assets.find("teachers/{facts["teacher"]}")', "from stepdistill import assets\n"
         place = "inside the LoRA"
         attached = f"""pipe.load_lora_weights("PATH_OF_THIS_FOLDER")  # at scale 1.0, the default
 pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
@@ -79,7 +83,7 @@ classifier-free guidance: guidance {facts["guidance"]:g}{rule_text(stated_rule(f
 ```python
 {imported}from diffusers import {classes}
 
-pipe = {name}.from_pretrained("{base}")
+pipe = {name}.from_pretrained({base})
 {attached}{result} = pipe({argument}, num_inference_steps={steps}{told}).{result}
 ```
 
@@ -98,6 +102,14 @@ pipe = {name}.from_pretrained("{base}")
 
 The complete recipe and the library versions are in `stepdistill.json`.
 """
+
+
+def _example(facts: dict[str, Any]) -> str:
+    """A prompt of those that the student was trained with, where the recipe lists them."""
+    told = facts["recipe"].get("data", {}).get("conditions")
+    if told in assets.prompt_lists():
+        told = read_text(assets.prompts(told)).splitlines()
+    return told[len(told) // 2] if isinstance(told, list) else "a photo of a cat"
 
 
 def fill_in_quality(card: Path, report: str) -> None:

@@ -1,5 +1,6 @@
 """From a run to a stock few-step pipeline folder or LoRA, proven where this package cannot be imported, with a card."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -13,10 +14,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill import checkpoint
-from stepdistill.adapters import plain_network
+from stepdistill.adapters import AdapterView, plain_network
 from stepdistill.errors import InputError, RunError
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.evaluation import best_checkpoint
@@ -57,7 +58,12 @@ class ExportResult:
 
 
 def export(
-    run: str | Path, out: str | Path, fuse: bool | None = None, keys: Keys | None = None, safe: bool = False
+    run: str | Path,
+    out: str | Path,
+    fuse: bool | None = None,
+    keys: Keys | None = None,
+    half: bool | None = None,
+    safe: bool = False,
 ) -> ExportResult:
     """Write the student of ``run`` as a stock pipeline into ``out``; a guidance adapter lies beside its network.
 
@@ -68,10 +74,12 @@ def export(
 
     Args:
         fuse: a LoRA student as a whole pipeline; None: as the recipe says. keys: names in a LoRA's file, likewise.
+        half: the student's weights in float16; None: likewise. What is compared are the rounded weights.
         safe: refuse a run whose recipe names Python code.
 
     Raises:
-        InputError: ``run`` has no checkpoint, or ``out`` is something else than an earlier export.
+        InputError: ``run`` has no checkpoint, ``out`` is something else than an earlier export, or a weight is too
+            large for float16.
         ExportError: the reloaded pipeline differs by more than 1e-5.
     """
     run, out = Path(run), Path(out)
@@ -87,6 +95,7 @@ def export(
     session = build(exact, torch.device("cpu"), cache=cache_folder(), with_data=False)
     step = load_student(session, path)
     fuse, keys = recipe.export.fuse if fuse is None else fuse, keys or recipe.export.keys
+    half = recipe.export.half if half is None else half
     pipeline, component, student = session.trace.pipeline, session.trace.component, session.method.roles.student.network
     pipeline.register_modules(scheduler=session.sampler.scheduler)
     draft = out.with_name(f".{out.name}.partial")
@@ -94,15 +103,23 @@ def export(
     reason = why_not_lora(pipeline, component, student)
     form = "pipeline" if fuse or reason else "lora"
     adapter = recipe.teacher.ip_adapter
+    if half and (form == "lora" or not isinstance(student, AdapterView)):
+        round_to_half(student)
     if form == "lora":
-        save_lora(pipeline, component, student, draft, keys)
+        save_lora(pipeline, component, student, draft, keys, torch.float16 if half else torch.float32)
     else:
         if reason and not fuse and recipe.student.train == "lora":
             say(f"the LoRA student is exported as a whole pipeline: {reason}")
-        setattr(pipeline, component, plain_network(student))
+        network = plain_network(student)
+        if half and isinstance(student, AdapterView):
+            round_to_half(network)
+            session.method.roles.student = session.method.roles.student.on(network)
+        # A copy: a buffer that is not stored is not to be rounded in what it is compared with.
+        setattr(pipeline, component, copy.deepcopy(network).half() if half else network)
         if adapter is not None:
             pipeline.unload_ip_adapter()
         save_pipeline(pipeline, draft)
+        setattr(pipeline, component, network)
         if adapter is not None:
             ip_adapter.load_ip_adapter(pipeline, adapter)
     for role in session.method.exported:
@@ -141,6 +158,20 @@ def load_student(session: Session, path: Path) -> int:
     for name in session.method.exported:
         checkpoint.copy_parameters(path / f"{name}.safetensors", dict(getattr(roles, name).network.named_parameters()))
     return step
+
+
+@torch.no_grad()
+def round_to_half(network: nn.Module) -> None:
+    """Give every weight the value that float16 has for it, so that what is written is what is compared.
+
+    Raises:
+        InputError: one is too large.
+    """
+    for name, weight in network.named_parameters():
+        rounded = weight.half()
+        if not rounded.isfinite().all():
+            raise InputError(f"export.half: {name} holds {weight.abs().max():.3g}, expected at most 65504")
+        weight.copy_(rounded)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
+import torch
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
@@ -28,7 +29,14 @@ def why_not_lora(pipeline: Any, component: str, student: nn.Module) -> str | Non
     return None
 
 
-def save_lora(pipeline: Any, component: str, student: AdapterView, folder: Path, keys: Keys = "diffusers") -> None:
+def save_lora(
+    pipeline: Any,
+    component: str,
+    student: AdapterView,
+    folder: Path,
+    keys: Keys = "diffusers",
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write the student's adapter and the pipeline's scheduler into ``folder``.
 
     Alpha is the rank, and a loader that is told no alpha takes just that: scale 1.0 is the student.
@@ -37,7 +45,7 @@ def save_lora(pipeline: Any, component: str, student: AdapterView, folder: Path,
         InputError: kohya's key names for a network that is no UNet; ComfyUI reads diffusers' names of those.
     """
     weights = get_peft_model_state_dict(student.backbone, adapter_name=student.adapter)
-    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in weights.items()}
     if keys == "diffusers":
         type(pipeline).save_lora_weights(folder, **{f"{component}_lora_layers": weights})
     elif component == "unet":

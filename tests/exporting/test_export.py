@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill.errors import InputError
-from stepdistill.exporting.export import ExportError, call_elsewhere, export
+from stepdistill.exporting.export import ExportError, call_elsewhere, export, round_to_half
 from stepdistill.samplers import DDIM
 from stepdistill.session import newest_checkpoint
 from stepdistill.trainer import train
@@ -48,6 +48,24 @@ def test_the_export_is_the_training_time_sampler(tmp_path, method, student):
     card = (result.folder / "README.md").read_text()
     assert "num_inference_steps=4" in card and "license" in card
     assert DiTPipeline.from_pretrained(result.folder).labels["Trouser"] == 1
+
+
+@pytest.mark.parametrize("student", [{}, {"train": "lora", "rank": 4}])
+def test_half_of_the_size_is_proven_like_the_whole(tmp_path, student):
+    run = make_run(tmp_path, {"name": "sfd", "substeps": 1}, **student)
+    result = export(run, tmp_path / "out", half=True)
+    assert result.max_error <= 1e-5
+    written = load_file(result.folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(weight.dtype == torch.float16 for weight in written.values())
+    whole = load_file(run / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(weight, whole[name].half()) for name, weight in written.items())
+
+
+def test_a_weight_that_float16_cannot_hold_is_named(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    network.weight.data[0, 0] = 1e6
+    with pytest.raises(InputError, match=r"export\.half: weight holds 1e\+06, expected at most 65504"):
+        round_to_half(network)
 
 
 @pytest.mark.own_process

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.tiny import tiny_dit, tiny_flux, tiny_sd, tiny_sd3
+from stepdistill import assets
 from stepdistill.adapters import lora_targets
 from stepdistill.errors import InputError
 from stepdistill.exporting.export import ExportError, export
@@ -89,6 +90,15 @@ def lora(runs):
     return of
 
 
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_half_of_the_size_is_proven_like_the_whole(name, runs, lora, tmp_path):
+    result = export(runs(name) / "run", tmp_path / "half", half=True)
+    assert result.form == "lora" and result.max_error <= 1e-5
+    half, whole = (load_file(folder / WEIGHTS) for folder in (result.folder, lora(name)))
+    assert half.keys() == whole.keys()
+    assert all(half[key].dtype == torch.float16 and torch.equal(half[key], whole[key].half()) for key in whole)
+
+
 def call_network(network: torch.nn.Module, name: str) -> Tensor:
     random = torch.Generator().manual_seed(3)
 
@@ -137,6 +147,15 @@ def test_the_cards_snippet_runs(lora):
     names: dict[str, Any] = {}
     exec(code, names)
     assert len(names["images"]) == 1 and names["pipe"].scheduler.config["_class_name"] == "DDIMScheduler"
+
+
+def test_the_snippet_of_the_shipped_student_runs(tmp_path):
+    folder = assets.find("students/emoji")
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert 'assets.find("teachers/emoji")' in code and "emoji of" in code and "a photo of" not in code
+    names: dict[str, Any] = {}
+    exec(code.replace("PATH_OF_THIS_FOLDER", str(folder)), names)
+    assert names["images"][0].size == (64, 64)
 
 
 def test_kohyas_names_come_back_as_the_same_lora(runs, lora, tmp_path):
