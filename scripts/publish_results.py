@@ -40,7 +40,7 @@ SHOWN = {
 PICTURES = {"fashion-v1": "four_steps.png", "emoji-v1": "emoji.png"}
 REAL = {"fashion-v1": "real test images (the floor)", "emoji-v1": "real pictures of the captions"}
 STYLES = ("flat", "shaded", "3d")
-THINGS = ("red heart", "rabbit face", "pizza", "grinning face")
+THINGS = ("red heart", "grinning face", "red apple", "umbrella")
 
 
 def picture(run: Path, protocol: str, out: Path) -> None:
@@ -68,20 +68,25 @@ def picture(run: Path, protocol: str, out: Path) -> None:
 
 
 def table(reports: list[dict[str, Any]]) -> str:
-    """One Markdown table of reports with the same N; rows measured in several of them stand once."""
+    """One Markdown table of reports with the same N; rows measured in several stand once, solvers but the best not."""
     first = reports[0]
     protocol, samples, shown = first["protocol"], first["rows"][0]["samples"], SHOWN[first["protocol"]]
     names = [first.get("labels", {}).get(metric) or metric_name(metric, samples) for metric in shown]
     lines = [f"| | NFE | {' | '.join(names)} |", "|---|---|" + "---|" * len(shown)]
     seen = set()
     for report in reports:
+        solvers = [row for row in report["rows"] if row["role"] == "solver"]
+        best = min(solvers, key=lambda row: row["metrics"][shown[0]], default=None)
         for row in report["rows"]:
+            if row["role"] == "solver" and row is not best:
+                continue
             key = (row["name"], row["steps"], row["guidance"])
             if key in seen:
                 continue
             seen.add(key)
             values = " | ".join(metric_text(metric, row["metrics"].get(metric)) for metric in shown)
             name = f"**{row['name']}**" if row["role"] == "student" else row["name"]
+            name += f" (best of {len(solvers)} stock solvers)" if row is best else ""
             lines.append(f"| {name}, {row['steps']} steps | {row['nfe']} | {values} |")
     for name, found in {REAL[protocol]: first["floor"], **first.get("controls", {})}.items():
         values = " | ".join(metric_text(metric, found.get(metric)) for metric in shown)

@@ -4,8 +4,6 @@ Image i is of class i modulo the number of classes and its noise depends on (see
 sees the same requests and no row depends on batch size or device count.
 """
 
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,6 +34,7 @@ from stepdistill.sources import (
     Progress,
     Source,
     check_numbers,
+    command_line,
     device_name,
     library_versions,
     read_all,
@@ -253,7 +252,7 @@ def bench(
     report = Report(
         protocol=instruments.protocol.id,
         seed=seed,
-        command=shlex.join(sys.argv),
+        command=command_line(),
         versions=library_versions(),
         device=device_name(device),
         floor=state.floor(),

@@ -2,6 +2,8 @@
 
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -97,6 +99,11 @@ def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a number may depend on."""
     names = ("stepdistill", "torch", "diffusers", "transformers", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def command_line() -> str:
+    """What was run, without the place of the program."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def device_name(device: torch.device) -> str:

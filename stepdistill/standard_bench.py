@@ -4,8 +4,6 @@
 """
 
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -37,7 +35,15 @@ from stepdistill.generation.solvers import solver_runs
 from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.kernels import Rule
 from stepdistill.real_rows import SHUFFLED, real_images, reconstructions
-from stepdistill.sources import Progress, Source, device_name, library_versions, read_all, training_curves
+from stepdistill.sources import (
+    Progress,
+    Source,
+    command_line,
+    device_name,
+    library_versions,
+    read_all,
+    training_curves,
+)
 from stepdistill.standard_rows import StandardBench
 
 PICTURES, WORST = 24, 16
@@ -99,7 +105,7 @@ def standard_bench(
     report = Report(
         protocol=spec.id,
         seed=state.seed,
-        command=shlex.join(sys.argv),
+        command=command_line(),
         versions=library_versions(),
         device=f"{device_name(where)}{f' × {n}' if (n := processes.num_processes) > 1 else ''}",
         floor={},
