@@ -20,7 +20,7 @@ from stock_here import call_here
 from test_docs import ROOT, shown
 
 NEEDS = re.compile(r"#.*\b(needs|downloads)\b")
-"""What a command's comment says if no machine without network and GPU can run it."""
+"""What a command's comment says if no machine without network and GPU can run it, or not in seconds."""
 
 SHORTER = {
     "train": [
@@ -76,12 +76,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, stated in recipes.items():
             Path(name).write_text(yaml_lines.dump(stated), encoding="utf-8")
             assert cli.run(["train", name, *SHORTER["train"]]) == 0
-        for name in ("NAME", "quickstart", "fashion_dmd2", "short"):
+        for name in ("NAME", "quickstart", "fashion_dmd2", "emoji_dmd2", "short"):
             shutil.copytree("runs/recipe", f"runs/{name}")
         shutil.copytree("runs/mine", "runs/my-student")
         shutil.copytree("runs/recipe/export", "my-student")
         shutil.copytree("PIPELINE", "my-teacher")
-        for name in ("recipes", "Makefile", "pyproject.toml"):
+        for name in ("assets", "docs", "recipes", "Makefile", "pyproject.toml"):
             (folder / name).symlink_to(ROOT / name)
         assert cli.run(["bench", "runs/NAME", "--out", "a", *SHORTER["bench"]]) == 0
         shutil.copytree("a", "b")
