@@ -97,8 +97,8 @@ TEXTS = {
     "unknown list of prompts": (
         "conditions: classes",
         "conditions: everday",
-        ":9: data.conditions: expected 'classes', 'captions', 'everyday', a list, a .txt or a folder, .jsonl, .tar, "
-        ".parquet, .arrow or hub:OWNER/NAME, found nothing at everday",
+        ":9: data.conditions: expected 'classes', 'captions', 'emoji', 'everyday', a list, a .txt or a folder, "
+        ".jsonl, .tar, .parquet, .arrow or hub:OWNER/NAME, found nothing at everday",
     ),
     "no rank": ("steps: 4", "steps: 4\n  rank: 0", ":8: student.rank: expected a positive integer, found 0"),
     "unknown names of a LoRA's layers": (
