@@ -78,8 +78,7 @@ def orthogonal(gradient: Tensor) -> Tensor:
 class Muon(torch.optim.AdamW):
     """AdamW, with orthogonalised momentum for ``hidden``: matrices and kernels but those of names with an ``outside``.
 
-    Their updates have AdamW's usual size (Liu et al. 2025), so one rate serves both. From step 2,025 of the emoji
-    teacher, 150 steps lowered the loss by 0.02 more than AdamW's did, at the same cost a step on a processor.
+    Their updates have AdamW's usual size (Liu et al. 2025), so one rate serves both.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], outside: tuple[str, ...], **options: object):
