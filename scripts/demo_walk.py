@@ -8,9 +8,11 @@ said. The last prompt has a word that the teacher does not know. Without ``--chr
 """
 
 import argparse
+import io
 import re
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from stepdistill import assets
@@ -37,7 +39,8 @@ def type_prompt(browser: Page, prompt: str, samplers: int, picture: Path) -> str
     browser.wait_for_function(
         f"document.querySelectorAll('.shelf:not(.busy) img').length == {samplers}", timeout=PATIENCE
     )
-    browser.screenshot(path=picture)
+    shown = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
+    shown.quantize(256).save(picture, optimize=True)
     hint = browser.locator(".hint")
     told = [hint.inner_text()] if hint.count() else []
     return "\n".join([*told, *browser.locator(".shelf figcaption").all_inner_texts()])
