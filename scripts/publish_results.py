@@ -64,7 +64,7 @@ def picture(run: Path, protocol: str, out: Path) -> None:
         canvas.paste(strip.convert("RGB").resize((width, strip.height * ZOOM), Image.Resampling.NEAREST), (0, y + 30))
         y += strip.height * ZOOM + 30
     out.parent.mkdir(parents=True, exist_ok=True)
-    canvas.quantize(256).save(out, optimize=True)
+    canvas.save(out, optimize=True)
 
 
 def table(reports: list[dict[str, Any]]) -> str:

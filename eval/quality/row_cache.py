@@ -115,4 +115,4 @@ def read_measurements(path: Path, protocol: str) -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON beside ``path`` and move it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=2))
+    write_text(path, json.dumps(content, indent=1))
