@@ -131,7 +131,8 @@ class Averaged:
             self.average[name].copy_(stored[f"ema.{name}"])
             moments = {key: stored.get(f"{key}.{name}") for key in MOMENTS}
             moments = {key: moment.to(parameter.device) for key, moment in moments.items() if moment is not None}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+            if moments:  # none after ``unpack``: the optimizer starts afresh
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
         return step
 
 

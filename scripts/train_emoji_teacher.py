@@ -7,6 +7,10 @@ On a GPU in bfloat16 and compiled, on a CPU in float32. Every stage leaves a fil
 that is there; training stages go on from their last checkpoint. ``decoder``, for a ``vae`` stage that was short, trains
 the autoencoder's second half further and leaves latents and denoiser alone. ``pack`` writes a StableDiffusionPipeline
 in stock format, 64x64 pixels, float16 on disk. ``--vae-steps 2 --denoiser-steps 2 --batch 4`` is the smoke test.
+
+A teacher that is there already goes on from where it stopped, here after 5,800 updates:
+
+    python scripts/train_emoji_teacher.py unpack denoiser pack --data build/emoji --start 5800 --denoiser-steps 10000
 """
 
 import argparse
@@ -221,8 +225,9 @@ def train_denoiser(
     """v-prediction MSE at uniform timesteps, captions dropped with probability 0.1 (Ho & Salimans 2022)."""
     latents = encode_all(images, work, device)
     texts = [text for one in facts for text in (one["caption"], *one["others"])]
-    tokenizer = new_tokenizer(texts)
-    tokenizer.save_pretrained(work / "tokenizer")
+    if not (work / "tokenizer").exists():  # made once: pairs as frequent as each other come in any order
+        new_tokenizer(texts).save_pretrained(work / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     (work / VOCABULARY_FILE).write_text("\n".join(sorted(set(words_of(" ".join(texts))))) + "\n", encoding="utf-8")
     captions = Captions(facts, tokenizer)
     torch.manual_seed(0)
@@ -273,9 +278,22 @@ def pack(work: Path, out: Path, captions: list[str], prompts: Path) -> None:
     log("pack", f"{out}: {size / 1e6:.2f} MB")
 
 
+def unpack(folder: Path, work: Path, step: int) -> None:
+    """Undo ``pack``: the work folder of a packed teacher after ``step`` updates, without the optimizer's moments."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.tokenizer.save_pretrained(work / "tokenizer")
+    save_file(pipeline.vae.state_dict(), work / "vae.safetensors")
+    both = Both(pipeline.tokenizer)
+    both.text, both.denoiser = pipeline.text_encoder, pipeline.unet
+    weights = {name: p.detach() for name, p in both.named_parameters()}
+    tensors = {f"{kind}.{name}": p.clone() for name, p in weights.items() for kind in ("weight", "ema")}
+    save_file(tensors | {"step": torch.tensor(step)}, work / "denoiser-checkpoint.safetensors")
+    log("unpack", f"{folder}, to go on at step {step}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=("vae", "decoder", "denoiser", "pack"))
+    parser.add_argument("stages", nargs="+", choices=("unpack", "vae", "decoder", "denoiser", "pack"))
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--work", type=Path, default=Path("build/emoji-teacher"))
     parser.add_argument("--out", type=Path, default=Path("assets/teachers/emoji"))
@@ -283,6 +301,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--decoder-steps", type=int, default=4000)
     parser.add_argument("--denoiser-steps", type=int, default=20000)
+    parser.add_argument("--start", type=int, default=0, help="updates that an unpacked teacher has had")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -292,7 +311,9 @@ def main() -> None:
         if stage == "pack":
             captions = [one["caption"] for one in read_facts(arguments.data, "train")]
             pack(work, arguments.out, captions, arguments.prompts)
-        elif (work / f"{stage}.safetensors").exists():
+        elif stage == "unpack" and not (work / "denoiser-checkpoint.safetensors").exists():
+            unpack(arguments.out, work, arguments.start)
+        elif stage == "unpack" or (work / f"{stage}.safetensors").exists():
             log(stage, "already there, skipped")
         elif stage == "vae":
             train_vae(read(arguments.data, "train")[0], work, arguments.vae_steps, arguments.batch, device)

@@ -95,6 +95,18 @@ def test_from_packages_to_a_pipeline_that_draws(scripts, packages, monkeypatch, 
     assert len(ids) == 7 and ids[-1] == pipe.text_encoder.config.eos_token_id
     assert load_latents(work).std(dim=(0, 2, 3)).allclose(torch.ones(16), atol=0.05)
 
+    monkeypatch.setattr(teacher, "new_tokenizer", None)  # another one would give the words other numbers
+    packed = [packages / "teacher" / part for part in ("unet", "text_encoder", "vae")]
+    packed = [next(folder.glob("*.safetensors")) for folder in packed]
+    for steps, same in ((2, [True, True, True]), (3, [False, False, True])):
+        before = [file.read_bytes() for file in packed]
+        options[options.index("--work") + 1] = str(packages / f"to-{steps}")
+        options[options.index("--denoiser-steps") + 1] = str(steps)
+        stages = ["unpack", "vae", "denoiser", "pack", "--start", "2"]
+        monkeypatch.setattr(sys, "argv", ["train_emoji_teacher.py", *stages, *options])
+        teacher.main()
+        assert [file.read_bytes() == old for file, old in zip(packed, before, strict=True)] == same
+
 
 def load_latents(work: Path) -> torch.Tensor:
     from safetensors.torch import load_file
