@@ -64,14 +64,20 @@ def normalise_latents(vae: AutoencoderKL, batches: Iterator[Tensor]) -> None:
 
 
 def orthogonal(gradient: Tensor) -> Tensor:
-    """About the nearest half-orthogonal matrix: five Newton-Schulz steps (Jordan et al. 2024); a kernel as its rows."""
+    """About the nearest half-orthogonal matrix: five Newton-Schulz steps (Jordan et al. 2024); a kernel as its rows.
+
+    Every step multiplies x by a polynomial of x @ x.T, which is small: the polynomials are multiplied first, x last.
+    """
     x = gradient.flatten(1)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (x.norm() + 1e-7)
+    a = x @ x.T
+    one = product = torch.eye(len(a), device=a.device)
     for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
+        step = 3.4445 * one - 4.7750 * a + 2.0315 * a @ a
+        product, a = step @ product, step @ a @ step
+    x = product @ x
     return (x.T if tall else x).reshape(gradient.shape)
 
 

@@ -114,6 +114,19 @@ def load_latents(work: Path) -> torch.Tensor:
     return load_file(work / "latents.safetensors")["latents"]
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (4, 12), (12, 4), (5, 3, 2, 2)])
+def test_orthogonal_takes_five_newton_schulz_steps(scripts, shape):
+    training = importlib.import_module("teacher_training")
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(gradient.flatten(1).double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):  # the odd polynomial works on each singular value by itself
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    torch.testing.assert_close(
+        training.orthogonal(gradient).double(), (left * values @ right).reshape(shape), atol=1e-4, rtol=0
+    )
+
+
 @pytest.mark.parametrize("muon", [False, True])
 def test_a_stopped_training_goes_on_where_it_was(scripts, tmp_path, monkeypatch, muon):
     training = importlib.import_module("teacher_training")
