@@ -222,7 +222,10 @@ class Both(nn.Module):
 def train_denoiser(
     images: Tensor, facts: list[dict], work: Path, steps: int, batch: int, device: torch.device, peak: float = 1e-3
 ) -> None:
-    """v-prediction MSE at uniform timesteps, captions dropped with probability 0.1 (Ho & Salimans 2022)."""
+    """v-prediction MSE, captions dropped with probability 0.1 (Ho & Salimans 2022).
+
+    Timesteps are uniform, one in each of ``batch`` equal parts (Kingma et al. 2021): less noise in the gradient.
+    """
     latents = encode_all(images, work, device)
     texts = [text for one in facts for text in (one["caption"], *one["others"])]
     if not (work / "tokenizer").exists():  # made once: pairs as frequent as each other come in any order
@@ -240,7 +243,8 @@ def train_denoiser(
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (batch,), generator=generator)
-        timestep = torch.randint(1000, (batch,), generator=generator)
+        timestep = ((torch.arange(batch) + torch.rand(batch, generator=generator)) * (1000 / batch)).long()
+        timestep.clamp_(max=999)  # rounding could reach 1000
         x0, eps = latents[rows], torch.randn(batch, CHANNELS, SIZE, SIZE, generator=generator)
         t = schedule.time(timestep)
         x_t, target = schedule.add_noise(x0, eps, t).to(device), schedule.velocity(x0, eps, t).to(device)
