@@ -3,8 +3,8 @@
     python scripts/publish_results.py runs/fashion_dmd2 runs/fashion_tcd runs/quickstart
     python scripts/publish_results.py runs/emoji_dmd2
 
-The picture shows the first run's student. The tables between the markers in README.md, one for each protocol and number
-of samples, are written from the stored reports alone, so ``--table-only`` repeats them without the runs.
+The picture shows the first run's student. The tables between the markers in README.md, one for each protocol, are
+written from the stored reports with the most samples, so ``--table-only`` repeats them without the runs.
 """
 
 import argparse
@@ -86,8 +86,9 @@ def table(reports: list[dict[str, Any]]) -> str:
             seen.add(key)
             values = " | ".join(metric_text(metric, row["metrics"].get(metric)) for metric in shown)
             name = f"**{row['name']}**" if row["role"] == "student" else row["name"]
-            name += f" (best of {len(solvers)} stock solvers)" if row is best else ""
-            lines.append(f"| {name}, {row['steps']} steps | {row['nfe']} | {values} |")
+            name += f" (best of {len(solvers)} settings of stock solvers)" if row is best else ""
+            steps = "1 step" if row["steps"] == 1 else f"{row['steps']} steps"
+            lines.append(f"| {name}, {steps} | {row['nfe']} | {values} |")
     for name, found in {REAL[protocol]: first["floor"], **first.get("controls", {})}.items():
         values = " | ".join(metric_text(metric, found.get(metric)) for metric in shown)
         lines.append(f"| {name} | | {values} |")
@@ -97,13 +98,17 @@ def table(reports: list[dict[str, Any]]) -> str:
 
 
 def tables(folder: Path) -> list[str]:
-    """Of the reports in ``folder``: one for each protocol and number of samples."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    """Of the reports in ``folder``: one for each protocol, of those with the most samples."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
         if "verdict" in report:  # other files hold other things
-            groups.setdefault((report["protocol"], -report["rows"][0]["samples"]), []).append(report)
-    return [table(groups[key]) for key in sorted(groups)]
+            groups.setdefault(report["protocol"], []).append(report)
+    most = {protocol: max(report["rows"][0]["samples"] for report in found) for protocol, found in groups.items()}
+    return [
+        table([report for report in groups[protocol] if report["rows"][0]["samples"] == most[protocol]])
+        for protocol in sorted(groups)
+    ]
 
 
 def main() -> None:
