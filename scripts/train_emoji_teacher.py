@@ -284,7 +284,7 @@ def pack(work: Path, out: Path, captions: list[str], prompts: Path) -> None:
 
 def unpack(folder: Path, work: Path, step: int) -> None:
     """Undo ``pack``: the work folder of a packed teacher after ``step`` updates, without the optimizer's moments."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.tokenizer.save_pretrained(work / "tokenizer")
     save_file(pipeline.vae.state_dict(), work / "vae.safetensors")
     both = Both(pipeline.tokenizer)

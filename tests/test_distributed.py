@@ -70,14 +70,15 @@ def runs(request, teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
 
 @pytest.mark.parametrize("kind", ["copies", "shards"])
 @pytest.mark.parametrize("case", CASES)
-def test_several_processes_train_what_one_does(case, kind, runs, request):
+def test_several_processes_train_what_one_does(case, kind, runs):
     one, several = newest(runs / f"{case}-1"), newest(runs / f"{case}-{kind}")
     assert one.keys() == several.keys()
     # Attention does not change when all keys move alike: their biases' gradient is rounding noise, which Adam enlarges.
     names = [name for name in one if not name.endswith("to_k.bias")]
-    worst = max((one[name].double() - several[name].double()).abs().max().item() for name in names)
-    # A row alone rounds otherwise than two, which Adam enlarges where a gradient is small: one weight in 100,000 then.
-    assert worst < (1e-6 if request.node.callspec.params["runs"] == 2 else 1e-5)
+    apart = torch.cat([(one[name].double() - several[name].double()).abs().flatten() for name in names])
+    # A row alone rounds otherwise than several, which Adam enlarges where a gradient is nearly nothing in its first steps.
+    assert (apart > 1e-6).double().mean() < 1e-5
+    assert apart.max() < 1e-5
     lines = [
         [json.loads(line) for line in (runs / f"{case}-{n}" / "metrics.jsonl").read_text().splitlines()]
         for n in (1, kind)
