@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stepdistill.errors import InputError
 from stepdistill.finite import NonFiniteError
-from stepdistill.sharding import part_like, whole
+from stepdistill.parts import part, part_like, shape, whole
 
 MANIFEST = "manifest.json"
 GIB = 2**30
@@ -48,6 +48,7 @@ def save(folder: Path, state: State, keep: int) -> Path:
     return write(folder, state.step, contents(state), keep)
 
 
+@torch.no_grad()
 def contents(state: State, kept: bool = True) -> Files:
     """What a checkpoint of this state holds; of weights that are shared out only together with the other processes.
 
@@ -60,7 +61,7 @@ def contents(state: State, kept: bool = True) -> Files:
     files: Files = {file: {} for file in named}
     for file, tensors in named.items():
         for key, value in tensors.items():
-            gathered = whole(value.detach())
+            gathered = whole(value)
             if kept:
                 files[file][key] = gathered.cpu().contiguous()
     return files
@@ -123,11 +124,11 @@ def check_space(folder: Path, state: State, keep: int, best: Path | None = None,
     """
     weights = [p for network in state.networks.values() for p in network.parameters()]
     weights += [value for average in state.averages.values() for value in average.values()]
-    size = sum(value.numel() * value.element_size() for value in weights)
+    size = sum(shape(value).numel() * value.element_size() for value in weights)
     for optimizer in state.optimizers.values():
-        # Two moments a parameter, in float32; other optimizers than torch's are there to keep them in 8 bits.
-        moment = 4 if type(optimizer).__module__.startswith("torch.") else 1
-        size += sum(2 * moment * p.numel() for group in optimizer.param_groups for p in group["params"])
+        # Two moments a parameter, in float32; in 8 bits where that is what the optimizer is for.
+        moment = 1 if type(optimizer).__module__.startswith("bitsandbytes.") else 4
+        size += sum(2 * moment * shape(p).numel() for group in optimizer.param_groups for p in group["params"])
     folders, count, named = [folder], keep + 1, "train.keep_checkpoints"
     if best is not None:
         folders, count, named = [folder, best], count + keep_best, f"{named} + evaluation.keep_best"
@@ -243,9 +244,9 @@ def copy_parameters(path: Path, targets: Mapping[str, Tensor]) -> None:
         different = sorted(stored.keys() ^ targets.keys())[0]
         raise InputError(f"{path}: made with other networks than this recipe's (first difference: {different})")
     for key, target in targets.items():
-        if stored[key].shape != target.shape:
-            raise InputError(f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(target.shape)}")
-        target.copy_(part_like(stored[key], target))
+        if stored[key].shape != shape(target):
+            raise InputError(f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(shape(target))}")
+        part(target).copy_(part_like(stored[key], target))
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from stepdistill.parts import copy_of_part, part
+
 
 class MovingAverage:
     """An exponential moving average of a network's parameters; ``weights`` has it by name, empty where decay is 0.
@@ -17,12 +19,12 @@ class MovingAverage:
     def __init__(self, network: nn.Module, decay: float):
         self.network, self.decay = network, decay
         own = dict(network.named_parameters()) if decay else {}
-        self.weights = {name: parameter.detach().clone() for name, parameter in own.items()}
+        self.weights = {name: copy_of_part(parameter) for name, parameter in own.items()}
 
     def update(self, step: int) -> None:
         """Move towards the network's weights after ``step``."""
         if self.weights:
-            moving = [parameter.detach() for parameter in self.network.parameters()]
+            moving = [part(parameter) for parameter in self.network.parameters()]
             # A young average of decay 0.999 would mostly be the teacher: its horizon grows with the run.
             decay = min(self.decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(self.weights.values()), moving, 1 - decay)
@@ -30,7 +32,7 @@ class MovingAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the network has the average's weights."""
-        own = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+        own = {name: part(parameter) for name, parameter in self.network.named_parameters()}
         kept = {name: own[name].clone() for name in self.weights}
         for name, value in self.weights.items():
             own[name].copy_(value)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from stepdistill.errors import InputError
+from stepdistill.parts import is_shard
 from stepdistill.recipe import Train
-from stepdistill.sharding import is_shard
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], train: Train, lr: float) -> torch.optim.Optimizer:

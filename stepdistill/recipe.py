@@ -202,6 +202,14 @@ class Distributed(Section):
     shard: bool = Field(
         False, description="share the networks' weights out among the processes (FSDP) instead of copies"
     )
+    zero: Literal[2, 3] | None = Field(
+        None, description="DeepSpeed ZeRO's stage: 2 shares out gradients and the optimizer's state, 3 weights as well"
+    )
+
+    @property
+    def weights(self) -> bool:
+        """Whether the networks' weights are shared out, by either library."""
+        return self.shard or self.zero == 3
 
 
 class Evaluation(Section):

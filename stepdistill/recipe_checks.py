@@ -88,15 +88,22 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
     if train.batch_size % train.accumulation:
         problem = f"expected a divisor of train.batch_size ({train.batch_size}), found {train.accumulation}"
         yield ("train", "accumulation"), problem
-    if recipe.distributed.shard:
+    shared = recipe.distributed
+    if shared.shard and shared.zero:
+        yield ("distributed", "zero"), f"expected null beside distributed.shard, found {shared.zero}"
+    elif shared.shard or shared.zero:
+        key, off = ("shard", "false") if shared.shard else ("zero", "null")
         if not recipe.method.implementation.shards:
-            yield ("distributed", "shard"), f"expected false for {recipe.method.name}, found true"
-        if train.compile:
-            yield ("train", "compile"), "expected false beside distributed.shard, found true"
+            yield ("distributed", key), f"expected {off} for {recipe.method.name}, found {found(getattr(shared, key))}"
+        if train.compile and shared.weights:
+            yield ("train", "compile"), f"expected false beside distributed.{key}, found true"
         if train.optimizer != "adamw":
-            yield ("train", "optimizer"), f"expected adamw beside distributed.shard, found {train.optimizer}"
-        if teacher.quantize is not None:
-            yield ("teacher", "quantize"), f"expected null beside distributed.shard, found {teacher.quantize}"
+            yield ("train", "optimizer"), f"expected adamw beside distributed.{key}, found {train.optimizer}"
+        if teacher.quantize is not None and shared.weights:
+            yield ("teacher", "quantize"), f"expected null beside distributed.{key}, found {teacher.quantize}"
+        if train.gradient_checkpointing and shared.zero == 3:
+            problem = "expected false beside distributed.zero: 3, which lets go of weights when a block runs again"
+            yield ("train", "gradient_checkpointing"), f"{problem}; found true"
     if max(train.betas) >= 1:
         yield ("train", "betas"), f"expected two numbers from 0 to below 1, found {train.betas}"
     solver_steps = (recipe.method.model_extra or {}).get("solver_steps", student.steps)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stepdistill.adapters import Adapted
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Denoiser, innermost
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod
+from stepdistill.parts import is_shard
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -55,7 +55,7 @@ class Shards:
         networks: what :func:`share_out` was called on.
     """
 
-    def __init__(self, networks: Iterable[FSDPModule] = ()):
+    def __init__(self, networks: Iterable[nn.Module] = ()):
         self.networks = list(networks)
 
     def __bool__(self) -> bool:
@@ -127,23 +127,6 @@ def _strangers(network: nn.Module) -> Iterator[list[nn.Module]]:
                     hook = module.register_forward_pre_hook(lambda module, _, block=block: look(module, block))
                     hooks.callback(hook.remove)
         yield found
-
-
-def is_shard(tensor: Tensor) -> bool:
-    """Whether this process has a part of the tensor alone."""
-    return isinstance(tensor, DTensor)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; of one that is shared out only together with the other processes."""
-    return tensor.full_tensor() if is_shard(tensor) else tensor
-
-
-def part_like(tensor: Tensor, shard: Tensor) -> Tensor:
-    """Of a whole tensor the part that this process has of ``shard``; the tensor itself beside what is no shard."""
-    if not is_shard(shard):
-        return tensor
-    return distribute_tensor(tensor.to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None)
 
 
 @torch.no_grad()

@@ -33,13 +33,15 @@ from stepdistill.finite import FiniteWatch
 from stepdistill.generation.preview import Preview
 from stepdistill.moving_average import MovingAverage
 from stepdistill.optimizer import learning_rate, make_optimizer
+from stepdistill.parts import is_shard
 from stepdistill.progress import TrainingProgress, WorkProgress, quiet, say
 from stepdistill.recipe import Recipe, load
 from stepdistill.run_folder import keep_lines_before, prepare_folder
 from stepdistill.selfcheck import check_conventions
 from stepdistill.session import Session, build
-from stepdistill.sharding import Shards, clip_gradients, is_shard, share_out
+from stepdistill.sharding import Shards, clip_gradients, share_out
 from stepdistill.watchdog import Watchdog, heartbeat
+from stepdistill.zero import ZeroOptimizer, as_launched, partition
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,21 @@ def _train(recipe: Recipe, safe: bool) -> RunResult:
     tracker = None if recipe.train.tracker == "none" else recipe.train.tracker
     accelerator = Accelerator(log_with=tracker, project_dir=str(folder))
     processes = Processes(accelerator)
+    recipe = as_launched(recipe, accelerator, safe)
     if not processes.first:
         quiet()
     processes.share(recipe.train.batch_size, recipe.train.accumulation)
     start = processes.once(lambda: prepare_folder(folder, recipe, safe))
     step, report = 0, None
     try:
-        shared, shards = recipe.distributed.shard and processes.count > 1, Shards()
+        shared, shards = recipe.distributed.weights and processes.count > 1, Shards()
         with accelerator.main_process_first():  # the others find what it has cached
             session = build(recipe, accelerator.device, cache=cache_folder(), shared=shared)
         if shared:
-            shards = share_out(session.method, session.batch(0, 0, 1), accelerator.device)
+            if recipe.distributed.shard:
+                shards = share_out(session.method, session.batch(0, 0, 1), accelerator.device)
+            else:
+                shards = partition(session.method)
             session.prepare()
         if start is None:
             check_conventions(session)
@@ -138,12 +144,16 @@ class Trainer:
         self.shards = shards or Shards()
         self.shards.settle()
         self.parameters = {player: self._parameters(player) for player in self.method.players}
-        for parameter in itertools.chain.from_iterable(self.parameters.values()):
-            parameter.requires_grad_(False)
-        self.optimizers = {
-            player: make_optimizer(parameters, self.recipe.train, self._peak_rate(player))
-            for player, parameters in self.parameters.items()
-        }
+        self.zero = self.recipe.distributed.zero if self.processes.count > 1 else None
+        self.optimizers = {}
+        for player, parameters in self.parameters.items():
+            settings = self.recipe.train, self._peak_rate(player)
+            with only_moving(parameters):
+                self.optimizers[player] = (
+                    ZeroOptimizer(self.method.modules(player), *settings, self.zero)
+                    if self.zero
+                    else make_optimizer(parameters, *settings)
+                )
         self.average = MovingAverage(self.method.roles.student.network, self.recipe.student.ema)
         self.finite = FiniteWatch()
         self.stop_requested = False
@@ -274,7 +284,7 @@ class Trainer:
 
     def _write(self, folder: Path, step: int, keep: int) -> None:
         """Write a checkpoint."""
-        if not self.shards:
+        if not self.shards and not self.zero:
             self.processes.once(lambda: checkpoint.save(folder, self.state(step), keep))
             return
         self.shards.settle()
@@ -314,6 +324,9 @@ class Trainer:
         train, parameters, optimizer = self.recipe.train, self.parameters[player], self.optimizers[player]
         metrics: dict[str, float] = {}
         self.shards.settle()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(train, step, self._peak_rate(player))
+        backward = optimizer.backward if self.zero else Tensor.backward
         with only_moving(parameters):
             for number, batch in enumerate(batches):
                 with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
@@ -331,15 +344,9 @@ class Trainer:
                 if log and number == 0 and len(losses) > 1 and not self.shards:
                     for term, loss in losses.items():
                         metrics[f"grad_norm/{term}"] = _norm(loss, parameters)
-                self.accelerator.backward(sum(losses.values()) / len(batches))
-            self.processes.average_gradients(p for p in parameters if not is_shard(p))
-            self.shards.settle()
-            norm = clip_gradients(parameters, train.clip or math.inf)
+                backward(sum(losses.values()) / len(batches))
+            norm = optimizer.norm() if self.zero else self._update(parameters, optimizer)
             self.finite.add(f"{player} gradient ({' + '.join(losses)})", step, norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(train, step, self._peak_rate(player))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         for statistic in self.method.statistics():
             self.processes.add_up(statistic)
         self.method.after_update(player)
@@ -348,6 +355,15 @@ class Trainer:
         if log:
             metrics["grad_norm"] = norm.item()
         return metrics
+
+    def _update(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Tensor:
+        """Average the gradients, clip them and follow them; returns the norm () that they had."""
+        self.processes.average_gradients(p for p in parameters if not is_shard(p))
+        self.shards.settle()
+        norm = clip_gradients(parameters, self.recipe.train.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -76,7 +76,7 @@ def test_several_processes_train_what_one_does(case, kind, runs):
     # Attention does not change when all keys move alike: their biases' gradient is rounding noise, which Adam enlarges.
     names = [name for name in one if not name.endswith("to_k.bias")]
     apart = torch.cat([(one[name].double() - several[name].double()).abs().flatten() for name in names])
-    # A row alone rounds otherwise than several, which Adam enlarges where a gradient is nearly nothing in its first steps.
+    # A row alone rounds otherwise than several, which Adam enlarges where a gradient is nearly nothing at first.
     assert (apart > 1e-6).double().mean() < 1e-5
     assert apart.max() < 1e-5
     lines = [

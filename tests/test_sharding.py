@@ -1,7 +1,11 @@
 """How networks are divided up for sharing out, and what cannot be; tests/test_distributed.py trains with shards."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from pipeline.tiny import save_dit, tiny_dit, tiny_sd
@@ -9,6 +13,7 @@ from stepdistill.errors import InputError
 from stepdistill.recipe import load
 from stepdistill.session import build
 from stepdistill.sharding import Shards, _strangers, blocks, clip_gradients, is_whole, share_out, weights
+from stepdistill.zero import as_launched, partition
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +83,55 @@ def test_what_does_not_go_with_shards(overrides, said, recipe):
         load(recipe, overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["distributed.zero=3"], r"distributed\.zero: expected null beside distributed\.shard, found 3"),
+        (["distributed={zero: 1}"], r"distributed\.zero: expected one of 2, 3 or null, found 1"),
+        (
+            ["distributed={zero: 2}", "train.optimizer=adamw8bit"],
+            r"train\.optimizer: expected adamw beside distributed\.z",
+        ),
+        (
+            ["distributed={zero: 3}", "train.compile=true"],
+            r"train\.compile: expected false beside distributed\.zero, found",
+        ),
+        (
+            ["distributed={zero: 3}", "train.gradient_checkpointing=true"],
+            r"train\.gradient_checkpointing: expected false",
+        ),
+        (
+            ["distributed={zero: 2}", "method={name: pd, start_steps: 4, phase_steps: 1}", "data.images=fashion-mnist"],
+            r"distributed\.zero: expected null for pd, found 2",
+        ),
+    ],
+)
+def test_what_does_not_go_with_zero(overrides, said, recipe):
+    with pytest.raises(InputError, match=said):
+        load(recipe, overrides)
+
+
+def test_the_launchers_stage_is_taken(recipe):
+    def launched(stage: int, kind: str = "DEEPSPEED") -> Accelerator:
+        plugin = SimpleNamespace(zero_stage=stage)
+        return SimpleNamespace(distributed_type=DistributedType(kind), state=SimpleNamespace(deepspeed_plugin=plugin))
+
+    loaded = load(recipe, ["distributed.shard=false"])
+    assert as_launched(loaded, launched(3)).distributed.zero == 3
+    assert as_launched(loaded, launched(3, "NO")) is loaded
+    with pytest.raises(InputError, match=r"distributed\.zero: expected one of 2, 3 or null, found 1"):
+        as_launched(loaded, launched(1))
+    stated = load(loaded, ["distributed.zero=2"])
+    assert as_launched(stated, launched(3)) is stated
+
+
 def test_networks_that_were_added_to_are_refused(recipe):
     session = build(
         load(recipe, ["method={name: w-embed}", "data.images=fashion-mnist"]), torch.device("cpu"), None, False
     )
     with pytest.raises(InputError, match=r"distributed\.shard: expected false for a method that adds to its networks"):
         share_out(session.method, session.batch(0, 0, 1), torch.device("cpu"))
+    with pytest.raises(
+        InputError, match=r"distributed\.zero: expected null or 2 for a method that adds to its networks"
+    ):
+        partition(session.method)

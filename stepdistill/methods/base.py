@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Denoiser
 from stepdistill.guidance import guided
+from stepdistill.parts import part
 from stepdistill.samplers import Sampler
 from stepdistill.schedule import Prediction
 
@@ -184,4 +185,4 @@ class DistillMethod(ABC):
     def average(self, role: Denoiser, decay: float) -> None:
         """Move the weights of ``role`` towards the student's: role <- decay role + (1 - decay) student."""
         slow, fast = role.network.parameters(), self.roles.student.network.parameters()
-        torch._foreach_lerp_(list(slow), [p.detach() for p in fast], 1 - decay)
+        torch._foreach_lerp_([part(p) for p in slow], [part(p) for p in fast], 1 - decay)

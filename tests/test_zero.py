@@ -1,0 +1,61 @@
+"""DeepSpeed's ZeRO trains what one process does, and goes on where another kind of run stopped."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stepdistill.exporting import export
+from stepdistill.generation import run_samples
+from stepdistill.trainer import train
+from stock_here import call_here
+from test_distributed import CASES, HERE, environment, newest
+from test_trainer import make_recipe, pictures, teacher  # noqa: F401
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def runs(request, teacher, pictures, tmp_path_factory):  # noqa: F811
+    """Every case trained by one process in folder CASE-1, by several with ZeRO's stages in CASE-2 and CASE-3.
+
+    Cases gan-2 and gan-3 begin in one process, go on in several, and end in one.
+    """
+    place = tmp_path_factory.mktemp("runs")
+
+    def recipe(case: str, kind: str, steps: int = 3) -> dict:
+        method, changes = CASES[case]
+        changes = {"steps": steps, "lr": 2e-4} | copy.deepcopy(changes)
+        if kind == "3":
+            changes.pop("gradient_checkpointing", None)
+        made = make_recipe(teacher, place / f"{case}-{kind}", method, pictures, **changes)
+        return made | {"distributed": {"zero": None if kind == "1" else int(kind)}}
+
+    together = [recipe(case, stage, steps=2 if case == "gan" else 3) for case in CASES for stage in "23"]
+    (place / "recipes.json").write_text(json.dumps(together))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
+    command += [str(HERE / "several_processes.py"), str(place / "recipes.json")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "call_elsewhere", call_here)
+        patch.setattr(run_samples, "TEACHER_STEPS", 2)
+        for alone in [*(recipe(case, "1") for case in CASES), *(recipe("gan", stage, steps=1) for stage in "23")]:
+            train(alone)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for stage in "23":
+            train(recipe("gan", stage))
+    return place
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_processes_with_zero_train_what_one_does(case, stage, runs):
+    one, several = newest(runs / f"{case}-1"), newest(runs / f"{case}-{stage}")
+    assert one.keys() == several.keys()
+    names = [name for name in one if not name.endswith("to_k.bias")]
+    apart = torch.cat([(one[name].double() - several[name].double()).abs().flatten() for name in names])
+    assert (apart > 1e-6).double().mean() < 1e-5
+    assert apart.max() < 1e-5
