@@ -121,4 +121,4 @@ def test_every_command_that_is_shown_runs(place, monkeypatch, capsys):
         if run(line) != 0:
             failed.append(f"{page}: {line}\n{capsys.readouterr().err}")
     assert not failed, "\n\n".join(failed)
-    assert launched == [2, 2]
+    assert launched == [2, 2, 2]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from test_distributed import CASES, HERE, environment, newest
 from test_trainer import make_recipe, pictures, teacher  # noqa: F401
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed compiles its exchange between processes")
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
