@@ -46,10 +46,10 @@ if [[ -n $dry ]]; then
             --precision bf16 --json "$out/step-$network.json"
     done
 else
-    part tests 100 "$python" -m pytest -q -m gpu tests/kernels -p no:cacheprovider
+    part tests 110 "$python" -m pytest -q -m gpu tests/kernels tests/test_memory_options.py -p no:cacheprovider
     part kernels 130 "$python" scripts/bench_kernels.py --json "$out/kernels.json"
     part step-sd15 90 "${step[@]}" --networks sd15 --batch-size 4 --precision bf16 --json "$out/step-sd15.json"
-    part step-sd15-compiled 110 "${step[@]}" --networks sd15 --batch-size 4 --methods lcm --precision bf16 --compile \
+    part step-sd15-compiled 100 "${step[@]}" --networks sd15 --batch-size 4 --methods lcm --precision bf16 --compile \
         --json "$out/step-sd15-compiled.json"
     part step-sdxl 90 "${step[@]}" --networks sdxl --batch-size 2 --methods dmd2 --repeats 3 --precision bf16 \
         --json "$out/step-sdxl.json"

@@ -162,7 +162,11 @@ class Train(Section):
     lr_decay: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward passes; weights stay float32")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
-    compile: bool = Field(False, description="torch.compile the networks: minutes at the start, faster steps on GPUs")
+    compile: bool | Literal["cuda-graphs"] = Field(
+        False,
+        description="torch.compile the networks: minutes at the start, faster steps on GPUs; cuda-graphs: their launches "
+        "are replayed as well, which takes memory",
+    )
     channels_last: bool = Field(False, description="weights of convolutions in channels-last order, for UNets on GPUs")
     attention_backend: str | None = Field(
         None, description="diffusers' attention backend (native, flash, xformers, ...)"

@@ -96,7 +96,7 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
         if not recipe.method.implementation.shards:
             yield ("distributed", key), f"expected {off} for {recipe.method.name}, found {found(getattr(shared, key))}"
         if train.compile and shared.weights:
-            yield ("train", "compile"), f"expected false beside distributed.{key}, found true"
+            yield ("train", "compile"), f"expected false beside distributed.{key}, found {found(train.compile)}"
         if train.optimizer != "adamw":
             yield ("train", "optimizer"), f"expected adamw beside distributed.{key}, found {train.optimizer}"
         if teacher.quantize is not None and shared.weights:

@@ -74,7 +74,7 @@ class Session:
         """Let the method make what depends on the shapes of a batch; the last thing before training."""
         self.method.prepare(self.batch(0, 0, 1))
         if self.recipe.train.compile:
-            compile_networks(self.method.roles)
+            compile_networks(self.method.roles, self.recipe.train.compile == "cuda-graphs")
 
 
 def build(
@@ -211,12 +211,17 @@ def _save_memory(roles: Roles, backbone: nn.Module) -> None:
     save_memory(backbone)
 
 
-def compile_networks(roles: Roles) -> None:
-    """torch.compile every role's network, in place: parameters, names and what is put around it stay as they are."""
+def compile_networks(roles: Roles, graphs: bool = False) -> None:
+    """torch.compile every role's network, in place: parameters, names and what is put around it stay as they are.
+
+    Args:
+        graphs: replay launches as CUDA graphs, on a GPU. What a network returned is gone after the next
+            ``torch.compiler.cudagraph_mark_step_begin()``; a trainer's steps begin with it.
+    """
     # One network has a graph for each of: with and without gradients, full and doubled batch, each adapter.
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for network in {innermost(role.network) for role in vars(roles).values() if isinstance(role, Denoiser)}:
-        network.compile()
+        network.compile(mode="reduce-overhead" if graphs else None)
 
 
 def _switch(network: nn.Module, recipe: Recipe) -> None:

@@ -298,6 +298,8 @@ class Trainer:
         batches = [self.session.batch(step, start, size) for start in starts]
         metrics: dict[str, float] = {}
         began = time.perf_counter()
+        if train.compile == "cuda-graphs":
+            torch.compiler.cudagraph_mark_step_begin()
         for turn, player in enumerate(self.method.turns(step)):
             for batch in batches:
                 batch.turn, batch.signals = turn, {}

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from pipeline.tiny import tiny_dit, tiny_sd
 from stepdistill import checkpoint
@@ -14,6 +15,7 @@ from stepdistill.optimizer import make_optimizer
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.recipe import Train, load
 from stepdistill.session import Session, build
+from stepdistill.trainer import Trainer
 
 TEACHERS = {"dit": tiny_dit, "unet": tiny_sd}
 
@@ -26,7 +28,9 @@ def teachers(tmp_path_factory) -> Path:
     return folder
 
 
-def session(teacher: Path, how: str, method: str = "sid", precision: str = "fp32", **train) -> Session:
+def session(
+    teacher: Path, how: str, method: str = "sid", precision: str = "fp32", device: str = "cpu", **train
+) -> Session:
     recipe = {
         "teacher": {"pipeline": str(teacher), "precision": precision},
         "student": {"steps": 2, "train": how, "rank": 2},
@@ -34,12 +38,12 @@ def session(teacher: Path, how: str, method: str = "sid", precision: str = "fp32
         "method": {"name": method},
         "train": {"steps": 2, "batch_size": 2, "lr": 1e-3} | train,
     }
-    made = build(load(recipe), torch.device("cpu"))
+    made = build(load(recipe), torch.device(device))
     # A fresh adapter adds nothing, and then it does not matter which one is on.
     noise = torch.Generator().manual_seed(5)
     for role in ("student", "critic"):
         for parameter in getattr(made.method.roles, role).network.parameters():
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=noise)
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=noise).to(device)
     return made
 
 
@@ -47,7 +51,7 @@ def test_compiled_networks_give_the_same_gradients(teachers, monkeypatch):
     graphs = torch._dynamo.utils.counters["stats"]
     original = torch.nn.Module.compile
     # Capturing, guards and recompilation, without the generated code, which takes minutes.
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: original(self, backend="eager"))
     plain, compiled = (session(teachers / "dit", "full", "dmd2", compile=on) for on in (False, True))
     before = graphs["unique_graphs"]
     expected = gradients(plain, "student")
@@ -56,6 +60,31 @@ def test_compiled_networks_give_the_same_gradients(teachers, monkeypatch):
     assert graphs["unique_graphs"] > before
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("option", "mode"), [(True, None), ("cuda-graphs", "reduce-overhead")])
+def test_graphs_are_a_mode_of_compiling_and_end_with_each_step(option, mode, teachers, monkeypatch, tmp_path):
+    modes, marks = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: modes.append(mode))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    trainer = Trainer(session(teachers / "dit", "full", "dmd2", compile=option), Accelerator(cpu=True), tmp_path)
+    trainer.step(0)
+    trainer.step(1)
+    assert modes == [mode] * 3  # teacher, student, critic
+    assert len(marks) == (2 if mode else 0)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_train_what_plain_calls_do(teachers, tmp_path):
+    found = []
+    for option in (False, "cuda-graphs"):
+        made = session(teachers / "dit", "full", "dmd2", device="cuda", compile=option)
+        trainer = Trainer(made, Accelerator(), tmp_path)
+        for step in range(3):
+            trainer.step(step)
+        found.append([p.detach().clone() for p in trainer.parameters["student"]])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def gradients(made: Session, player: str) -> list[torch.Tensor]:
