@@ -164,8 +164,8 @@ class Train(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
     compile: bool | Literal["cuda-graphs"] = Field(
         False,
-        description="torch.compile the networks: minutes at the start, faster steps on GPUs; cuda-graphs: their launches "
-        "are replayed as well, which takes memory",
+        description="torch.compile the networks: minutes at the start, faster steps on GPUs; cuda-graphs: their "
+        "launches are replayed as well, which takes memory",
     )
     channels_last: bool = Field(False, description="weights of convolutions in channels-last order, for UNets on GPUs")
     attention_backend: str | None = Field(
