@@ -329,9 +329,12 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(train, step, self._peak_rate(player))
         backward = optimizer.backward if self.zero else Tensor.backward
+        # Its cache would keep a copy of every weight that is put together only while it is needed.
+        settings = {"enabled": train.precision == "bf16", "cache_enabled": not self.shards}
+        half = torch.autocast(self.accelerator.device.type, torch.bfloat16, **settings)
         with only_moving(parameters):
             for number, batch in enumerate(batches):
-                with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+                with half:
                     losses = self.method.losses(player, batch)
                 for term, loss in losses.items():
                     self.finite.add(f"{player} loss term {term!r}", step, loss)
