@@ -13,11 +13,14 @@ from stepdistill.exporting import export
 from stepdistill.generation import run_samples
 from stepdistill.trainer import train
 from stock_here import call_here
-from test_distributed import CASES, HERE, environment, newest
-from test_trainer import make_recipe, pictures, teacher  # noqa: F401
+from test_distributed import CASES as COPIES
+from test_distributed import HERE, environment, newest
+from test_trainer import GAN, make_recipe, pictures, teacher  # noqa: F401
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed compiles its exchange between processes")
+
+CASES = COPIES | {"half": (GAN, {"precision": "bf16"})}
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -59,5 +62,8 @@ def test_processes_with_zero_train_what_one_does(case, stage, runs):
     assert one.keys() == several.keys()
     names = [name for name in one if not name.endswith("to_k.bias")]
     apart = torch.cat([(one[name].double() - several[name].double()).abs().flatten() for name in names])
+    if case == "half":  # Adam makes a step of any rounding where a gradient is nearly nothing
+        assert (apart > 1e-5).double().mean() < 1e-2
+        return
     assert (apart > 1e-6).double().mean() < 1e-5
     assert apart.max() < 1e-5
