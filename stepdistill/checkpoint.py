@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,73 +36,86 @@ class State:
     averages: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-Files = dict[str, dict[str, Tensor]]
-"""Tensors on the CPU, by the name of their file and their own."""
-
-
-def save(folder: Path, state: State, keep: int) -> Path:
+def save(
+    folder: Path,
+    state: State,
+    keep: int,
+    once: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    first: bool = True,
+) -> Path:
     """Write ``folder/step-NNNNNN``, then delete all but the newest ``keep`` checkpoints. Returns its path.
 
-    Raises: see :func:`write`.
-    """
-    return write(folder, state.step, contents(state), keep)
-
-
-@torch.no_grad()
-def contents(state: State, kept: bool = True) -> Files:
-    """What a checkpoint of this state holds; of weights that are shared out only together with the other processes.
-
     Args:
-        kept: False in a process that gives its parts and needs nothing back.
-    """
-    named = {f"{name}.safetensors": dict(network.named_parameters()) for name, network in state.networks.items()}
-    named |= {f"{name}.optimizer.safetensors": _optimizer_tensors(one) for name, one in state.optimizers.items()}
-    named |= {f"{name}.average.safetensors": average for name, average in state.averages.items()}
-    files: Files = {file: {} for file in named}
-    for file, tensors in named.items():
-        for key, value in tensors.items():
-            gathered = whole(value)
-            if kept:
-                files[file][key] = gathered.cpu().contiguous()
-    return files
-
-
-def write(folder: Path, step: int, files: Files, keep: int) -> Path:
-    """:func:`save` of what :func:`contents` gave.
+        once: where weights are shared out and all processes call this: what runs its argument in the first of them.
+        first: whether this is the first, which puts tensors together and writes them, a file at a time.
 
     Raises:
         NonFiniteError: a tensor holds a number that is none. OSError, SafetensorError: it cannot be written. Earlier
             checkpoints stay as they are, and nothing is left of this one.
     """
-    final = folder / f"step-{step:06d}"
+    draft, hashes = once(lambda: _begin(folder, state.step)), {}
+    try:
+        for name, tensors in _files(state):
+            gathered = _gather(tensors, first)
+            hashes[name] = once(lambda name=name, gathered=gathered: _write(draft / name, gathered, state.step))
+        return once(lambda: _end(folder, draft, state.step, hashes, keep))
+    except BaseException:
+        if first:
+            shutil.rmtree(draft, ignore_errors=True)  # on a full disk it would be in the way of everything else
+        raise
+
+
+def _files(state: State) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Each file's name and its tensors, of which this process may have parts."""
+    for name, network in state.networks.items():
+        yield f"{name}.safetensors", dict(network.named_parameters())
+    for name, optimizer in state.optimizers.items():
+        yield f"{name}.optimizer.safetensors", _optimizer_tensors(optimizer)
+    for name, average in state.averages.items():
+        yield f"{name}.average.safetensors", average
+
+
+@torch.no_grad()
+def _gather(tensors: Mapping[str, Tensor], kept: bool) -> dict[str, Tensor]:
+    """The tensors, whole and on the CPU; none in a process that gives its parts and needs nothing back."""
+    gathered = {}
+    for key, value in tensors.items():
+        one = whole(value)
+        if kept:
+            gathered[key] = one.cpu().contiguous()
+    return gathered
+
+
+def _begin(folder: Path, step: int) -> Path:
     for left in folder.glob(".writing-*"):  # by a kill
         shutil.rmtree(left)
     draft = folder / f".writing-{step:06d}"
     draft.mkdir(parents=True)
-    try:
-        _write(draft, step, files)
-        if final.exists():
-            shutil.rmtree(final)
-        draft.rename(final)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)  # on a full disk it would be in the way of everything else
-        raise
+    return draft
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], step: int) -> str:
+    """Write one file; returns its hash."""
+    _check_finite(path.name, tensors, step)
+    # safetensors refuses tensors that share memory; tied weights are stored once each.
+    save_file({key: value.clone() for key, value in tensors.items()}, path)
+    return sha256(path)
+
+
+def _end(folder: Path, draft: Path, step: int, hashes: Mapping[str, str], keep: int) -> Path:
+    """Make the draft a checkpoint."""
+    (draft / MANIFEST).write_text(json.dumps({"schema": 1, "step": step, "sha256": hashes}, indent=1))
+    for path in (*draft.iterdir(), draft):
+        sync(path)
+    final = folder / f"step-{step:06d}"
+    if final.exists():
+        shutil.rmtree(final)
+    draft.rename(final)
     sync(folder)
     for old in _numbered(folder)[:-keep]:
         # Under another name first: what a kill leaves of it is never taken for a checkpoint.
         shutil.rmtree(old.rename(folder / f".writing-{old.name}"))
     return final
-
-
-def _write(draft: Path, step: int, files: Files) -> None:
-    for name, tensors in files.items():
-        _check_finite(name, tensors, step)
-        # safetensors refuses tensors that share memory; tied weights are stored once each.
-        save_file({key: value.clone() for key, value in tensors.items()}, draft / name)
-    hashes = {name: sha256(draft / name) for name in files}
-    (draft / MANIFEST).write_text(json.dumps({"schema": 1, "step": step, "sha256": hashes}, indent=1))
-    for path in (*draft.iterdir(), draft):
-        sync(path)
 
 
 def _check_finite(name: str, tensors: Mapping[str, Tensor], step: int) -> None:

@@ -284,12 +284,11 @@ class Trainer:
 
     def _write(self, folder: Path, step: int, keep: int) -> None:
         """Write a checkpoint."""
-        if not self.shards and not self.zero:
+        if self.shards or self.zero:
+            self.shards.settle()
+            checkpoint.save(folder, self.state(step), keep, self.processes.once, self.processes.first)
+        else:
             self.processes.once(lambda: checkpoint.save(folder, self.state(step), keep))
-            return
-        self.shards.settle()
-        files = checkpoint.contents(self.state(step), self.processes.first)
-        self.processes.once(lambda: checkpoint.write(folder, step, files, keep))
 
     def step(self, step: int, log: bool = False) -> dict[str, float]:
         """All turns of one step. With ``log``: every loss term, and the gradient norm of each player and term."""

@@ -139,7 +139,10 @@ class ZeroOptimizer:
         return torch.where(norm < 0, math.nan, norm)  # it says -1 where the norm is not finite
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state of each parameter, whole; only together with the other processes."""
+        """AdamW's state of each parameter, whole; only together with the other processes.
+
+        It is there in the first process alone, on the CPU: all moments are more than a device may hold.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = [state["step"] for state in self.zero.optimizer.state.values() if "step" in state]
@@ -147,7 +150,9 @@ class ZeroOptimizer:
         with self._asking():
             for number, parameter in enumerate(self.parameters if steps else ()):
                 moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
-                states[number] = {"step": steps[0].detach().cpu().clone()} | moments
+                if torch.distributed.get_rank() == 0:
+                    states[number] = {"step": steps[0]} | moments
+                    states[number] = {name: value.cpu().clone() for name, value in states[number].items()}
         return {"state": states, "param_groups": self.param_groups}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

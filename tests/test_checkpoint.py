@@ -123,6 +123,20 @@ def test_a_write_that_fails_leaves_nothing_and_harms_nothing(tmp_path, monkeypat
             assert {path.name: path.read_bytes() for path in (tmp_path / "step-000001").iterdir()} == kept
 
 
+def test_another_process_than_the_first_writes_nothing_and_hears_of_errors(tmp_path):
+    """``once`` answers it with what the first process did."""
+    asked = []
+    path = checkpoint.save(tmp_path, make_state(2), 1, once=lambda work: asked.append(1) or tmp_path, first=False)
+    assert path == tmp_path and not list(tmp_path.iterdir())
+    assert len(asked) == 5  # to begin, three files, to end: the same exchanges in every process
+
+    def full(work) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, make_state(2), 1, once=full, first=False)
+
+
 def test_what_a_kill_left_is_removed_by_the_next_save(tmp_path):
     for name in (".writing-000001", ".writing-step-000000"):
         (tmp_path / name).mkdir()
