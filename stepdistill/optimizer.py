@@ -1,8 +1,9 @@
-"""The optimizers that a recipe can name: AdamW, or AdamW with its moments in 8 bits; and their learning rate."""
+"""The optimizers that a recipe can name: AdamW, or AdamW with its moments in 8 bits; their rate; whose turn it is."""
 
 import importlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -40,3 +41,15 @@ def learning_rate(train: Train, step: int, peak: float) -> float:
         return peak
     done = (step - train.lr_warmup) / max(1, train.steps - train.lr_warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@contextmanager
+def only_moving(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, these parameters and no others of the run receive gradients."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)

@@ -22,12 +22,12 @@ from stepdistill.data.forms import form
 from stepdistill.errors import InputError
 from stepdistill.memory import LiveBytes, savings
 from stepdistill.methods.base import DistillMethod
+from stepdistill.optimizer import only_moving
 from stepdistill.pipeline.conditioning import class_names
 from stepdistill.recipe import Recipe, load
 from stepdistill.samplers import SAMPLERS
 from stepdistill.session import make_method
 from stepdistill.text_files import read_text
-from stepdistill.trainer import only_moving
 
 GIB = 2**30
 RESERVE = 1.0

@@ -29,10 +29,10 @@ from stepdistill.data.batch import Batch
 from stepdistill.denoiser import first_tensor, innermost
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod
+from stepdistill.optimizer import only_moving
 from stepdistill.plan import GIB, RESERVE, FirstBatch, Plan, batch_of, blueprint_of, method_of, plan
 from stepdistill.recipe import Recipe, load
 from stepdistill.sharding import blocks, is_whole, weights
-from stepdistill.trainer import only_moving
 
 GB = 1e9
 

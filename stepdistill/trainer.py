@@ -32,7 +32,7 @@ from stepdistill.faults import explained
 from stepdistill.finite import FiniteWatch
 from stepdistill.generation.preview import Preview
 from stepdistill.moving_average import MovingAverage
-from stepdistill.optimizer import learning_rate, make_optimizer
+from stepdistill.optimizer import learning_rate, make_optimizer, only_moving
 from stepdistill.parts import is_shard
 from stepdistill.progress import TrainingProgress, WorkProgress, quiet, say
 from stepdistill.recipe import Recipe, load
@@ -400,18 +400,6 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-@contextmanager
-def only_moving(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, these parameters and no others of the run receive gradients."""
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
 
 
 def _norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:

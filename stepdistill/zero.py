@@ -8,8 +8,7 @@ together while it runs, whichever role is calling and whichever player is moving
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from stepdistill.adapters import Adapted
 from stepdistill.denoiser import Denoiser, innermost
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod
+from stepdistill.optimizer import only_moving
 from stepdistill.parts import is_shard
 from stepdistill.recipe import Recipe, Train, load
 from stepdistill.sharding import Shards
@@ -111,7 +111,9 @@ class ZeroOptimizer:
             self.parameters, lr=lr, betas=tuple(train.betas), weight_decay=train.weight_decay, fused=True
         )
         settings = {
-            "train_micro_batch_size_per_gpu": train.batch_size // train.accumulation // _processes(),
+            "train_micro_batch_size_per_gpu": train.batch_size
+            // train.accumulation
+            // torch.distributed.get_world_size(),
             "gradient_accumulation_steps": train.accumulation,
             "gradient_clipping": train.clip or 0.0,
         }
@@ -147,7 +149,7 @@ class ZeroOptimizer:
 
         steps = [state["step"] for state in self.zero.optimizer.state.values() if "step" in state]
         states = {}
-        with self._asking():
+        with only_moving(self.parameters):  # DeepSpeed knows no moments of others
             for number, parameter in enumerate(self.parameters if steps else ()):
                 moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
                 if torch.distributed.get_rank() == 0:
@@ -174,20 +176,7 @@ class ZeroOptimizer:
             # Otherwise done in the first step: only then a parameter knows where its moments are.
             zero._lazy_init_hp_params_optimizer_state()
         put = safe_set_full_optimizer_state if self.stage == 2 else safe_set_local_optimizer_state
-        with self._asking():
+        with only_moving(self.parameters):
             for number, parameter in enumerate(self.parameters):
                 for name in MOMENTS:
                     put(parameter, states[number][name].to(parameter.device), name)
-
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Inside, the parameters ask for gradients: DeepSpeed knows no moments of others."""
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        yield
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-
-def _processes() -> int:
-    return torch.distributed.get_world_size()

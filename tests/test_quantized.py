@@ -9,10 +9,11 @@ from torch import nn
 
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill.errors import InputError
+from stepdistill.optimizer import only_moving
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.recipe import load
 from stepdistill.session import build
-from stepdistill.trainer import only_moving, train
+from stepdistill.trainer import train
 
 CPU = torch.device("cpu")
 
