@@ -1,7 +1,8 @@
 """Complete, atomic checkpoints: safetensors and JSON only, a manifest with the SHA-256 of every file.
 
 A checkpoint is written into a hidden folder, synced, and renamed; a folder without a matching manifest is
-never taken for a checkpoint. Numbers that are not finite are not written.
+never taken for a checkpoint. Numbers that are not finite are not written. What FSDP shares out is a folder of
+parts, ``NAME/``, in the place of ``NAME.safetensors`` (:mod:`stepdistill.part_files`).
 """
 
 import hashlib
@@ -18,11 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stepdistill import part_files
 from stepdistill.errors import InputError
 from stepdistill.finite import NonFiniteError
 from stepdistill.parts import part, part_like, shape, whole
 
 MANIFEST = "manifest.json"
+SUFFIX = ".safetensors"
 GIB = 2**30
 
 
@@ -47,7 +50,8 @@ def save(
 
     Args:
         once: where weights are shared out and all processes call this: what runs its argument in the first of them.
-        first: whether this is the first, which puts tensors together and writes them, a file at a time.
+        first: whether this is the first. It writes every file but those of which all write their parts; what is shared
+            out in another way than FSDP's it puts together, a file at a time.
 
     Raises:
         NonFiniteError: a tensor holds a number that is none. OSError, SafetensorError: it cannot be written. Earlier
@@ -56,6 +60,9 @@ def save(
     draft, hashes = once(lambda: _begin(folder, state.step)), {}
     try:
         for name, tensors in _files(state):
+            if part_files.writable(tensors):
+                hashes |= _write_parts(draft / name.removesuffix(SUFFIX), tensors, state.step)
+                continue
             gathered = _gather(tensors, first)
             hashes[name] = once(lambda name=name, gathered=gathered: _write(draft / name, gathered, state.step))
         return once(lambda: _end(folder, draft, state.step, hashes, keep))
@@ -102,10 +109,21 @@ def _write(path: Path, tensors: Mapping[str, Tensor], step: int) -> str:
     return sha256(path)
 
 
+def _write_parts(folder: Path, tensors: Mapping[str, Tensor], step: int) -> dict[str, str]:
+    """Write a file together with the other processes; returns the hashes of all parts."""
+
+    def finish(path: Path) -> str:
+        sync(path)
+        return sha256(path)
+
+    hashes = part_files.write(folder, tensors, lambda parts: _check_finite(folder.name, parts, step), finish)
+    return {f"{folder.name}/{name}": value for name, value in hashes.items()}
+
+
 def _end(folder: Path, draft: Path, step: int, hashes: Mapping[str, str], keep: int) -> Path:
     """Make the draft a checkpoint."""
     (draft / MANIFEST).write_text(json.dumps({"schema": 1, "step": step, "sha256": hashes}, indent=1))
-    for path in (*draft.iterdir(), draft):
+    for path in (*draft.iterdir(), draft):  # parts have been synced by who wrote them
         sync(path)
     final = folder / f"step-{step:06d}"
     if final.exists():
@@ -122,7 +140,7 @@ def _check_finite(name: str, tensors: Mapping[str, Tensor], step: int) -> None:
     """A step can end well and leave weights that no later step can use; they must not become the newest checkpoint."""
     for key, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
-            what = name.removesuffix(".safetensors").replace(".", " ")
+            what = name.removesuffix(SUFFIX).replace(".", " ")
             raise NonFiniteError(f"{what}: {key} holds numbers that are not finite after step {step}")
 
 
@@ -145,7 +163,7 @@ def check_space(folder: Path, state: State, keep: int, best: Path | None = None,
     folders, count, named = [folder], keep + 1, "train.keep_checkpoints"
     if best is not None:
         folders, count, named = [folder, best], count + keep_best, f"{named} + evaluation.keep_best"
-    there = sum(file.stat().st_size for kept in folders for path in _numbered(kept) for file in path.iterdir())
+    there = sum(file.stat().st_size for kept in folders for path in _numbered(kept) for file in path.rglob("*"))
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free, needed = shutil.disk_usage(place).free, count * size - there
     if free < needed:
@@ -180,7 +198,7 @@ def verify(path: Path) -> int:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         hashes, step = dict(manifest["sha256"]), int(manifest["step"])
-        stray = [name for name in hashes if name in ("", "..") or Path(name).name != name]
+        stray = [name for name in hashes if not _within(name)]
         moved = path in _numbered(path.parent) and step != int(path.name[5:])
         if stray or moved or manifest["schema"] != 1 or not hashes:
             raise ValueError
@@ -192,7 +210,16 @@ def verify(path: Path) -> int:
             raise InputError(f"{path}: damaged checkpoint, {name} is missing")
         if sha256(file) != expected:
             raise InputError(f"{path}: damaged checkpoint, {name} does not match its SHA-256")
+    for file in path.glob(f"*/*{SUFFIX}"):  # every one in a folder of parts is read
+        if f"{file.parent.name}/{file.name}" not in hashes:
+            raise InputError(f"{path}: damaged checkpoint, {file.parent.name}/{file.name} is not of it")
     return step
+
+
+def _within(name: str) -> bool:
+    """Whether a manifest's name is that of a file in its folder, or in a folder there."""
+    parts = Path(name).parts
+    return 1 <= len(parts) <= 2 and ".." not in parts and "/".join(parts) == name
 
 
 def latest(folder: Path, report: Any = None) -> Path | None:
@@ -232,13 +259,14 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     states: dict[int, dict[str, Tensor]] = {}
-    for key, value in _tensors(path).items():
+    for key, value in read(path, lambda key: parameters.get(int(key.partition(".")[0]))).items():
         index, _, entry = key.partition(".")
         # A count of steps that is no floating tensor was a plain number (bitsandbytes').
         plain = value.ndim == 0 and not value.is_floating_point()
         states.setdefault(int(index), {})[entry] = value.item() if plain else value
-    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+    for index, parameter in parameters.items():
         moments = {entry: value for entry, value in states.get(index, {}).items() if entry != "step"}
         states |= {index: states[index] | {e: part_like(v, parameter) for e, v in moments.items()}} if moments else {}
     own = optimizer.state_dict()
@@ -252,7 +280,7 @@ def copy_parameters(path: Path, targets: Mapping[str, Tensor]) -> None:
     Raises:
         InputError: it cannot be read, or names or shapes differ.
     """
-    stored = _tensors(path)
+    stored = read(path, targets.get)
     if stored.keys() != targets.keys():
         different = sorted(stored.keys() ^ targets.keys())[0]
         raise InputError(f"{path}: made with other networks than this recipe's (first difference: {different})")
@@ -262,7 +290,23 @@ def copy_parameters(path: Path, targets: Mapping[str, Tensor]) -> None:
         part(target).copy_(part_like(stored[key], target))
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def holds(path: Path) -> bool:
+    """Whether a checkpoint has this file, whole or as a folder of parts."""
+    return path.is_file() or path.with_suffix("").is_dir()
+
+
+def read(path: Path, wanted: Callable[[str], Tensor | None] = lambda name: None) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint's file.
+
+    Args:
+        wanted: by name, what is to be filled; of one that FSDP shares out the answer may be this process's part.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    parts = path.with_suffix("")
+    if parts.is_dir():
+        return part_files.read(parts, wanted)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

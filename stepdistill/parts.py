@@ -24,7 +24,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_like(tensor: Tensor, shard: Tensor) -> Tensor:
-    """Of a whole tensor the part that this process has of ``shard``; the tensor itself beside what is no shard."""
+    """Of a whole tensor the part that this process has of ``shard``.
+
+    The tensor itself beside what is no shard, and where it is a part already.
+    """
+    if isinstance(tensor, DTensor):
+        return tensor
     if isinstance(shard, DTensor):
         return distribute_tensor(tensor.to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None)
     parameter = _zero_parameter(shard)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from stepdistill import checkpoint, part_files
 from stepdistill.distributed import Processes, leave
 from stepdistill.errors import InputError
 from stepdistill.exporting import export
@@ -22,7 +25,7 @@ def fails(work) -> str:
     """What ``work`` raises, in words."""
     try:
         work()
-    except (InputError, RuntimeError) as error:
+    except (InputError, RuntimeError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
@@ -46,6 +49,28 @@ def answers(processes: Processes) -> dict[str, object]:
     }
 
 
+def refused_shards(processes: Processes, folder: Path) -> dict[str, object]:
+    """A number that is none in the last process's shard, and a folder that is a file where it writes."""
+    network = torch.nn.Linear(3, 2 * processes.count)
+    mesh = init_device_mesh("cpu", (processes.count,))
+    fully_shard(network, mesh=mesh)
+
+    def save() -> None:
+        checkpoint.save(folder, checkpoint.State(1, {"student": network}), 1, processes.once, processes.first)
+
+    last, write = processes.rank == processes.count - 1, part_files.WRITER
+    with torch.no_grad():
+        network.weight.to_local().fill_(float("inf") if last else 0.0)
+    answers = {"not finite": fails(save)}
+    with torch.no_grad():
+        network.weight.to_local().zero_()
+    part_files.WRITER = lambda path, **more: write(__file__ if last else path, **more)
+    answers["not writable"] = fails(save)
+    part_files.WRITER = write
+    save()
+    return answers | {"left": sorted(path.name for path in folder.iterdir())}
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     export.call_elsewhere = call_here
@@ -53,5 +78,8 @@ if __name__ == "__main__":
     for recipe in json.loads(place.read_text()):
         train(recipe)
     processes = Processes(Accelerator())
-    Path(f"{place}.{processes.rank}").write_text(json.dumps(answers(processes)))
+    told = answers(processes)
+    if part_files.SUPPORTED:
+        told |= refused_shards(processes, place.parent / "refused")
+    Path(f"{place}.{processes.rank}").write_text(json.dumps(told))
     leave()

@@ -3,16 +3,20 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from diffusers import DiTTransformer2DModel
+from filelock import FileLock
 
-from stepdistill import checkpoint
+import stepdistill
+from stepdistill import checkpoint, part_files
 from stepdistill.distributed import processes_wanted
+from stepdistill.errors import InputError
 from stepdistill.exporting import export
 from stepdistill.generation import run_samples
 from stepdistill.trainer import train
@@ -25,6 +29,7 @@ CASES = {
     "ladd": ({"name": "ladd", "r1": 0.1}, {"batch_size": 8, "accumulation": 2, "gradient_checkpointing": True}),
 }
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.timeout(900)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -34,15 +39,46 @@ def environment(**more: str) -> dict[str, str]:
 def newest(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint."""
     folder = checkpoint.latest(run / "checkpoints")
-    files = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
+    names = {Path(name).parts[0].removesuffix(".safetensors") for name in manifest(folder)}
+    files = {name: checkpoint.read(folder / f"{name}.safetensors") for name in names}
     return {f"{name}/{key}": value for name, tensors in files.items() for key, value in tensors.items()}
+
+
+def manifest(folder: Path) -> list[str]:
+    """The names of a checkpoint's files."""
+    return list(json.loads((folder / checkpoint.MANIFEST).read_text())["sha256"])
+
+
+def train_together(recipes: list[dict], place: Path, processes: int) -> None:
+    """Train every recipe in this many processes, in order; several_processes.py says what else they do."""
+    (place / "recipes.json").write_text(json.dumps(recipes))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(HERE / "several_processes.py"), str(place / "recipes.json")]
+    # Waiting for each other keeps processors busy: those of two test workers would be in each other's way.
+    with FileLock(place.parent.parent / "processes.lock"):
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], several: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == several.keys()
+    apart = distances(one, several)
+    # A row alone rounds otherwise than several, which Adam enlarges where a gradient is nearly nothing at first.
+    assert (apart > 1e-6).double().mean() < 1e-5
+    assert apart.max() < 1e-5
+
+
+def distances(one: dict[str, torch.Tensor], several: dict[str, torch.Tensor]) -> torch.Tensor:
+    # Attention does not change when all keys move alike: their biases' gradient is rounding noise, which Adam enlarges.
+    names = [name for name in one if not name.endswith("to_k.bias")]
+    return torch.cat([(one[name].double() - several[name].double()).abs().flatten() for name in names])
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def runs(request, teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
     """Every case trained by one process in folder CASE-1, by several in CASE-copies and, with shards, in CASE-shards.
 
-    Case gan-shards begins in one process, goes on in several, and ends in one.
+    Case gan-shards begins in one process, goes on in several, and ends in one; several take up ladd-shards twice.
     """
     place = tmp_path_factory.mktemp("runs")
 
@@ -54,16 +90,13 @@ def runs(request, teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
 
     together = [recipe(case, "copies") for case in CASES]
     together += [recipe(case, "shards", steps=2 if case == "gan" else 3) for case in CASES]
-    (place / "recipes.json").write_text(json.dumps(together))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-    command = [*launcher, str(HERE / "several_processes.py"), str(place / "recipes.json")]
+    together.insert(len(CASES), recipe("ladd", "shards", steps=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "call_elsewhere", call_here)
         patch.setattr(run_samples, "TEACHER_STEPS", 2)
         for alone in [*(recipe(case, "1") for case in CASES), recipe("gan", "shards", steps=1)]:
             train(alone)
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
+        train_together(together, place, request.param)
         train(recipe("gan", "shards"))
     return place
 
@@ -72,21 +105,15 @@ def runs(request, teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
 @pytest.mark.parametrize("case", CASES)
 def test_several_processes_train_what_one_does(case, kind, runs):
     one, several = newest(runs / f"{case}-1"), newest(runs / f"{case}-{kind}")
-    assert one.keys() == several.keys()
-    # Attention does not change when all keys move alike: their biases' gradient is rounding noise, which Adam enlarges.
-    names = [name for name in one if not name.endswith("to_k.bias")]
-    apart = torch.cat([(one[name].double() - several[name].double()).abs().flatten() for name in names])
-    # A row alone rounds otherwise than several, which Adam enlarges where a gradient is nearly nothing at first.
-    assert (apart > 1e-6).double().mean() < 1e-5
-    assert apart.max() < 1e-5
+    assert_same_weights(one, several)
     lines = [
         [json.loads(line) for line in (runs / f"{case}-{n}" / "metrics.jsonl").read_text().splitlines()]
         for n in (1, kind)
     ]
     assert [line["step"] for line in lines[1]] == [1, 2, 3]
     for alone, together in zip(*lines, strict=True):
-        # The end of a run shows a preview; case gan ended twice before its end.
-        assert alone["evaluations"] == together["evaluations"] or (case, kind) == ("gan", "shards")
+        # The end of a run shows a preview; two cases ended before their end.
+        assert alone["evaluations"] == together["evaluations"] or (kind == "shards" and case in ("gan", "ladd"))
         for key in alone:
             if "/loss/" in key:
                 assert together[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-6), key
@@ -103,6 +130,47 @@ def test_what_the_processes_tell_each_other(runs):
     assert first["mean"] == {"a": 0.5, "b": 3.0}
     assert first["equal"] == "nothing" and first["unequal"].startswith("RuntimeError: the processes have drifted apart")
     assert "train.batch_size: expected a multiple of processes x train.accumulation (2 x 1), found 3" in first["odd"]
+
+
+@pytest.mark.skipif(not part_files.SUPPORTED, reason="needs torch 2.9")
+@pytest.mark.parametrize("runs", [2], indirect=True)
+def test_each_process_writes_the_shards_that_it_has(runs, tmp_path):
+    folder = checkpoint.latest(runs / "ladd-shards" / "checkpoints")
+    parts = sorted(name for name in manifest(folder) if name.startswith("student/"))
+    assert parts == [f"student/shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)]
+    first, second = ((folder / part).stat().st_size for part in parts)
+    assert first == pytest.approx(second, rel=0.1)
+    lora = checkpoint.latest(runs / "lcm-lora-shards" / "checkpoints")
+    assert "student.safetensors" in manifest(lora)  # adapters are copies
+
+    stepdistill.export(runs / "ladd-shards", tmp_path / "export")
+    exported = DiTTransformer2DModel.from_pretrained(tmp_path / "export" / "transformer")
+    stored = checkpoint.read(folder / "student.average.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in exported.named_parameters())
+
+    damaged = shutil.copytree(folder, tmp_path / folder.name)
+    content = bytearray((damaged / parts[1]).read_bytes())
+    content[-1] ^= 1
+    (damaged / parts[1]).write_bytes(content)
+    with pytest.raises(InputError, match=f"damaged checkpoint, {parts[1]} does not match its SHA-256"):
+        checkpoint.verify(damaged)
+    content[-1] ^= 1
+    (damaged / parts[1]).write_bytes(content)
+    checkpoint.verify(damaged)
+    (damaged / "student" / "shard-3.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"damaged checkpoint, student/shard-3\.safetensors is not of it"):
+        checkpoint.verify(damaged)
+
+
+@pytest.mark.skipif(not part_files.SUPPORTED, reason="needs torch 2.9")
+@pytest.mark.parametrize("runs", [2], indirect=True)
+def test_what_goes_wrong_with_one_processs_shards_is_raised_in_all(runs):
+    first, second = (json.loads((runs / f"recipes.json.{rank}").read_text()) for rank in (0, 1))
+    assert first["not finite"] == "NonFiniteError: student: weight holds numbers that are not finite after step 1"
+    assert first["not writable"].startswith("FileExistsError: ")
+    for answer in ("not finite", "not writable", "left"):
+        assert first[answer] == second[answer]
+    assert first["left"] == ["step-000001"]
 
 
 def test_a_launched_run_ends_with_one_line_and_the_code_of_a_wrong_input(teacher, tmp_path):  # noqa: F811

@@ -152,7 +152,7 @@ def load_student(session: Session, path: Path) -> int:
     """Put the weights to be exported into the student: the moving average if the run kept one. Returns the step."""
     step = checkpoint.verify(path)
     average = path / "student.average.safetensors"
-    source = average if average.is_file() else path / "student.safetensors"
+    source = average if checkpoint.holds(average) else path / "student.safetensors"
     roles = session.method.roles
     checkpoint.copy_parameters(source, dict(roles.student.network.named_parameters()))
     for name in session.method.exported:
