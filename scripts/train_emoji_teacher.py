@@ -146,7 +146,7 @@ def train_decoder(images: Tensor, work: Path, steps: int, batch: int, device: to
     latents = encode_all(images, work, device)
     vae = trained_vae(work, device, "vae").to(memory_format=torch.channels_last)
     parameters = {name: p for name, p in vae.named_parameters() if name.startswith(("decoder.", "post_quant_conv."))}
-    averaged = Averaged(parameters, torch.optim.AdamW(parameters.values(), weight_decay=0.0), decay=0.999)
+    averaged = Averaged(parameters, Muon(parameters, ("conv_in", "conv_out"), weight_decay=0.0), decay=0.999)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(images), (batch,), generator=generator)
