@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -49,8 +50,9 @@ def answers(processes: Processes) -> dict[str, object]:
     }
 
 
-def refused_shards(processes: Processes, folder: Path) -> dict[str, object]:
-    """A number that is none in the last process's shard, and a folder that is a file where it writes."""
+def written_shards(processes: Processes, folder: Path) -> dict[str, object]:
+    """A number that is none in the last process's shard, a folder that is a file where it writes, and a torch that
+    cannot write shards."""
     network = torch.nn.Linear(3, 2 * processes.count)
     mesh = init_device_mesh("cpu", (processes.count,))
     fully_shard(network, mesh=mesh)
@@ -67,8 +69,13 @@ def refused_shards(processes: Processes, folder: Path) -> dict[str, object]:
     part_files.WRITER = lambda path, **more: write(__file__ if last else path, **more)
     answers["not writable"] = fails(save)
     part_files.WRITER = write
+    answers["left"] = processes.once(lambda: [path.name for path in folder.iterdir()])
+    with torch.no_grad():
+        network.weight.to_local().fill_(processes.rank)
+    part_files.SUPPORTED = False
     save()
-    return answers | {"left": sorted(path.name for path in folder.iterdir())}
+    weight = load_file(folder / "step-000001" / "student.safetensors")["weight"]
+    return answers | {"put together": weight[:, 0].tolist()}
 
 
 if __name__ == "__main__":
@@ -80,6 +87,6 @@ if __name__ == "__main__":
     processes = Processes(Accelerator())
     told = answers(processes)
     if part_files.SUPPORTED:
-        told |= refused_shards(processes, place.parent / "refused")
+        told |= written_shards(processes, place.parent / "written")
     Path(f"{place}.{processes.rank}").write_text(json.dumps(told))
     leave()
