@@ -4,6 +4,7 @@ Image i is of class i modulo the number of classes and its noise depends on (see
 sees the same requests and no row depends on batch size or device count.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from stepdistill.eval.report import VERDICT_METRIC, Report, Role, Row, Verdict, 
 from stepdistill.eval.row_cache import RowCache, cache_folder, row_key
 from stepdistill.eval.standard import is_standard
 from stepdistill.fitting import Model, fit
+from stepdistill.generation.drawing import digest
 from stepdistill.generation.generate import decode, generate, passes
 from stepdistill.generation.sampling_cost import sampling_cost
 from stepdistill.generation.solvers import solver_runs
@@ -40,7 +42,7 @@ from stepdistill.sources import (
     read_all,
     training_curves,
 )
-from stepdistill.standard_bench import standard_bench
+from stepdistill.standard_bench import runnable, standard_bench
 
 TEACHER_STEPS = 50
 PICTURES_PER_CLASS = 4
@@ -79,9 +81,10 @@ class Bench:
     device: torch.device
     progress: Progress | None = None
     complete: bool = False
+    remarks: list[str] = field(default_factory=list)
     rows: dict[str, Row] = field(default_factory=dict)
     samplings: dict[str, Sampling] = field(default_factory=dict)
-    models: dict[tuple[str, Rule], Model] = field(default_factory=dict)
+    models: dict[tuple[str, Rule, str], Model] = field(default_factory=dict)
 
     @property
     def protocol(self) -> Protocol:
@@ -89,6 +92,7 @@ class Bench:
 
     def key(self, sampling: Sampling) -> str:
         """The cache key of a row."""
+        told = sampling.model.trace.told
         return row_key(
             weights=sampling.model.weights,
             scheduler=sampling.scheduler,
@@ -96,23 +100,28 @@ class Bench:
             guidance=sampling.guidance,
             seed=self.seed,
             samples=self.samples,
-            protocol=self.protocol.digest,
+            protocol=digest(self.protocol.digest, told) if told else self.protocol.digest,
             rule=rule_text(sampling.model.trace.denoiser.rule) if sampling.guidance != 1 else "",
         )
 
-    def model(self, path: str, revision: str | None = None, rule: Rule = Rule()) -> Model:
+    def model(self, path: str, revision: str | None = None, rule: Rule = Rule(), *, like: str | None = None) -> Model:
         """The pipeline at ``path``, traced once; under guidance's ``rule``.
+
+        Args:
+            like: an export whose recipe says with what arguments the pipeline is called; None: its own.
 
         Raises:
             InputError: it cannot be loaded or traced, or does not make what the protocol measures.
         """
-        if (path, rule) not in self.models:
+        arguments = export_arguments(like or path)
+        key = path, rule, json.dumps(arguments, sort_keys=True)
+        if key not in self.models:
             pipeline = load_pipeline(path, revision)
             if self.device.type != "cpu":
                 pipeline.to(self.device)
-            traced = under(trace(pipeline, export_arguments(path)), rule)
-            self.models[path, rule] = fit(traced, self.protocol, path, self.device)
-        return self.models[path, rule]
+            traced = under(trace(pipeline, arguments), rule)
+            self.models[key] = fit(traced, self.protocol, path, self.device)
+        return self.models[key]
 
     def row(self, sampling: Sampling) -> Row:
         """The row of a sampling: from this benchmark, from the cache, or measured now."""
@@ -258,6 +267,7 @@ def bench(
         floor=state.floor(),
         rows=list(state.rows.values()),
         verdict=verdicts,
+        remarks=state.remarks,
     )
     if out is not None:
         report.pictures = [_picture(state, sampling) for sampling in grids.values()]
@@ -280,11 +290,12 @@ def _measure_source(
         return [teacher, *_best([pair for pair in rows if pair[0].role == "solver"])], None
     facts = source.facts
     rule = stated_rule(facts)
-    original = state.model(facts["teacher"], facts.get("revision"), rule)
+    original = state.model(facts["teacher"], facts.get("revision"), rule, like=source.pipeline)
     scale, trained = float(facts["guidance"]), int(facts["steps"])
     if trained not in steps:
         steps = sorted([*steps, trained])
-    _check_steps(source, model, steps)
+    steps, remark = runnable(source.label, model.trace, steps, trained)
+    state.remarks += remark
     students = [Sampling(source.label, "student", model, model.scheduler, n) for n in steps]
     measured = {sampling.steps: (sampling, state.row(sampling)) for sampling in students}
     name = f"{Path(facts['teacher']).name} w={scale:g}{rule_text(rule)}"
@@ -342,16 +353,6 @@ def real_images(protocol: Protocol) -> tuple[Tensor, Tensor] | None:
         return fashion_mnist.load("test")
     except FileNotFoundError:
         return None
-
-
-def _check_steps(source: Source, model: Model, steps: Sequence[int]) -> None:
-    """Few-step schedulers refuse more steps than they were made for; say so before anything is measured."""
-    for number in steps:
-        try:
-            model.scheduler.set_timesteps(number)
-        except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"steps: {source.pipeline} cannot run {number} steps: {reason}") from error
 
 
 def _has_classes(state: Bench, sampling: Sampling) -> bool:

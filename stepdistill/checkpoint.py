@@ -130,7 +130,8 @@ def _end(folder: Path, draft: Path, step: int, hashes: Mapping[str, str], keep: 
         shutil.rmtree(final)
     draft.rename(final)
     sync(folder)
-    for old in _numbered(folder)[:-keep]:
+    # The one just written stays, whatever numbers are there.
+    for old in (path for path in _numbered(folder)[:-keep] if path != final):
         # Under another name first: what a kill leaves of it is never taken for a checkpoint.
         shutil.rmtree(old.rename(folder / f".writing-{old.name}"))
     return final
@@ -235,6 +236,46 @@ def latest(folder: Path, report: Any = None) -> Path | None:
     return None
 
 
+def adopt(path: Path, folder: Path) -> Path:
+    """A checkpoint among those in ``folder``, by hard links where the disk has them: no file of one is ever changed.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    own = folder / f"step-{verify(path):06d}"
+    if own.exists():
+        if own.samefile(path):
+            return own
+        _renamed(own)
+    draft = folder / f".writing-{own.name}"
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(path, draft, copy_function=_linked)
+    draft.rename(own)
+    sync(folder)
+    return own
+
+
+def _linked(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def set_aside(folder: Path, after: Path | None) -> list[Path]:
+    """Rename the checkpoints in ``folder`` after that one (None: all): none outranks what is trained from it."""
+    numbered = _numbered(folder)
+    return [_renamed(path) for path in (numbered[numbered.index(after) + 1 :] if after else numbered)]
+
+
+def _renamed(path: Path) -> Path:
+    number = 1
+    while (other := path.with_name(f"replaced-{number}-{path.name}")).exists():
+        number += 1
+    return path.rename(other)
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with open(path, "rb") as file:
@@ -249,13 +290,19 @@ def _digest(file: Any) -> str:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+    found = (path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Adam's state as flat tensors, keyed by the parameter's position; learning rates follow from the recipe."""
-    states = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": torch.as_tensor(value) for i, state in states.items() for key, value in state.items()}
+    tensors = {}
+    for i, state in optimizer.state_dict()["state"].items():
+        # bitsandbytes puts some of a parameter's state into a dict of its own, and takes it without.
+        nested = (more for more in state.values() if isinstance(more, dict))
+        flat = {key: value for one in (state, *nested) for key, value in one.items() if not isinstance(value, dict)}
+        tensors |= {f"{i}.{key}": torch.as_tensor(value) for key, value in flat.items()}
+    return tensors
 
 
 def _restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:

@@ -20,12 +20,12 @@ from stepdistill.bench import TEACHER_STEPS
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid, png_data_uri
 from stepdistill.generation.drawing import Sampler, draw
-from stepdistill.generation.generate import set_up
+from stepdistill.generation.generate import can_run
 from stepdistill.generation.sampling import inspect
 from stepdistill.guidance import stated_rule
 from stepdistill.pipeline.conditioning import class_names, unread
-from stepdistill.pipeline.load import export_arguments, source
-from stepdistill.pipeline.trace import Trace, at_guidance, under
+from stepdistill.pipeline.load import export_adapter, export_arguments, source
+from stepdistill.pipeline.trace import asked_for, under
 from stepdistill.sources import read_source
 from stepdistill.text_files import read_text
 
@@ -148,14 +148,15 @@ def load_demo(student: str | Path, teacher: str | Path | None = None) -> Demo:
     facts, arguments = found.facts, export_arguments(found.pipeline)
     place, revision = (facts["teacher"], facts.get("revision")) if teacher is None else (str(teacher), None)
     scale = float(facts["guidance"])
-    original, distilled = _at(inspect(place, revision, arguments), scale), _at(inspect(found.pipeline), scale)
+    original = asked_for(inspect(place, revision, arguments, export_adapter(found.pipeline)), scale)
+    distilled = asked_for(inspect(found.pipeline), scale)
     if (original.latent_shape, original.entry) != (distilled.latent_shape, distilled.entry):
         raise InputError(f"demo: expected the teacher of {student}, found {place}, which draws something else")
     original = under(original, stated_rule(facts))
     w = 1.0 if original.guidance.kind in ("embedded", "none") else scale
     samplers = [Sampler(Path(place).name, "teacher", original, "", (), TEACHER_STEPS, w)]
     for steps in sorted({*STEPS, facts["steps"]}):
-        if steps == facts["steps"] or _can_run(distilled, steps):
+        if steps == facts["steps"] or can_run(distilled, steps):
             samplers.append(Sampler(found.label, "student", distilled, "", (), steps, 1.0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for traced in (original, distilled):
@@ -201,17 +202,3 @@ def _figure(sampler: Sampler, drawn: Drawn | None) -> str:
         cost += f" · NFE {drawn.nfe} · {drawn.seconds:.2f} s"
     caption = f"<b>{sampler.role.capitalize()}</b><br>{cost}"
     return f'<figure><div class="frame">{picture}</div><figcaption>{caption}</figcaption></figure>'
-
-
-def _at(trace: Trace, scale: float) -> Trace:
-    """With guidance inside the network: at the scale that the student was made for."""
-    return at_guidance(trace, scale) if trace.guidance.kind == "embedded" and scale != 1 else trace
-
-
-def _can_run(trace: Trace, steps: int) -> bool:
-    """Few-step schedulers refuse more steps than they were made for."""
-    try:
-        set_up(trace, trace.pipeline.scheduler, steps)
-    except InputError:
-        return False
-    return True

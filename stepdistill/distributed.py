@@ -30,6 +30,11 @@ def processes_wanted(stated: int | None) -> int:
     return stated or max(1, torch.cuda.device_count())
 
 
+def apple_gpu() -> bool:
+    """Whether accelerate would choose an Apple GPU, which has no float64, in which times are: the CPU runs instead."""
+    return torch.backends.mps.is_available()
+
+
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Run ``stepdistill`` with these arguments in several processes on this machine; returns the exit code.
 

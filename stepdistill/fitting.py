@@ -47,7 +47,8 @@ def check_fit(traced: Trace, protocol: Protocol, path: str) -> None:
     # Not "exactly": a stock DiT folder may have lost its labels, and then counts the classes it could embed.
     if (found := class_count(traced)) < len(protocol.labels):
         kind = type(traced.pipeline).__name__
-        raise InputError(f"{path}: protocol {protocol.id} expects {len(protocol.labels)} classes, {kind} has {found}")
+        expected = f"protocol {protocol.id} expects {len(protocol.labels)} classes, {kind} has {found}"
+        raise InputError(f"{path}: {expected}; --protocol teacher-fid-5k-v1 measures any pipeline")
     device = next(traced.denoiser.network.parameters()).device
     probe = decode(traced, torch.zeros(1, *traced.latent_shape, device=device))
     if tuple(probe.shape[1:]) != protocol.image:

@@ -231,7 +231,7 @@ def _turns(
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
             batch.turn = turn
-            with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16", cache_enabled=False):
                 losses = method.losses(player, batch)
             if len(losses) > 1:
                 # Steps that are logged measure each term's gradient first.

@@ -34,7 +34,7 @@ def prepare_folder(folder: Path, recipe: Recipe, safe: bool) -> Path | None:
         if written.exists():
             _set_aside(folder)
     elif recipe.resume != "auto":
-        start = _checkpoint_in(Path(recipe.resume))
+        start = checkpoint.adopt(_checkpoint_in(Path(recipe.resume)), folder / "checkpoints")
     elif written.exists():
         if different := _difference(load(written, safe=safe), recipe):
             raise InputError(
@@ -42,9 +42,13 @@ def prepare_folder(folder: Path, recipe: Recipe, safe: bool) -> Path | None:
                 "choose another output, or resume=never to move that run aside"
             )
         start = checkpoint.latest(folder / "checkpoints", say)
+    if newer := checkpoint.set_aside(folder / "checkpoints", after=start):
+        told = ", ".join(path.name for path in newer)
+        say(f"{folder / 'checkpoints'}: newer or damaged ones have other names now, delete them when you like: {told}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(written, recipe.to_yaml())
+        # Who starts this one again wants it to go on from where it stopped, not from where it started.
+        write_text(written, recipe.model_copy(update={"resume": "auto"}).to_yaml())
     except OSError as error:
         raise InputError(f"output: {folder} cannot be written: {error.strerror}") from None
     return start

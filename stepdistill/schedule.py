@@ -305,9 +305,12 @@ def from_scheduler(scheduler: Any) -> tuple[Schedule, Kind]:
         # Their "epsilon" is the raw output between EDM's skip and scale, their v its negative.
         kind: Kind = "edm" if declared == "epsilon" else kinds[declared]
         return ScaledEDMSchedule(levels, config["sigma_data"]), kind
-    schedule = VPSchedule(scheduler.alphas_cumprod)
-    # Some schedulers lift a rescaled table's zero a little; the cosine table ends at 2e-9 and is none of them.
-    zero_snr = config.get("rescale_betas_zero_snr") or float(schedule.alphas_cumprod[-1]) < 1e-12
+    table = torch.as_tensor(scheduler.alphas_cumprod).clone()
+    # The cosine table ends at 2e-9 and is none of them.
+    zero_snr = config.get("rescale_betas_zero_snr") or float(table[-1]) < 1e-12
+    if zero_snr:
+        table[-1] = 0.0  # Euler's and others lift it a little; the schedulers of few steps do not
+    schedule = VPSchedule(table)
     if kinds[declared] == "epsilon" and zero_snr:
         raise InputError("epsilon prediction at zero terminal SNR has no x_0; the teacher needs v prediction")
     return schedule, kinds[declared]
@@ -315,7 +318,8 @@ def from_scheduler(scheduler: Any) -> tuple[Schedule, Kind]:
 
 def _tells_log_sigma(scheduler: Any) -> bool:
     """Whether timesteps are log(sigma)/4, as EDM tells its networks the noise."""
-    sigmas, timesteps = (torch.as_tensor(getattr(scheduler, name, ())).double() for name in ("sigmas", "timesteps"))
+    told = (getattr(scheduler, name, None) for name in ("sigmas", "timesteps"))  # PNDM's are None until they are set
+    sigmas, timesteps = (torch.as_tensor(() if one is None else one).double() for one in told)
     if not 0 < len(timesteps) <= len(sigmas) or sigmas[0] <= 0:
         return False
     return bool((timesteps[0] - sigmas[0].log() / 4).abs() < 1e-4)

@@ -21,7 +21,7 @@ from stepdistill.generation.latents import decoder, encode_images, image_shape
 from stepdistill.methods.base import DistillMethod, Roles
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries, rest_encoders, unread
 from stepdistill.pipeline.load import is_export, load_pipeline
-from stepdistill.pipeline.trace import Trace, at_guidance, trace, under
+from stepdistill.pipeline.trace import Trace, asked_for, trace, under
 from stepdistill.progress import say
 from stepdistill.pruning import pruned
 from stepdistill.recipe import Recipe
@@ -78,7 +78,12 @@ class Session:
 
 
 def build(
-    recipe: Recipe, device: torch.device, cache: Path | None = None, with_data: bool = True, shared: bool = False
+    recipe: Recipe,
+    device: torch.device,
+    cache: Path | None = None,
+    with_data: bool = True,
+    shared: bool = False,
+    prompts: int | None = None,
 ) -> Session:
     """Load and trace the teacher, encode conditions and images, build roles and method.
 
@@ -87,6 +92,7 @@ def build(
         with_data: False leaves images and trajectories out (export needs none).
         shared: copies of the teacher stay in the host's memory, to be shared out among processes from there
             (:func:`stepdistill.sharding.share_out`); :meth:`Session.prepare` is to be called after that.
+        prompts: encode only the first so many; None: all.
 
     Raises:
         InputError: whatever the recipe asks for and the pipeline or data cannot give.
@@ -99,10 +105,9 @@ def build(
     traced = trace(pipeline, recipe.teacher.arguments)
     _switch(traced.denoiser.network, recipe)
     scale = recipe.teacher.guidance.scale
+    traced = asked_for(traced, scale)
     if traced.guidance.kind == "embedded":
-        # The scale is an input of the network, and there is nothing beside it to distil.
-        traced = traced if scale == 1 else at_guidance(traced, scale)
-        scale = 1.0
+        scale = 1.0  # it is an input of the network, and there is nothing beside it to distil
     implementation, config, data = recipe.method.implementation, recipe.method.config, recipe.data
     needs, real = implementation.data_needs(config), None
     if with_data and needs.images:
@@ -119,7 +124,10 @@ def build(
         _, told, pictures = real
     else:
         told = list(dict.fromkeys(real[1]))
-    conditioning = encode(traced, asked := entries(traced, told), cache, pictures).to(device)
+    asked = entries(traced, told)
+    if prompts is not None and traced.entry == "prompt":
+        asked, pictures = asked[:prompts], pictures and pictures[:prompts]
+    conditioning = encode(traced, asked, cache, pictures).to(device)
     if with_data and (cut := unread(traced, asked)):
         prompt, end = max(cut.items(), key=lambda one: len(one[1]))
         longer = f"{len(cut)} of {len(asked)} prompts are longer than the pipeline reads"

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from stepdistill.distributed import apple_gpu
 from stepdistill.errors import InputError
 from stepdistill.eval.also import also_files, also_labels, check_also, load_also
 from stepdistill.eval.pictures import image_grid, shrunk
@@ -30,10 +31,11 @@ from stepdistill.eval.standard import (
 from stepdistill.eval.standard_measure import RealSide, ViewRows, load_view
 from stepdistill.extras import Extras
 from stepdistill.generation.drawing import Sampler
-from stepdistill.generation.generate import set_up
+from stepdistill.generation.generate import can_run, set_up
 from stepdistill.generation.solvers import solver_runs
 from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.kernels import Rule
+from stepdistill.pipeline.trace import Trace
 from stepdistill.real_rows import SHUFFLED, real_images, reconstructions
 from stepdistill.sources import (
     Progress,
@@ -82,7 +84,7 @@ def standard_bench(
     if not 1 <= batch <= SHARD:
         raise InputError(f"batch: expected a number from 1 to {SHARD}, found {batch}")
     found = read_all([sources] if isinstance(sources, str | Path) else sources)
-    processes = PartialState(timeout=timedelta(days=1))  # one process measures while the others wait
+    processes = PartialState(cpu=apple_gpu(), timeout=timedelta(days=1))  # one process measures while the others wait
     files = [*_files(spec), *also_files(also)]
     with processes.main_process_first():
         hashes = obtain(files, data, offline=offline)
@@ -148,11 +150,15 @@ def _measure_source(
         scale = float(facts["guidance"]) if stated is None else stated
         rule = stated_rule(facts) if stated is None else Rule()
     real = {view: state.reference(view) for view in protocol.views} if protocol.reference else None
-    teacher = state.sampler(name, "teacher", path, protocol.teacher.steps, scale, revision, rule)
-    if teacher.guidance != scale:
-        kind = type(teacher.trace.pipeline).__name__
+    like = None if facts is None else source.pipeline
+    teacher = state.sampler(name, "teacher", path, protocol.teacher.steps, scale, revision, rule, like=like)
+    kind, guided = type(teacher.trace.pipeline).__name__, teacher.trace.guidance
+    if guided.kind == "embedded":
+        report.remarks.append(f"{name}: {kind} takes its guidance as an input of its network, here {guided.scale:g}.")
+    elif teacher.guidance != scale:
         report.remarks.append(f"{name}: {kind} has no guidance of w = {scale:g} outside its network; it runs without.")
-    teacher = replace(teacher, name=f"{name} w={teacher.guidance:g}{rule_text(rule)}")
+    stated = guided.scale if guided.kind == "embedded" else teacher.guidance
+    teacher = replace(teacher, name=f"{name} w={stated:g}{rule_text(rule)}")
     if isinstance(protocol.reference, ShippedReference):
         _bounds(state, report, teacher, name, real)
     teacher_row, views = _add(state, report, teacher, real, None)
@@ -172,14 +178,26 @@ def _measure_source(
     if facts is None:
         return
     del teacher, samplers, stock, best  # the teacher's weights are not needed beside the student's
-    student = state.sampler(source.label, "student", source.pipeline, trained, 1.0)
-    for number in sorted({*steps, trained}):
+    scale = float(facts["guidance"])
+    student = state.sampler(source.label, "student", source.pipeline, trained, 1.0, inside=scale)
+    steps, remark = runnable(source.label, student.trace, sorted({*steps, trained}), trained)
+    report.remarks += remark
+    for number in steps:
         sampler = replace(student, steps=number)
         row, views = _add(state, report, sampler, real, folder)
         _show(state, report, sampler, row, views)
         if number == trained and protocol.reference:
             conclusion = verdict(row, teacher_row, solver_rows, report.labels)
             report.verdict += [conclusion] if conclusion else []
+
+
+def runnable(label: str, trace: Trace, steps: Sequence[int], trained: int) -> tuple[list[int], list[str]]:
+    """(the numbers of steps that a student can run, a remark on those that it cannot)."""
+    able = [number for number in steps if number == trained or can_run(trace, number)]
+    if not (rest := [str(number) for number in steps if number not in able]):
+        return able, []
+    made = f"its {type(trace.pipeline.scheduler).__name__} was made for {trained}"
+    return able, [f"{label}: no row at {' and '.join(rest)} steps; {made} and takes no more."]
 
 
 def _bounds(state: StandardBench, report: Report, teacher: Sampler, name: str, real: dict[str, RealSide]) -> None:
@@ -226,7 +244,7 @@ def _show(state: StandardBench, report: Report, sampler: Sampler, row: Row, view
     if row.role != "solver":
         report.worst += _worst(views, Shards(folder / "images", state.samples), caption)
     if spread:
-        repeats = state.repeats(sampler).all("images")
+        repeats = state.repeat_shards(sampler).all("images")  # made with the row: no other process is waiting here
         several = [p + k * spread.prompts for p in range(min(6, spread.prompts)) for k in range(spread.images)]
         report.strips.append((caption, image_grid(shrunk(repeats[several]), columns=spread.images)))
 

@@ -39,8 +39,8 @@ from stepdistill.generation.latents import image_shape
 from stepdistill.generation.sampling_cost import sampling_cost
 from stepdistill.kernels import Rule
 from stepdistill.pipeline.conditioning import encode, entries
-from stepdistill.pipeline.load import export_arguments, load_pipeline
-from stepdistill.pipeline.trace import trace, under
+from stepdistill.pipeline.load import export_adapter, export_arguments, load_pipeline
+from stepdistill.pipeline.trace import asked_for, trace, under
 from stepdistill.sources import Progress
 
 REPEAT_OFFSET = 10**8
@@ -79,16 +79,25 @@ class StandardBench:
         guidance: float,
         revision: str | None = None,
         rule: Rule = Rule(),
+        *,
+        like: str | None = None,
+        inside: float | None = None,
     ) -> Sampler:
         """The pipeline at ``path``, traced, with the protocol's prompts or its own classes.
 
         One whose guidance is inside its network, or that has none, runs at ``guidance`` 1.
 
+        Args:
+            like: an export whose recipe says with what arguments and IP-Adapter the pipeline is called; None: its own.
+            inside: the scale of guidance inside the network; None: ``guidance``.
+
         Raises:
             InputError: it cannot be loaded or traced, or takes what the protocol or a metric does not.
         """
-        pipeline = load_pipeline(path, revision).to(self.device)
-        traced = under(trace(pipeline, export_arguments(path)), rule)
+        adapter = export_adapter(like or path)
+        pipeline = load_pipeline(path, revision, ip_adapter=adapter).to(self.device)
+        traced = trace(pipeline, export_arguments(like or path))
+        traced = under(asked_for(traced, guidance if inside is None else inside), rule)
         kind, protocol = ("prompts" if traced.entry == "prompt" else "classes"), self.protocol
         if protocol.conditions not in (kind, "any"):
             found = type(pipeline).__name__
@@ -105,7 +114,10 @@ class StandardBench:
                 raise InputError(f"{path}: protocol {protocol.id} measures RGB images of {size} px, found {found}")
         guides = traced.guidance.kind in ("batched", "two_calls")
         scale = guidance if guides else 1.0
-        sampler = Sampler(name, role, traced, weights_digest(pipeline), tuple(wanted), steps, scale)
+        weights = weights_digest(pipeline)
+        if adapter is not None:  # no state dict holds its weights
+            weights = digest(weights, adapter.model_dump())
+        sampler = Sampler(name, role, traced, weights, tuple(wanted), steps, scale)
         self.extras.check(sampler)
         return sampler
 
@@ -125,8 +137,7 @@ class StandardBench:
 
     def repeats(self, sampler: Sampler) -> Shards:
         """Further samples: the first prompts, several images each, on noise of their own."""
-        spread = self.protocol.diversity
-        shards = Shards(self.folder(sampler) / f"repeats-{spread.prompts}", spread.prompts * spread.images)
+        shards, spread = self.repeat_shards(sampler), self.protocol.diversity
 
         def make(indices: range) -> dict[str, Tensor]:
             numbers = [index % spread.prompts for index in indices]
@@ -134,6 +145,11 @@ class StandardBench:
             return {"images": draw(sampler, numbers, first, seed=self.seed, batch=self.batch)}
 
         return self.fill(shards, make, f"{sampler.name}, {sampler.steps} steps: repeats")
+
+    def repeat_shards(self, sampler: Sampler) -> Shards:
+        """Where :meth:`repeats` lie."""
+        spread = self.protocol.diversity
+        return Shards(self.folder(sampler) / f"repeats-{spread.prompts}", spread.prompts * spread.images)
 
     def rows(self, images: Shards, view: str, folder: Path) -> Shards:
         """A view's rows of image shards, beside them in ``folder``."""
@@ -167,7 +183,9 @@ class StandardBench:
         key = digest(self.hashes[spec.file], self.view_digest(view))
         shards = Shards(self.cache / "references" / key[:32], count)
         self.fill(shards, features_of(read, network, self.device, load), f"reference: {view}")
-        return RealSide(moments or _kept_moments(shards), lambda: shards.all("rows"))
+        with self.processes.main_process_first():  # it writes them, the others read them
+            moments = moments or _kept_moments(shards)
+        return RealSide(moments, lambda: shards.all("rows"))
 
     def view_digest(self, view: str) -> str:
         """Of what decides a view's rows."""

@@ -23,13 +23,16 @@ from stepdistill import checkpoint
 from stepdistill.bench import bench
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Denoiser
-from stepdistill.distributed import Processes
+from stepdistill.distributed import Processes, apple_gpu
+from stepdistill.errors import InputError
+from stepdistill.eval.protocol import load_protocol
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.evaluation import BEST, Evaluation, ranked
 from stepdistill.exporting.card import fill_in_quality
 from stepdistill.exporting.export import export
 from stepdistill.faults import explained
 from stepdistill.finite import FiniteWatch
+from stepdistill.fitting import check_fit
 from stepdistill.generation.preview import Preview
 from stepdistill.moving_average import MovingAverage
 from stepdistill.optimizer import learning_rate, make_optimizer, only_moving
@@ -74,7 +77,7 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
 def _train(recipe: Recipe, safe: bool) -> RunResult:
     folder = Path(recipe.output)
     tracker = None if recipe.train.tracker == "none" else recipe.train.tracker
-    accelerator = Accelerator(log_with=tracker, project_dir=str(folder))
+    accelerator = Accelerator(cpu=apple_gpu(), log_with=tracker, project_dir=str(folder))
     processes = Processes(accelerator)
     recipe = as_launched(recipe, accelerator, safe)
     if not processes.first:
@@ -94,12 +97,14 @@ def _train(recipe: Recipe, safe: bool) -> RunResult:
             session.prepare()
         if start is None:
             check_conventions(session)
+        measured = processes.first and _can_report(session)
         step, interrupted = Trainer(session, accelerator, folder, shards).run(start)
         if not interrupted and processes.first:
             heartbeat(folder, step, "exporting")
             export(folder, folder / "export")
-            heartbeat(folder, step, "measuring")
-            report = _write_report(folder, recipe)
+            if measured:
+                heartbeat(folder, step, "measuring")
+                report = _write_report(folder, recipe)
             heartbeat(folder, step, "done")
     except KeyboardInterrupt:  # outside the loop, which takes signals itself: nothing half done is kept
         interrupted = True
@@ -108,10 +113,21 @@ def _train(recipe: Recipe, safe: bool) -> RunResult:
     return RunResult(folder, step, interrupted, report)
 
 
-def _write_report(folder: Path, recipe: Recipe) -> Path | None:
-    """Measure the exported student, and put the table on its card; None where the recipe wants no report."""
+def _can_report(session: Session) -> bool:
+    """Whether a report is wanted, and the embedded protocol measures such a pipeline: else a line says what does."""
+    recipe = session.recipe
     if not recipe.report.samples:
-        return None
+        return False
+    try:
+        check_fit(session.trace, load_protocol(), recipe.teacher.pipeline)
+    except InputError as error:
+        say(f"no report at the end: {error}")
+        return False
+    return True
+
+
+def _write_report(folder: Path, recipe: Recipe) -> Path:
+    """Measure the exported student, and put the table on its card."""
     wanted, out = recipe.report, folder / "report"
     with WorkProgress() as progress:
         report = bench(
@@ -328,8 +344,9 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(train, step, self._peak_rate(player))
         backward = optimizer.backward if self.zero else Tensor.backward
-        # Its cache would keep a copy of every weight that is put together only while it is needed.
-        settings = {"enabled": train.precision == "bf16", "cache_enabled": not self.shards}
+        # A cache of cast weights would give a pass with gradients the copies that a rollout made without (older torch:
+        # no weight gets any), and keep one of every weight that is put together only while it is needed.
+        settings = {"enabled": train.precision == "bf16", "cache_enabled": False}
         half = torch.autocast(self.accelerator.device.type, torch.bfloat16, **settings)
         with only_moving(parameters):
             for number, batch in enumerate(batches):

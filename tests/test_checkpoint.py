@@ -47,6 +47,34 @@ def test_keeps_the_newest(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000004"]
 
 
+def test_the_one_just_written_stays_whatever_is_there(tmp_path):
+    checkpoint.save(tmp_path, make_state(200), keep=1)
+    (tmp_path / "step-000200" / "manifest.json").write_text("{}")
+    assert checkpoint.save(tmp_path, make_state(10), keep=1).is_dir()
+    assert checkpoint.latest(tmp_path).name == "step-000010"
+
+
+def test_what_is_newer_than_the_start_is_set_aside_and_kept(tmp_path):
+    for step in (1, 2, 1_000_000):
+        checkpoint.save(tmp_path, make_state(step), keep=3)
+    start, *newer = (tmp_path / f"step-{step:06d}" for step in (1, 2, 1_000_000))
+    assert checkpoint.latest(tmp_path) == newer[1]
+    moved = checkpoint.set_aside(tmp_path, start)
+    assert [path.name for path in moved] == ["replaced-1-step-000002", "replaced-1-step-1000000"]
+    assert checkpoint.latest(tmp_path) == start and checkpoint.set_aside(tmp_path, start) == []
+    assert checkpoint.set_aside(tmp_path, None) == [tmp_path / "replaced-1-step-000001"]
+
+
+def test_a_checkpoint_of_another_run_becomes_this_ones(tmp_path):
+    path = checkpoint.save(tmp_path / "there", make_state(3), keep=1)
+    (tmp_path / "here").mkdir()
+    own = checkpoint.adopt(path, tmp_path / "here")
+    assert own == tmp_path / "here" / "step-000003" and checkpoint.verify(own) == 3
+    assert checkpoint.adopt(own, tmp_path / "here") == own  # its own stays as it is
+    checkpoint.adopt(path, tmp_path / "here")
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["replaced-1-step-000003", "step-000003"]
+
+
 FILES = ["manifest.json", "student.safetensors", "student.optimizer.safetensors", "student.average.safetensors"]
 DAMAGES = {
     "gone": lambda content: None,

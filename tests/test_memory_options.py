@@ -136,6 +136,14 @@ class EightBit(torch.optim.AdamW):
         for state in self.state.values():
             state["steps"] = state.get("steps", 0) + 1
 
+    def state_dict(self):
+        """As version 0.50 writes it: what is quantised in a dict of its own, which load_state_dict takes flat too."""
+        stated = super().state_dict()
+        for number, state in stated["state"].items():
+            kept = {key: value for key, value in state.items() if key != "exp_avg"}
+            stated["state"][number] = kept | {"__bnb_optimizer_quant_state__": {"exp_avg": state["exp_avg"]}}
+        return stated
+
 
 def test_eight_bit_adam_is_bitsandbytes_and_survives_a_checkpoint(monkeypatch, tmp_path):
     library = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=EightBit))
@@ -153,6 +161,8 @@ def test_eight_bit_adam_is_bitsandbytes_and_survives_a_checkpoint(monkeypatch, t
     checkpoint.load(path, checkpoint.State(0, {"student": layer}, {"student": again}))
     steps = [state["steps"] for state in again.state.values()]
     assert steps == [1, 1] and all(type(count) is int for count in steps)
+    for before, after in zip(optimizer.state.values(), again.state.values(), strict=True):
+        assert before.keys() == after.keys() and torch.equal(before["exp_avg"], after["exp_avg"])
 
 
 def test_eight_bit_adam_without_its_library_is_one_line(monkeypatch):

@@ -181,6 +181,19 @@ def test_roles_that_do_not_start_as_they_should_are_refused(tmp_path, role):
         check_conventions(session)
 
 
+def test_a_whole_critic_may_differ_from_a_rounded_teacher_by_the_rounding(tmp_path):
+    save_dit(tiny_dit(), tmp_path / "tiny")
+    stated = recipe(tmp_path / "tiny", "dmd2")
+    stated["teacher"] = stated["teacher"] | {"precision": "bf16"}
+    session = build(load(stated, ["train.precision=bf16"]), CPU)
+    check_conventions(session)
+    with torch.no_grad():
+        for parameter in session.method.roles.critic.network.parameters():
+            parameter.mul_(1.1)
+    with pytest.raises(InputError, match="its critic differs from the teacher"):
+        check_conventions(session)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_an_untrained_network_is_not_refused(tmp_path, kind):
     save_dit(tiny_dit(prediction_type=kind), tmp_path / "tiny")

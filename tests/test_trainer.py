@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel
 from PIL import Image
 
-from pipeline.tiny import save_dit, tiny_dit
+from pipeline.tiny import save_dit, tiny_dit, tiny_sd
 from stepdistill import checkpoint
 from stepdistill.errors import InputError
 from stepdistill.exporting.export import load_student
@@ -287,6 +288,47 @@ def test_resume_from_a_path_goes_on_from_there(teacher, tmp_path):
     assert [name for name in whole if whole[name] != other[name]] == []
     with pytest.raises(InputError, match="resume: expected"):
         train(recipe, [f"output={tmp_path / 'third'}", f"resume={teacher}"])
+
+
+@pytest.mark.parametrize("resume", ["never", "checkpoint"])
+def test_a_run_that_was_told_where_to_start_goes_on_from_where_it_stopped(teacher, tmp_path, resume):
+    """Not from the start again, and not from a newer checkpoint of before."""
+    run = tmp_path / "run"
+    recipe = make_recipe(teacher, run, {"name": "sfd", "substeps": 1}, steps=4, keep_checkpoints=1, checkpoint_every=2)
+    train(recipe | {"train": recipe["train"] | {"steps": 2, "keep_checkpoints": 2}})
+    start = shutil.copytree(run / "checkpoints" / "step-000002", tmp_path / "start")
+    train(recipe)
+    told = "never" if resume == "never" else str(start)
+    again = recipe | {"resume": told, "train": recipe["train"] | {"steps": 3}}
+    assert train(again).step == 3
+    there = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert there == (["step-000003"] if resume == "never" else ["replaced-1-step-000004", "step-000003"])
+    assert load(run / "recipe.yaml").resume == "auto"
+    assert train(run / "recipe.yaml", ["train.steps=4"]).step == 4
+    lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1] == 4 and lines.count(4) == 1
+
+
+def test_no_pass_of_a_bf16_step_reuses_what_another_cast(teacher, tmp_path, monkeypatch):
+    """A rollout's casts have no graph, and older torch handed them to the pass that learns."""
+    trainer = make_trainer(make_recipe(teacher, tmp_path / "run", {"name": "dmd2"}, precision="bf16"))
+    losses, seen = trainer.method.losses, []
+    monkeypatch.setattr(
+        trainer.method, "losses", lambda *told: seen.append(torch.is_autocast_cache_enabled()) or losses(*told)
+    )
+    trainer.step(0)
+    assert seen and not any(seen)
+
+
+def test_a_pipeline_that_the_report_cannot_measure_has_none_and_is_told_so_first(tmp_path, monkeypatch):
+    tiny_sd().save_pretrained(tmp_path / "text")
+    recipe = make_recipe(tmp_path / "text", tmp_path / "run", {"name": "sfd", "substeps": 1}, steps=1)
+    recipe = recipe | {"data": {"conditions": ["a cat", "rain"]}, "report": {"samples": 50}}
+    said = []
+    monkeypatch.setattr(sys.modules["stepdistill.trainer"], "say", said.append)
+    result = train(recipe)
+    assert result.report is None and (tmp_path / "run" / "export" / "README.md").is_file()
+    assert said[0].startswith("no report at the end:") and "--protocol teacher-fid-5k-v1" in said[0]
 
 
 def test_bf16_computes_in_bf16_and_keeps_float32_weights(teacher, tmp_path):

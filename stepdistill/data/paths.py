@@ -17,6 +17,7 @@ from torch import Tensor
 from stepdistill.data.batch import PathRows, generator
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
+from stepdistill.generation.generate import at_once
 from stepdistill.guidance import guided, rule_text
 from stepdistill.methods.base import PathNeeds
 from stepdistill.pipeline.conditioning import Conditioning
@@ -113,20 +114,22 @@ def _solve(
     with WorkProgress() as progress:
         for start in range(0, count, CHUNK):
             rows = slice(start, min(start + CHUNK, count))
-            x = torch.randn(rows.stop - start, *shape, generator=draws).to(device)
-            points[rows, 0] = x.cpu().to(dtype)
-            cond, null = conditioning.batch(index[rows])
-            w = scale if needs.scales is None else scales[rows].to(device)
-            previous = None
-            for k, (t, r) in enumerate(itertools.pairwise(times), 1):
-                prediction = guided(teacher, x, t.expand(len(x)).to(device), cond, null, w)
-                # The end is clean, though a VP table's first entry is not quite. The first-order step is DDIM's.
-                end = None if k == needs.steps else r.expand(len(x)).to(device)
-                x = dpm_solver_step(prediction, previous, end)
-                previous = prediction if needs.solver == "dpm" else None
-                if needs.keep == "all" or end is None:
-                    points[rows, min(k, kept - 1)] = x.cpu().to(dtype)
-            progress("teacher trajectories", rows.stop, count)
+            noise = torch.randn(rows.stop - start, *shape, generator=draws)  # by CHUNK, whatever fits at once
+            for part in torch.arange(rows.start, rows.stop).split(at_once(shape)):
+                x = noise[part - start].to(device)
+                points[part, 0] = x.cpu().to(dtype)
+                cond, null = conditioning.batch(index[part])
+                w = scale if needs.scales is None else scales[part].to(device)
+                previous = None
+                for k, (t, r) in enumerate(itertools.pairwise(times), 1):
+                    prediction = guided(teacher, x, t.expand(len(x)).to(device), cond, null, w)
+                    # The end is clean, though a VP table's first entry is not quite. The first-order step is DDIM's.
+                    end = None if k == needs.steps else r.expand(len(x)).to(device)
+                    x = dpm_solver_step(prediction, previous, end)
+                    previous = prediction if needs.solver == "dpm" else None
+                    if needs.keep == "all" or end is None:
+                        points[part, min(k, kept - 1)] = x.cpu().to(dtype)
+                progress("teacher trajectories", int(part[-1]) + 1, count)
     evaluations = torch.tensor(teacher.evaluations - before)
     return {"points": points, "index": index, "scales": scales, "evaluations": evaluations}
 

@@ -14,7 +14,10 @@ from stepdistill.text_files import read_text, write_text
 
 PLACE = "PATH_OF_THIS_FOLDER"
 """Where the card's snippets name the folder; an upload puts the repository there."""
-NOT_MEASURED = "Not measured yet: `stepdistill bench PATH_OF_THIS_FOLDER`."
+NOT_MEASURED = (
+    "Not measured yet: `stepdistill bench PATH_OF_THIS_FOLDER --protocol teacher-fid-5k-v1` compares it with "
+    "its teacher (where it takes prompts, on those in `data/prompts.txt`)."
+)
 
 
 def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
@@ -39,6 +42,8 @@ def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
     base, classes = '"PATH_OF_THIS_FOLDER"', name
     if facts["form"] == "lora":
         base, classes = f'"{facts["teacher"]}"', f"{scheduler}, {name}"
+        if facts.get("revision"):
+            base += f', revision="{facts["revision"]}"'
         if facts["teacher"] in assets.teachers():
             base, imported = f'assets.find("teachers/{facts["teacher"]}")', "from stepdistill import assets\n"
         place = "inside the LoRA"

@@ -92,7 +92,7 @@ def export(
     # The stock pipeline is in float32, and so is what it is compared with.
     plain = {"precision": "fp32", "quantize": None}
     exact = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update=plain)})
-    session = build(exact, torch.device("cpu"), cache=cache_folder(), with_data=False)
+    session = build(exact, torch.device("cpu"), cache=cache_folder(), with_data=False, prompts=CHECKED)
     step = load_student(session, path)
     fuse, keys = recipe.export.fuse if fuse is None else fuse, keys or recipe.export.keys
     half = recipe.export.half if half is None else half

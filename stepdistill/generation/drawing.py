@@ -49,7 +49,7 @@ class Sampler:
             guidance=self.guidance,
             seed=seed,
             samples=samples,
-            protocol=digest(self.wanted, also),
+            protocol=digest(self.wanted, also, *([told] if (told := self.trace.told) else [])),
             rule=rule_text(self.trace.denoiser.rule) if self.guidance != 1 else "",
         )
 

@@ -35,6 +35,15 @@ def noise(shape: Sequence[int], seed: int, indices: Sequence[int], stream: int =
     return torch.stack([torch.randn(tuple(shape), generator=sample_generator(seed, int(i), stream)) for i in indices])
 
 
+def at_once(shape: Sequence[int], numbers: int = 2**18) -> int:
+    """How many samples go through a network at once where no recipe says: 250 small ones, 4 of SDXL's at 1024 px.
+
+    Args:
+        shape: of one. numbers: that they may have together.
+    """
+    return max(1, min(250, numbers // torch.Size(shape).numel()))
+
+
 def _dice(seed: int, indices: Sequence[int], stream: int) -> list[torch.Generator]:
     return [sample_generator(seed, index, stream) for index in indices]
 
@@ -50,7 +59,7 @@ def generate(
     guidance: float,
     seed: int,
     indices: Sequence[int] | None = None,
-    batch: int = 250,
+    batch: int | None = None,
     timesteps: Sequence[int] | None = None,
     initial: Tensor | None = None,
     onto: Tensor | None = None,
@@ -64,6 +73,7 @@ def generate(
     Args:
         scheduler: a stock scheduler of the denoiser's prediction type; it is copied, not changed.
         labels_index: entries of ``conditioning``, (N,). guidance: w, 1 is off. indices: N numbers; None: from 0 up.
+        batch: samples at once; None: as :func:`at_once`.
         timesteps: explicit timesteps instead of the scheduler's own grid of ``steps``.
         initial: noise (N, *latent_shape) to start from instead of the seed's.
         onto: clean latents (N, *latent_shape) that the noise is put onto, the grid's first ``start`` steps being left
@@ -88,7 +98,7 @@ def generate(
     skipped = start * getattr(ready, "order", 1)
     if hasattr(ready, "set_begin_index"):
         ready.set_begin_index(skipped)
-    parts = []
+    parts, batch = [], batch or at_once(trace.latent_shape)
     for first in range(0, len(labels_index), batch):
         chosen = slice(first, first + batch)
         rows, numbers = labels_index[chosen], indices[chosen]
@@ -123,10 +133,10 @@ def _scaled(scheduler: Any, x: Tensor, timestep: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(trace: Trace, latents: Tensor, batch: int = 250) -> Tensor:
+def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
     """Images uint8 (N, C, H, W) of ``latents`` (N, *latent_shape), by the pipeline's own decoding code.
 
-    Of a video its middle frame.
+    Of a video its middle frame. ``batch`` None: fewer at once than :func:`at_once`, as autoencoders take more memory.
 
     The pipeline runs one step in which the denoiser is silent and the scheduler returns ``latents``.
 
@@ -146,7 +156,7 @@ def decode(trace: Trace, latents: Tensor, batch: int = 250) -> Tensor:
         return _Output((torch.cat([zeros, zeros], 1) if spec.output == "first_half" else zeros,))
 
     parts = []
-    for chunk in latents.split(batch):
+    for chunk in latents.split(batch or at_once(trace.latent_shape, 2**16)):
         chunk = chunk.to(next(network.parameters()).device, network.dtype)
 
         @functools.wraps(scheduler.step)
@@ -206,15 +216,25 @@ def set_up(trace: Trace, scheduler: Any, steps: int) -> tuple[dict[str, Any], di
     return trace.set_ups[key]
 
 
+def can_run(trace: Trace, steps: int) -> bool:
+    """Whether the pipeline's own scheduler takes so many: few-step ones refuse more than they were made for."""
+    try:
+        set_up(trace, trace.pipeline.scheduler, steps)
+    except InputError:
+        return False
+    return True
+
+
 def passes(trace: Trace, scheduler: Any, steps: int, guidance: float) -> int:
     """Passes through the network per image (NFE): guidance costs a second one at each step where it is on."""
-    if guidance == 1:
-        return steps
-    if (interval := trace.denoiser.rule.interval) is None:
-        return 2 * steps
     ready, _ = _ready(trace, scheduler, steps, None, torch.device("cpu"))
+    count = len(ready.timesteps)  # more than the steps under schedulers of second order, and PNDM's
+    if guidance == 1:
+        return count
+    if (interval := trace.denoiser.rule.interval) is None:
+        return 2 * count
     times = trace.denoiser.schedule.time(ready.timesteps).float()
-    return steps + int(((interval[0] <= times) & (times <= interval[1])).sum())
+    return count + int(((interval[0] <= times) & (times <= interval[1])).sum())
 
 
 def _ready(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.generation.generate import decode
+from stepdistill.generation.generate import at_once, decode
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.observe import TraceError, patched
 from stepdistill.pipeline.trace import Trace
@@ -99,7 +99,7 @@ def image_shape(trace: Trace) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def encode_images(trace: Trace, images: Tensor, cache: Path | None = None, batch: int = 250) -> Tensor:
+def encode_images(trace: Trace, images: Tensor, cache: Path | None = None) -> Tensor:
     """Posterior means of ``images`` uint8 (N, C, H, W), laid out and scaled as the denoiser wants them.
 
     Args:
@@ -110,15 +110,15 @@ def encode_images(trace: Trace, images: Tensor, cache: Path | None = None, batch
     """
     vae = _autoencoder(trace.pipeline)
     file = cache / f"latents-{_key(trace, vae, images)}.safetensors" if cache else None
-    return cached(file, lambda: {"latents": _encoded(trace, vae, images, batch)})["latents"]
+    return cached(file, lambda: {"latents": _encoded(trace, vae, images)})["latents"]
 
 
-def _encoded(trace: Trace, vae: Any, images: Tensor, batch: int) -> Tensor:
+def _encoded(trace: Trace, vae: Any, images: Tensor) -> Tensor:
     say(f"encoding {len(images)} images")
     own = layout(trace)
     device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
     parts = []
-    for chunk in images.split(batch):
+    for chunk in images.split(at_once(images.shape[1:], 2**22)):  # one of 1024 px, five of 512
         pixels = chunk.to(device, dtype) / 127.5 - 1
         encoded = vae.encode(pixels.unsqueeze(2) if len(own.shape) == 4 else pixels)
         parts.append(encoded.latent_dist.mean if "latent_dist" in encoded else encoded.latent)

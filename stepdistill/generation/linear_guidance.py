@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.generation.generate import generate
-from stepdistill.generation.inference_guidance import Step
+from stepdistill.generation.inference_guidance import Step, limited
 from stepdistill.guidance import combined
 from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.pipeline.trace import Trace
@@ -21,18 +21,20 @@ class LinearAdaptive:
     """Guidance whose unconditional output is at some steps a sum of the outputs so far; one pass there, else two.
 
     Args:
-        scale: w. coefficients: by the step's number, one for each output so far, in the order of the passes and the
-            conditional one first; see :func:`fit_linear`.
+        scale: w. coefficients: by the number of the guided step, one for each output so far, in the order of the passes
+            and the conditional one first; see :func:`fit_linear`.
     """
 
     def __init__(self, scale: float, coefficients: Mapping[int, Tensor]):
         self.scale, self.coefficients = scale, coefficients
         self.seen: list[Tensor] = []
+        self.number = -1
 
     def __call__(self, denoiser: Denoiser, step: Step) -> Prediction:
         cond = denoiser(step.x_t, step.t, step.cond)
         self.seen.append(cond.raw)
-        if (known := self.coefficients.get(step.number)) is None:
+        self.number += 1
+        if (known := self.coefficients.get(self.number)) is None:
             uncond = denoiser(step.x_t, step.t, step.null).raw
             self.seen.append(uncond)
         else:
@@ -42,16 +44,25 @@ class LinearAdaptive:
 
 
 def fit_linear(
-    trace: Trace, conditioning: Conditioning, *, steps: int, guidance: float, seed: int = 0, count: int = 16
+    trace: Trace,
+    conditioning: Conditioning,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int = 0,
+    count: int = 16,
+    interval: tuple[float, float] | None = None,
 ) -> dict[int, Tensor]:
-    """The coefficients of every second step, by least squares over ``count`` guided samples of the pipeline itself.
+    """The coefficients of every second guided step, by least squares over ``count`` samples of the pipeline itself.
 
-    The same for every sample, condition and pixel; they hold for this pipeline, number of steps and guidance scale.
+    The same for every sample, condition and pixel; they hold for this pipeline, number of steps, guidance scale and
+    interval of times.
     """
     watched = LinearAdaptive(guidance, {})
+    rule = limited(watched, *interval) if interval else watched
     index = torch.arange(count) % len(conditioning)
     settings = {"steps": steps, "guidance": guidance, "seed": seed + FITS_SEED, "batch": count}
-    generate(trace, trace.pipeline.scheduler, conditioning, index, rule=lambda: watched, **settings)
+    generate(trace, trace.pipeline.scheduler, conditioning, index, rule=lambda: rule, **settings)
     outputs = [output.double().flatten().cpu() for output in watched.seen]
     seen: list[Tensor] = []
     coefficients = {}

@@ -90,6 +90,8 @@ def rule_for(
         if colon and not (number.isdecimal() and int(number)):
             raise InputError(f"rule: expected a number of samples after {FITTED}:, found {number!r}")
         count = {"count": int(number)} if number else {}
-        coefficients = fit_linear(trace, conditioning, steps=steps, guidance=guidance, seed=seed, **count)
+        coefficients = fit_linear(
+            trace, conditioning, steps=steps, guidance=guidance, seed=seed, interval=interval, **count
+        )
         make = functools.partial(LinearAdaptive, guidance, coefficients)
     return make if interval is None else lambda: limited(make(), *interval)

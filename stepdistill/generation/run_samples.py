@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepdistill.generation.generate import generate, noise
+from stepdistill.generation.generate import at_once, generate, noise
 from stepdistill.session import Session
 
 TEACHER_STEPS = 50
@@ -17,7 +17,9 @@ def conditions_of(session: Session, count: int) -> Tensor:
     return torch.arange(count) % len(session.conditioning)
 
 
-def diffuse(session: Session, role: Literal["teacher", "critic"], count: int, seed: int, batch: int = 250) -> Tensor:
+def diffuse(
+    session: Session, role: Literal["teacher", "critic"], count: int, seed: int, batch: int | None = None
+) -> Tensor:
     """Latents (count, ...) of the teacher with the recipe's guidance, or of the critic without, in many stock steps."""
     trace, roles = session.trace, session.method.roles
     scheduler = trace.pipeline.scheduler
@@ -37,10 +39,10 @@ def diffuse(session: Session, role: Literal["teacher", "critic"], count: int, se
 
 
 @torch.no_grad()
-def distilled(session: Session, count: int, seed: int, batch: int = 250) -> Tensor:
+def distilled(session: Session, count: int, seed: int, batch: int | None = None) -> Tensor:
     """Latents (count, ...) of the student by the training-time sampler, from the noise that :func:`diffuse` takes."""
     shape, student = session.trace.latent_shape, session.method.roles.student
-    parts = []
+    parts, batch = [], batch or at_once(shape)
     for start in range(0, count, batch):
         rows = range(start, min(start + batch, count))
         cond, _ = session.conditioning.batch(conditions_of(session, count)[rows.start : rows.stop].to(session.device))

@@ -20,6 +20,7 @@ from stepdistill.generation.teacher_rules import check_teacher, teacher_first, t
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.load import export_arguments, is_export, load_pipeline
 from stepdistill.pipeline.trace import Trace, trace
+from stepdistill.recipe import IPAdapter
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,26 @@ class SampleResult:
     nfe: float
 
 
-def inspect(path: str | Path, revision: str | None = None, arguments: Mapping[str, Any] | None = None) -> Trace:
+def inspect(
+    path: str | Path,
+    revision: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    ip_adapter: IPAdapter | None = None,
+) -> Trace:
     """Trace a pipeline: an embedded teacher's name, a folder, a run folder (its export), or a hub id.
 
     Args:
         arguments: further arguments of the pipeline's call, such as height and width; None: those that an export was
             trained for.
+        ip_adapter: loaded into it; None: the one that an export was trained with.
 
     Raises:
         InputError: no such pipeline, or it cannot be traced; the message names the failed check.
     """
     run = Path(path) / "export"
     folder = run if is_export(run) else path
-    return trace(load_pipeline(folder, revision), export_arguments(folder) if arguments is None else arguments)
+    pipeline = load_pipeline(folder, revision, ip_adapter=ip_adapter)
+    return trace(pipeline, export_arguments(folder) if arguments is None else arguments)
 
 
 def sample(
@@ -96,6 +104,10 @@ def sample(
     if negative is not None:
         _check_plain("with a negative prompt", alone | {"guidance": (guidance, 1), "teacher": (teacher, None)})
     traced = inspect(path)
+    scheduler = traced.pipeline.scheduler
+    if steps > (most := scheduler.config.get("original_inference_steps") or steps):
+        kind = type(scheduler).__name__
+        raise InputError(f"steps: expected at most {most}, what the {kind} of {path} was made for, found {steps}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     traced.pipeline.to(device)
     wanted = str(conditions) if isinstance(conditions, str | Path) else list(conditions or ()) or "classes"

@@ -51,9 +51,7 @@ def load_pipeline(
             pipeline = fuse(pipeline, Path(path))
     else:
         pipeline = _stock(path, revision, dtype, quantize)
-    if ip_adapter is None and (earlier := _teacher_section(path).get("ip_adapter")):
-        ip_adapter = IPAdapter(**earlier)
-    if ip_adapter is not None:
+    if (ip_adapter := ip_adapter or export_adapter(path)) is not None:
         with quiet():
             load_ip_adapter(pipeline, ip_adapter)
     return pipeline
@@ -129,6 +127,12 @@ def is_export(folder: Path) -> bool:
 def export_arguments(folder: str | Path) -> dict[str, Any]:
     """What the student in ``folder`` was trained for: its recipe's teacher.arguments; nothing for other pipelines."""
     return _teacher_section(folder).get("arguments", {})
+
+
+def export_adapter(folder: str | Path) -> IPAdapter | None:
+    """The IP-Adapter that the student in ``folder`` was trained with; None for other pipelines."""
+    earlier = _teacher_section(folder).get("ip_adapter")
+    return IPAdapter(**earlier) if earlier else None
 
 
 def _teacher_section(folder: str | Path) -> dict[str, Any]:

@@ -6,8 +6,10 @@ step with the learned description and compares it with the pipeline's own.
 """
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,6 +81,13 @@ class Trace:
     def pictures(self) -> list[str]:
         """The arguments of its call that are pictures: what to paint in, what to follow."""
         return [name for name, value in self.arguments.items() if is_picture(value)]
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What decides its pictures beside weights, entries and noise, as plain values; nothing for most pipelines."""
+        told = dict(self.arguments)
+        told |= {f"{name} sha256": hashlib.sha256(Path(told[name]).read_bytes()).hexdigest() for name in self.pictures}
+        return told | ({"guidance inside": self.guidance.scale} if self.guidance.kind == "embedded" else {})
 
     def summary(self) -> dict[str, Any]:
         """The facts as plain values, the contract of ``inspect --json``."""
@@ -197,6 +206,11 @@ def at_guidance(trace: Trace, scale: float) -> Trace:
     spec = replace(spec, constants={**spec.constants, **told})
     denoiser = Denoiser(trace.denoiser.network, spec, trace.denoiser.schedule, trace.denoiser.kind)
     return replace(trace, denoiser=denoiser, guidance=replace(trace.guidance, scale=scale), set_ups={})
+
+
+def asked_for(trace: Trace, scale: float) -> Trace:
+    """:func:`at_guidance` where that is how a pipeline guides and ``scale`` is not 1; any other as it is."""
+    return at_guidance(trace, scale) if trace.guidance.kind == "embedded" and scale != 1 else trace
 
 
 def under(trace: Trace, rule: Rule) -> Trace:

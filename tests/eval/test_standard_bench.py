@@ -124,7 +124,7 @@ def test_a_sample_depends_on_its_seed_and_index_alone(double, batch):
 
 def test_metrics_do_not_depend_on_the_batch(root, measured, monkeypatch, tmp_path):
     module = sys.modules["stepdistill.standard_rows"]
-    monkeypatch.setattr(module, "load_pipeline", lambda *_: tiny_dit().to(torch.float64))
+    monkeypatch.setattr(module, "load_pipeline", lambda *_, **__: tiny_dit().to(torch.float64))
     monkeypatch.setattr(module.StandardBench, "cost", lambda *_: {})
     view = {"network": "inception", "crop": "none", "metrics": ["fid", "kid", "inception_score"]}
     view["weights"] = {"file": "w.pth", "sha256": None, "how": ""}
@@ -282,7 +282,7 @@ KEPT = {}
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_make_the_samples_and_metrics_of_one(root, measured, added, processes, tmp_path):
-    path = protocol(root, "teacher-fid")
+    path = protocol(root, "together", diversity={"prompts": 2, "images": 3})
     if "alone" not in KEPT:
         KEPT["alone"] = measured(path, also=["lpips"])
     alone = KEPT["alone"]
@@ -332,15 +332,42 @@ def test_prompts_diversity_and_a_folder_of_real_images(root, measured, added, tm
 
 def test_a_teacher_with_its_guidance_inside_runs_without_and_under_every_solver(root, measured, monkeypatch):
     # Loaded from disk it would make pictures of its default size.
-    monkeypatch.setattr(sys.modules["stepdistill.standard_rows"], "load_pipeline", lambda *_: tiny_flux())
+    monkeypatch.setattr(sys.modules["stepdistill.standard_rows"], "load_pipeline", lambda *_, **__: tiny_flux())
     view = {"network": "inception", "crop": "none", "metrics": ["fid"]}
     view["weights"] = {"file": "w.pth", "sha256": None, "how": ""}
     changes = {"views": {"inception": view}, "samples": 4, "teacher": {"steps": 3, "guidance": 5.0}}
     report = measured(protocol(root, "flux", **changes), source="flux", steps=(2,), solvers=True, batch=2)
     assert [(row.name, row.nfe) for row in report.rows] == [
-        ("flux w=1", 3), ("Euler", 2), ("DPM-Solver++", 2), ("UniPC", 2),
+        ("flux w=5", 3), ("Euler", 2), ("DPM-Solver++", 2), ("UniPC", 2),
     ]  # fmt: skip
-    assert "flux: FluxPipeline has no guidance of w = 5 outside its network; it runs without." in report.remarks
+    assert "flux: FluxPipeline takes its guidance as an input of its network, here 5." in report.remarks
+
+
+def test_a_teacher_is_called_and_guided_as_its_student_was(root, measured, monkeypatch):
+    """``teacher.arguments`` and, inside the network, the scale come from the student's recipe."""
+    module, seen = sys.modules["stepdistill.standard_rows"], []
+    monkeypatch.setattr(module, "load_pipeline", lambda *_, **__: tiny_flux())
+    monkeypatch.setattr(
+        module, "draw", lambda sampler, *a, **k: seen.append(sampler) or torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    )
+    folder = root / "flux-student"
+    folder.mkdir()
+    facts = {"teacher": "flux", "guidance": 7.0, "method": "dmd2", "steps": 1}
+    facts["recipe"] = {"teacher": {"arguments": {"height": 16, "width": 16}}}
+    (folder / "stepdistill.json").write_text(json.dumps(facts))
+    (folder / "model_index.json").write_text("{}")
+    changes = {"samples": 4, "teacher": {"steps": 3, "guidance": None}}
+    measured(protocol(root, "flux-pair", **changes), source="flux-student", batch=4)
+    assert [(one.role, one.trace.told, one.guidance) for one in seen] == [
+        (role, {"height": 16, "width": 16, "guidance inside": 7.0}, 1.0) for role in ("teacher", "student")
+    ]
+    assert seen[0].trace.latent_shape == seen[1].trace.latent_shape
+
+
+def test_steps_that_a_scheduler_does_not_take_have_no_row_but_a_remark(root, measured):
+    report = measured(protocol(root, "teacher-fid"), steps=(1, 2, 4))
+    assert [(row.role, row.steps) for row in report.rows] == [("teacher", 2), ("student", 1)]
+    assert any("no row at 2 and 4 steps; its LCMScheduler was made for 1" in remark for remark in report.remarks)
 
 
 def test_stored_moments_are_enough_for_fid_and_rows_of_other_files_are_not_merged(root, measured):

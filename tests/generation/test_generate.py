@@ -12,13 +12,14 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     TCDScheduler,
 )
 
 from pipeline import tiny
 from stepdistill.errors import InputError
-from stepdistill.generation.generate import decode, generate, noise, sample_generator
+from stepdistill.generation.generate import decode, generate, noise, passes, sample_generator
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.observe import observe, patched
 from stepdistill.pipeline.trace import trace
@@ -188,3 +189,16 @@ def test_noise_rows_are_their_own():
     many = noise((8,), 0, range(2000))
     assert abs(many.mean().item()) < 0.03 and abs(many.std().item() - 1) < 0.03
     assert len(many.unique(dim=0)) == 2000
+
+
+@pytest.mark.parametrize(("kind", "count"), [(DDIMScheduler, 6), (HeunDiscreteScheduler, 11), (PNDMScheduler, 7)])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_passes_are_those_that_are_made(kind, count, guidance):
+    """More than the steps under schedulers of second order, and under Stable Diffusion 1.5's own."""
+    result, told = traced("tiny_sd"), conditions("tiny_sd")
+    options = {"skip_prk_steps": True} if kind is PNDMScheduler else {}
+    scheduler = kind.from_config(result.pipeline.scheduler.config, **options)
+    before = result.denoiser.evaluations
+    generate(result, scheduler, told, torch.arange(3), steps=6, guidance=guidance, seed=0)
+    made = (result.denoiser.evaluations - before) / 3
+    assert passes(result, scheduler, 6, guidance) == made == count * (1 if guidance == 1 else 2)

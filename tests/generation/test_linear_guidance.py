@@ -56,6 +56,8 @@ def test_the_rule_by_its_name():
     torch.testing.assert_close(named, run(lambda: LinearAdaptive(W, coefficients))[0])
     assert passes == 2 * STEPS - 2
     assert run(rule_for(traced(), conditions(), "linear:4", **settings, interval=(0.6, 1)))[1] == STEPS + 1
+    # Without the first step it is fitted on the steps that are left, of which every second is guessed.
+    assert run(rule_for(traced(), conditions(), "linear:4", **settings, interval=(0.2, 0.8)))[1] == STEPS + 2
     for text, interval, problem in [
         ("linear:0", None, "expected a number of samples after linear:, found '0'"),
         ("cfg", (0.8, 0.2), "interval: expected low, high with 0 <= low < high <= 1"),
