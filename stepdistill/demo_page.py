@@ -13,7 +13,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is i
 try:
     import gradio
 except ImportError as error:
-    raise InputError(f"demo: needs gradio (pip install 'stepdistill[demo]'): {error}") from None
+    raise InputError(f"demo: needs gradio (pip install -e '.[demo]'): {error}") from None
 
 STYLE = """
 .gradio-container {max-width: 1180px !important; margin: 0 auto !important}

@@ -39,7 +39,7 @@ def doctor() -> list[Finding]:
     findings = [Finding("stepdistill", True, f"{stepdistill.__version__} in {Path(__file__).parent}")]
     findings.append(Finding("python", True, f"{platform.python_version()} on {platform.platform()}"))
     findings += [_library(name, "pip install stepdistill") for name in _REQUIRED]
-    findings += [_library(name, f"optional: pip install 'stepdistill[{extra}]'") for name, extra in _EXTRAS.items()]
+    findings += [_library(name, f"optional: pip install -e '.[{extra}]'") for name, extra in _EXTRAS.items()]
     return [*findings, *_devices(), _teachers(), _recipes(), _fashion_mnist(), _cache()]
 
 

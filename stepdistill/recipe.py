@@ -150,7 +150,7 @@ class Method(BaseModel):
 
 
 class Train(Section):
-    steps: int = Field(gt=0, description="updates of the student")
+    steps: int = Field(gt=0, description="training steps; a method says who moves in each")
     batch_size: int = Field(gt=0, description="samples per update, over all processes and accumulation")
     accumulation: int = Field(1, gt=0, description="micro-batches per update; must divide batch_size")
     lr: float = Field(gt=0, description="learning rate of the student (AdamW)")

@@ -110,7 +110,7 @@ class Renoise(Sampler):
                 num_train_timesteps=config.get("num_train_timesteps", 1000), shift=self.schedule.shift
             )
         # original_inference_steps = n makes the stock grid visit 999, 749, 499, 249 for n = 4.
-        return LCMScheduler(**_vp(config, self.schedule), original_inference_steps=self.steps, clip_sample=False)
+        return LCMScheduler(**_vp(config, self.schedule), original_inference_steps=self.steps)
 
     def advance(self, prediction: Prediction, step: Step, noise: Noise) -> Tensor:
         if step.r is None:
@@ -129,14 +129,7 @@ class DDIM(Sampler):
             return FlowMatchEulerDiscreteScheduler(
                 num_train_timesteps=config.get("num_train_timesteps", 1000), shift=self.schedule.shift
             )
-        return DDIMScheduler(
-            **_vp(config, self.schedule),
-            timestep_spacing="trailing",
-            set_alpha_to_one=True,
-            clip_sample=False,
-            # Without effect on trailing steps, but Stable Diffusion's pipeline rewrites a 0, with a warning.
-            steps_offset=config.get("steps_offset", 0),
-        )
+        return DDIMScheduler(**_vp(config, self.schedule), timestep_spacing="trailing", set_alpha_to_one=True)
 
     def grid(self, steps: int | None = None) -> list[Step]:
         grid = super().grid(steps)
@@ -167,7 +160,7 @@ class TCD(Sampler):
     def stock(self, config: dict[str, Any]) -> Any:
         if self.schedule.name == "flow":
             raise InputError("sampler tcd: the stock TCDScheduler has no flow-matching form; use renoise or ddim")
-        return TCDScheduler(**_vp(config, self.schedule), original_inference_steps=50, clip_sample=False)
+        return TCDScheduler(**_vp(config, self.schedule), original_inference_steps=50)
 
     def advance(self, prediction: Prediction, step: Step, noise: Noise) -> Tensor:
         # The stock scheduler ends at table entry 0, not at clean data, and does not add noise there.
@@ -216,11 +209,13 @@ def dpm_solver_step(current: Prediction, previous: Prediction | None, r: Tensor 
 
 
 def _vp(config: dict[str, Any], schedule: Schedule) -> dict[str, Any]:
-    """The noise table and prediction type of ``config``, as arguments of another VP scheduler."""
+    """The noise table and prediction type of ``config``, as arguments of another VP scheduler, and no clipping."""
     if schedule.name != "vp_discrete":
         raise InputError(f"no stock few-step scheduler runs a {schedule.name} schedule")
     kept = {name: config[name] for name in _BETAS if config.get(name) is not None}
-    return kept | {"prediction_type": config["prediction_type"]}
+    # Without effect on any of the grids here, but Stable Diffusion's pipelines rewrite a 0, with a warning.
+    offset = config.get("steps_offset", 0)
+    return kept | {"prediction_type": config["prediction_type"], "steps_offset": offset, "clip_sample": False}
 
 
 SAMPLERS: dict[str, type[Sampler]] = {sampler.name: sampler for sampler in (Renoise, DDIM, TCD)}

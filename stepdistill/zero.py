@@ -53,7 +53,7 @@ def _initialize(model: nn.Module, stage: int, settings: dict[str, Any], **more: 
         from deepspeed.utils import logger
     except ImportError as error:
         raise InputError(
-            f"distributed.zero: needs DeepSpeed (pip install 'stepdistill[deepspeed]'), found: {error}"
+            f"distributed.zero: needs DeepSpeed (pip install -e '.[deepspeed]'), found: {error}"
         ) from None
     logger.setLevel(logging.WARNING)
     zero: dict[str, Any] = {"stage": stage}

@@ -178,7 +178,7 @@ def test_a_missing_gradio_is_one_line(student, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "stepdistill.demo_page", raising=False)
     assert cli.run(["demo", str(student)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: demo: needs gradio (pip install 'stepdistill[demo]')")
+    assert line.startswith("error: demo: needs gradio (pip install -e '.[demo]')")
 
 
 def test_the_page_in_gradio_asks_nobody_else(classes, monkeypatch):

