@@ -52,9 +52,7 @@ def _initialize(model: nn.Module, stage: int, settings: dict[str, Any], **more: 
         import deepspeed  # an extra, seconds to import
         from deepspeed.utils import logger
     except ImportError as error:
-        raise InputError(
-            f"distributed.zero: needs DeepSpeed (pip install -e '.[deepspeed]'), found: {error}"
-        ) from None
+        raise InputError(f"distributed.zero: needs DeepSpeed (pip install -e '.[deepspeed]'), found: {error}") from None
     logger.setLevel(logging.WARNING)
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:

@@ -251,7 +251,7 @@ def merge(reports: Sequence[Report]) -> Report:
     for row in (row for report in reports for row in report.rows):
         if not any((row.name, row.steps, row.metrics) == (kept.name, kept.steps, kept.metrics) for kept in rows):
             rows.append(row)
-    merged = {entry.student: entry for report in reports for entry in report.verdict}
+    merged = {(e.student, e.steps, e.teacher, e.text): e for report in reports for e in report.verdict}
     stated = {name: getattr(first, name) for name in (*_STATED, *_OPTIONAL)}
     stated["controls"] = {name: found for report in reports for name, found in report.controls.items()}
     stated["labels"] = {metric: label for report in reports for metric, label in report.labels.items()}

@@ -109,7 +109,8 @@ def _measure_view(
     if set(wanted) & set(NEEDS_REAL_ROWS):
         values |= _against_rows(protocol, view, wanted, errors)
     if "inception_score" in wanted:
-        values["inception_score"], errors["inception_score"] = inception_score(view.samples.all("logits"))
+        values["inception_score"], spread = inception_score(view.samples.all("logits"))
+        errors["inception_score"] = spread / min(10, view.samples.count) ** 0.5  # of the splits' mean, as KID's is
     for metric in set(wanted) & set(ALIGNMENT):
         rows, texts, split = view.samples.all("rows"), view.texts, ALIGNMENT[metric]
         if split is not None:

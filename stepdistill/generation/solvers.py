@@ -13,6 +13,9 @@ from diffusers import (
 
 from stepdistill.schedule import from_scheduler
 
+_SHIFT_OF_A_SIZE = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+"""What pipelines read of a flow scheduler's config, whichever it is, to tell it the shift of a picture's size."""
+
 
 def stock_solvers(scheduler: Any) -> dict[str, Any]:
     """diffusers' fast solvers for a model that was trained with ``scheduler``, by display name.
@@ -26,12 +29,18 @@ def stock_solvers(scheduler: Any) -> dict[str, Any]:
         common = {"num_train_timesteps": schedule.train_timesteps}
         if config.get("use_dynamic_shifting"):  # the pipeline tells the shift with the picture's size
             common |= {name: config[name] for name in ("use_dynamic_shifting", "time_shift_type") if name in config}
+        told = {name: config[name] for name in _SHIFT_OF_A_SIZE if name in config}
         flow = {**common, "use_flow_sigmas": True, "flow_shift": schedule.shift, "prediction_type": "flow_prediction"}
-        return {
-            "Euler": FlowMatchEulerDiscreteScheduler(**common, shift=schedule.shift),
+        own = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        settings = config if own else common | {"shift": schedule.shift}
+        solvers = {
+            "Euler": FlowMatchEulerDiscreteScheduler.from_config(settings),
             "DPM-Solver++": DPMSolverMultistepScheduler(**flow, algorithm_type="dpmsolver++", solver_order=2),
             "UniPC": UniPCMultistepScheduler(**flow, solver_order=2),
         }
+        for solver in solvers.values():
+            solver.register_to_config(**told)
+        return solvers
     if schedule.name == "edm":
         stock = {"Euler": EDMEulerScheduler, "DPM-Solver++": EDMDPMSolverMultistepScheduler}
         return {name: kind.from_config(config) for name, kind in stock.items()} if "sigma_data" in config else {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
@@ -21,6 +21,13 @@ class MethodConfig(BaseModel):
     """A method's part of the recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="after")
+    def _range_of_times(self) -> "MethodConfig":
+        low, high = getattr(self, "t_min", 0.0), getattr(self, "t_max", 1.0)
+        if not low < high:
+            raise ValueError(f"expected t_min below t_max, got {low:g} and {high:g}")
+        return self
 
 
 RoleTraining = Literal["full", "lora", "frozen"]

@@ -58,7 +58,7 @@ def load_pipeline(
 
 
 def _stock(path: str | Path, revision: str | None, dtype: torch.dtype, quantize: str | None) -> DiffusionPipeline:
-    place, options = source(path), {}
+    place, options = source(Path(path).expanduser()), {}
     if quantize is not None:
         options = {"quantization_config": _quantization(quantize, dtype), "torch_dtype": dtype}
     try:
@@ -71,6 +71,8 @@ def _stock(path: str | Path, revision: str | None, dtype: torch.dtype, quantize:
                 pipeline.to(dtype)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if not Path(place).exists() and (folder := Path(place).parent).is_dir():
+            reason = f"there is a folder {folder} here, without {Path(place).name}, and of the hub: {reason}"
         raise InputError(f"pipeline {path}: cannot be loaded as a diffusers pipeline: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     return attach(pipeline, place) if (Path(place) / CONFIG).is_file() else pipeline
@@ -107,6 +109,11 @@ def source(path: str | Path) -> str:
         return name
     if name in assets.teachers():
         return str(assets.find(f"teachers/{name}"))
+    if Path(name).is_file():
+        raise InputError(
+            f"pipeline {name}: expected a folder in diffusers format, found a file; of a checkpoint make one with "
+            "from_single_file(FILE).save_pretrained(FOLDER) of the pipeline's class (docs/your-model.md)"
+        )
     if Path(name).exists():
         raise InputError(f"pipeline {name}: expected a diffusers folder with model_index.json, found none in it")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):

@@ -241,6 +241,12 @@ def test_flow_teachers_get_flow_solvers():
         assert sigmas[0] > 0.99 and sigmas[-1] == 0
     middle = [float(scheduler.sigmas[2]) for scheduler in solvers.values()]
     assert middle[1] == pytest.approx(middle[2], rel=1e-3)
+    # Qwen-Image's: pipelines compute the shift from these and the picture's size.
+    told = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192}
+    own = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02, **told)
+    solvers = stock_solvers(own)
+    assert all(told.items() <= dict(solver.config).items() for solver in solvers.values())
+    assert solvers["Euler"].config.shift_terminal == 0.02
 
 
 def test_edm_teachers_get_edm_solvers_and_unknown_ones_none():

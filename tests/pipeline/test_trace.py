@@ -336,6 +336,8 @@ def test_loading_says_what_is_wrong_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model_index.json").write_text("{}")
+    (tmp_path / "one.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("stepdistill.assets.teachers", lambda: ["fashion-dit"])
     for path, reason in {
         tmp_path / "nothing": "found no such thing",
@@ -343,6 +345,8 @@ def test_loading_says_what_is_wrong_in_one_line(tmp_path, monkeypatch):
         tmp_path / "broken": "cannot be loaded",
         "fashion-dot": "did you mean 'fashion-dit'",
         "nobody/nothing": "cannot be loaded",
+        "empty/nothing": "there is a folder empty here, without nothing",
+        tmp_path / "one.safetensors": r"expected a folder in diffusers format, found a file; .*from_single_file",
     }.items():
         with pytest.raises(InputError, match=reason) as caught:
             load_pipeline(path)
