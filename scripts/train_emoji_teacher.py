@@ -11,9 +11,12 @@ in stock format, 64x64 pixels, float16 on disk. ``--vae-steps 2 --denoiser-steps
 A teacher that is there already goes on from where it stopped, here after 9,400 updates:
 
     python scripts/train_emoji_teacher.py unpack denoiser pack --data build/emoji --start 9400 --denoiser-steps 20000
+
+``unseen`` prints the denoiser's loss on the pictures it is trained on and on those of captions that it never sees.
 """
 
 import argparse
+import functools
 import json
 import random
 import shutil
@@ -41,7 +44,8 @@ VOCABULARY = 2400
 
 def read_facts(data: Path, split: str) -> list[dict]:
     """What is known of each picture of a split that scripts/emoji_data.py wrote."""
-    return [json.loads(line) for line in (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line]
 
 
 def read(data: Path, split: str) -> tuple[Tensor, list[dict]]:
@@ -257,6 +261,34 @@ def train_denoiser(
     save_file({name: p.cpu().contiguous() for name, p in averaged.average.items()}, work / "denoiser.safetensors")
 
 
+@torch.no_grad()
+def unseen(data: Path, work: Path, device: torch.device, count: int = 384) -> None:
+    """The averaged weights' loss on pictures of the training split, of unseen styles and of unseen concepts.
+
+    The same noise and evenly spread timesteps whatever the weights, so that two calls can be compared.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    trained, both = work / "denoiser.safetensors", Both(tokenizer).to(device).eval()
+    stored = load_file(trained if trained.exists() else work / "denoiser-checkpoint.safetensors")
+    averages = {name.removeprefix("ema."): p for name, p in stored.items() if name.startswith("ema.")}
+    both.load_state_dict(averages or stored, strict=False)
+    vae, (schedule, _) = trained_vae(work, device, "vae"), from_scheduler(new_scheduler())
+    for split in filter(functools.partial(read_facts, data), ("train", "styles", "concepts")):
+        images, facts = read(data, split)
+        generator, losses = torch.Generator().manual_seed(0), []
+        rows = torch.randperm(len(images), generator=generator)[:count]
+        timestep = (torch.arange(len(rows)) * 1000 // len(rows))[torch.randperm(len(rows), generator=generator)]
+        captions = Captions(facts, tokenizer)
+        ids = torch.stack([captions.ids[captions.texts[row][0]] for row in rows.tolist()])
+        for part in torch.arange(len(rows)).split(64):
+            x0 = vae.encode(floats(images[rows[part]], device)).latent_dist.mean.cpu()
+            eps, t = torch.randn(x0.shape, generator=generator), schedule.time(timestep[part])
+            x_t, target = schedule.add_noise(x0, eps, t).to(device), schedule.velocity(x0, eps, t).to(device)
+            predicted = both(x_t, timestep[part].to(device), ids[part].to(device))
+            losses.append((predicted - target).square().mean((1, 2, 3)))
+        log("unseen", f"{split}: loss {torch.cat(losses).mean():.3f} over {len(rows)} pictures")
+
+
 def pack(work: Path, out: Path, captions: list[str], prompts: Path) -> None:
     """Write the stock pipeline folder, float16 on disk, and the captions as a list that recipes can name."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
@@ -297,7 +329,7 @@ def unpack(folder: Path, work: Path, step: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=("unpack", "vae", "decoder", "denoiser", "pack"))
+    parser.add_argument("stages", nargs="+", choices=("unpack", "vae", "decoder", "denoiser", "unseen", "pack"))
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--work", type=Path, default=Path("build/emoji-teacher"))
     parser.add_argument("--out", type=Path, default=Path("assets/teachers/emoji"))
@@ -315,6 +347,8 @@ def main() -> None:
         if stage == "pack":
             captions = [one["caption"] for one in read_facts(arguments.data, "train")]
             pack(work, arguments.out, captions, arguments.prompts)
+        elif stage == "unseen":
+            unseen(arguments.data, work, device)
         elif stage == "unpack" and not (work / "denoiser-checkpoint.safetensors").exists():
             unpack(arguments.out, work, arguments.start)
         elif stage == "unpack" or (work / f"{stage}.safetensors").exists():

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -80,8 +81,13 @@ def test_from_packages_to_a_pipeline_that_draws(scripts, packages, monkeypatch, 
     options = ["--data", str(out), "--work", str(work), "--out", str(packages / "teacher")]
     options += ["--prompts", str(packages / "prompts.txt"), "--device", "cpu"]
     options += ["--vae-steps", "2", "--decoder-steps", "2", "--denoiser-steps", "2", "--batch", "2"]
-    monkeypatch.setattr(sys, "argv", ["train_emoji_teacher.py", "vae", "decoder", "denoiser", "pack", *options])
+    monkeypatch.setattr(
+        sys, "argv", ["train_emoji_teacher.py", "vae", "decoder", "denoiser", "unseen", "pack", *options]
+    )
     teacher.main()
+    told = re.findall(r"unseen: (\w+): loss (\d\.\d+) over (\d+) pictures", capsys.readouterr().out)
+    assert [(split, count) for split, _, count in told] == [("train", "9"), ("concepts", "3")]
+    assert all(0.1 < float(loss) < 5 for _, loss, _ in told)
     pipe = StableDiffusionPipeline.from_pretrained(packages / "teacher")
     pipe.set_progress_bar_config(disable=True)
     draw = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
