@@ -7,6 +7,7 @@ Paths in a recipe are relative to the folder the command is run in.
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -79,6 +81,11 @@ class Teacher(Section):
     arguments: dict[str, Any] = Field(
         {}, description="further arguments of the pipeline's call: height, width, num_frames, negative_prompt, ..."
     )
+
+    @field_validator("pipeline")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        return os.path.expanduser(value)
 
 
 class Student(Section):

@@ -20,7 +20,7 @@ SOURCES = "a folder, .jsonl, .tar, .parquet, .arrow or hub:OWNER/NAME"
 def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
     """(key, problem) of each; ``config`` is the method's own section as its ``Config``."""
     teacher, student, data, train = recipe.teacher, recipe.student, recipe.data, recipe.train
-    embedded, folder = assets.teachers(), Path(teacher.pipeline).expanduser()
+    embedded, folder = assets.teachers(), Path(teacher.pipeline)
     if teacher.pipeline not in embedded:
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             problem = f"expected a pipeline in diffusers format, found no model_index.json in {folder}"

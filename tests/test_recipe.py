@@ -171,3 +171,11 @@ def test_any_tree_is_a_recipe_or_an_input_error(tree: dict[str, Any], overrides:
 def test_a_method_refuses_a_run_that_does_not_fit_it(override, problem):
     with pytest.raises(InputError, match=re.escape(f"override '{override}': {problem}")):
         load("fashion_pd", [override])
+
+
+def test_a_pipeline_below_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model_index.json").write_text("{}")
+    recipe = load("quickstart", ["teacher.pipeline=~/mine"])
+    assert recipe.teacher.pipeline == str(tmp_path / "mine")

@@ -58,7 +58,7 @@ def load_pipeline(
 
 
 def _stock(path: str | Path, revision: str | None, dtype: torch.dtype, quantize: str | None) -> DiffusionPipeline:
-    place, options = source(Path(path).expanduser()), {}
+    place, options = source(path), {}
     if quantize is not None:
         options = {"quantization_config": _quantization(quantize, dtype), "torch_dtype": dtype}
     try:
