@@ -46,7 +46,7 @@ TEXTS = {
     "reversed times": (
         "name: sfd\n  substeps: 3",
         "name: dmd2\n  t_min: 0.9\n  t_max: 0.5",
-        "method: expected t_min below t_max, got 0.9 and 0.5",
+        "method: expected t_min not above t_max, got 0.9 and 0.5",
     ),
     "word for a number": ("lr: 2.0e-4", "lr: fast", ":16: train.lr: expected a positive number, found 'fast'"),
     "negative number": ("lr: 2.0e-4", "lr: -1", ":16: train.lr: expected a positive number, found -1"),

