@@ -123,7 +123,7 @@ def _facts(averages: Any, trainer: Trainer, steps: int) -> dict[str, Any]:
 
     weights = {name: _mib(network.parameters()) for name, network in _roles(trainer).items()}
     states = {
-        player: _mib(value for state in optimizer.state.values() for value in state.values())
+        player: _mib(v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
         for player, optimizer in trainer.optimizers.items()
     }
     return {

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 
 from stepdistill import checkpoint
@@ -226,6 +227,8 @@ def compile_networks(roles: Roles, graphs: bool = False) -> None:
         graphs: replay launches as CUDA graphs, on a GPU. What a network returned is gone after the next
             ``torch.compiler.cudagraph_mark_step_begin()``; a trainer's steps begin with it.
     """
+    # A logged step takes the gradient of each loss term from one graph, and then that of the sum.
+    torch._functorch.config.donated_buffer = False
     # One network has a graph for each of: with and without gradients, full and doubled batch, each adapter.
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for network in {innermost(role.network) for role in vars(roles).values() if isinstance(role, Denoiser)}:
