@@ -36,7 +36,7 @@ import yaml
 from safetensors import safe_open
 
 from stepdistill import assets, checkpoint, recipe
-from stepdistill.bench import TEACHER_STEPS, Bench, Model, Sampling, device_name, library_versions, solver_samplings
+from stepdistill.bench import TEACHER_STEPS, Bench, Sampling, device_name, library_versions, solver_samplings
 from stepdistill.errors import InputError
 from stepdistill.eval.comparison import NFES, PHASES, base, conclude, page, plot, short_table
 from stepdistill.eval.cost import metered
@@ -44,6 +44,7 @@ from stepdistill.eval.protocol import NETWORKS, load_instruments, load_protocol
 from stepdistill.eval.report import between_markers
 from stepdistill.eval.row_cache import RowCache, cache_folder, write_json
 from stepdistill.finite import NonFiniteError
+from stepdistill.generation.generate import can_run
 from stepdistill.trainer import train
 
 # Students of more steps keep the teacher's and save its guidance: half the passes.
@@ -206,18 +207,9 @@ def measured(bench: Bench, task: Task) -> list[dict[str, Any]]:
     samplings = [
         Sampling(f"{task.name}@{steps}", "student", model, model.scheduler, steps)
         for steps in sorted(wanted)
-        if steps == trained or allowed(model, steps)
+        if steps == trained or can_run(model.trace, steps)
     ]
     return [asdict(bench.row(sampling)) for sampling in samplings]
-
-
-def allowed(model: Model, steps: int) -> bool:
-    """Few-step schedulers refuse more steps than they were made for."""
-    try:
-        model.scheduler.set_timesteps(steps)
-    except ValueError:
-        return False
-    return True
 
 
 def references(bench: Bench, teacher: str, scale: float) -> list[dict[str, Any]]:
