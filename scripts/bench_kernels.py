@@ -5,7 +5,8 @@
 For each kernel, shape and type: the time of each way, and for the kernel the bytes it must move (every input read once,
 every output written once) over its time, as a share of what a copy of as many bytes reaches (bandwidth_share). Medians
 of rounds that take the ways in turns. Where no kernel runs (no CUDA device, or no Triton), the function is its PyTorch
-reference, and each row says so ("runs": "reference").
+reference, and each row says so ("runs": "reference"). torch.compile takes seconds a case, so it is asked for the last
+batch size in bfloat16 only. The file is written anew after every row.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from stepdistill.kernels.dispatch import fusible
 SHAPES = {"sdxl": (4, 128, 128), "flux": (4096, 64), "wan": (16, 13, 60, 104)}
 TINY = {"sdxl": (4, 16, 16), "flux": (64, 64)}
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CALLS = {"cuda": 20, "cpu": 3}
+"""Calls in a row that are timed together, by kind of device."""
 
 
 def kernel_cases(
@@ -52,32 +55,35 @@ def kernel_cases(
     }
 
 
-def seconds(function: Callable[[], Any], device: torch.device, calls: int) -> float:
-    """Seconds of one call, from ``calls`` in a row."""
+def seconds(calls: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one of the ``CALLS`` that ``calls`` makes."""
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        for _ in range(calls):
-            function()
+        calls()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1000 / calls
+        return begin.elapsed_time(end) / 1000 / CALLS["cuda"]
     began = time.process_time()
-    for _ in range(calls):
-        function()
-    return (time.process_time() - began) / calls
+    calls()
+    return (time.process_time() - began) / CALLS["cpu"]
 
 
 def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """``function`` as a CUDA graph, so that what is timed is the device's work and not Python's."""
+    """``CALLS`` of ``function``, as one CUDA graph where there are any: the device's work is timed, no launches."""
     function()
     function()
+
+    def calls() -> None:
+        for _ in range(CALLS[device.type]):
+            function()
+
     if device.type != "cuda":
-        return function
+        return calls
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        function()
+        calls()
     return graph.replay
 
 
@@ -108,7 +114,7 @@ def row(
         times: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(rounds):
             for way, call in ways.items():
-                times[way].append(seconds(call, device, 20 if device.type == "cuda" else 3))
+                times[way].append(seconds(call, device))
     found = {way: statistics.median(values) for way, values in times.items()}
     return {
         "case": name,
@@ -132,16 +138,17 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda":
         print("no CUDA device: the functions are their PyTorch references here")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    report = {"device": device_name(device), "libraries": library_versions(), "rows": rows}
     for size in arguments.batch_sizes:
         for layout, shape in (TINY if arguments.tiny else SHAPES).items():
             for dtype, kind in TYPES.items():
                 for name, case in kernel_cases((size, *shape), kind, device).items():
                     label = f"{name}, {layout} x {size}, {dtype}"
-                    rows.append(row(label, case, device, arguments.rounds, not arguments.no_compile))
+                    compiles = kind == torch.bfloat16 and size == arguments.batch_sizes[-1]
+                    rows.append(row(label, case, device, arguments.rounds, compiles and not arguments.no_compile))
                     print(json.dumps(rows[-1]), flush=True)
-    report = {"device": device_name(device), "libraries": library_versions(), "rows": rows}
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                    arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

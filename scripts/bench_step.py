@@ -166,6 +166,14 @@ def make_trainer(case: Case, method: str, precision: str, folder: Path, compiled
     return Trainer(case, Accelerator(), folder)
 
 
+def copied(network: nn.Module) -> nn.Module:
+    """A copy, compiled where ``network`` is: deepcopy leaves that behind."""
+    new = copy.deepcopy(network)
+    if network._compiled_call_impl is not None:
+        new.compile()
+    return new
+
+
 def step_of_one_rollout(case: Case) -> int:
     """A step in which DMD2's student starts at the second point of its grid: one pass of rollout."""
     return next(step for step in range(100) if case.batch(step, 0, 1).integer("k", 4) == 1)
@@ -224,7 +232,7 @@ class Plain:
         roles = case.method.roles
         self.case, self.precision, self.schedule = case, precision, roles.teacher.schedule
         self.teacher = roles.teacher
-        self.student, self.other = (roles.student.on(copy.deepcopy(roles.student.network)) for _ in range(2))
+        self.student, self.other = (roles.student.on(copied(roles.student.network)) for _ in range(2))
         self.optimizers = [
             torch.optim.AdamW(role.network.requires_grad_(True).parameters(), lr=1e-5, fused=True)
             for role in (self.student, self.other)
@@ -312,7 +320,7 @@ class FastGen:
         class Network(base):
             def __init__(self) -> None:
                 super().__init__(net_pred_type="flow", schedule_type="rf")
-                self.role = role.on(copy.deepcopy(role.network))
+                self.role = role.on(copied(role.network))
                 self.inner = self.role.network
 
             def forward(self, x_t, t, condition=None, fwd_pred_type=None, **_):
@@ -414,7 +422,8 @@ def rows(name: str, method: str, case: Case, arguments: argparse.Namespace, fold
     bf16 = arguments.precision == "bf16"
 
     def precision():
-        return torch.autocast(case.device.type, torch.bfloat16) if bf16 else nullcontext()
+        # Without its cache, as in the trainer: gradients would miss weights that a rollout has cast.
+        return torch.autocast(case.device.type, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
 
     number = step_of_one_rollout(case)
     steps = {"floor": getattr(Floor(trainer, case, precision), method), "stepdistill": lambda: trainer.step(number)}
@@ -471,7 +480,9 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = []
+    found: list[dict[str, Any]] = []
+    setting = {key: getattr(arguments, key) for key in ("batch_size", "repeats", "precision", "compile", "tiny")}
+    report = {"device": device_name(device), "libraries": library_versions(), **setting, "rows": found}
     with tempfile.TemporaryDirectory() as folder:
         for network in arguments.networks:
             for method in arguments.methods:
@@ -479,9 +490,7 @@ def main() -> None:
                 for row in rows(network, method, case, arguments, Path(folder)):
                     found.append(row)
                     print(json.dumps(row), flush=True)
-    setting = {key: getattr(arguments, key) for key in ("batch_size", "repeats", "precision", "compile", "tiny")}
-    report = {"device": device_name(device), "libraries": library_versions(), **setting, "rows": found}
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                    arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

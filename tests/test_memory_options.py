@@ -74,17 +74,36 @@ def test_graphs_are_a_mode_of_compiling_and_end_with_each_step(option, mode, tea
     assert len(marks) == (2 if mode else 0)
 
 
+def test_compiled_networks_give_the_gradient_of_each_loss_term(teachers, monkeypatch, tmp_path):
+    """A logged step goes through one graph once for each term; "aot_eager" cuts out the graphs that Inductor gets."""
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: original(self, backend="aot_eager"))
+    found = []
+    for on in (False, True):
+        made = session(teachers / "dit", "full", "dmd2", compile=on)
+        whole = made.method.losses
+        made.method.losses = lambda *asked, whole=whole: {
+            half: 0.5 * loss for loss in whole(*asked).values() for half in ("one", "other")
+        }
+        trainer = Trainer(made, Accelerator(cpu=True), tmp_path)
+        found.append(trainer.step(0, log=True))
+    plain, compiled = ({name: v for name, v in one.items() if name != "seconds"} for one in found)
+    assert compiled == pytest.approx(plain, rel=1e-3)
+    assert {f"{player}/grad_norm/{half}" for player in ("student", "critic") for half in ("one", "other")} <= set(plain)
+
+
 @pytest.mark.gpu
 def test_cuda_graphs_train_what_plain_calls_do(teachers, tmp_path):
     found = []
     for option in (False, "cuda-graphs"):
         made = session(teachers / "dit", "full", "dmd2", device="cuda", compile=option)
         trainer = Trainer(made, Accelerator(), tmp_path)
-        for step in range(3):
+        for step in range(4):
             trainer.step(step)
-        found.append([p.detach().clone() for p in trainer.parameters["student"]])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        found.append({p: [v.detach().clone() for v in trainer.parameters[p]] for p in ("student", "critic")})
+    for player in ("student", "critic"):
+        for one, other in zip(*(each[player] for each in found), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def gradients(made: Session, player: str) -> list[torch.Tensor]:

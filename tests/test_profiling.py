@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from pipeline.tiny import save_dit, tiny_dit
+from stepdistill import profiling
 from stepdistill.cli import run
 
 
@@ -34,3 +36,21 @@ def test_a_profile_says_where_a_step_goes(tmp_path, capsys, train):
     trace = json.loads((tmp_path / "run/profile/trace.json").read_text())
     assert names <= {event.get("name") for event in trace["traceEvents"]}
     assert not (tmp_path / "run/checkpoints").exists() and not (tmp_path / "run/recipe.yaml").exists()
+
+
+def test_what_is_compiled_is_compiled_before_it_is_measured(tmp_path, monkeypatch):
+    save_dit(tiny_dit(), tmp_path / "teacher")
+    stats, original, during = torch._dynamo.utils.counters["stats"], torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: original(self, backend="eager"))
+    plain = profiling.profile
+    monkeypatch.setattr(profiling, "profile", lambda **k: during.append(stats["unique_graphs"]) or plain(**k))
+    recipe = {
+        "teacher": {"pipeline": str(tmp_path / "teacher"), "guidance": {"scale": 1.5}},
+        "student": {"steps": 1},
+        "method": {"name": "dmd2", "critic_steps": 1},
+        "train": {"steps": 4, "batch_size": 2, "lr": 1e-3, "compile": True},
+        "output": str(tmp_path / "run"),
+    }
+    before = stats["unique_graphs"]
+    profiling.profile_training(recipe, 1)
+    assert before < during[0] == stats["unique_graphs"]

@@ -3,6 +3,7 @@
 from functools import reduce
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,12 @@ def differentiated(*values: Tensor | float | None) -> bool:
 def on_cuda(op: CustomOpDef, module: str, name: str) -> None:
     """Give ``op``, whose body is the reference, its Triton kernel on CUDA: ``name`` of ``module`` of this package."""
     if HAS_TRITON:
-        op.register_kernel("cuda")(
-            lambda *arguments: getattr(import_module(f"stepdistill.kernels.{module}"), name)(*arguments)
-        )
+
+        @op.register_kernel("cuda")
+        def launch(*arguments: Any) -> Any:
+            # Triton launches on the current device, wherever the tensors lie.
+            with torch.cuda.device(next(value.device for value in arguments if isinstance(value, Tensor))):
+                return getattr(import_module(f"stepdistill.kernels.{module}"), name)(*arguments)
 
 
 def broadcast(value: Coefficient, like: Tensor, dtype: torch.dtype) -> Tensor:
