@@ -37,6 +37,10 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
         how = recipe.method.implementation.role_training(config).get("student", student.train)
         if how != "full":
             yield ("student", "config"), f"expected none for a student that stands on the teacher's weights ({how})"
+    if recipe.export.keys == "kohya":
+        how = recipe.method.implementation.role_training(config).get("student", student.train)
+        if recipe.export.fuse or how == "full":
+            yield ("export", "keys"), "expected 'diffusers' for a student that is exported whole, found 'kohya'"
     if teacher.quantize is not None:
         if teacher.precision != "bf16":
             yield ("teacher", "precision"), f"expected 'bf16' beside teacher.quantize, found {found(teacher.precision)}"

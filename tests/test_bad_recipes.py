@@ -111,6 +111,11 @@ TEXTS = {
         "export:\n  keys: a1111\nreport:",
         ":18: export.keys: expected one of 'diffusers', 'kohya', found 'a1111'",
     ),
+    "names of a LoRA's layers without a LoRA": (
+        "report:",
+        "export:\n  keys: kohya\nreport:",
+        ":18: export.keys: expected 'diffusers' for a student that is exported whole, found 'kohya'",
+    ),
     "unknown method": (
         "name: sfd",
         "name: diff_instruct",

@@ -94,7 +94,7 @@ def export(
     exact = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update=plain)})
     session = build(exact, torch.device("cpu"), cache=cache_folder(), with_data=False, prompts=CHECKED)
     step = load_student(session, path)
-    fuse, keys = recipe.export.fuse if fuse is None else fuse, keys or recipe.export.keys
+    fuse = recipe.export.fuse if fuse is None else fuse
     half = recipe.export.half if half is None else half
     pipeline, component, student = session.trace.pipeline, session.trace.component, session.method.roles.student.network
     pipeline.register_modules(scheduler=session.sampler.scheduler)
@@ -102,11 +102,14 @@ def export(
     shutil.rmtree(draft, ignore_errors=True)
     reason = why_not_lora(pipeline, component, student)
     form = "pipeline" if fuse or reason else "lora"
+    if keys == "kohya" and form == "pipeline":
+        raise InputError("export.keys: expected 'diffusers' for a student that is exported whole, found 'kohya'")
     adapter = recipe.teacher.ip_adapter
     if half and (form == "lora" or not isinstance(student, AdapterView)):
         round_to_half(student)
     if form == "lora":
-        save_lora(pipeline, component, student, draft, keys, torch.float16 if half else torch.float32)
+        dtype = torch.float16 if half else torch.float32
+        save_lora(pipeline, component, student, draft, keys or recipe.export.keys, dtype)
     else:
         if reason and not fuse and recipe.student.train == "lora":
             say(f"the LoRA student is exported as a whole pipeline: {reason}")

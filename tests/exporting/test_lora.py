@@ -182,6 +182,12 @@ def test_kohyas_names_are_for_unets(runs, tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+def test_kohyas_names_are_for_loras(runs, tmp_path):
+    with pytest.raises(InputError, match=r"export\.keys: expected 'diffusers' for a student .* whole, found 'kohya'"):
+        export(runs("sd") / "run", tmp_path / "whole", fuse=True, keys="kohya")
+    assert not (tmp_path / "whole").exists()
+
+
 def test_beside_a_style_the_deltas_add_up(runs, lora):
     """set_adapters with a second LoRA: each layer is W + student's delta + 0.7 times the style's."""
     place, folder = runs("sd"), lora("sd")
