@@ -29,7 +29,7 @@ class TDDConfig(SolverConfig):
     """Keys of ``method`` for TDD."""
 
     n_min: int = Field(4, ge=1, description="fewest sampling steps whose times are trained")
-    n_max: int = Field(8, ge=1, description="most sampling steps whose times are trained")
+    n_max: int = Field(8, ge=1, le=50, description="most sampling steps whose times are trained")
     undershoot: float = Field(0.3, ge=0, lt=1, description="largest share of a target time that a jump overshoots by")
     null_share: float = Field(0.2, ge=0, lt=1, description="share of rows whose condition is the empty one")
     sampler: Literal["tcd", "ddim"] = Field("tcd", description="how the student is run; flow models take ddim")
