@@ -72,12 +72,7 @@ SD35_MEDIUM = {
     "qk_norm": "rms_norm",
 }
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-ONE = ("train.batch_size=1", "train.accumulation=1")
-RUNS = [
-    ("sd15", "sd15_dmd2", ()),
-    ("sdxl", "sdxl_dmd2_lora", ONE),
-    ("sd35", "sd35_medium_dmd2_lora", ()),
-]
+RUNS = {"sd15": "sd15_dmd2", "sdxl": "sdxl_dmd2_lora", "sd35": "sd35_medium_dmd2_lora"}
 
 
 def network(folder: Path, library: str, class_name: str, **config: Any) -> list[str]:
@@ -178,25 +173,20 @@ def measured(recipe: str, overrides: list[str], folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = [run[0] for run in RUNS]
-    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"{', '.join(known)}; none: all")
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"{', '.join(RUNS)}; none: all")
     parser.add_argument("--gpu", type=float, help="also what would make it fit so many GiB")
     parser.add_argument("--measure", nargs="*", metavar="KEY=VALUE", help="run a step of the first one, changed so")
     options = parser.parse_args()
-    if strangers := set(options.sizes) - set(known):
-        parser.error(f"sizes: expected some of {', '.join(known)}, found {sorted(strangers)[0]}")
+    if strangers := set(options.sizes) - set(RUNS):
+        parser.error(f"sizes: expected some of {', '.join(RUNS)}, found {sorted(strangers)[0]}")
     print("| recipe | changed | teacher | peak GiB | in the turn of | weights | optimizer | seconds |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
-        folders: dict[str, Path] = {}
-        runs = [run for run in RUNS if not options.sizes or run[0] in options.sizes]
-        if options.measure is not None:
-            runs = [(*runs[0][:2], (*runs[0][2], *options.measure))]
-        for size, recipe, overrides in runs:
-            if size not in folders:
-                folders[size] = write(Path(place) / size, size)
+        sizes, overrides = options.sizes or [*RUNS], options.measure or []
+        for size in sizes if options.measure is None else sizes[:1]:
+            recipe, folder = RUNS[size], write(Path(place) / size, size)
             start = time.perf_counter()
-            changed = [f"teacher.pipeline={folders[size]}", *overrides]
+            changed = [f"teacher.pipeline={folder}", *overrides]
             found = plan.plan(recipe, changed)
             seconds = time.perf_counter() - start
             teacher = next(line for line in found.lines if line.name == "teacher")
@@ -210,7 +200,7 @@ def main() -> None:
             if options.gpu:
                 print(plan.as_text(*plan.fit(recipe, changed, options.gpu), options.gpu), flush=True)
             if options.measure is not None:
-                print(f"measured {measured(recipe, changed, folders[size]) / plan.GIB:.2f} GiB")
+                print(f"measured {measured(recipe, changed, folder) / plan.GIB:.2f} GiB")
 
 
 if __name__ == "__main__":
