@@ -54,6 +54,14 @@ def test_the_table_says_what_a_method_is(name):
     assert facts == [", ".join(data), ", ".join(networks) or "–", ", ".join(map(str, steps)), ", ".join(samplers)]
 
 
+def test_every_check_that_tracing_can_fail_is_explained():
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "stepdistill" / "pipeline").glob("*.py"))
+    page = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8").partition("| check |")[2]
+    assert set(re.findall(r'TraceError\(\s*"([\w-]+)"', code)) == set(
+        re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)
+    )
+
+
 def shown(language: str) -> list[tuple[str, str]]:
     """(page, line) of everything in fenced blocks of this language, in the README and in docs/."""
     lines = []
