@@ -7,11 +7,12 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -33,6 +34,14 @@ def processes_wanted(stated: int | None) -> int:
 def apple_gpu() -> bool:
     """Whether accelerate would choose an Apple GPU, which has no float64, in which times are: the CPU runs instead."""
     return torch.backends.mps.is_available()
+
+
+def join(**options: Any) -> Accelerator:
+    """This process as one of its run's. They wait for each other for up to a day: the first one encodes the data,
+    evaluates and draws previews while the others stand still, which takes longer than PyTorch's ten minutes. What
+    really hangs is told by the watchdog."""
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return Accelerator(cpu=apple_gpu(), kwargs_handlers=[patience], **options)
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:

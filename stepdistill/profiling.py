@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepdistill.distributed import apple_gpu
+from stepdistill.distributed import join
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.recipe import Recipe, load
 from stepdistill.session import build
@@ -51,7 +50,7 @@ def profile_training(
         InputError: the recipe, the teacher or the data are not usable.
     """
     recipe = load(recipe, overrides)
-    accelerator = Accelerator(cpu=apple_gpu())
+    accelerator = join()
     folder = Path(recipe.output) / "profile"
     trainer = Trainer(build(recipe, accelerator.device, cache=cache_folder()), accelerator, folder.parent)
     activities = [ProfilerActivity.CPU]

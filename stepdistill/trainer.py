@@ -23,7 +23,7 @@ from stepdistill import checkpoint
 from stepdistill.bench import bench
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Denoiser
-from stepdistill.distributed import Processes, apple_gpu
+from stepdistill.distributed import Processes, join
 from stepdistill.errors import InputError
 from stepdistill.eval.protocol import load_protocol
 from stepdistill.eval.row_cache import cache_folder
@@ -77,7 +77,7 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
 def _train(recipe: Recipe, safe: bool) -> RunResult:
     folder = Path(recipe.output)
     tracker = None if recipe.train.tracker == "none" else recipe.train.tracker
-    accelerator = Accelerator(cpu=apple_gpu(), log_with=tracker, project_dir=str(folder))
+    accelerator = join(log_with=tracker, project_dir=str(folder))
     processes = Processes(accelerator)
     recipe = as_launched(recipe, accelerator, safe)
     if not processes.first:

@@ -38,7 +38,9 @@ def answers(processes: Processes) -> dict[str, object]:
         assert rank == 0
         raise InputError("no room")
 
+    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
     return {
+        "patience": group.options._timeout.total_seconds(),
         "once": processes.once(lambda: f"from {rank}"),
         "refused": fails(lambda: processes.once(refuse)),
         "any": [processes.any(False), processes.any(rank == 1)],
