@@ -1,6 +1,7 @@
 """What the documentation shows is true: the table of methods, and the example method."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -60,6 +61,15 @@ def test_every_check_that_tracing_can_fail_is_explained():
     assert set(re.findall(r'TraceError\(\s*"([\w-]+)"', code)) == set(
         re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)
     )
+
+
+def test_the_page_of_curves_is_what_its_script_writes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import reference_curves as script
+
+    stored = json.loads(script.STORED.read_text(encoding="utf-8"))
+    assert (ROOT / "docs" / "curves.md").read_text(encoding="utf-8") == script.page(stored)
+    assert set(stored["cases"]) == {path.stem for path in script.PICTURES.glob("*.png")} == set(script.CASES)
 
 
 def shown(language: str) -> list[tuple[str, str]]:
