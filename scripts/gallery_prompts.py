@@ -30,7 +30,7 @@ Written by `scripts/gallery_prompts.py`. In all rows the pictures in one place a
 noise (seed {seed}); prompts were chosen, pictures were not. What the rows are worth in numbers is in the
 [README](../README.md).
 
-Prompts, line by line; the teacher was trained on pictures of the first line's, and on none of the second's, whose
+Prompts, line by line; the teacher was trained on pictures of the first two lines', and on none of the third's, whose
 things it knows in other styles:
 
 {prompts}

@@ -8,9 +8,9 @@ that is there; training stages go on from their last checkpoint. ``decoder``, fo
 the autoencoder's second half further and leaves latents and denoiser alone. ``pack`` writes a StableDiffusionPipeline
 in stock format, 64x64 pixels, float16 on disk. ``--vae-steps 2 --denoiser-steps 2 --batch 4`` is the smoke test.
 
-A teacher that is there already goes on from where it stopped, here after 9,400 updates:
+A teacher that is there already goes on from where it stopped, here after 15,257 updates:
 
-    python scripts/train_emoji_teacher.py unpack denoiser pack --data build/emoji --start 9400 --denoiser-steps 20000
+    python scripts/train_emoji_teacher.py unpack denoiser pack --data build/emoji --start 15257 --denoiser-steps 20000
 
 ``unseen`` prints the denoiser's loss on the pictures it is trained on and on those of captions that it never sees.
 """
