@@ -113,6 +113,8 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
     solver_steps = (recipe.method.model_extra or {}).get("solver_steps", student.steps)
     if solver_steps < student.steps:
         yield ("student", "steps"), f"expected at most method.solver_steps ({solver_steps}), found {student.steps}"
+    if student.steps > 50 and recipe.method.implementation.sampler_of(config) == "tcd":
+        yield ("student", "steps"), f"expected at most 50, what the stock TCDScheduler takes, found {student.steps}"
     if train.lr_warmup > train.steps:
         yield ("train", "lr_warmup"), f"expected at most train.steps ({train.steps}), found {train.lr_warmup}"
     if recipe.output is not None:

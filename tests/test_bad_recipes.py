@@ -146,6 +146,11 @@ TEXTS = {
         "images: fashion-mnist\nmethod:\n  name: tcd\n  solver_steps: 3",
         ":7: student.steps: expected at most method.solver_steps (3), found 4",
     ),
+    "steps beyond the stock scheduler's": (
+        "steps: 4\ndata:\n  conditions: classes\nmethod:\n  name: sfd\n  substeps: 3",
+        "steps: 51\ndata:\n  images: fashion-mnist\nmethod:\n  name: tcd\n  solver_steps: 100",
+        ":7: student.steps: expected at most 50, what the stock TCDScheduler takes, found 51",
+    ),
     "teacher of no such name": (
         "pipeline: {teacher}",
         "pipeline: nothing-like-this",
