@@ -3,7 +3,7 @@
     python scripts/bench_prompt_rules.py
 
 The shipped teacher of emoji under each rule in few steps, and its shipped student with its teacher's help or away from
-a negative prompt. Scales are the student's guidance or a rule's default: nothing is tuned. ``s2`` is not for UNets.
+a negative prompt. Scales are the student's guidance or a rule's default: nothing is tuned.
 Writes assets/benchmarks/guidance_rules_emoji.json and the table in docs/guidance.md; ``--table-only`` repeats that.
 """
 
@@ -91,11 +91,9 @@ def drawn(
 
 
 def teachers_rows(teacher: Trace, judge: Judge, steps: int, scale: float) -> list[dict[str, Any]]:
-    """The teacher under each rule that a UNet can take."""
+    """The teacher under each rule."""
     rows, told = [], encode(teacher, judge.prompts)
     for name, rule, w, interval in RULES:
-        if rule == "s2":
-            continue
         w = w if w == 1 else SCALES.get(rule, scale)
         make = rule_for(teacher, told, rule, steps=steps, guidance=w, seed=SEED, interval=interval)
         rows.append(judge(name, steps, w, *drawn(teacher, judge, make, steps)))

@@ -152,11 +152,14 @@ def dropped_blocks(scale: float, strength: float = 0.25, share: float = 0.1) -> 
             others at every step; the first and the last stay.
 
     Raises:
-        InputError: the network is not a chain of at least three equal blocks.
+        InputError: the network has no three equal blocks.
     """
 
     def rule(denoiser: Denoiser, step: Step) -> Prediction:
         blocks = equal_blocks(denoiser.network)
+        if len(blocks) < 3:
+            name = type(denoiser.network).__name__
+            raise InputError(f"rule: s2 leaves out one of at least 3 equal blocks, found {len(blocks)} in {name}")
         count = max(1, round(share * len(blocks)))
         dice = torch.Generator().manual_seed(step.seed * 1000 + step.number)
         chosen = (torch.randperm(len(blocks) - 2, generator=dice)[:count] + 1).tolist()
@@ -173,18 +176,14 @@ def dropped_blocks(scale: float, strength: float = 0.25, share: float = 0.1) -> 
 
 
 def equal_blocks(network: nn.Module) -> Sequence[nn.Module]:
-    """The network's longest list of blocks of one class.
-
-    Raises:
-        InputError: it has none of three blocks or more.
-    """
-    lists = [
-        one for one in network.modules() if isinstance(one, nn.ModuleList) and len({type(block) for block in one}) == 1
-    ]
-    longest = max(lists, key=len, default=())
-    if len(longest) < 3:
-        raise InputError(f"rule: s2 leaves out blocks of a chain of equal ones, and {type(network).__name__} has none")
-    return longest
+    """The network's blocks with attention, of the class that it has most of: in a UNet, those inside its own blocks."""
+    found: dict[type, list[nn.Module]] = {}
+    lists = [listed for listed in network.modules() if isinstance(listed, nn.ModuleList)]
+    for equal in (listed for listed in lists if len({type(block) for block in listed}) == 1):
+        if any(hasattr(part, "set_processor") for part in equal[0].modules()):
+            found.setdefault(type(equal[0]), []).extend(equal)
+    # Of as many of two classes, the later are inside the earlier.
+    return max(reversed(found.values()), key=len, default=[])
 
 
 @contextlib.contextmanager
@@ -193,8 +192,11 @@ def without(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
     def through(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
-        streams = [given[name] for name in ("encoder_hidden_states", "hidden_states") if name in given]
-        return streams[-1] if isinstance(output, Tensor) else tuple(streams)
+        if isinstance(output, Tensor):
+            return next(iter(given.values()))
+        streams = given["encoder_hidden_states"], given["hidden_states"]
+        # Most of diffusers' classes answer in this order, the rest in the other one.
+        return streams if output[1].shape == streams[1].shape else streams[::-1]
 
     handles = [block.register_forward_hook(through, with_kwargs=True) for block in blocks]
     try:

@@ -2,18 +2,20 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from typer.testing import CliRunner
 
 import stepdistill
 from guidance_bed import ROWS, STEPS, N, W, by_hand, conditions, run, traced, two
 from pipeline import tiny
+from pipeline.zoo import ZOO
 from stepdistill.cli import app
 from stepdistill.errors import InputError
 from stepdistill.generation.generate import generate, noise, sample_generator
 from stepdistill.generation.inference_guidance import Adaptive, equal_blocks, limited, without
 from stepdistill.generation.named_rules import RULES, rule_named
 from stepdistill.guidance import guided
-from stepdistill.pipeline.conditioning import encode
+from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.trace import trace
 
 
@@ -135,8 +137,51 @@ def test_dropped_blocks_let_their_hidden_states_through():
     torch.testing.assert_close(found.denoiser(x, t, cond).raw, before)
     torch.testing.assert_close(run("s2:0")[0], run("cfg")[0])
     assert run("s2")[1] == 3 * STEPS
-    with pytest.raises(InputError, match="Linear has none"):
-        equal_blocks(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("xl, count", [(False, 16), (True, 70)])
+def test_of_a_unet_the_transformer_blocks_are_dropped(xl, count):
+    """Its resnets are more, and change the width."""
+    larger = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": [1, 2, 10],
+    }
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**larger if xl else {})
+    assert [type(block).__name__ for block in equal_blocks(network)] == ["BasicTransformerBlock"] * count
+
+
+def test_networks_of_two_blocks_are_too_short_for_it(monkeypatch):
+    found = traced()
+    monkeypatch.setattr(found.denoiser.network, "transformer_blocks", found.denoiser.network.transformer_blocks[1:])
+    with pytest.raises(InputError, match=r"rule: s2 leaves out one of at least 3 .* found 2 in DiTTransformer2DModel"):
+        run("s2")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd", "ddpm", "sana", "z-image", "wan"])
+def test_a_network_without_a_block_still_answers(name):
+    found = trace(ZOO[name].build(), ZOO[name].arguments)
+    conditioning = encode(found, entries(found, ["a red shoe", "rain"] if found.entry == "prompt" else "classes"))
+    x, t = noise(found.latent_shape, 0, range(1)), torch.full((1,), 0.5)
+    cond, _ = conditioning.batch(torch.zeros(1, dtype=torch.long))
+    whole = found.denoiser(x, t, cond).raw
+    with without(equal_blocks(found.denoiser.network)[:1]):
+        less = found.denoiser(x, t, cond).raw
+    assert less.shape == whole.shape and (less - whole).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_some_classes_answer_with_the_image_first():
+    class Joint(torch.nn.Module):
+        def forward(self, hidden_states, encoder_hidden_states, temb):
+            return hidden_states + temb, encoder_hidden_states + temb
+
+    block, image, text = Joint(), torch.ones(1, 4, 2), torch.ones(1, 3, 2)
+    with without([block]):
+        assert torch.equal(block(image, text, 1)[0], image) and torch.equal(block(image, text, temb=1)[1], text)
 
 
 @torch.no_grad()
