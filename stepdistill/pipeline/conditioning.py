@@ -109,7 +109,8 @@ def entries(trace: Trace, wanted: str | Sequence[str | int]) -> list[str | int]:
         if trace.entry == "batch_size":
             return [0]
         if not names:
-            raise InputError("conditions: expected a list or a file of prompts for this pipeline, found 'classes'")
+            ways = "--prompt or --prompts; in a recipe data.conditions: a list, a file, everyday or captions"
+            raise InputError(f"conditions: expected prompts for this pipeline ({ways}), found none")
         return list(range(len(names)))
     if isinstance(wanted, str):
         file = Path(wanted)
