@@ -110,7 +110,7 @@ def entries(trace: Trace, wanted: str | Sequence[str | int]) -> list[str | int]:
             return [0]
         if not names:
             ways = "--prompt or --prompts; in a recipe data.conditions: a list, a file, everyday or captions"
-            raise InputError(f"conditions: expected prompts for this pipeline ({ways}), found none")
+            raise InputError(f"conditions: expected prompts for this pipeline ({ways}), found 'classes', the default")
         return list(range(len(names)))
     if isinstance(wanted, str):
         file = Path(wanted)

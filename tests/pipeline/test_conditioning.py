@@ -177,7 +177,7 @@ def test_entries_from_what_a_person_wrote(tmp_path):
 def test_wrong_entries_are_refused():
     classes, prompts = traced("tiny_dit"), traced("tiny_sd")
     for wanted, pipeline, reason in (
-        ("classes", prompts, r"expected prompts for this pipeline .--prompt .* found none"),
+        ("classes", prompts, r"expected prompts for this pipeline .--prompt .* found 'classes', the default"),
         ("nowhere.txt", prompts, "no file nowhere.txt"),
         ([], prompts, "found none"),
         (["Sneeker"], classes, "did you mean 'Sneaker'"),
