@@ -8,16 +8,19 @@ For each method and network, on the same weights, batch and optimizer, in one pr
 
     floor        the bare forward and backward passes of the step, nothing else
     stepdistill  the trainer's own step
+    elementwise  the same with train.gradient_checkpointing: elementwise (not with --compile)
     plain        the same method as a plain PyTorch loop: two calls for guidance, every loss and norm read
     fastgen      NVlabs/FastGen's step, from a checkout that the user names (its requirements must be installed)
 
 Seconds are the device's where there is one, else the process' processor time, which other load leaves alone: medians,
-and the ratio is the median of the ratios to the floor of the same round. activations_mib is what one student update
-keeps for its backward, parameters apart. host_reads counts scalars read from tensors in one step.
+and the ratio is the median of the ratios to the floor of the same round. activations_mib is the
+most that the graphs of one student update keep at any moment, parameters apart; peak_mib the most that is alive in it,
+forward and backward, of all that it makes. host_reads counts scalars read from tensors in one step.
 """
 
 import argparse
 import copy
+import gc
 import importlib
 import json
 import statistics
@@ -28,6 +31,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,8 @@ from torch import Tensor, nn
 from stepdistill.bench import device_name, library_versions
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import CallSpec, Denoiser
+from stepdistill.forward import Again, elementwise_recomputed, pack, unpack
+from stepdistill.memory import LiveBytes
 from stepdistill.profiling import HostReads
 from stepdistill.recipe import load
 from stepdistill.roles import build_roles
@@ -222,7 +228,8 @@ class Floor:
 
     def lcm(self) -> None:
         roles = self.case.method.roles
-        self.learn("student", roles.student, (roles.teacher, self.double), (roles.target, self.single))
+        self.without_graph((roles.teacher, self.double), (roles.target, self.single))
+        self.learn("student", roles.student)
 
 
 class Plain:
@@ -379,20 +386,35 @@ class FastGen:
         return self.runs(model, "net")
 
 
-def kept_mib(function: Callable[[], Any]) -> float:
-    """MiB of the tensors that the graph of ``function`` keeps, parameters apart."""
-    kept: list[Tensor] = []
+def kept_mib(loss: Callable[[], Tensor], elementwise: bool) -> float:
+    """The most MiB that the graphs of ``loss`` keep at any moment, of what it makes.
 
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept.append(tensor)
-        return tensor
+    Args:
+        elementwise: they keep what train.gradient_checkpointing: elementwise lets them.
+    """
+    counter = LiveBytes(all_tensors())
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    del result
-    return round(sum(storages.values()) / 2**20, 2)
+    def keep(tensor: Tensor) -> Any:
+        kept = pack(tensor) if elementwise else tensor.detach()
+        if not isinstance(kept, Again):
+            counter.add(tensor)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, unpack if elementwise else lambda tensor: tensor):
+        loss()
+    return round(counter.peak / 2**20, 2)
+
+
+def peak_mib(loss: Callable[[], Tensor]) -> float:
+    """The most MiB that are alive of what ``loss`` and its backward pass make."""
+    with LiveBytes(all_tensors()) as live:
+        loss().backward()
+    return round(live.peak / 2**20, 2)
+
+
+def all_tensors() -> list[Tensor]:
+    gc.collect()
+    return [found for found in gc.get_objects() if isinstance(found, Tensor)]
 
 
 def now(device: torch.device) -> float:
@@ -426,20 +448,29 @@ def rows(name: str, method: str, case: Case, arguments: argparse.Namespace, fold
         return torch.autocast(case.device.type, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
 
     number = step_of_one_rollout(case)
-    steps = {"floor": getattr(Floor(trainer, case, precision), method), "stepdistill": lambda: trainer.step(number)}
+    steps: dict[str, Callable[[], Any]] = {"floor": getattr(Floor(trainer, case, precision), method)}
+    losses: dict[str, Callable[[], Any]] = {}
 
-    def our_loss():
+    train = case.recipe.train
+
+    def our_step(checkpointing: bool | str) -> None:
+        train.gradient_checkpointing = checkpointing
+        trainer.step(number)
+
+    def our_loss() -> Tensor:
         with precision():
-            return trainer.method.losses("student", case.batch(number, 0, case.size))
+            return sum(trainer.method.losses("student", case.batch(number, 0, case.size)).values())
 
-    losses = {"stepdistill": our_loss}
+    for kind, checkpointing in (("stepdistill", False), ("elementwise", "elementwise")):
+        if not (checkpointing and arguments.compile):
+            steps[kind], losses[kind] = partial(our_step, checkpointing), our_loss
     if case.train == "full":
         plain = Plain(case, precision)
         steps["plain"] = getattr(plain, method)
 
         def plain_loss():
             with precision():
-                return getattr(plain, f"{method}_loss")()
+                return getattr(plain, f"{method}_loss")()[0]
 
         losses["plain"] = plain_loss
     if arguments.fastgen and case.train == "full":
@@ -450,8 +481,10 @@ def rows(name: str, method: str, case: Case, arguments: argparse.Namespace, fold
     for kind, loss in losses.items():
         with HostReads() as reads:
             steps[kind]()
-        with moving(trainer.parameters["student"]) if kind == "stepdistill" else nullcontext():
-            kept = kept_mib(loss)
+        with moving(trainer.parameters["student"]) if loss is our_loss else nullcontext():
+            kept = kept_mib(loss, kind == "elementwise")
+            with elementwise_recomputed() if kind == "elementwise" else nullcontext():
+                peak = peak_mib(loss)
         ratios = [own / floor for own, floor in zip(seconds[kind], seconds["floor"], strict=True)]
         found.append(
             {
@@ -460,6 +493,7 @@ def rows(name: str, method: str, case: Case, arguments: argparse.Namespace, fold
                 "floor_seconds": round(statistics.median(seconds["floor"]), 5),
                 "ratio_to_floor": round(statistics.median(ratios), 4),
                 "activations_mib": kept,
+                "peak_mib": peak,
                 "host_reads": reads.count,
             }
         )

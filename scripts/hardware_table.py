@@ -1,6 +1,6 @@
-"""The results of scripts/gpu_check.sh as Markdown tables for docs/hardware.md.
+"""The results of scripts/gpu_check.sh, or of one benchmark, as Markdown tables for docs/hardware.md.
 
-python scripts/hardware_table.py FOLDER
+python scripts/hardware_table.py FOLDER_OR_FILE
 """
 
 import argparse
@@ -22,17 +22,20 @@ def kernel_table(report: dict) -> list[str]:
 
 def step_table(report: dict) -> list[str]:
     """A row for each implementation of each method on each network."""
-    lines = ["| step | seconds | over the bare passes | activations MiB | host reads |", "|---|---|---|---|---|"]
+    columns = ["step", "seconds", "over the bare passes", "activations MiB", "peak MiB", "host reads"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in report["rows"]:
-        facts = (row["seconds"], row["ratio_to_floor"], row["activations_mib"], row["host_reads"])
+        names = ("seconds", "ratio_to_floor", "activations_mib", "peak_mib", "host_reads")
+        facts = (row[name] for name in names)
         lines.append(f"| {row['case']} | {' | '.join(map(str, facts))} |")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where gpu_check.sh wrote")
-    for path in sorted(parser.parse_args().folder.glob("*.json")):
+    parser.add_argument("results", type=Path, help="where gpu_check.sh wrote, or a file of one benchmark")
+    results = parser.parse_args().results
+    for path in sorted(results.glob("*.json")) if results.is_dir() else [results]:
         report = json.loads(path.read_text(encoding="utf-8"))
         kernels = "microseconds" in report["rows"][0]
         setting = [f"{key.replace('_', ' ')} {report[key]}" for key in ("batch_size", "precision") if key in report]

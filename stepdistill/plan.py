@@ -20,6 +20,7 @@ from stepdistill.data.conditions import wanted
 from stepdistill.data.forms import count as samples_in
 from stepdistill.data.forms import form
 from stepdistill.errors import InputError
+from stepdistill.forward import forward_passes
 from stepdistill.memory import LiveBytes, savings
 from stepdistill.methods.base import DistillMethod
 from stepdistill.optimizer import only_moving
@@ -138,7 +139,7 @@ def fit(recipe: str | Path, overrides: Sequence[str], gpu: float) -> tuple[Plan,
         except InputError:
             continue
         if then.peak < 0.99 * now.peak:
-            changes.append(Change(key, value, effect, then))
+            changes = [change for change in changes if change.key != key] + [Change(key, value, effect, then)]
             now = then
     return first, changes
 
@@ -231,7 +232,7 @@ def _turns(
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
             batch.turn = turn
-            with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16", cache_enabled=False):
+            with forward_passes(train, "cpu"):
                 losses = method.losses(player, batch)
             if len(losses) > 1:
                 # Steps that are logged measure each term's gradient first.

@@ -168,7 +168,11 @@ class Train(Section):
     lr_warmup: int = Field(0, ge=0, description="updates of linear warm-up")
     lr_decay: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward passes; weights stay float32")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
+    gradient_checkpointing: bool | Literal["elementwise"] = Field(
+        False,
+        description="compute again in the backward pass instead of keeping: true: whole blocks; elementwise: outputs "
+        "of activation functions and products only, which costs little time",
+    )
     compile: bool | Literal["cuda-graphs"] = Field(
         False,
         description="torch.compile the networks: minutes at the start, faster steps on GPUs; cuda-graphs: their "

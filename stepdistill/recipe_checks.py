@@ -105,9 +105,12 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
             yield ("train", "optimizer"), f"expected adamw beside distributed.{key}, found {train.optimizer}"
         if teacher.quantize is not None and shared.weights:
             yield ("teacher", "quantize"), f"expected null beside distributed.{key}, found {teacher.quantize}"
-        if train.gradient_checkpointing and shared.zero == 3:
+        if train.gradient_checkpointing is True and shared.zero == 3:
             problem = "expected false beside distributed.zero: 3, which lets go of weights when a block runs again"
             yield ("train", "gradient_checkpointing"), f"{problem}; found true"
+    if train.gradient_checkpointing == "elementwise" and train.compile:
+        problem = "expected true or false beside train.compile, which chooses itself what to keep; found elementwise"
+        yield ("train", "gradient_checkpointing"), problem
     if max(train.betas) >= 1:
         yield ("train", "betas"), f"expected two numbers from 0 to below 1, found {train.betas}"
     solver_steps = (recipe.method.model_extra or {}).get("solver_steps", student.steps)

@@ -204,7 +204,7 @@ def make_method(
         # It starts as the student, with what the method added at random or student.init loaded.
         for slow, fast in zip(roles.target.network.parameters(), roles.student.network.parameters(), strict=True):
             slow.data.copy_(fast.data)
-    if recipe.train.gradient_checkpointing:
+    if recipe.train.gradient_checkpointing is True:
         _save_memory(roles, traced.denoiser.network)
     return implementation(config, roles, sampler)
 

@@ -33,6 +33,7 @@ from stepdistill.exporting.export import export
 from stepdistill.faults import explained
 from stepdistill.finite import FiniteWatch
 from stepdistill.fitting import check_fit
+from stepdistill.forward import forward_passes
 from stepdistill.generation.preview import Preview
 from stepdistill.moving_average import MovingAverage
 from stepdistill.optimizer import learning_rate, make_optimizer, only_moving
@@ -344,13 +345,9 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(train, step, self._peak_rate(player))
         backward = optimizer.backward if self.zero else Tensor.backward
-        # A cache of cast weights would give a pass with gradients the copies that a rollout made without (older torch:
-        # no weight gets any), and keep one of every weight that is put together only while it is needed.
-        settings = {"enabled": train.precision == "bf16", "cache_enabled": False}
-        half = torch.autocast(self.accelerator.device.type, torch.bfloat16, **settings)
         with only_moving(parameters):
             for number, batch in enumerate(batches):
-                with half:
+                with forward_passes(train, self.accelerator.device.type):
                     losses = self.method.losses(player, batch)
                 for term, loss in losses.items():
                     self.finite.add(f"{player} loss term {term!r}", step, loss)

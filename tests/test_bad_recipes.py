@@ -54,6 +54,16 @@ TEXTS = {
     "fraction for a count": ("steps: 60", "steps: 1.5", ":14: train.steps: expected a positive integer, found 1.5"),
     "truth for a count": ("steps: 60", "steps: true", ":14: train.steps: expected a positive integer, found true"),
     "text for a count": ("steps: 60", "steps: '60'", ":14: train.steps: expected a positive integer, found '60'"),
+    "neither all nor nothing": (
+        "steps: 60",
+        "steps: 60\n  gradient_checkpointing: elementwize",
+        ":15: train.gradient_checkpointing: expected true or false or 'elementwise', found 'elementwize'",
+    ),
+    "what the compiler chooses": (
+        "steps: 60",
+        "steps: 60\n  compile: true\n  gradient_checkpointing: elementwise",
+        ":16: train.gradient_checkpointing: expected true or false beside train.compile, which chooses itself",
+    ),
     "nothing for a count": ("steps: 60", "steps:", ":14: train.steps: expected a positive integer, found null"),
     "wrong type in method": ("substeps: 3", "substeps: many", ":12: method.substeps: expected an integer from 1 up"),
     "no students of 0 steps": ("steps: 4", "steps: 0", ":7: student.steps: expected an integer from 1 to 100, found 0"),

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from stock_here import call_here
 from test_trainer import GAN, make_recipe, pictures, teacher  # noqa: F401
 
 CASES = {
-    "gan": (GAN, {}),
+    "gan": (GAN, {"gradient_checkpointing": "elementwise"}),
     "lcm-lora": ({"name": "lcm", "solver_steps": 5}, {"student": {"train": "lora", "rank": 4}}),
     "ladd": ({"name": "ladd", "r1": 0.1}, {"batch_size": 8, "accumulation": 2, "gradient_checkpointing": True}),
 }
@@ -55,7 +56,7 @@ def train_together(recipes: list[dict], place: Path, processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += [str(HERE / "several_processes.py"), str(place / "recipes.json")]
     # Waiting for each other keeps processors busy: those of two test workers would be in each other's way.
-    with FileLock(place.parent.parent / "processes.lock"):
+    with FileLock(place.parent / "processes.lock"):
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -74,14 +75,30 @@ def distances(one: dict[str, torch.Tensor], several: dict[str, torch.Tensor]) ->
     return torch.cat([(one[name].double() - several[name].double()).abs().flatten() for name in names])
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first test worker fills and that all use; tests of one module go to several workers."""
+    base = factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{place}.lock"):
+        if not (place / "made").exists():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            make(place)
+            (place / "made").touch()
+    return place
+
+
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def runs(request, teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
     """Every case trained by one process in folder CASE-1, by several in CASE-copies and, with shards, in CASE-shards.
 
     Case gan-shards begins in one process, goes on in several, and ends in one; several take up ladd-shards twice.
     """
-    place = tmp_path_factory.mktemp("runs")
+    count = request.param
+    return made_once(tmp_path_factory, f"shards-{count}", lambda place: make_runs(place, count, teacher, pictures))
 
+
+def make_runs(place: Path, processes: int, teacher: Path, pictures: Path) -> None:  # noqa: F811
     def recipe(case: str, kind: str, steps: int = 3) -> dict:
         method, changes = CASES[case]
         changes = {"steps": steps, "lr": 2e-4} | copy.deepcopy(changes)
@@ -96,9 +113,8 @@ def runs(request, teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
         patch.setattr(run_samples, "TEACHER_STEPS", 2)
         for alone in [*(recipe(case, "1") for case in CASES), recipe("gan", "shards", steps=1)]:
             train(alone)
-        train_together(together, place, request.param)
+        train_together(together, place, processes)
         train(recipe("gan", "shards"))
-    return place
 
 
 @pytest.mark.parametrize("kind", ["copies", "shards"])

@@ -72,6 +72,7 @@ def measured(recipe: dict, folder: Path) -> int:
     [
         ("lora", "dmd2", {"precision": "bf16", "accumulation": 2}),
         ("full", "sid", {"gradient_checkpointing": True}),
+        ("full", "sid", {"gradient_checkpointing": "elementwise"}),
     ],
 )
 def test_the_expected_peak_is_the_measured_one(how, method, train, teacher, tmp_path):

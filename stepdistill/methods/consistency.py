@@ -77,7 +77,9 @@ class LCM(DistillMethod):
             return network
         if not config.w_min <= scale <= config.w_max:
             found = f"expected from method.w_min ({config.w_min}) to method.w_max ({config.w_max}), found {scale}"
-            raise InputError(f"teacher.guidance.scale: {found}")
+            # What the recipe says of a network with such an input is handed to the network.
+            embedded = "; a teacher that takes guidance as an input needs method.w_min: null" if scale == 1 else ""
+            raise InputError(f"teacher.guidance.scale: {found}{embedded}")
         return GuidanceEmbedded(network, scale)
 
     def prepare(self, batch: Batch) -> None:

@@ -283,6 +283,9 @@ def test_the_range_of_w_is_checked():
     config = ConsistencyConfig(w_min=1.0, w_max=2.0)
     with pytest.raises(InputError, match=r"teacher.guidance.scale: expected from method.w_min \(1.0\) .*, found 3.0"):
         LCM.adapt(config, "student", nn.Linear(2, 2), 3.0)
+    config = ConsistencyConfig(w_min=1.5, w_max=2.0)
+    with pytest.raises(InputError, match=r"found 1\.0; a teacher that takes guidance as an input needs method\."):
+        LCM.adapt(config, "student", nn.Linear(2, 2), 1.0)
     schedule = SCHEDULES["vp"]
     method = method_of(LCM, None, affine_student(schedule, "v"), w_min=1.0, w_max=2.0)
     with pytest.raises(InputError, match=r"method.w_min: expected null for a pipeline without guidance"):
