@@ -33,13 +33,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class Again:
-    """Kept in the place of a tensor: the operation that makes it, and what happened to its output, a cast or a view.
+    """Kept in the place of a tensor: the operation that makes it, and what happened to its output, casts or a view.
 
     ``version`` is that of the weight where nothing but a cast makes it.
     """
 
     node: Node
-    dtype: torch.dtype
+    casts: list[torch.dtype]
     shape: torch.Size
     transposed: bool
     version: int | None
@@ -68,22 +68,22 @@ def elementwise_recomputed() -> Iterator[None]:
 
 def pack(tensor: Tensor) -> Kept | Again:
     """What a graph keeps for ``tensor``."""
-    node, cast, transposed = tensor.grad_fn, False, False
+    node, casts, transposed = tensor.grad_fn, [], False
     while node is not None:
         match node.name():
             case "ViewBackward0" | "UnsafeViewBackward0" if not transposed:
                 pass
-            case "ToCopyBackward0" if not cast:
-                cast = True
+            case "ToCopyBackward0":  # an adapter in float32 gets its input from half precision, and casts it back
+                casts.insert(0, node._input_metadata[0].dtype)
             case "TBackward0" if tensor.ndim == 2 and node is tensor.grad_fn:
                 transposed = True
             case _:
                 break
         node = node.next_functions[0][0]
-    if node is not None and _is_cheap(node, cast):
+    if node is not None and _is_cheap(node, bool(casts)):
         weight = getattr(node, "variable", None)
         version = None if weight is None else weight._version
-        return Again(node, tensor.dtype, tensor.shape, transposed, version)
+        return Again(node, casts, tensor.shape, transposed, version)
     # What is kept of an output must not hold its graph: a cycle that only the garbage collector would find.
     return Kept(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
 
@@ -112,5 +112,7 @@ def unpack(kept: Kept | Again) -> Tensor:
     if isinstance(kept, Kept):
         return kept.tensor
     with torch.no_grad():
-        value = _OPERATIONS[kept.node.name()](kept.node).to(kept.dtype)
+        value = _OPERATIONS[kept.node.name()](kept.node)
+        for dtype in kept.casts:
+            value = value.to(dtype)
         return value.t() if kept.transposed else value.view(kept.shape)
