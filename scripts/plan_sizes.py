@@ -2,6 +2,7 @@
 
     python scripts/plan_sizes.py                       # SD 1.5, SDXL and SD 3.5 medium, the table of docs/plan.md
     python scripts/plan_sizes.py sdxl --gpu 24
+    python scripts/plan_sizes.py sdxl sd35 train.gradient_checkpointing=elementwise
     python scripts/plan_sizes.py sd15 --measure train.precision=fp32 teacher.arguments='{height: 256, width: 256}'
 
 Of each pipeline the configs are written, by hand from those that are published. With --measure random weights are
@@ -173,17 +174,19 @@ def measured(recipe: str, overrides: list[str], folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"{', '.join(RUNS)}; none: all")
+    about = f"of {', '.join(RUNS)} (none: all), and changes to their recipes"
+    parser.add_argument("what", nargs="*", metavar="SIZE|KEY=VALUE", help=about)
     parser.add_argument("--gpu", type=float, help="also what would make it fit so many GiB")
-    parser.add_argument("--measure", nargs="*", metavar="KEY=VALUE", help="run a step of the first one, changed so")
-    options = parser.parse_args()
-    if strangers := set(options.sizes) - set(RUNS):
+    parser.add_argument("--measure", action="store_true", help="run a step of the first one")
+    options = parser.parse_intermixed_args()
+    overrides = [one for one in options.what if "=" in one]
+    sizes = [one for one in options.what if "=" not in one] or [*RUNS]
+    if strangers := set(sizes) - set(RUNS):
         parser.error(f"sizes: expected some of {', '.join(RUNS)}, found {sorted(strangers)[0]}")
     print("| recipe | changed | teacher | peak GiB | in the turn of | weights | optimizer | seconds |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
-        sizes, overrides = options.sizes or [*RUNS], options.measure or []
-        for size in sizes if options.measure is None else sizes[:1]:
+        for size in sizes[:1] if options.measure else sizes:
             recipe, folder = RUNS[size], write(Path(place) / size, size)
             start = time.perf_counter()
             changed = [f"teacher.pipeline={folder}", *overrides]
@@ -199,7 +202,7 @@ def main() -> None:
             )
             if options.gpu:
                 print(plan.as_text(*plan.fit(recipe, changed, options.gpu), options.gpu), flush=True)
-            if options.measure is not None:
+            if options.measure:
                 print(f"measured {measured(recipe, changed, folder) / plan.GIB:.2f} GiB")
 
 

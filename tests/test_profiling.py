@@ -39,6 +39,7 @@ def test_a_profile_says_where_a_step_goes(tmp_path, capsys, train):
 
 
 def test_what_is_compiled_is_compiled_before_it_is_measured(tmp_path, monkeypatch):
+    torch._dynamo.reset()  # another test's graphs fit these networks too
     save_dit(tiny_dit(), tmp_path / "teacher")
     stats, original, during = torch._dynamo.utils.counters["stats"], torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: original(self, backend="eager"))
