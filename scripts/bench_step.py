@@ -20,7 +20,6 @@ forward and backward, of all that it makes. host_reads counts scalars read from 
 
 import argparse
 import copy
-import gc
 import importlib
 import json
 import statistics
@@ -38,13 +37,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
+from step_memory import kept_mib, peak_mib
 from torch import Tensor, nn
 
 from stepdistill.bench import device_name, library_versions
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import CallSpec, Denoiser
-from stepdistill.forward import Again, elementwise_recomputed, pack, unpack
-from stepdistill.memory import LiveBytes
+from stepdistill.forward import elementwise_recomputed
 from stepdistill.profiling import HostReads
 from stepdistill.recipe import load
 from stepdistill.roles import build_roles
@@ -384,44 +383,6 @@ class FastGen:
         model.loss_config.use_cd, model.ratio = True, 0.9
         model.sample_t_cfg.time_dist_type = "uniform"
         return self.runs(model, "net")
-
-
-def kept_mib(loss: Callable[[], Tensor], elementwise: bool) -> float:
-    """The most MiB that the graphs of ``loss`` keep at any moment, of what it makes.
-
-    Args:
-        elementwise: they keep what train.gradient_checkpointing: elementwise lets them.
-    """
-    counter = LiveBytes(all_tensors())
-
-    def keep(tensor: Tensor) -> Any:
-        kept = pack(tensor) if elementwise else tensor.detach()
-        if not isinstance(kept, Again):
-            counter.add(tensor)
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, unpack if elementwise else lambda tensor: tensor):
-        loss()
-    return round(counter.peak / 2**20, 2)
-
-
-def peak_mib(loss: Callable[[], Tensor], device: torch.device, compiled: bool) -> float | None:
-    """The most MiB that are alive of what ``loss`` and its backward pass make; None where that cannot be told."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        loss().backward()
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
-    if compiled:  # what counts tensors keeps compiled code from running
-        return None
-    with LiveBytes(all_tensors()) as live:
-        loss().backward()
-    return round(live.peak / 2**20, 2)
-
-
-def all_tensors() -> list[Tensor]:
-    gc.collect()
-    return [found for found in gc.get_objects() if isinstance(found, Tensor)]
 
 
 def now(device: torch.device) -> float:
