@@ -114,6 +114,9 @@ def guide_kernel(
     sample = tl.program_id(1).to(tl.int64)  # a large batch has more than 2^31 elements
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < elements
+    # Read before the sums, which wait for all of the program's threads: no read passes such a barrier.
+    value_c = tl.load(cond + sample * s_cond + column, mask=inside, other=0.0).to(tl.float32)
+    value_u = tl.load(uncond + sample * s_uncond + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(w + sample * s_w)
     if LIMITED:
         time = tl.load(t + sample * s_t).to(tl.float32)
@@ -140,8 +143,6 @@ def guide_kernel(
             factor = rescale * tl.sqrt(c_var / variance) + 1.0 - rescale
             lin_c *= factor
             lin_d *= factor
-    value_c = tl.load(cond + sample * s_cond + column, mask=inside, other=0.0).to(tl.float32)
-    value_u = tl.load(uncond + sample * s_uncond + column, mask=inside, other=0.0).to(tl.float32)
     if MOMENTUM:
         guided = lin_c * value_c + lin_d * tl.load(running + sample * s_run + column, mask=inside, other=0.0)
     elif PROJECTS or RESCALE:

@@ -57,8 +57,9 @@ def dmd_gradient_kernel(
     sample = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < elements
-    weight = _weight(sums, sample, elements, floor, PARTS)
-    value = (_row(fake, sample, s_fake, column, inside) - _row(real, sample, s_real, column, inside)) / weight
+    # Read before the weight, whose sum waits for all of the program's threads: no read passes such a barrier.
+    difference = _row(fake, sample, s_fake, column, inside) - _row(real, sample, s_real, column, inside)
+    value = difference / _weight(sums, sample, elements, floor, PARTS)
     tl.store(out + sample * elements + column, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -82,7 +83,6 @@ def sid_sums_kernel(
 ):
     """Program (p, j): the sum of SiD's loss over chunk p of sample j, to sums[j, p], and the weight to weights[j]."""
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    weight = _weight(gaps, sample, elements, floor, PARTS)
     total = tl.zeros((BLOCK,), tl.float32)
     begin = part.to(tl.int64) * chunk
     for start in range(0, chunk, BLOCK):
@@ -91,6 +91,7 @@ def sid_sums_kernel(
         r = _row(real, sample, s_real, column, inside)
         difference = r - _row(fake, sample, s_fake, column, inside)
         total += difference * (r - _row(x, sample, s_x, column, inside) - alpha * difference)
+    weight = _weight(gaps, sample, elements, floor, PARTS)
     tl.store(sums + sample * PARTS + part, tl.sum(total) / weight)
     if part == 0:
         tl.store(weights + sample, weight)

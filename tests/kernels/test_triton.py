@@ -88,21 +88,52 @@ def test_cuda_graphs_capture_guidance():
 
 def test_the_kernels_compile_for_an_h100():
     """Ahead of time, without a device: from Triton's language to machine code for sm_90."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     from stepdistill.kernels import guide_triton, training_triton
 
     found = {name for module in (guide_triton, training_triton) for name in vars(module) if name.endswith("_kernel")}
     assert found == {case[0] for case in SIGNATURES}
     for name, types, constants in SIGNATURES:
-        kernel = getattr(guide_triton, name, None) or getattr(training_triton, name)
-        constants = {"BLOCK": 1024, **constants}
-        given = {**types, **dict.fromkeys(constants, "constexpr")}
-        signature = {argument: given.get(argument, default(argument)) for argument in kernel.arg_names}
-        source = ASTSource(kernel, signature, {key: constants[key] for key in kernel.arg_names if key in constants})
-        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"], name
+        assert ahead_of_time(name, types, constants)["cubin"], name
+
+
+def test_samples_are_read_and_written_in_sixteen_bytes():
+    """What limits memory traffic on a GPU: each sample's tensor once, in the widest access that there is."""
+    pytest.importorskip("triton")
+    plain = PARTS | OFF | dict.fromkeys(FLAGS, False)
+    for name, types, constants, reads in (
+        ("guide_kernel", HALF, plain, 2),
+        ("guide_kernel", HALF, {key: plain[key] for key in plain.keys() - {"x_t", "a", "b"}} | {"UPDATE": True}, 3),
+        ("guide_kernel", HALF, {key: plain[key] for key in plain.keys() - {"sums"}} | {"RESCALE": True}, 2),
+        ("add_noise_kernel", HALF, {}, 2),
+        ("dmd_gradient_kernel", HALF, PARTS, 2),
+    ):
+        code = ahead_of_time(name, types, constants, aligned=True)["ptx"]
+        assert code.count("ld.global.v4.b32") == reads, name
+        assert code.count("st.global.v4.b32") == 1, name
+        assert "global.b16" not in code, name
+
+
+def ahead_of_time(name: str, types: dict, constants: dict, aligned: bool = False) -> dict:
+    """A kernel's code for sm_90 by stage; ``aligned``: addresses and strides are multiples of 16, as is usual."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from stepdistill.kernels import guide_triton, training_triton
+
+    kernel = getattr(guide_triton, name, None) or getattr(training_triton, name)
+    constants = {"BLOCK": 1024, **constants}
+    given = {**types, **dict.fromkeys(constants, "constexpr")}
+    signature = {argument: given.get(argument, default(argument)) for argument in kernel.arg_names}
+    wide = [at for at, kind in enumerate(signature.values()) if aligned and (kind == "i32" or kind.startswith("*"))]
+    source = ASTSource(
+        kernel,
+        signature,
+        {key: constants[key] for key in kernel.arg_names if key in constants},
+        {(at,): [["tt.divisibility", 16]] for at in wide},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
 
 
 def default(argument: str) -> str:
