@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
+from plan_sizes import UNETS
 from step_memory import kept_mib, peak_mib
 from torch import Tensor, nn
 
@@ -54,18 +55,6 @@ from stepdistill.trainer import Trainer
 SCALE = 2.5
 CLASSES = 10
 METHOD_KEYS = {"dmd2": {"critic_steps": 1}, "lcm": {"solver_steps": 50}}
-SDXL = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
 
 
 @dataclass
@@ -138,11 +127,10 @@ def make_case(name: str, size: int, device: torch.device, tiny: bool) -> Case:
             return classes(network.eval(), "hidden_states", side, size, device)
         case "sd15":
             small = narrow | {"cross_attention_dim": 32, "block_out_channels": (32, 32, 64, 64)} if tiny else {}
-            large = {"cross_attention_dim": 768, "attention_head_dim": 8}
-            return text(UNet2DConditionModel(**(large | small)), 8 if tiny else 64, size, device, False)
+            return text(UNet2DConditionModel(**(UNETS["sd15"] | small)), 8 if tiny else 64, size, device, False)
         case "sdxl":
             small = narrow | {"transformer_layers_per_block": 1, "cross_attention_dim": 32} if tiny else {}
-            return text(UNet2DConditionModel(**(SDXL | small)), 8 if tiny else 128, size, device, True)
+            return text(UNet2DConditionModel(**(UNETS["sdxl"] | small)), 8 if tiny else 128, size, device, True)
     raise ValueError(f"expected unet, dit, sd15 or sdxl, found {name!r}")
 
 
