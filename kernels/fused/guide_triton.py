@@ -94,6 +94,7 @@ def guide_kernel(
     s_c,
     s_d,
     elements,
+    parts,
     low,
     high,
     rescale,
@@ -124,18 +125,19 @@ def guide_kernel(
     lin_c = 1.0
     lin_d = scale - 1.0
     if PROJECTS or RESCALE:
-        at = sums + sample * 5 * PARTS + tl.arange(0, PARTS)
-        cc = tl.sum(tl.load(at + 2 * PARTS))
-        dd = tl.sum(tl.load(at + 3 * PARTS))
-        cd = tl.sum(tl.load(at + 4 * PARTS))
+        part = tl.arange(0, PARTS)
+        at = sums + sample * 5 * PARTS + part
+        cc = tl.sum(tl.load(at + 2 * PARTS, mask=part < parts, other=0.0))
+        dd = tl.sum(tl.load(at + 3 * PARTS, mask=part < parts, other=0.0))
+        cd = tl.sum(tl.load(at + 4 * PARTS, mask=part < parts, other=0.0))
         if PROJECTS:
             if CLIPS:
                 lin_d *= tl.minimum(max_norm / tl.sqrt(dd), 1.0)
             lin_c += lin_d * (parallel - 1.0) * cd / cc
         if RESCALE:
             # g is linear in c and d, and so its variance follows from their moments.
-            c_mean = tl.sum(tl.load(at)) / elements
-            d_mean = tl.sum(tl.load(at + PARTS)) / elements
+            c_mean = tl.sum(tl.load(at, mask=part < parts, other=0.0)) / elements
+            d_mean = tl.sum(tl.load(at + PARTS, mask=part < parts, other=0.0)) / elements
             c_var = cc / elements - c_mean * c_mean
             d_var = dd / elements - d_mean * d_mean
             cov = cd / elements - c_mean * d_mean
@@ -191,12 +193,12 @@ def guide_triton(
     (cond, uncond, x_t, noise, state), (*strides, s_run) = rows(out, cond, uncond, x_t, noise, running)
     batch, elements = len(cond), cond[0].numel()
     projects, blocks = parallel != 1 or max_norm > 0 or momentum != 0, triton.cdiv(elements, BLOCK)
-    sums = None
+    sums, chunk = None, triton.cdiv(blocks, PARTS) * BLOCK
+    parts = triton.cdiv(elements, chunk)
     if projects or rescale:
-        sums = torch.zeros(batch, SUMS, PARTS, dtype=torch.float32, device=cond.device)
-        chunk = triton.cdiv(blocks, PARTS) * BLOCK
+        sums = torch.empty(batch, SUMS, PARTS, dtype=torch.float32, device=cond.device)
         # Samples lie on the second grid axis, which CUDA limits to 65535: far more than a batch of latents.
-        sums_kernel[(triton.cdiv(elements, chunk), batch)](
+        sums_kernel[(parts, batch)](
             cond,
             uncond,
             state,
@@ -224,6 +226,7 @@ def guide_triton(
         s_run,
         *(0 if column is None else column.stride(0) for column in columns),
         elements,
+        parts,
         low,
         high,
         rescale,

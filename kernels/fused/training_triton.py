@@ -21,9 +21,10 @@ def _row(pointer, sample, stride, column, inside):
 
 
 @triton.jit
-def _weight(sums, sample, elements, floor, PARTS: tl.constexpr):
-    """max(mean|x - real|, floor) of a sample."""
-    total = tl.sum(tl.load(sums + sample * PARTS + tl.arange(0, PARTS)))
+def _weight(sums, sample, parts, elements, floor, PARTS: tl.constexpr):
+    """max(mean|x - real|, floor) of a sample, from as many partial sums as it has."""
+    part = tl.arange(0, PARTS)
+    total = tl.sum(tl.load(sums + sample * PARTS + part, mask=part < parts, other=0.0))
     return tl.maximum(total / elements, floor)
 
 
@@ -52,14 +53,14 @@ def gap_sums_kernel(x, real, sums, s_x, s_real, elements, chunk, PARTS: tl.const
 
 @triton.jit
 def dmd_gradient_kernel(
-    real, fake, sums, out, s_real, s_fake, elements, floor, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    real, fake, sums, out, s_real, s_fake, elements, parts, floor, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     sample = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < elements
     # Read before the weight, whose sum waits for all of the program's threads: no read passes such a barrier.
     difference = _row(fake, sample, s_fake, column, inside) - _row(real, sample, s_real, column, inside)
-    value = difference / _weight(sums, sample, elements, floor, PARTS)
+    value = difference / _weight(sums, sample, parts, elements, floor, PARTS)
     tl.store(out + sample * elements + column, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -91,7 +92,7 @@ def sid_sums_kernel(
         r = _row(real, sample, s_real, column, inside)
         difference = r - _row(fake, sample, s_fake, column, inside)
         total += difference * (r - _row(x, sample, s_x, column, inside) - alpha * difference)
-    weight = _weight(gaps, sample, elements, floor, PARTS)
+    weight = _weight(gaps, sample, tl.num_programs(0), elements, floor, PARTS)
     tl.store(sums + sample * PARTS + part, tl.sum(total) / weight)
     if part == 0:
         tl.store(weights + sample, weight)
@@ -158,17 +159,18 @@ def _blocks(like: Tensor) -> tuple[int, tuple[int, int]]:
 
 
 def _chunks(like: Tensor) -> tuple[int, int, tuple[int, int], Tensor]:
-    """(elements of a sample, elements of a partial sum, the grid of partial sums, room for them, zeros)."""
+    """(elements of a sample, elements of a partial sum, the grid of partial sums, room for PARTS of each sample)."""
     elements = like[0].numel()
     chunk = triton.cdiv(elements, PARTS * BLOCK) * BLOCK
-    sums = torch.zeros(len(like), PARTS, dtype=torch.float32, device=like.device)
+    sums = torch.empty(len(like), PARTS, dtype=torch.float32, device=like.device)
     return elements, chunk, (triton.cdiv(elements, chunk), len(like)), sums
 
 
-def _gaps(x: Tensor, real: Tensor, strides: list[int]) -> Tensor:
+def _gaps(x: Tensor, real: Tensor, strides: list[int]) -> tuple[Tensor, int]:
+    """(partial sums of |x - real|, how many of them a sample has)."""
     elements, chunk, grid, sums = _chunks(x)
     gap_sums_kernel[grid](x, real, sums, *strides, elements, chunk, PARTS=PARTS, BLOCK=BLOCK)
-    return sums
+    return sums, grid[0]
 
 
 def add_noise_triton(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -187,22 +189,22 @@ def dmd_gradient_triton(x: Tensor, real: Tensor, fake: Tensor, floor: float) -> 
     out = empty_result(x, common_type(x, real, fake))
     if out.numel():
         (x, real, fake), strides = rows(out, x, real, fake)
-        sums = _gaps(x, real, strides[:2])
+        sums, parts = _gaps(x, real, strides[:2])
         elements, grid = _blocks(out)
-        dmd_gradient_kernel[grid](real, fake, sums, out, *strides[1:], elements, floor, PARTS=PARTS, BLOCK=BLOCK)
+        dmd_gradient_kernel[grid](real, fake, sums, out, *strides[1:], elements, parts, floor, PARTS=PARTS, BLOCK=BLOCK)
     return out
 
 
 def sid_loss_triton(x: Tensor, real: Tensor, fake: Tensor, alpha: float, floor: float) -> tuple[Tensor, Tensor]:
     """``torch.ops.stepdistill.sid_loss``."""
     (x, real, fake), strides = rows(empty_result(x, x.dtype), x, real, fake)
-    gaps = _gaps(x, real, strides[:2])
+    gaps, parts = _gaps(x, real, strides[:2])
     elements, chunk, grid, sums = _chunks(x)
     weights = torch.empty(len(x), dtype=torch.float32, device=x.device)
     sid_sums_kernel[grid](
         x, real, fake, gaps, sums, weights, *strides, elements, chunk, alpha, floor, PARTS=PARTS, BLOCK=BLOCK
     )
-    return sums.sum() / x.numel(), weights
+    return sums[:, :parts].sum() / x.numel(), weights
 
 
 def sid_loss_backward_triton(
@@ -223,7 +225,7 @@ def pseudo_huber_triton(difference: Tensor, c: float) -> Tensor:
     (difference,), (stride,) = rows(empty_result(difference, difference.dtype), difference)
     elements, chunk, grid, sums = _chunks(difference)
     huber_sums_kernel[grid](difference, sums, stride, elements, chunk, c, PARTS=PARTS, BLOCK=BLOCK)
-    return sums.sum() / difference.numel()
+    return sums[:, : grid[0]].sum() / difference.numel()
 
 
 def pseudo_huber_backward_triton(difference: Tensor, gradient: Tensor, c: float) -> Tensor:

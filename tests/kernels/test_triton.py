@@ -138,7 +138,7 @@ def ahead_of_time(name: str, types: dict, constants: dict, aligned: bool = False
 
 def default(argument: str) -> str:
     """The type of an argument of that name."""
-    if argument.startswith("s_") or argument in ("stride", "elements", "chunk", "total"):
+    if argument.startswith("s_") or argument in ("stride", "elements", "chunk", "total", "parts"):
         return "i32"
     numbers = ("low", "high", "rescale", "parallel", "max_norm", "momentum", "floor")
     return "fp32" if argument in numbers else "*fp32"
