@@ -34,9 +34,9 @@ def sums_kernel(
     s_uncond,
     s_run,
     elements,
-    chunk,
     momentum,
     MOMENTUM: tl.constexpr,
+    CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -47,8 +47,8 @@ def sums_kernel(
     cc = tl.zeros((BLOCK,), tl.float32)
     dd = tl.zeros((BLOCK,), tl.float32)
     cd = tl.zeros((BLOCK,), tl.float32)
-    begin = part.to(tl.int64) * chunk
-    for start in range(0, chunk, BLOCK):
+    begin = part.to(tl.int64) * CHUNK
+    for start in range(0, CHUNK, BLOCK):
         column = begin + start + tl.arange(0, BLOCK)
         inside = column < elements
         c, d = _pair(cond, uncond, running, sample, s_cond, s_uncond, s_run, column, inside, momentum, MOMENTUM)
@@ -206,9 +206,9 @@ def guide_triton(
             *strides[:2],
             s_run,
             elements,
-            chunk,
             momentum,
             MOMENTUM=momentum != 0,
+            CHUNK=chunk,
             PARTS=PARTS,
             BLOCK=BLOCK,
         )

@@ -39,12 +39,14 @@ def add_noise_kernel(x0, eps, alpha, sigma, out, s_x0, s_eps, s_alpha, s_sigma, 
 
 
 @triton.jit
-def gap_sums_kernel(x, real, sums, s_x, s_real, elements, chunk, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def gap_sums_kernel(
+    x, real, sums, s_x, s_real, elements, CHUNK: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Program (p, j): the sum of |x - real| over chunk p of sample j, to sums[j, p]."""
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
-    begin = part.to(tl.int64) * chunk
-    for start in range(0, chunk, BLOCK):
+    begin = part.to(tl.int64) * CHUNK
+    for start in range(0, CHUNK, BLOCK):
         column = begin + start + tl.arange(0, BLOCK)
         inside = column < elements
         total += tl.abs(_row(x, sample, s_x, column, inside) - _row(real, sample, s_real, column, inside))
@@ -76,17 +78,17 @@ def sid_sums_kernel(
     s_real,
     s_fake,
     elements,
-    chunk,
     alpha,
     floor,
+    CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (p, j): the sum of SiD's loss over chunk p of sample j, to sums[j, p], and the weight to weights[j]."""
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
-    begin = part.to(tl.int64) * chunk
-    for start in range(0, chunk, BLOCK):
+    begin = part.to(tl.int64) * CHUNK
+    for start in range(0, CHUNK, BLOCK):
         column = begin + start + tl.arange(0, BLOCK)
         inside = column < elements
         r = _row(real, sample, s_real, column, inside)
@@ -130,11 +132,13 @@ def sid_backward_kernel(
 
 
 @triton.jit
-def huber_sums_kernel(difference, sums, stride, elements, chunk, c, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def huber_sums_kernel(
+    difference, sums, stride, elements, c, CHUNK: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
-    begin = part.to(tl.int64) * chunk
-    for start in range(0, chunk, BLOCK):
+    begin = part.to(tl.int64) * CHUNK
+    for start in range(0, CHUNK, BLOCK):
         column = begin + start + tl.arange(0, BLOCK)
         inside = column < elements
         d = _row(difference, sample, stride, column, inside)
@@ -169,7 +173,7 @@ def _chunks(like: Tensor) -> tuple[int, int, tuple[int, int], Tensor]:
 def _gaps(x: Tensor, real: Tensor, strides: list[int]) -> tuple[Tensor, int]:
     """(partial sums of |x - real|, how many of them a sample has)."""
     elements, chunk, grid, sums = _chunks(x)
-    gap_sums_kernel[grid](x, real, sums, *strides, elements, chunk, PARTS=PARTS, BLOCK=BLOCK)
+    gap_sums_kernel[grid](x, real, sums, *strides, elements, CHUNK=chunk, PARTS=PARTS, BLOCK=BLOCK)
     return sums, grid[0]
 
 
@@ -202,7 +206,7 @@ def sid_loss_triton(x: Tensor, real: Tensor, fake: Tensor, alpha: float, floor: 
     elements, chunk, grid, sums = _chunks(x)
     weights = torch.empty(len(x), dtype=torch.float32, device=x.device)
     sid_sums_kernel[grid](
-        x, real, fake, gaps, sums, weights, *strides, elements, chunk, alpha, floor, PARTS=PARTS, BLOCK=BLOCK
+        x, real, fake, gaps, sums, weights, *strides, elements, alpha, floor, CHUNK=chunk, PARTS=PARTS, BLOCK=BLOCK
     )
     return sums[:, :parts].sum() / x.numel(), weights
 
@@ -224,7 +228,7 @@ def pseudo_huber_triton(difference: Tensor, c: float) -> Tensor:
     """``torch.ops.stepdistill.pseudo_huber``."""
     (difference,), (stride,) = rows(empty_result(difference, difference.dtype), difference)
     elements, chunk, grid, sums = _chunks(difference)
-    huber_sums_kernel[grid](difference, sums, stride, elements, chunk, c, PARTS=PARTS, BLOCK=BLOCK)
+    huber_sums_kernel[grid](difference, sums, stride, elements, c, CHUNK=chunk, PARTS=PARTS, BLOCK=BLOCK)
     return sums[:, : grid[0]].sum() / difference.numel()
 
 

@@ -138,7 +138,7 @@ def ahead_of_time(name: str, types: dict, constants: dict, aligned: bool = False
 
 def default(argument: str) -> str:
     """The type of an argument of that name."""
-    if argument.startswith("s_") or argument in ("stride", "elements", "chunk", "total", "parts"):
+    if argument.startswith("s_") or argument in ("stride", "elements", "total", "parts"):
         return "i32"
     numbers = ("low", "high", "rescale", "parallel", "max_norm", "momentum", "floor")
     return "fp32" if argument in numbers else "*fp32"
@@ -146,17 +146,18 @@ def default(argument: str) -> str:
 
 HALF = dict.fromkeys(("cond", "uncond", "x_t", "noise", "x0", "eps", "x", "real", "fake", "difference", "out"), "*bf16")
 PARTS = {"PARTS": 64}
+SUMS = {**PARTS, "CHUNK": 4096}
 OFF = dict.fromkeys(("x_t", "noise", "running", "t", "a", "b", "c", "d", "sums"))
 FLAGS = ("UPDATE", "PLUS", "NOISE", "LIMITED", "PROJECTS", "CLIPS", "MOMENTUM", "RESCALE")
 SIGNATURES = [
     ("guide_kernel", HALF, PARTS | OFF | dict.fromkeys(FLAGS, False)),
     ("guide_kernel", HALF | {"t": "*fp64"}, PARTS | dict.fromkeys(FLAGS, True)),
-    ("sums_kernel", HALF, PARTS | {"MOMENTUM": True}),
+    ("sums_kernel", HALF, SUMS | {"MOMENTUM": True}),
     ("add_noise_kernel", HALF, {}),
-    ("gap_sums_kernel", HALF, PARTS),
+    ("gap_sums_kernel", HALF, SUMS),
     ("dmd_gradient_kernel", HALF, PARTS),
-    ("sid_sums_kernel", HALF | {"alpha": "fp32"}, PARTS),
+    ("sid_sums_kernel", HALF | {"alpha": "fp32"}, SUMS),
     ("sid_backward_kernel", HALF | {"alpha": "fp32"}, {}),
-    ("huber_sums_kernel", HALF | {"c": "fp32"}, PARTS),
+    ("huber_sums_kernel", HALF | {"c": "fp32"}, SUMS),
     ("huber_backward_kernel", HALF | {"c": "fp32"}, {}),
 ]
