@@ -81,6 +81,8 @@ def share_out(method: DistillMethod, batch: Batch, device: torch.device) -> Shar
     roles = [role for role in vars(method.roles).values() if isinstance(role, Denoiser)]
     if any(isinstance(role.network, Adapted) for role in roles):
         raise InputError("distributed.shard: expected false for a method that adds to its networks")
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):  # seen with 2.6
+        raise InputError("distributed.shard: on CPUs this needs a newer torch")
     networks = dict.fromkeys(innermost(role.network) for role in roles)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     teacher, times = method.roles.teacher, torch.full((batch.size,), 0.5, device=device)

@@ -95,7 +95,7 @@ def runs(request, teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
     Case gan-shards begins in one process, goes on in several, and ends in one; several take up ladd-shards twice.
     """
     if not hasattr(torch.cpu.Stream, "record_event"):
-        pytest.skip("this torch's shards want an accelerator")  # seen with 2.6
+        pytest.skip("this torch's shards want an accelerator")
     count = request.param
     return made_once(tmp_path_factory, f"shards-{count}", lambda place: make_runs(place, count, teacher, pictures))
 

@@ -135,3 +135,10 @@ def test_networks_that_were_added_to_are_refused(recipe):
         InputError, match=r"distributed\.zero: expected null or 2 for a method that adds to its networks"
     ):
         partition(session.method)
+
+
+def test_a_torch_without_streams_on_cpus_is_told_so(recipe, monkeypatch):
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    session = build(load(recipe, ["data.images=fashion-mnist"]), torch.device("cpu"), None, False)
+    with pytest.raises(InputError, match=r"distributed\.shard: on CPUs this needs a newer torch"):
+        share_out(session.method, session.batch(0, 0, 1), torch.device("cpu"))
