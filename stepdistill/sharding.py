@@ -78,11 +78,11 @@ def share_out(method: DistillMethod, batch: Batch, device: torch.device) -> Shar
     Raises:
         InputError: a network or torch do not allow it.
     """
+    if torch.__version__ < (2, 7):  # before, it leaves no parameter out, and does not run on CPUs
+        raise InputError(f"distributed.shard: expected torch 2.7 or newer, found {torch.__version__}")
     roles = [role for role in vars(method.roles).values() if isinstance(role, Denoiser)]
     if any(isinstance(role.network, Adapted) for role in roles):
         raise InputError("distributed.shard: expected false for a method that adds to its networks")
-    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):  # seen with 2.6
-        raise InputError("distributed.shard: on CPUs this needs a newer torch")
     networks = dict.fromkeys(innermost(role.network) for role in roles)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     teacher, times = method.roles.teacher, torch.full((batch.size,), 0.5, device=device)
@@ -92,17 +92,13 @@ def share_out(method: DistillMethod, batch: Batch, device: torch.device) -> Shar
     names = [name for name, module in innermost(teacher.network).named_modules() if module in found]
     for network in networks:
         adapters = set(nn.Module.parameters(network)) - set(weights(network))
-        options = {"mesh": mesh} | ({"ignored_params": adapters} if adapters else {})
         members = blocks(network)
-        try:
-            for module in (*map(network.get_submodule, names), *members, network):
-                passing = module in members
-                fully_shard(module, reshard_after_forward=passing, **options)
-                # A block is put together again when a gradient comes to its output. That of a whole network may not be
-                # asked for one, where hidden states are: what is outside of blocks stays until the turn is over.
-                module.set_reshard_after_backward(passing, recurse=False)
-        except TypeError:
-            raise InputError("distributed.shard: adapters need torch 2.7 or newer") from None
+        for module in (*map(network.get_submodule, names), *members, network):
+            passing = module in members
+            fully_shard(module, mesh=mesh, reshard_after_forward=passing, ignored_params=adapters)
+            # A block is put together again when a gradient comes to its output. That of a whole network may not be
+            # asked for one, where hidden states are: what is outside of blocks stays until the turn is over.
+            module.set_reshard_after_backward(passing, recurse=False)
     return Shards(networks)
 
 

@@ -88,14 +88,17 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return place
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+SHARDS = pytest.mark.skipif(torch.__version__ < (2, 7), reason="needs torch 2.7")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=SHARDS), pytest.param(4, marks=[SHARDS, pytest.mark.slow])]
+)
 def runs(request, teacher, pictures, tmp_path_factory) -> Path:  # noqa: F811
     """Every case trained by one process in folder CASE-1, by several in CASE-copies and, with shards, in CASE-shards.
 
     Case gan-shards begins in one process, goes on in several, and ends in one; several take up ladd-shards twice.
     """
-    if not hasattr(torch.cpu.Stream, "record_event"):
-        pytest.skip("this torch's shards want an accelerator")
     count = request.param
     return made_once(tmp_path_factory, f"shards-{count}", lambda place: make_runs(place, count, teacher, pictures))
 

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from stepdistill.kernels.dispatch import common_type
 from stepdistill.kernels.layout import empty_result, rows
+from stepdistill.kernels.sums_triton import BLOCK, PARTS, chunks, sum_of_parts
 
-BLOCK = 1024
-# Partial sums of a sample. Their number depends on its size alone, and they are added in one order: deterministic.
-PARTS = 64
 SUMS = 5
 
 
@@ -125,19 +123,18 @@ def guide_kernel(
     lin_c = 1.0
     lin_d = scale - 1.0
     if PROJECTS or RESCALE:
-        part = tl.arange(0, PARTS)
-        at = sums + sample * 5 * PARTS + part
-        cc = tl.sum(tl.load(at + 2 * PARTS, mask=part < parts, other=0.0))
-        dd = tl.sum(tl.load(at + 3 * PARTS, mask=part < parts, other=0.0))
-        cd = tl.sum(tl.load(at + 4 * PARTS, mask=part < parts, other=0.0))
+        at = sums + sample * 5 * PARTS
+        cc = sum_of_parts(at + 2 * PARTS, parts, PARTS)
+        dd = sum_of_parts(at + 3 * PARTS, parts, PARTS)
+        cd = sum_of_parts(at + 4 * PARTS, parts, PARTS)
         if PROJECTS:
             if CLIPS:
                 lin_d *= tl.minimum(max_norm / tl.sqrt(dd), 1.0)
             lin_c += lin_d * (parallel - 1.0) * cd / cc
         if RESCALE:
             # g is linear in c and d, and so its variance follows from their moments.
-            c_mean = tl.sum(tl.load(at, mask=part < parts, other=0.0)) / elements
-            d_mean = tl.sum(tl.load(at + PARTS, mask=part < parts, other=0.0)) / elements
+            c_mean = sum_of_parts(at, parts, PARTS) / elements
+            d_mean = sum_of_parts(at + PARTS, parts, PARTS) / elements
             c_var = cc / elements - c_mean * c_mean
             d_var = dd / elements - d_mean * d_mean
             cov = cd / elements - c_mean * d_mean
@@ -192,9 +189,8 @@ def guide_triton(
         return out
     (cond, uncond, x_t, noise, state), (*strides, s_run) = rows(out, cond, uncond, x_t, noise, running)
     batch, elements = len(cond), cond[0].numel()
-    projects, blocks = parallel != 1 or max_norm > 0 or momentum != 0, triton.cdiv(elements, BLOCK)
-    sums, chunk = None, triton.cdiv(blocks, PARTS) * BLOCK
-    parts = triton.cdiv(elements, chunk)
+    projects, sums = parallel != 1 or max_norm > 0 or momentum != 0, None
+    chunk, parts = chunks(elements)
     if projects or rescale:
         sums = torch.empty(batch, SUMS, PARTS, dtype=torch.float32, device=cond.device)
         # Samples lie on the second grid axis, which CUDA limits to 65535: far more than a batch of latents.
@@ -213,7 +209,7 @@ def guide_triton(
             BLOCK=BLOCK,
         )
     columns = (t, w, a, b, c, d)
-    guide_kernel[(blocks, batch)](
+    guide_kernel[(triton.cdiv(elements, BLOCK), batch)](
         cond,
         uncond,
         x_t,

@@ -1,7 +1,4 @@
-"""The Triton kernels of training: forward diffusion, DMD's gradient, SiD's and the pseudo-Huber loss; float32 inside.
-
-Sums are PARTS partial sums of each sample, whose number and order depend on its size alone: deterministic.
-"""
+"""The Triton kernels of training: forward diffusion, DMD's gradient, SiD's and the pseudo-Huber loss; float32."""
 
 import torch
 import triton
@@ -10,9 +7,7 @@ from torch import Tensor
 
 from stepdistill.kernels.dispatch import common_type
 from stepdistill.kernels.layout import empty_result, rows
-
-BLOCK = 1024
-PARTS = 64
+from stepdistill.kernels.sums_triton import BLOCK, PARTS, chunks, sum_of_parts
 
 
 @triton.jit
@@ -23,9 +18,7 @@ def _row(pointer, sample, stride, column, inside):
 @triton.jit
 def _weight(sums, sample, parts, elements, floor, PARTS: tl.constexpr):
     """max(mean|x - real|, floor) of a sample, from as many partial sums as it has."""
-    part = tl.arange(0, PARTS)
-    total = tl.sum(tl.load(sums + sample * PARTS + part, mask=part < parts, other=0.0))
-    return tl.maximum(total / elements, floor)
+    return tl.maximum(sum_of_parts(sums + sample * PARTS, parts, PARTS) / elements, floor)
 
 
 @triton.jit
@@ -165,9 +158,9 @@ def _blocks(like: Tensor) -> tuple[int, tuple[int, int]]:
 def _chunks(like: Tensor) -> tuple[int, int, tuple[int, int], Tensor]:
     """(elements of a sample, elements of a partial sum, the grid of partial sums, room for PARTS of each sample)."""
     elements = like[0].numel()
-    chunk = triton.cdiv(elements, PARTS * BLOCK) * BLOCK
+    chunk, parts = chunks(elements)
     sums = torch.empty(len(like), PARTS, dtype=torch.float32, device=like.device)
-    return elements, chunk, (triton.cdiv(elements, chunk), len(like)), sums
+    return elements, chunk, (parts, len(like)), sums
 
 
 def _gaps(x: Tensor, real: Tensor, strides: list[int]) -> tuple[Tensor, int]:
