@@ -5,12 +5,14 @@
     python scripts/plan_sizes.py sdxl sd35 train.gradient_checkpointing=elementwise
     python scripts/plan_sizes.py sd15 --measure train.precision=fp32 teacher.arguments='{height: 256, width: 256}'
 
-Of each pipeline the configs are written, by hand from those that are published. With --measure random weights are
-written too, and a real step's peak is set beside the expected one: on CUDA where there is a device, else on the CPU.
+Of each pipeline the configs are written; those of networks are the published ones of tests/published.py. With --measure
+random weights are written too, and a real step's peak is set beside the expected one: on CUDA where there is a device,
+else on the CPU.
 """
 
 import argparse
 import json
+import runpy
 import string
 import tempfile
 import time
@@ -41,38 +43,10 @@ VAE = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 2,
 }
-UNETS = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sdxl": {
-        "sample_size": 128,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "block_out_channels": [320, 640, 1280],
-        "transformer_layers_per_block": [1, 2, 10],
-        "attention_head_dim": [5, 10, 20],
-        "cross_attention_dim": 2048,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-        "use_linear_projection": True,
-    },
-}
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "attention_head_dim": 64,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": list(range(13)),
-    "qk_norm": "rms_norm",
-}
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+PUBLISHED = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "published.py"))
+MODELS, BETAS = PUBLISHED["MODELS"], PUBLISHED["LATENT_BETAS"]
+UNETS = {name: MODELS[name].network_config for name in ("sd15", "sdxl")}
+SD35_MEDIUM = MODELS["sd35-medium"].network_config
 RUNS = {"sd15": "sd15_dmd2", "sdxl": "sdxl_dmd2_lora", "sd35": "sd35_medium_dmd2_lora"}
 
 
