@@ -69,11 +69,14 @@ def layout(trace: Trace) -> Layout:
         seen.append(z.detach().float().cpu())
         raise _Seen
 
+    # Neither decode() nor a pipeline must hand over all probes at once: what is left goes into the next call.
     with patched(vae, "decode", stop):
-        try:
-            decode(trace, probes.reshape(-1, *trace.latent_shape))
-        except _Seen:
-            trace.pipeline.maybe_free_model_hooks()
+        while (done := sum(map(len, seen))) < len(probes):
+            try:
+                decode(trace, probes[done:].reshape(-1, *trace.latent_shape), batch=len(probes))
+                break  # without its autoencoder
+            except _Seen:
+                trace.pipeline.maybe_free_model_hooks()
     z = torch.cat(seen).flatten(1) if seen else torch.empty(0, 0)
     if len(z) == len(probes):
         shift, scale = z[0], z[1] - z[0]

@@ -1,12 +1,16 @@
 """Images become latents that the pipeline's own decoding takes back, however it packs and scales them."""
 
+import functools
+
 import pytest
 import torch
 
+from pipeline.real_sizes import REAL_SIZES
 from pipeline.zoo import ZOO
 from stepdistill.errors import InputError
 from stepdistill.generation.generate import decode
 from stepdistill.generation.latents import decoder, encode_images, image_shape, layout
+from stepdistill.pipeline.observe import patched
 from stepdistill.pipeline.trace import trace
 
 
@@ -38,6 +42,40 @@ def test_layouts(name):
 def _image(traced) -> tuple[int, int, int]:
     channels, side = image_shape(traced)
     return channels, side, side
+
+
+@pytest.mark.parametrize("teacher", REAL_SIZES)
+def test_layouts_of_real_sizes(teacher):
+    """Latents of real height and width are decoded in small batches; every probe is seen all the same."""
+    exhibit = REAL_SIZES[teacher]
+    traced = trace(exhibit.build(), exhibit.arguments)
+    assert "x".join(map(str, traced.latent_shape)) == exhibit.title
+    own, latents = layout(traced), torch.randn(1, *traced.latent_shape)
+    torch.testing.assert_close(own.from_z(own.to_z(latents), traced.latent_shape), latents, rtol=1e-5, atol=1e-5)
+    pixels = ((decoder(traced)(latents).detach() / 2 + 0.5).clamp(0, 1) * 255).round()
+    assert (decode(traced, latents).float() - pixels).abs().max() <= 1
+    images = torch.zeros(1, *_image(traced), dtype=torch.uint8)
+    assert encode_images(traced, images).shape == (1, *traced.latent_shape)
+
+
+def test_a_pipeline_that_decodes_image_by_image(monkeypatch):
+    """The probes that are not in its first call of the autoencoder come in the next ones."""
+    traced = trace(ZOO["sd"].build())
+    expected, network = layout(traced), type(traced.pipeline)
+    whole = network.__call__
+
+    @functools.wraps(whole)
+    def sliced(pipeline, *args, **kwargs):
+        decoding = pipeline.vae.decode
+        with patched(
+            pipeline.vae,
+            "decode",
+            lambda z, **options: [torch.cat([decoding(row, **options)[0] for row in z.split(1)])],
+        ):
+            return whole(pipeline, *args, **kwargs)
+
+    monkeypatch.setattr(network, "__call__", sliced)
+    assert torch.equal(layout(traced).order, expected.order)
 
 
 def test_a_decoder_has_a_graph():

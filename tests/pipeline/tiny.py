@@ -72,7 +72,7 @@ def redraw(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.eval()
 
 
-def tiny_vae(channels: int = 3, levels: int = 3, **options: Any) -> AutoencoderKL:
+def tiny_vae(channels: int = 3, levels: int = 3, latent_channels: int = 4, **options: Any) -> AutoencoderKL:
     vae = AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
@@ -80,7 +80,7 @@ def tiny_vae(channels: int = 3, levels: int = 3, **options: Any) -> AutoencoderK
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=(8,) * levels,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         mid_block_add_attention=False,
         **options,
