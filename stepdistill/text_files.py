@@ -15,7 +15,7 @@ def read_text(path: Path) -> str:
         InputError: it cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
     except OSError as error:

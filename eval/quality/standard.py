@@ -292,7 +292,7 @@ def read_prompts(path: Path, count: int | None) -> list[str]:
     Raises:
         InputError: the file holds another number of them, or is not one of these.
     """
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
         prompts = _json_prompts(path, text)
     else:

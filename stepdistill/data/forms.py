@@ -1,6 +1,6 @@
 """Captions, with or without their images, from wherever people keep them; one sample at a time, nothing decoded.
 
-folder of images      picture.png with picture.txt beside it, or in a subfolder named after its class
+folder of images      picture.png with picture.txt or .caption beside it, or in a subfolder named after its class
 file.jsonl            an object a line; a folder's metadata.jsonl is read so, too
 folder of shards      webdataset's .tar files, or one of them
 Hugging Face dataset  a folder of save_to_disk, .parquet or .arrow files, or hub:OWNER/NAME[:SPLIT], streamed
@@ -8,13 +8,12 @@ Hugging Face dataset  a folder of save_to_disk, .parquet or .arrow files, or hub
 
 import re
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from stepdistill.data import hugging_face, shards
-from stepdistill.data.sample import SUFFIXES, Sample, decoded, json_sample
+from stepdistill.data import folder, hugging_face, shards
+from stepdistill.data.sample import Sample, json_sample
 
 Form = Literal["text", "folder", "jsonl", "shards", "dataset", "hub"]
 
@@ -56,7 +55,7 @@ def samples(source: str, caption_key: str | None, image_key: str | None, limit: 
         case "dataset" | "hub":
             found = hugging_face.read(source, caption_key, image_key)
         case _:
-            found = _pictures(path)
+            found = folder.read(path, caption_key)
     return islice(found, limit)
 
 
@@ -65,18 +64,6 @@ def count(source: str, limit: int | None) -> int:
     if form(source) == "hub":
         return limit or 0
     return sum(1 for _ in samples(source, None, None, limit))
-
-
-def _pictures(folder: Path) -> Iterator[Sample]:
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
-        beside = path.with_suffix(".txt")
-        if beside.is_file():
-            caption, problem = decoded(beside.read_bytes())
-        elif path.parent != folder:
-            caption, problem = path.parent.name, ""
-        else:
-            caption, problem = None, "no caption, neither a .txt beside it nor a subfolder's name"
-        yield Sample(str(path), caption, partial(open, path, "rb"), problem)
 
 
 def _lines(file: Path, caption_key: str | None, image_key: str | None) -> Iterator[Sample]:
