@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill import assets
+from stepdistill.data import picture
 from stepdistill.data.forms import form
+from stepdistill.data.sample import SUFFIXES
 from stepdistill.recipe_errors import found, suggest
 from stepdistill.yaml_lines import Keys
 
@@ -68,6 +70,10 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
         if not isinstance(teacher.arguments.get(name), str):
             problem = f"expected a picture, an example, as teacher.arguments.{name}"
             yield ("data", "arguments", name), f"{problem}, found {found(teacher.arguments.get(name))}"
+    for name, value in teacher.arguments.items():
+        pictured = isinstance(value, str) and Path(value).suffix.lower() in SUFFIXES and Path(value).is_file()
+        if pictured and (problem := picture.misread(Path(value))):
+            yield ("teacher", "arguments", name), f"{problem}, found {value}"
     if conditions == []:
         yield ("data", "conditions"), "expected at least one prompt, found an empty list"
     if data.images not in (None, "fashion-mnist") and form(data.images) in (None, "text"):

@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from stepdistill.data import fashion_mnist
+from stepdistill.data import fashion_mnist, picture
 from stepdistill.data.forms import samples
 from stepdistill.data.sample import UNREADABLE, Pictures, Sample
 from stepdistill.data.tally import Tally
@@ -17,7 +17,8 @@ def load(data: Data, channels: int, size: int) -> tuple[Tensor, list[str], list[
     """Images uint8 (N, channels, size, size) of ``data.images``, and the condition of each: a class name or a caption,
     and the pictures that ``data.arguments`` names.
 
-    Samples that cannot be used are left out, counted and said.
+    Images are cut to their middle square, and with them those pictures that have the same proportions. Samples that
+    cannot be used are left out, counted and said.
 
     Raises:
         InputError: more than ``data.max_rejected`` of them cannot be used, or there are none.
@@ -38,15 +39,18 @@ def load(data: Data, channels: int, size: int) -> tuple[Tensor, list[str], list[
             tally.reject(sample, "no image")
             continue
         try:
-            picture, own = _read(sample, channels, size), _own_pictures(sample, data)
+            with sample.image() as file:
+                image, notes = picture.read(file, "L" if channels == 1 else "RGB")
+            own, more = _own_pictures(sample, data)
         except UNREADABLE as error:
             tally.reject(sample, f"unreadable image: {error}")
         except KeyError as error:
             tally.reject(sample, f"no picture {error.args[0]}")
         else:
-            pictures.append(picture)
+            tally.note(sample, *dict.fromkeys([*notes, *more]))
+            pictures.append(_scaled(picture.middle(image), channels, size))
             conditions.append(sample.caption)
-            told.append(own)
+            told.append({name: picture.middle(one, image.size) for name, one in own.items()})
     tally.close()
     if not pictures:
         raise InputError(f"data.images: expected images in {data.images}, found none")
@@ -86,12 +90,14 @@ def requests(data: Data, key: str = "images", aloud: bool = True) -> tuple[list[
         if not tally.accepts(sample):
             continue
         try:
-            pictures.append(_own_pictures(sample, data))
+            own, notes = _own_pictures(sample, data)
         except UNREADABLE as error:
             tally.reject(sample, f"unreadable picture: {error}")
         except KeyError as error:
             tally.reject(sample, f"no picture {error.args[0]}")
         else:
+            tally.note(sample, *notes)
+            pictures.append(own)
             captions.append(sample.caption)
     tally.close(aloud)
     if not captions:
@@ -99,20 +105,17 @@ def requests(data: Data, key: str = "images", aloud: bool = True) -> tuple[list[
     return captions, pictures
 
 
-def _own_pictures(sample: Sample, data: Data) -> Pictures:
-    found = {}
+def _own_pictures(sample: Sample, data: Data) -> tuple[Pictures, list[str]]:
+    """The pictures that ``data.arguments`` names, and what was changed of them."""
+    found, notes = {}, {}
     for argument, key in data.arguments.items():
-        with sample.other(key) as file, Image.open(file) as image:
-            # As diffusers' load_image does with the example in teacher.arguments.
-            found[argument] = ImageOps.exif_transpose(image).convert("RGB")
-    return found
+        with sample.other(key) as file:
+            found[argument], changed = picture.read(file)
+        notes |= dict.fromkeys(changed)
+    return found, list(notes)
 
 
-def _read(sample: Sample, channels: int, size: int) -> Tensor:
-    """The middle square of a sample's image, scaled to ``size``."""
-    with sample.image() as file, Image.open(file) as image:
-        image = image.convert("L" if channels == 1 else "RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+def _scaled(square: Image.Image, channels: int, size: int) -> Tensor:
+    """A square picture as uint8 (channels, size, size)."""
+    image = square.resize((size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)

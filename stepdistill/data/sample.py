@@ -2,15 +2,16 @@
 
 import io
 import json
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+"""Endings of the pictures that are read; .avif by a Pillow that was built with it."""
 CAPTION_KEYS = ("caption", "text", "prompt")
 # What opening and decoding a picture raises.
 UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
@@ -31,7 +32,8 @@ class Sample:
     Args:
         name: where it is, for messages. caption: its text; None if it has none.
         image: opens the image's file; None if it has none. problem: why it cannot be used, if that shows by now.
-        other: opens the picture under a key; KeyError: there is none.
+        other: opens the picture under a key; KeyError: there is none. notes: what a person should know of how the
+            caption was found, and the example to show.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Sample:
     image: Callable[[], BinaryIO] | None = None
     problem: str = ""
     other: Callable[[str], BinaryIO] = _no_other
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def text_of(value: Any, key: str) -> tuple[str | None, str]:

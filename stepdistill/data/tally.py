@@ -1,4 +1,6 @@
-"""How many samples of a source cannot be used, and when that is too many."""
+"""How many samples of a source cannot be used, when that is too many, and what was changed in the others."""
+
+from pathlib import Path
 
 from stepdistill.data.sample import Sample
 from stepdistill.errors import InputError
@@ -6,6 +8,8 @@ from stepdistill.progress import say
 
 # Rejections are held against the limit from this many samples on, so that a wrong key stops a long read early.
 FIRST_LOOK = 100
+# Examples in a line.
+SHOWN = 3
 
 
 class Tally:
@@ -18,6 +22,7 @@ class Tally:
     def __init__(self, key: str, limit: float):
         self.key, self.limit = key, limit
         self.read, self.reasons, self.example = 0, {}, ""
+        self.notes: dict[str, list[str]] = {}
 
     def accepts(self, sample: Sample) -> bool:
         """Count a sample; whether it has a caption and no problem so far.
@@ -29,7 +34,15 @@ class Tally:
         problem = sample.problem or ("no caption" if sample.caption is None else "empty caption")
         if sample.problem or not sample.caption:
             self.reject(sample, problem)
-        return not sample.problem and bool(sample.caption)
+            return False
+        for kind, example in sample.notes.items():
+            self.notes.setdefault(kind, []).append(example)
+        return True
+
+    def note(self, sample: Sample, *kinds: str) -> None:
+        """Count a sample, already counted as read, as one of which something was changed."""
+        for kind in kinds:
+            self.notes.setdefault(kind, []).append(Path(sample.name).name)
 
     def reject(self, sample: Sample, reason: str) -> None:
         """Count a sample, already counted as read, as one that cannot be used."""
@@ -47,8 +60,14 @@ class Tally:
             InputError: too many were rejected, or there was nothing.
         """
         self._check()
-        if self.reasons and aloud:
+        if not aloud:
+            return
+        if self.reasons:
             say(f"{self.key}: {self._rejected()}")
+        for kind, examples in self.notes.items():
+            different = list(dict.fromkeys(examples))
+            shown = ", ".join(different[:SHOWN]) + ", ..." * (len(different) > SHOWN)
+            say(f"{self.key}: {kind}: {len(examples)} of {self.read} ({shown})")
 
     def _check(self) -> None:
         rejected = sum(self.reasons.values())

@@ -17,6 +17,9 @@ import diffusers
 import torch
 from safetensors.torch import save_file
 
+PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+"""Endings of pictures' files, those of the samples' own."""
+
 
 def main(request_path: str, result_path: str) -> None:
     """Load the pipeline, call it once, and save what :func:`record` returns.
@@ -79,7 +82,7 @@ def opened(call: dict) -> dict:
 
 def is_picture(value) -> bool:
     """Whether a value is the name of a picture's file."""
-    return isinstance(value, str) and Path(value).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    return isinstance(value, str) and Path(value).suffix.lower() in PICTURES
 
 
 if __name__ == "__main__":

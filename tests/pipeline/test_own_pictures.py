@@ -136,3 +136,13 @@ def test_what_the_recipe_cannot_mean(made, tmp_path):
     ):
         with pytest.raises(InputError, match=rf"data\.{place}: {problem}"):
             load(recipe(made, tmp_path, data))
+
+
+def test_an_example_must_be_what_the_export_reads(made, tmp_path):
+    Image.new("RGBA", (16, 16), (0, 255, 0, 0)).save(tmp_path / "hidden.png")
+    whole = recipe(made, tmp_path, {"conditions": made.pairs})
+    whole["teacher"]["arguments"]["image"] = str(tmp_path / "hidden.png")
+    with pytest.raises(
+        InputError, match=r"teacher\.arguments\.image: .*misreads transparent parts, found .*hidden\.png"
+    ):
+        load(whole)
