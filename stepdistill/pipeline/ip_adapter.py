@@ -8,6 +8,7 @@ from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from stepdistill.errors import InputError
+from stepdistill.pipeline.complete import all_weights_found
 from stepdistill.recipe import IPAdapter
 
 
@@ -39,9 +40,10 @@ def load_ip_adapter(pipeline: Any, adapter: IPAdapter) -> None:
     # An encoder in a folder without a slash lies beside the weights, as diffusers has it.
     folder = adapter.image_encoder if "/" in adapter.image_encoder else f"{wanted['subfolder']}/{adapter.image_encoder}"
     try:
-        encoder = CLIPVisionModelWithProjection.from_pretrained(
-            adapter.source, subfolder=folder.strip("/"), use_safetensors=True
-        )
+        with all_weights_found(adapter.source):
+            encoder = CLIPVisionModelWithProjection.from_pretrained(
+                adapter.source, subfolder=folder.strip("/"), use_safetensors=True
+            )
         pipeline.register_modules(image_encoder=encoder.to(pipeline.device, pipeline.dtype).eval())
         pipeline.load_ip_adapter(**wanted | {"image_encoder_folder": None})
         pipeline.set_ip_adapter_scale(adapter.scale)

@@ -20,6 +20,7 @@ from stepdistill.errors import InputError
 from stepdistill.exporting.attach import CONFIG, attach, write_adapter
 from stepdistill.exporting.lora import fuse, is_lora, teacher_of
 from stepdistill.guidance_adapters import NAME, fastened
+from stepdistill.pipeline.complete import all_weights_found, check_tokenizers
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.recipe import IPAdapter
 
@@ -59,16 +60,21 @@ def load_pipeline(
 
 def _stock(path: str | Path, revision: str | None, dtype: torch.dtype, quantize: str | None) -> DiffusionPipeline:
     place, options = source(path), {}
+    if Path(place).is_dir():
+        check_tokenizers(path, Path(place))
     if quantize is not None:
         options = {"quantization_config": _quantization(quantize, dtype), "torch_dtype": dtype}
     try:
         with quiet(), warnings.catch_warnings():
             # Newer versions call the argument dtype, and warn; older ones know only this name.
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-            pipeline = DiffusionPipeline.from_pretrained(place, revision=revision, use_safetensors=True, **options)
+            with all_weights_found(path):
+                pipeline = DiffusionPipeline.from_pretrained(place, revision=revision, use_safetensors=True, **options)
             if quantize is None:
                 # Not by an argument: its name depends on the version, and half-precision files would come as they are.
                 pipeline.to(dtype)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if not Path(place).exists() and (folder := Path(place).parent).is_dir():

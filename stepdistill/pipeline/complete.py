@@ -1,0 +1,140 @@
+"""Whether a pipeline's files fill its components: the libraries draw what is missing at random, and only warn."""
+
+import functools
+import json
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from diffusers import ModelMixin
+from transformers import PreTrainedModel
+
+from stepdistill.errors import InputError
+
+NAMED = 3
+"""How many keys a message names."""
+
+
+@contextmanager
+def all_weights_found(pipeline: str | Path) -> Iterator[None]:
+    """Inside the block every component that is loaded must find each of its weights in its files.
+
+    The libraries decide what is missing: tied weights, buffers that are not stored, and names of earlier versions are
+    theirs to know.
+
+    Args:
+        pipeline: its name in the message.
+
+    Raises:
+        InputError: weights are missing or have another shape; it names the component, its files and some of the keys.
+    """
+    faults: list[str] = []
+    with _reported(PreTrainedModel, faults), _reported(ModelMixin, faults):
+        try:
+            yield
+        except Exception as error:
+            # What a component lacks explains an error that comes of it better than the error does.
+            if not faults:
+                raise
+            raise InputError(f"pipeline {pipeline}: {'; '.join(faults)}") from error
+    if faults:
+        raise InputError(f"pipeline {pipeline}: {'; '.join(faults)}")
+
+
+@contextmanager
+def _reported(base: Any, faults: list[str]) -> Iterator[None]:
+    """Inside the block ``from_pretrained`` of ``base`` and of its classes adds a line to ``faults`` for each fault."""
+    stock = base.__dict__["from_pretrained"]
+
+    @functools.wraps(stock.__func__)
+    def from_pretrained(cls: Any, place: Any, *arguments: Any, **options: Any) -> Any:
+        if options.get("output_loading_info"):
+            return stock.__func__(cls, place, *arguments, **options)
+        options["output_loading_info"] = True
+        if base is PreTrainedModel:  # it raises for a shape without saying which
+            options["ignore_mismatched_sizes"] = True
+        folder = Path(place, options.get("subfolder") or "")
+        try:
+            network, found = stock.__func__(cls, place, *arguments, **options)
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split()).partition(" If you want to")[0]
+            faults.append(f"{_files(folder)} cannot be loaded into the {cls.__name__}: {reason}")
+            raise
+        if fault := _fault(found):
+            faults.append(f"{_files(folder)} does not fill the {cls.__name__}: {fault}")
+        return network
+
+    base.from_pretrained = classmethod(from_pretrained)
+    try:
+        yield
+    finally:
+        base.from_pretrained = stock
+
+
+def _files(folder: Path) -> str:
+    """The component in ``folder`` and its files, in short."""
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    return folder.name + (f"/{files[0]}" if files else "") + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+
+
+def _fault(found: dict[str, Any]) -> str | None:
+    """What the library's report of loading says of weights that are not the file's; None where all are."""
+    missing, surplus = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    shapes = sorted(f"{key} of {list(wanted)}, found {list(held)}" for key, held, wanted in found["mismatched_keys"])
+    if not missing and not shapes:
+        return None
+    said = []
+    if missing:
+        said.append(f"{len(missing)} weights are missing: {some(missing)}")
+    if shapes:
+        said.append(f"{len(shapes)} weights have another shape: expected {some(shapes)}")
+    if surplus:
+        said.append(f"{len(surplus)} names are unknown: {some(surplus)}")
+    if any(".base_layer." in key for key in surplus):
+        said.append("it was saved with a LoRA attached: call fuse_lora(), then unload_lora_weights(), then save again")
+    return "; ".join(said)
+
+
+def some(names: Collection[str]) -> str:
+    """The first of the names, and how many more there are."""
+    first = list(names)[:NAMED]
+    return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
+
+
+def check_tokenizers(pipeline: str | Path, folder: Path) -> None:
+    """Each tokenizer of the pipeline in ``folder`` must have the files that its class reads.
+
+    Args:
+        pipeline: its name in the message.
+
+    Raises:
+        InputError: one is missing. Some versions of transformers would make an empty tokenizer instead.
+    """
+    for name, kind in components(folder):
+        files = getattr(getattr(transformers, kind, None), "vocab_files_names", None)
+        place = folder / name
+        if not files or not place.is_dir() or (place / "tokenizer.json").is_file():
+            continue
+        wanted = [file for key, file in files.items() if key != "tokenizer_file"]
+        if lacking := [file for file in wanted if not (place / file).is_file()]:
+            raise InputError(
+                f"pipeline {pipeline}: {name} of class {kind} expected tokenizer.json or {' and '.join(wanted)}, found "
+                f"no {' and no '.join(lacking)}"
+            )
+
+
+def components(folder: Path) -> Iterable[tuple[str, str]]:
+    """(name, class) of the components that the pipeline in ``folder`` lists.
+
+    Raises:
+        InputError: its model_index.json is no JSON object.
+    """
+    index = folder / "model_index.json"
+    try:
+        facts = json.loads(index.read_text(encoding="utf-8"))
+        pairs = [(name, value) for name, value in facts.items() if isinstance(value, list) and len(value) == 2]
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{index}: expected a JSON object of components, found {error}") from None
+    return [(name, value[1]) for name, value in pairs if isinstance(value[1], str)]
