@@ -47,7 +47,7 @@ from stepdistill.denoiser import CallSpec, Denoiser
 from stepdistill.forward import elementwise_recomputed
 from stepdistill.profiling import HostReads
 from stepdistill.recipe import load
-from stepdistill.roles import build_roles
+from stepdistill.roles import LoRA, build_roles
 from stepdistill.samplers import SAMPLERS, solver_grid
 from stepdistill.schedule import FlowSchedule
 from stepdistill.trainer import Trainer
@@ -149,7 +149,7 @@ def make_trainer(case: Case, method: str, precision: str, folder: Path, compiled
     )
     kind, config = case.recipe.method.implementation, case.recipe.method.config
     names = ("student", *kind.extra_roles)
-    roles = build_roles(case.denoiser, dict.fromkeys(names, case.train), SCALE, 32)
+    roles = build_roles(case.denoiser, dict.fromkeys(names, case.train), SCALE, LoRA(32))
     sampler = SAMPLERS[kind.sampler_of(config)](case.denoiser.schedule, FlowMatchEulerDiscreteScheduler(), 4)
     for name in (*names, "teacher"):
         network = getattr(roles, name).network.to(case.device)

@@ -79,12 +79,14 @@ def _switch(layers: list[BaseTunerLayer], disabled: bool, active: list[str]) -> 
         layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def lora_targets(network: nn.Module, wanted: Sequence[str] | Literal["auto"] = "auto") -> list[str]:
+def lora_targets(
+    network: nn.Module, wanted: Sequence[str] | Literal["auto"] = "auto", key: str = "student.targets"
+) -> list[str]:
     """Full names of the layers that get a LoRA.
 
     Args:
         wanted: endings of names, such as "to_q" or "ff.net.0.proj"; "auto": every linear layer, and the ungrouped
-            convolutions of a UNet's or transformer's blocks.
+            convolutions of a UNet's or transformer's blocks. key: of the recipe, for messages.
 
     Raises:
         InputError: an ending fits no linear layer or convolution.
@@ -106,7 +108,7 @@ def lora_targets(network: nn.Module, wanted: Sequence[str] | Literal["auto"] = "
         if not any(_ends(name, ending) for name in layers):
             endings = {name.rpartition(".")[2] for name in layers}
             raise InputError(
-                f"student.targets: expected endings of layers of {type(network).__name__}, found {ending!r}"
+                f"{key}: expected endings of layers of {type(network).__name__}, found {ending!r}"
                 f"{suggest(ending, endings)}"
             )
     return [name for name in layers if any(_ends(name, ending) for ending in wanted)]

@@ -96,7 +96,12 @@ class Student(Section):
         gt=0,
         # The second is its name in the recipes of earlier runs.
         validation_alias=AliasChoices("rank", "lora_rank"),
-        description="rank of the adapter when train is lora; its alpha is the rank, so scale 1.0 is right",
+        description="rank of the adapter when train is lora",
+    )
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="the adapter adds (alpha / rank) B A; null: the rank. A smaller alpha slows training by as much",
     )
     targets: Literal["auto"] | list[str] = Field(
         "auto",
@@ -109,6 +114,16 @@ class Student(Section):
     )
     init: str | None = Field(None, description="run folder or exported pipeline to start from; null: the teacher")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the exponential moving average per update; 0 is off")
+
+
+class Critic(Section):
+    rank: int | None = Field(None, gt=0, description="rank of the critic's adapter; null: student.rank")
+    alpha: float | None = Field(
+        None, gt=0, description="its alpha; null: student.alpha, or where that is null its own rank"
+    )
+    targets: Literal["auto"] | list[str] | None = Field(
+        None, description="its layers, as in student.targets; null: student.targets"
+    )
 
 
 class Data(Section):
@@ -254,6 +269,7 @@ class Recipe(Section):
 
     teacher: Teacher = Field(description="the pipeline to distil")
     student: Student = Field(description="the few-step denoiser to be trained")
+    critic: Critic = Field(Critic(), description="the critic's adapter, where the method has a critic that is a LoRA")
     data: Data = Field(Data(), description="what the method trains on")
     method: Method = Field(description="the distillation method and its own settings")
     train: Train = Field(description="optimisation, checkpoints, logging")
@@ -263,6 +279,13 @@ class Recipe(Section):
     distributed: Distributed = Field(Distributed(), description="the processes that share the run's batches")
     output: str | None = Field(None, min_length=1, description="run folder; null: runs/NAME OF THE RECIPE FILE")
     resume: str = Field("auto", min_length=1, description="auto, never, or a checkpoint or run folder")
+
+    @property
+    def role_training(self) -> dict[str, Literal["full", "lora", "frozen"]]:
+        """How each role beside the teacher gets its weights: by its method's word, else by ``student.train``."""
+        implementation = self.method.implementation
+        names = ("student", *implementation.extra_roles)
+        return dict.fromkeys(names, self.student.train) | dict(implementation.role_training(self.method.config))
 
     def to_yaml(self) -> str:
         """The resolved recipe; ``load`` of it gives an equal recipe."""

@@ -35,23 +35,23 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
             yield ("teacher", "pipeline"), f"expected {known}, found {found(teacher.pipeline)}{hint}"
     if student.init is not None and not Path(student.init).is_dir():
         yield ("student", "init"), f"expected a run folder or an exported pipeline, found nothing at {student.init}"
-    if student.config:
-        how = recipe.method.implementation.role_training(config).get("student", student.train)
-        if how != "full":
-            yield ("student", "config"), f"expected none for a student that stands on the teacher's weights ({how})"
-    if recipe.export.keys == "kohya":
-        how = recipe.method.implementation.role_training(config).get("student", student.train)
-        if recipe.export.fuse or how == "full":
-            yield ("export", "keys"), "expected 'diffusers' for a student that is exported whole, found 'kohya'"
+    training = recipe.role_training
+    how = training["student"]
+    if student.config and how != "full":
+        yield ("student", "config"), f"expected none for a student that stands on the teacher's weights ({how})"
+    if recipe.export.keys == "kohya" and (recipe.export.fuse or how == "full"):
+        yield ("export", "keys"), "expected 'diffusers' for a student that is exported whole, found 'kohya'"
     if teacher.quantize is not None:
         if teacher.precision != "bf16":
             yield ("teacher", "precision"), f"expected 'bf16' beside teacher.quantize, found {found(teacher.precision)}"
-        implementation = recipe.method.implementation
-        names = ("student", *implementation.extra_roles)
-        training = {name: student.train for name in names} | dict(implementation.role_training(config))
         if whole := [name for name, how in training.items() if how == "full"]:
             problem = f"expected 'lora' beside teacher.quantize; all weights of the {whole[0]} would be trained"
-            yield ("student", "train"), problem
+            given = (recipe.method.model_extra or {}).get("critic") if whole[0] == "critic" else None
+            yield ("method", "critic") if given else ("student", "train"), problem
+    for key, value in recipe.critic:
+        if value is not None and training.get("critic") != "lora":
+            told = "a method without a critic" if "critic" not in training else "a critic that is trained whole"
+            yield ("critic", key), f"expected null for {told}, found {found(value)}"
     conditions = data.conditions
     known = ("classes", "captions", *assets.prompt_lists())
     if isinstance(conditions, str) and conditions not in known and form(conditions) is None:

@@ -4,6 +4,7 @@ import copy
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,12 +17,32 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.methods.base import Roles, RoleTraining
 
 
+@dataclass(frozen=True)
+class LoRA:
+    """The adapter of a role: W + alpha / rank B A.
+
+    Args:
+        rank: of A and B. alpha: None: the rank, at which the adapter's scale is 1.
+        targets: the layers, see :func:`stepdistill.adapters.lora_targets`. section: of the recipe, for messages.
+    """
+
+    rank: int
+    alpha: float | None = None
+    targets: Sequence[str] | Literal["auto"] = "auto"
+    section: str = "student"
+
+    @property
+    def config(self) -> dict[str, float]:
+        """Rank and alpha as peft names them."""
+        return {"r": self.rank, "lora_alpha": self.rank if self.alpha is None else self.alpha}
+
+
 def build_roles(
     teacher: Denoiser,
     training: Mapping[str, RoleTraining],
     scale: float,
-    rank: int,
-    targets: Sequence[str] | Literal["auto"] = "auto",
+    lora: LoRA,
+    critic: LoRA | None = None,
     smaller: nn.Module | None = None,
     home: torch.device | None = None,
 ) -> Roles:
@@ -31,7 +52,7 @@ def build_roles(
         teacher: the traced denoiser; its network is frozen here.
         training: how each role beside the teacher gets its weights, by the role's name: "full" (a copy), "lora" (an
             adapter on the teacher's own weights) or "frozen" (the teacher's own weights, for methods that add to them).
-        scale: the guidance scale to distil. rank: rank and alpha of the adapters. targets: see :func:`lora_targets`.
+        scale: the guidance scale to distil. lora: every role's adapter. critic: the critic's; None: like the others'.
         smaller: what student and target are copies of instead, see :func:`stepdistill.pruning.pruned`.
         home: where copies are kept; None: where the teacher is.
 
@@ -52,9 +73,12 @@ def build_roles(
     with warnings.catch_warnings():
         # Several adapters on one network are the point here, and peft warns of the second.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        layers = "|".join(map(re.escape, lora_targets(backbone, targets))) if adapters else ""
-        for name in adapters:
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, init_lora_weights=True)
+        wanted = {name: critic if critic and name == "critic" else lora for name in adapters}
+        # Names of layers, all of them before the first adapter changes them.
+        layers = {name: lora_targets(backbone, one.targets, f"{one.section}.targets") for name, one in wanted.items()}
+        for name, one in wanted.items():
+            targets = "|".join(map(re.escape, layers[name]))
+            config = LoraConfig(**one.config, target_modules=targets, init_lora_weights=True)
             inject_adapter_in_model(config, backbone, adapter_name=name)
     for module in backbone.modules():
         if isinstance(module, BaseTunerLayer):

@@ -26,7 +26,7 @@ from stepdistill.pipeline.trace import Trace, asked_for, trace, under
 from stepdistill.progress import say
 from stepdistill.pruning import pruned
 from stepdistill.recipe import Recipe
-from stepdistill.roles import build_roles
+from stepdistill.roles import LoRA, build_roles
 from stepdistill.samplers import SAMPLERS, TCD, Sampler
 
 
@@ -185,16 +185,16 @@ def make_method(
         InputError: the network does not allow what the recipe asks of it.
     """
     implementation, config, student = recipe.method.implementation, recipe.method.config, recipe.student
-    names = ("student", *implementation.extra_roles)
-    training = {name: student.train for name in names} | dict(implementation.role_training(config))
+    training = recipe.role_training
     smaller = pruned(traced.denoiser.network, student.config) if student.config else None
     if smaller is not None:
         _switch(smaller, recipe)
-    roles = build_roles(traced.denoiser, training, scale, student.rank, student.targets, smaller, home)
+    lora = LoRA(student.rank, student.alpha, student.targets)
+    roles = build_roles(traced.denoiser, training, scale, lora, _critic_lora(recipe), smaller, home)
     roles.decode = decoder(traced)
     if student.init is not None:
         _start_from(Path(student.init), roles.student, traced.pipeline, traced.component)
-    for name in names:
+    for name in training:
         role = getattr(roles, name)
         network = implementation.adapt(config, name, role.network, scale)
         if network is not role.network and recipe.teacher.precision != "fp32":
@@ -207,6 +207,17 @@ def make_method(
     if recipe.train.gradient_checkpointing is True:
         _save_memory(roles, traced.denoiser.network)
     return implementation(config, roles, sampler)
+
+
+def _critic_lora(recipe: Recipe) -> LoRA:
+    """The critic's adapter: what its section leaves open is the student's."""
+    student, critic = recipe.student, recipe.critic
+    return LoRA(
+        student.rank if critic.rank is None else critic.rank,
+        student.alpha if critic.alpha is None else critic.alpha,
+        student.targets if critic.targets is None else critic.targets,
+        "student" if critic.targets is None else "critic",
+    )
 
 
 def _save_memory(roles: Roles, backbone: nn.Module) -> None:

@@ -12,7 +12,7 @@ from pipeline.tiny import tiny_dit, tiny_sd
 from stepdistill.adapters import AdapterView, GuidanceEmbedded, SlowTime, fourier, plain_network
 from stepdistill.denoiser import CallSpec, Denoiser
 from stepdistill.errors import InputError
-from stepdistill.roles import build_roles
+from stepdistill.roles import LoRA, build_roles
 from stepdistill.schedule import from_scheduler
 
 SCALE = 2.5
@@ -111,7 +111,7 @@ def test_a_lora_student_is_told_and_exported_too():
     spec = CallSpec("hidden_states", "timestep", timestep_dtype=torch.int64)
     network, cond = pipeline.transformer, {"class_labels": torch.tensor([3, 7])}
     expected = call(network, cond)
-    roles = build_roles(Denoiser(network, spec, schedule, kind), {"student": "lora", "target": "lora"}, SCALE, 4)
+    roles = build_roles(Denoiser(network, spec, schedule, kind), {"student": "lora", "target": "lora"}, SCALE, LoRA(4))
     student, target = (GuidanceEmbedded(role.network, SCALE) for role in (roles.student, roles.target))
     for slow, fast in zip(target.parameters(), student.parameters(), strict=True):
         slow.data.copy_(fast.data)
@@ -165,7 +165,9 @@ def test_a_slow_time_folds_into_the_stock_network(bare, lora):
     if lora:
         schedule, kind = from_scheduler(tiny_dit().scheduler)
         spec = CallSpec("sample", "timestep")
-        network = build_roles(Denoiser(network, spec, schedule, kind), {"student": "lora"}, 1.0, 4).student.network
+        network = build_roles(
+            Denoiser(network, spec, schedule, kind), {"student": "lora"}, 1.0, LoRA(4)
+        ).student.network
     before = call(network, cond)
     slow = trained(SlowTime(network, 50))
     assert len(list(slow.parameters())) == len(list(network.parameters()))

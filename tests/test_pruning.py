@@ -15,7 +15,7 @@ from stepdistill.pipeline.load import save_pipeline
 from stepdistill.pipeline.trace import trace
 from stepdistill.pruning import pruned
 from stepdistill.recipe import load
-from stepdistill.roles import build_roles
+from stepdistill.roles import LoRA, build_roles
 from stepdistill.trainer import train
 
 X, T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([600, 20])
@@ -133,7 +133,7 @@ def test_the_target_is_as_small_as_the_student_and_the_critic_as_large_as_the_te
     tiny_denoiser = trace(tiny.tiny_dit()).denoiser
     smaller = pruned(tiny_denoiser.network, {"num_layers": 1})
     training = dict.fromkeys(("student", "target", "critic"), "full")
-    roles = build_roles(tiny_denoiser, training, 1.0, 4, smaller=smaller)
+    roles = build_roles(tiny_denoiser, training, 1.0, LoRA(4), smaller=smaller)
     assert [len(role.network.transformer_blocks) for role in (roles.student, roles.target, roles.critic)] == [1, 1, 3]
 
 

@@ -24,7 +24,7 @@ from stepdistill.evaluation import best_checkpoint
 from stepdistill.exporting import stock_call
 from stepdistill.exporting.attach import CONFIG as ATTACHED
 from stepdistill.exporting.card import model_card
-from stepdistill.exporting.lora import Keys, save_lora, why_not_lora
+from stepdistill.exporting.lora import Keys, fold_scale, save_lora, why_not_lora
 from stepdistill.generation.generate import decode
 from stepdistill.guidance_adapters import fastened
 from stepdistill.pipeline import ip_adapter
@@ -105,6 +105,8 @@ def export(
     if keys == "kohya" and form == "pipeline":
         raise InputError("export.keys: expected 'diffusers' for a student that is exported whole, found 'kohya'")
     adapter = recipe.teacher.ip_adapter
+    if form == "lora":
+        fold_scale(student)
     if half and (form == "lora" or not isinstance(student, AdapterView)):
         round_to_half(student)
     if form == "lora":

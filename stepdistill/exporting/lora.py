@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
@@ -39,7 +40,8 @@ def save_lora(
 ) -> None:
     """Write the student's adapter and the pipeline's scheduler into ``folder``.
 
-    Alpha is the rank, and a loader that is told no alpha takes just that: scale 1.0 is the student.
+    The adapter's scale is 1 (:func:`fold_scale`): alpha is the rank in the file, which is what a reader that finds no
+    alpha takes.
 
     Raises:
         InputError: kohya's key names for a network that is no UNet; ComfyUI reads diffusers' names of those.
@@ -66,14 +68,30 @@ def kohya_keys(weights: dict[str, Any]) -> dict[str, Any]:
     return {name: value.float() if name.endswith(".alpha") else value for name, value in renamed.items()}
 
 
+@torch.no_grad()
+def fold_scale(student: AdapterView) -> None:
+    """Move alpha / rank of the student's adapter into its B, in place: the same function, at scale 1."""
+    for layer in _layers(student):
+        layer.lora_B[student.adapter].weight.mul_(layer.scaling[student.adapter])
+        layer.scaling[student.adapter] = 1.0
+
+
+def _layers(student: AdapterView) -> list[BaseTunerLayer]:
+    """The layers that have the student's adapter."""
+    layers = (module for module in student.backbone.modules() if isinstance(module, BaseTunerLayer))
+    return [layer for layer in layers if student.adapter in layer.scaling]
+
+
 def load_adapter(pipeline: Any, component: str, folder: Path, student: AdapterView) -> None:
-    """Copy the LoRA in ``folder`` into the student's adapter.
+    """Copy the LoRA in ``folder`` into the student's adapter: its delta, whatever the student's alpha.
 
     Raises:
         InputError: its layers or ranks are not the student's.
     """
     state = type(pipeline).lora_state_dict(folder, use_safetensors=True)
     state = state[0] if isinstance(state, tuple) else state
+    # Of kohya's names diffusers makes its own of earlier years.
+    state = convert_unet_state_dict_to_peft(state)
     weights = {name.removeprefix(f"{component}."): value for name, value in state.items()}
     expected = get_peft_model_state_dict(student.backbone, adapter_name=student.adapter)
     different = sorted(weights.keys() ^ expected.keys())
@@ -81,6 +99,9 @@ def load_adapter(pipeline: Any, component: str, folder: Path, student: AdapterVi
     if different:
         raise InputError(f"student.init: the LoRA in {folder} has other layers or another rank: {different[0]}")
     set_peft_model_state_dict(student.backbone, weights, adapter_name=student.adapter)
+    with torch.no_grad():
+        for layer in _layers(student):
+            layer.lora_B[student.adapter].weight.div_(layer.scaling[student.adapter])
 
 
 def is_lora(folder: Path) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
@@ -28,6 +28,14 @@ class MethodConfig(BaseModel):
         if low > high:
             raise ValueError(f"expected t_min not above t_max, got {low:g} and {high:g}")
         return self
+
+
+class CriticConfig(MethodConfig):
+    """Keys of ``method`` for methods with a critic."""
+
+    critic: Literal["lora", "full"] | None = Field(
+        None, description="the critic's weights: an adapter, or all of them; null: as student.train"
+    )
 
 
 RoleTraining = Literal["full", "lora", "frozen"]
@@ -123,7 +131,8 @@ class DistillMethod(ABC):
     @classmethod
     def role_training(cls, config: MethodConfig) -> Mapping[str, RoleTraining]:
         """Roles whose weights are made otherwise than ``student.train`` says."""
-        return {}
+        critic = getattr(config, "critic", None)
+        return {"critic": critic} if critic else {}
 
     @classmethod
     def adapt(cls, config: MethodConfig, role: str, network: nn.Module, scale: float) -> nn.Module:

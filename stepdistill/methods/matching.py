@@ -22,14 +22,14 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Conditions
-from stepdistill.methods.base import DistillMethod, MethodConfig, Roles
+from stepdistill.methods.base import CriticConfig, DistillMethod, Roles
 from stepdistill.methods.losses import denoising_loss, surrogate
 from stepdistill.methods.times import uniform_times
 from stepdistill.methods.trajectory import TrajectoryConfig, TrajectoryRegression
 from stepdistill.samplers import Sampler
 
 
-class MatchingConfig(MethodConfig):
+class MatchingConfig(CriticConfig):
     """Keys of ``method`` that every distribution-matching method has."""
 
     critic_steps: int = Field(1, ge=1, description="critic updates per student update (two time scales)")

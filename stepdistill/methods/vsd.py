@@ -13,7 +13,6 @@ Guidance on both scores cancels where student and teacher agree: the data are a 
 for DMD2 and Diff-Instruct with guidance on the teacher alone. It shapes the way there, not the end.
 """
 
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, field_validator
@@ -23,7 +22,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Conditions
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
-from stepdistill.methods.base import RoleTraining
+from stepdistill.methods.base import CriticConfig
 from stepdistill.methods.matching import DistributionMatching, MatchingConfig
 from stepdistill.methods.times import normal_log_snr_times
 from stepdistill.schedule import per_sample
@@ -32,7 +31,7 @@ from stepdistill.schedule import per_sample
 class VSDConfig(MatchingConfig):
     """Keys of ``method`` for VSD."""
 
-    critic: Literal["lora", "full"] = Field("lora", description="the critic's weights: an adapter, or all of them")
+    critic: Literal["lora", "full"] | None = Field("lora", description=CriticConfig.model_fields["critic"].description)
     critic_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty conditions in the critic's training")
     guidance_range: list[NonNegativeFloat] | None = Field(
         None, min_length=2, max_length=2, description="w of each sample is uniform between; null: the teacher's scale"
@@ -52,10 +51,6 @@ class VSD(DistributionMatching):
     Config = VSDConfig
     config: VSDConfig
     summary = "VSD (SwiftBrush): guided score differences with a LoRA critic"
-
-    @classmethod
-    def role_training(cls, config: VSDConfig) -> Mapping[str, RoleTraining]:
-        return {"critic": config.critic}
 
     def prepare(self, batch: Batch) -> None:
         if self.config.guidance_range is not None and batch.null is None:

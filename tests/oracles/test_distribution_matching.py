@@ -23,7 +23,7 @@ from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser, affine_criti
 from stepdistill.data.batch import Batch, PathRows
 from stepdistill.denoiser import CallSpec, Denoiser
 from stepdistill.methods import METHODS, Roles
-from stepdistill.roles import build_roles
+from stepdistill.roles import LoRA, build_roles
 from stepdistill.schedule import KINDS
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
@@ -285,7 +285,7 @@ def test_the_vsd_critic_is_an_adapter_that_starts_as_the_teacher():
     teacher = Denoiser(Network(), CallSpec("x", "timestep"), schedule, "v")
     implementation = METHODS["vsd"]
     config = implementation.Config()
-    roles = build_roles(teacher, {"student": "full"} | dict(implementation.role_training(config)), 2.0, rank=4)
+    roles = build_roles(teacher, {"student": "full"} | dict(implementation.role_training(config)), 2.0, LoRA(4))
     method = implementation(config, roles, OnGrid(schedule, [1.0]))
     x, t = torch.randn(32, 1), torch.rand(32)
     before = roles.teacher(x, t, rows.cond).raw

@@ -15,7 +15,7 @@ from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.pipeline.trace import trace
-from stepdistill.roles import build_roles
+from stepdistill.roles import LoRA, build_roles
 from stepdistill.trainer import train
 
 PROMPTS = ["a red shoe", "two birds on a wire"]
@@ -128,7 +128,7 @@ def test_a_student_with_a_controlnet_is_distilled_and_exported(pictures, tmp_pat
 
 
 def test_helpers_get_no_gradient(controlled):
-    build_roles(controlled.denoiser, {"student": "full"}, 1.0, 4)
+    build_roles(controlled.denoiser, {"student": "full"}, 1.0, LoRA(4))
     assert not any(p.requires_grad for p in controlled.pipeline.controlnet.parameters())
 
 
