@@ -230,13 +230,13 @@ class Denoiser:
         """The same call on other weights."""
         return Denoiser(network, self.spec, self.schedule, self.kind)
 
-    def features(self, x_t: Tensor, t: Tensor, cond: Conditions) -> list[Tensor]:
-        """Hidden states of the network's blocks, shallow to deep, with grad; at most 4.
+    def features(self, x_t: Tensor, t: Tensor, cond: Conditions, depths: int | None = FEATURE_DEPTHS) -> list[Tensor]:
+        """Hidden states of the network's blocks, shallow to deep, with grad; at most ``depths``, None: of all.
 
         A network of equal blocks gives evenly spaced depths, (B, tokens, width) each; a UNet gives the
         deepest of its down blocks and its middle, (B, channels, h, w).
         """
-        return hidden_states(self.network, lambda: self.network(**self.arguments(x_t, t, cond)))
+        return hidden_states(self.network, lambda: self.network(**self.arguments(x_t, t, cond)), depths)
 
     def arguments(self, x_t: Tensor, t: Tensor, cond: Conditions) -> dict[str, Any]:
         """The keyword arguments of the network's call; floating tensors in the network's dtype."""
@@ -312,21 +312,21 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
-def hidden_states(network: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+def hidden_states(network: nn.Module, run: Callable[[], Any], depths: int | None = FEATURE_DEPTHS) -> list[Tensor]:
     """What the feature blocks of ``network`` emit while ``run`` calls it, in order, with grad."""
     captured: list[Tensor] = []
     with ExitStack() as hooks:
         # Compiled code has no place for hooks that come later.
         hooks.enter_context(torch.compiler.set_stance("force_eager"))
-        for block in feature_blocks(network):
+        for block in feature_blocks(network, depths):
             handle = block.register_forward_hook(lambda _module, _inputs, out: captured.append(_hidden(out)))
             hooks.callback(handle.remove)
         run()
     return captured
 
 
-def feature_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks whose outputs are the network's features, in call order.
+def feature_blocks(network: nn.Module, depths: int | None = FEATURE_DEPTHS) -> list[nn.Module]:
+    """The blocks whose outputs are the network's features, in call order; at most ``depths``, None: all.
 
     Raises:
         ValueError: the network has no list of blocks.
@@ -342,12 +342,12 @@ def feature_blocks(network: nn.Module) -> list[nn.Module]:
             middle.append(module)
     if middle:
         down = [block for name, blocks in lists.items() if name.endswith("down_blocks") for block in blocks]
-        return [*down, *middle][-FEATURE_DEPTHS:]
+        return [*down, *middle][-(depths or 0) :]
     blocks = [block for name, blocks in lists.items() if name.endswith("blocks") for block in blocks]
     blocks = blocks or [block for blocks in lists.values() for block in blocks]
     if not blocks:
         raise ValueError(f"{type(network).__name__} has no ModuleList of blocks to take features from")
-    count = min(FEATURE_DEPTHS, len(blocks))
+    count = min(depths or len(blocks), len(blocks))
     return [blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)]
 
 

@@ -1,14 +1,16 @@
 """What discriminators are made of: small heads on hidden states, and frozen image networks that have such states."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
-from stepdistill.denoiser import hidden_states
+from stepdistill.denoiser import Conditions, hidden_states
 from stepdistill.errors import InputError
 from stepdistill.eval.features import fold_batch_norm, pretrained_lite
 
@@ -23,22 +25,77 @@ class Heads(nn.Module):
     Args:
         shapes: shapes of the hidden states without batch, (tokens, width) or (channels, h, w).
         width: hidden width of each head.
+        told: length of a vector that the heads get for each sample; 0: they see hidden states alone.
+
+    A head's hidden vector h of a token votes with a(h), and with a(h) + <h, P c> / width where it gets a vector c
+    (projection discriminator, Miyato & Koyama 2018); P is 0 at first.
     """
 
-    def __init__(self, shapes: Sequence[Sequence[int]], width: int = 64):
+    def __init__(self, shapes: Sequence[Sequence[int]], width: int = 64, told: int = 0):
         super().__init__()
         channels = [shape[-1] if len(shape) == 2 else shape[0] for shape in shapes]
         self.heads = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(c), nn.Linear(c, width), nn.SiLU(), nn.Linear(width, 1)) for c in channels
         )
+        self.projections = nn.ModuleList(nn.Linear(told, width, bias=False) for _ in channels) if told else None
+        for projection in self.projections or ():
+            nn.init.zeros_(projection.weight)
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits (B, votes) from hidden states (B, tokens, width) or (B, channels, h, w)."""
+    def forward(self, features: Sequence[Tensor], told: Tensor | None = None) -> Tensor:
+        """Logits (B, votes) from hidden states (B, tokens, width) or (B, channels, h, w), and ``told`` (B, told)."""
         votes = []
-        for head, feature in zip(self.heads, features, strict=True):
+        for i, (head, feature) in enumerate(zip(self.heads, features, strict=True)):
             tokens = feature if feature.ndim == 3 else feature.flatten(2).transpose(1, 2)
-            votes.append(head(tokens.float())[..., 0])
+            hidden = head[:-1](tokens.float())
+            vote = head[-1](hidden)[..., 0]
+            if told is not None:
+                vote = vote + (hidden * self.projections[i](told.float())[:, None]).mean(-1)
+            votes.append(vote)
         return torch.cat(votes, dim=1)
+
+
+CODE = 256
+"""Length of the vector that stands for a class."""
+
+
+def pooled(cond: Conditions) -> Tensor | None:
+    """One vector (B, d) of unit variance for what each row is told, float32; None for rows without conditions.
+
+    The pipeline's own pooled vector where the conditions hold one (their widest vector), otherwise the mean of the
+    text's tokens, otherwise a code for each class.
+    """
+    floats = {n: rows for n, rows in cond.items() if rows.is_floating_point() and "mask" not in n}
+    vectors = [rows for rows in floats.values() if rows.ndim == 2 and rows.shape[1] >= 16]  # shorter ones are sizes
+    texts = [rows for rows in floats.values() if rows.ndim == 3]
+    classes = [rows for rows in cond.values() if rows.ndim == 1 and not rows.is_floating_point()]
+    if vectors:
+        found = max(vectors, key=lambda rows: rows.shape[1]).float()
+    elif texts:
+        tokens = max(texts, key=lambda rows: rows.shape[-1]).float()
+        masks = [rows for n, rows in cond.items() if "mask" in n and rows.shape == tokens.shape[:2]]
+        kept = (masks[0] > 0).to(tokens)[..., None] if masks else torch.ones_like(tokens[..., :1])
+        found = (kept * tokens).sum(1) / kept.sum(1).clamp_min(1)
+    elif classes:
+        found = class_codes(classes[0])
+    else:
+        return None
+    return F.layer_norm(found, found.shape[1:])
+
+
+def class_codes(labels: Tensor) -> Tensor:
+    """A vector (B, 256) for each of any number of classes (B,): cos(label w + b), nearly orthogonal for integers.
+
+    The mean of cos(a w + b) cos(c w + b) over w and b, each uniform in [0, 2 pi), is 0 for whole numbers a != c.
+    """
+    places = torch.arange(2 * CODE, dtype=torch.float64, device=labels.device)
+    # The digits of large multiples of sines are as good as random, and nothing has to be copied from the host.
+    frequency, phase = (2 * math.pi * ((places + 1).sin() * 1e4 % 1)).chunk(2)
+    return (math.sqrt(2) * (labels.double()[:, None] * frequency + phase).cos()).float()
+
+
+def time_features(t: Tensor) -> Tensor:
+    """Sines and cosines (B, 64) of times ``t`` (B,) in [0, 1], as diffusion networks have them of timesteps."""
+    return get_timestep_embedding(1000 * t.float(), 64)
 
 
 class ImageFeatures(nn.Module):

@@ -189,6 +189,9 @@ class FirstBatch(Batch):
     def integer(self, name: str, high: int) -> int:
         return 0
 
+    def pick(self, name: str, shares: Sequence[float]) -> int:
+        return 0
+
 
 def batch_of(
     recipe: Recipe,

@@ -6,7 +6,8 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from stepdistill import discriminator
 from stepdistill.data.batch import Batch
-from stepdistill.discriminator import ImageFeatures, image_features
+from stepdistill.denoiser import hidden_states
+from stepdistill.discriminator import ImageFeatures, class_codes, image_features, pooled
 from stepdistill.errors import InputError
 from stepdistill.methods.gan import PixelDiscriminator
 
@@ -87,3 +88,37 @@ def test_what_is_no_vision_model_is_refused(tmp_path):
         InputError, match=r"method.features: expected 'efficientnet-lite2' or a transformers vision mod"
     ):
         image_features(str(tmp_path), 32)
+
+
+def test_the_pooled_condition_of_every_kind_of_pipeline():
+    """SDXL's and SD3's pooled text, else the mean of the tokens that are not masked, else a class; sizes are none."""
+    torch.manual_seed(0)
+    text, vector, sizes = torch.randn(3, 7, 24), torch.randn(3, 20), torch.full((3, 6), 1024.0)
+    norm = lambda rows: torch.nn.functional.layer_norm(rows, rows.shape[1:])  # noqa: E731
+    sdxl = {"encoder_hidden_states": text, "added_cond_kwargs.text_embeds": vector, "added_cond_kwargs.time_ids": sizes}
+    torch.testing.assert_close(pooled(sdxl), norm(vector))
+    torch.testing.assert_close(
+        pooled({"encoder_hidden_states": text.bfloat16()}), norm(text.bfloat16().float().mean(1))
+    )
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    masked = pooled({"encoder_hidden_states": text, "encoder_attention_mask": mask})
+    torch.testing.assert_close(masked[1:2], norm(text[1:2, :4].mean(1)))
+    torch.testing.assert_close(masked[0:1], norm(text[:1].mean(1)))
+    assert torch.equal(pooled({"class_labels": torch.tensor([3, 1000])}), pooled({"y": torch.tensor([3, 1000])}))
+    assert pooled({}) is None and pooled({"sizes": sizes}) is None
+
+
+def test_codes_of_classes_are_nearly_orthogonal():
+    codes = class_codes(torch.arange(1001))
+    products = codes @ codes.T / codes.shape[1]
+    assert (products.diagonal() - 1).abs().max() < 0.15
+    off = products - products.diagonal().diag()
+    assert off.abs().max() < 0.5 and off.square().mean().sqrt() < 0.08
+
+
+def test_features_of_every_block_where_that_is_wanted():
+    network = Eye()
+    run = lambda: network(torch.zeros(1, 3))  # noqa: E731
+    assert [len(hidden_states(network, run, depths)) for depths in (1, 4, 5, None, 9)] == [1, 4, 5, 6, 6]
+    assert len(hidden_states(network, run)) == 4

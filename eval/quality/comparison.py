@@ -14,7 +14,7 @@ from stepdistill.eval.pictures import panels_plot
 from stepdistill.eval.protocol import DIVERSITY, METRICS
 
 NFES = (1, 2, 4, 8)
-PHASES = ("critic_warmup", "regression_steps", "stage_steps", "phase_steps", "tangent_warmup")
+PHASES = ("critic_warmup", "regression_steps", "stage_steps", "phase_steps", "tangent_warmup", "warmup")
 """The methods' keys that count steps of training: they grow with a run's budget."""
 GAP_BAR, ADAPTER_BAR, BEST_BARS = 0.9, 1.1, {1: 1.5, 2: 1.2, 4: 1.0}
 FD = "fd_classifier"

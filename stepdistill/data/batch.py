@@ -1,6 +1,7 @@
 """What a method gets to see of a step: conditions, images if it asked for them, and repeatable randomness."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,3 +104,15 @@ class Batch:
     def integer(self, name: str, high: int) -> int:
         """One integer in 0 .. high - 1, the same for the whole global batch."""
         return int(torch.randint(high, (), generator=self._generator(name)))
+
+    def picks(self, name: str, values: Sequence[float], shares: Sequence[float]) -> Tensor:
+        """One of ``values`` for each row, (size,) float64; value i has the probability ``shares[i]``."""
+        return self._mine(torch.tensor(values, dtype=torch.float64)[self._weighted(name, shares, self.total)])
+
+    def pick(self, name: str, shares: Sequence[float]) -> int:
+        """One position, i with probability ``shares[i]``, the same for the whole global batch."""
+        return int(self._weighted(name, shares, 1))
+
+    def _weighted(self, name: str, shares: Sequence[float], count: int) -> Tensor:
+        weights = torch.tensor(shares, dtype=torch.float64)
+        return torch.multinomial(weights, count, replacement=True, generator=self._generator(name))

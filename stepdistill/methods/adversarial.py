@@ -2,22 +2,26 @@
 Diffusion Distillation") and ADD (Sauer et al. 2023, "Adversarial Diffusion Distillation").
 
     every step:
-        s ~ student's times;  x_s = alpha x_0 + sigma eps  (x_0 real), or the student's own rollout to s
+        s ~ the n times of the student, with probabilities
+            p = [.7, .1, .1, .1]   (n = 4; the noise end has .7, the others share the rest)
+            p = [0, 0, .5, .5]     in the first ``warmup`` steps: the cleaner half alone
+        x_s = alpha x_0 + sigma eps  (x_0 real), or the student's own rollout to s;  x_s = eps at the noise end
         x = student(x_s, s).x0
         student:
             minimise GAN loss(x)  +  lambda c(t) |x - sg D_teacher(x_t)|^2,   c = alpha_t,  t ~ U[0.02, 0.98]
         discriminator, on sg(x):
             minimise hinge( heads(x), heads(x_0) )  +  r1/2 |d heads/d features|^2
 
-    LADD:  heads on the frozen teacher's features of x_u,  ln(sigma/alpha)(u) ~ N(m, s^2);  lambda = 0
-    ADD:   heads on a frozen image network's features of the decoded x;  lambda = 2.5
+    LADD:  heads on the frozen teacher's features of x_u, which get u and the pooled condition,
+           ln(sigma/alpha)(u) ~ N(m, s^2);  lambda = 0
+    ADD:   heads on a frozen image network's features of the decoded x, which get the pooled condition;  lambda = 2.5
 
-The discriminator's real samples are the recipe's images; the papers' are made by the teacher under guidance (LADD), or
-photographs (ADD). LADD's heads learn the condition from the features they read; ADD's see no condition, which the
-distillation term has to bring in. Samples of one batch may have different student times.
+At the noise end x_s has nothing of x_0, as at inference. A table that ends short of pure noise (Stable Diffusion's has
+alpha = .068) would leave each image's brightness readable: the mean over 128 x 128 latent pixels has noise of 1/128
+alone. Samples of one batch may have different student times where they start from data; a rollout has one for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -46,6 +50,10 @@ class AdversarialConfig(MethodConfig):
     t_max: float = Field(0.98, gt=0, le=1, description="highest time of the noise in the distance")
     discriminator_steps: int = Field(1, ge=1, description="discriminator updates per student update, on its samples")
     sampler: Literal["renoise", "ddim"] = Field("renoise", description="how the student moves between steps")
+    first_share: float = Field(
+        0.7, gt=0, le=1, description="share of the student's first time; the others share the rest"
+    )
+    warmup: int = Field(0, ge=0, description="first steps, of the cleaner half of the student's times alone")
 
 
 class LADDConfig(AdversarialConfig):
@@ -53,6 +61,9 @@ class LADDConfig(AdversarialConfig):
 
     noise_mean: float = Field(1.0, description="m: mean of ln(sigma/alpha) of what the discriminator sees")
     noise_std: float = Field(1.0, gt=0, description="s: its standard deviation")
+    depths: int | None = Field(
+        None, ge=1, description="heads, on evenly spaced blocks of the teacher; null: on every block, as in the paper"
+    )
 
 
 class ADDConfig(AdversarialConfig):
@@ -84,12 +95,18 @@ class LADD(DistillMethod):
         return DataNeeds(images=True)
 
     @classmethod
+    def problems(cls, config: AdversarialConfig, student_steps: int, train_steps: int) -> Iterator[tuple[str, str]]:
+        if config.warmup >= train_steps:
+            yield "method.warmup", f"expected below train.steps ({train_steps}), found {config.warmup}"
+
+    @classmethod
     def sampler_of(cls, config: AdversarialConfig) -> str:
         return config.sampler
 
     def discriminator(self) -> Discriminator:
         """The part that tells samples from real ones."""
-        return LatentDiscriminator(self.roles.teacher, self.noise_times, self.config.gan, self.config.r1)
+        config, teacher = self.config, self.roles.teacher
+        return LatentDiscriminator(teacher, self.noise_times, config.gan, config.r1, True, config.depths)
 
     def noise_times(self, batch: Batch, name: str) -> Tensor:
         return normal_log_snr_times(batch, name, self.schedule, self.config.noise_mean, self.config.noise_std)
@@ -109,18 +126,34 @@ class LADD(DistillMethod):
     def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
         if player == "discriminator":
             return {"gan": self.gan.loss_of_heads(batch.state["x"], batch.latents, batch)}
-        x = self.generate(batch) if self.config.inputs == "rollout" else self.denoise_data(batch)
+        x = self.continue_rollout(batch) if self.config.inputs == "rollout" else self.denoise_data(batch)
         batch.state["x"] = x.detach()
         losses = {"gan": self.config.gan_weight * self.gan.student_loss(x, batch)}
         if self.config.distill_weight:
             losses["distill"] = self.config.distill_weight * self.distance(x, batch)
         return losses
 
+    def shares(self, step: int) -> list[float]:
+        """The probability of each of the student's times, noise end first, at a training step."""
+        count = len(self.sampler.grid())
+        if count == 1:
+            return [1.0]
+        if step < self.config.warmup:
+            cleaner = count // 2
+            return [0.0] * (count - cleaner) + [1 / cleaner] * cleaner
+        return [self.config.first_share] + [(1 - self.config.first_share) / (count - 1)] * (count - 1)
+
+    def continue_rollout(self, batch: Batch) -> Tensor:
+        """The student's x_0 at one of its times for the whole batch, reached by its own steps."""
+        return self.generate(batch, batch.pick("k", self.shares(batch.step)))
+
     def denoise_data(self, batch: Batch) -> Tensor:
-        """The student's x_0 of real samples, each noised to a random time of its own grid."""
-        times = torch.tensor([step.t for step in self.sampler.grid()], dtype=torch.float64, device=batch.device)
-        t = times[batch.integers("start time", len(times))]
-        return self.student(self.schedule.add_noise(batch.latents, batch.noise("start"), t), t, batch).x0
+        """The student's x_0 of real samples, each noised to one of its times; of noise alone at the noise end."""
+        times, noise = [step.t for step in self.sampler.grid()], batch.noise("start")
+        t = batch.picks("start time", times, self.shares(batch.step))
+        pure = (t == times[0]).reshape(-1, *[1] * (noise.ndim - 1))
+        x_t = torch.where(pure, noise, self.schedule.add_noise(batch.latents, noise, t))
+        return self.student(x_t, t, batch).x0
 
     def distance(self, x: Tensor, batch: Batch) -> Tensor:
         """c(t) times the mean squared distance to what the guided teacher makes of the re-noised sample."""
@@ -139,4 +172,4 @@ class ADD(LADD):
 
     def discriminator(self) -> Discriminator:
         config = self.config
-        return PixelDiscriminator(self.roles.decode, config.features, config.resolution, config.gan, config.r1)
+        return PixelDiscriminator(self.roles.decode, config.features, config.resolution, config.gan, config.r1, True)

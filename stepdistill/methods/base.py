@@ -188,12 +188,13 @@ class DistillMethod(ABC):
             x = self.sampler.advance(prediction, step, lambda i=index: batch.noise(f"rollout {i}"))
         return x
 
-    def generate(self, batch: Batch) -> Tensor:
-        """x_0 from the student at a random grid position of its own rollout; with graph where grad is enabled.
+    def generate(self, batch: Batch, position: int | None = None) -> Tensor:
+        """x_0 from the student at a grid position of its own rollout; with graph where grad is enabled.
 
-        The position is the same for the whole batch (and on every device), as in DMD2.
+        Args:
+            position: the same for the whole batch (and on every device), as in DMD2; None: a uniform draw.
         """
-        k = batch.integer("k", len(self.sampler.grid()))
+        k = batch.integer("k", len(self.sampler.grid())) if position is None else position
         x_t = self.backward_simulation(batch, k)
         return self.student(x_t, self.times(self.sampler.grid()[k].t, batch), batch).x0
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
-from stepdistill.denoiser import Denoiser
-from stepdistill.discriminator import Heads, ImageFeatures, image_features
+from stepdistill.denoiser import FEATURE_DEPTHS, Denoiser
+from stepdistill.discriminator import Heads, ImageFeatures, image_features, pooled, time_features
 from stepdistill.methods.losses import GanLoss, discriminator_loss, generator_loss, gradient_penalty
 from stepdistill.methods.times import uniform_times
 
@@ -27,26 +27,37 @@ class Discriminator(ABC):
 
     Args:
         loss: "softplus" (non-saturating) or "hinge". r1: weight of the gradient penalty on real samples; 0 is off.
+        conditional: the heads get the rows' conditions too, and not only states of a network that did.
     """
 
-    def __init__(self, loss: GanLoss = "softplus", r1: float = 0.0):
-        self.loss, self.r1 = loss, r1
+    def __init__(self, loss: GanLoss = "softplus", r1: float = 0.0, conditional: bool = False):
+        self.loss, self.r1, self.conditional = loss, r1, conditional
         self.heads: Heads | None = None
 
     @abstractmethod
     def features(self, x0: Tensor, batch: Batch) -> list[Tensor]:
         """Hidden states of samples (B, ...); the same randomness for every call of one turn."""
 
+    def told(self, batch: Batch) -> Tensor | None:
+        """One vector (B, d) of what a conditional discriminator's heads get of each row beside its states, or None."""
+        return pooled(batch.cond)
+
     def build(self, batch: Batch, width: int = 64) -> None:
         """Make the heads for the shapes of ``batch``, once."""
         if self.heads is None:
             with torch.no_grad():
                 features = self.features(batch.noise("gan"), batch)
-            self.heads = Heads([f.shape[1:] for f in features], width).to(batch.device)
+            told = self.told(batch) if self.conditional else None
+            self.heads = Heads([f.shape[1:] for f in features], width, 0 if told is None else told.shape[1])
+            self.heads.to(batch.device)
+
+    def votes(self, states: list[Tensor], batch: Batch) -> Tensor:
+        """(B, votes) of the heads on hidden states."""
+        return self.heads(states, self.told(batch)) if self.conditional else self.heads(states)
 
     def logits(self, x0: Tensor, batch: Batch) -> Tensor:
         """(B, votes)."""
-        return self.heads(self.features(x0, batch))
+        return self.votes(self.features(x0, batch), batch)
 
     def student_loss(self, x: Tensor, batch: Batch) -> Tensor:
         """What the student minimises; gradients reach ``x`` through the network that is read."""
@@ -58,7 +69,7 @@ class Discriminator(ABC):
         if self.r1:
             # Those of a frozen network have no graph, and the penalty is on what the heads are given.
             states = [state if state.requires_grad else state.detach().requires_grad_() for state in states]
-        logits = self.heads(states)
+        logits = self.votes(states, batch)
         loss = discriminator_loss(self.logits(fake, batch), logits, self.loss)
         return loss + self.r1 / 2 * gradient_penalty(logits, states) if self.r1 else loss
 
@@ -68,17 +79,30 @@ class LatentDiscriminator(Discriminator):
 
     Args:
         denoiser: the critic or the teacher. times: draws (B,) times from a batch under a name; default uniform.
+        conditional: the heads get the time as well. depths: of the states that are read; None: every block's.
     """
 
-    def __init__(self, denoiser: Denoiser, times: Times | None = None, loss: GanLoss = "softplus", r1: float = 0.0):
-        super().__init__(loss, r1)
-        self.denoiser = denoiser
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        times: Times | None = None,
+        loss: GanLoss = "softplus",
+        r1: float = 0.0,
+        conditional: bool = False,
+        depths: int | None = FEATURE_DEPTHS,
+    ):
+        super().__init__(loss, r1, conditional)
+        self.denoiser, self.depths = denoiser, depths
         self.times = times or (lambda batch, name: uniform_times(batch, name, denoiser.schedule))
 
     def features(self, x0: Tensor, batch: Batch) -> list[Tensor]:
         t = self.times(batch, "gan time")
         x_t = self.denoiser.schedule.add_noise(x0, batch.noise("gan"), t)
-        return self.denoiser.features(x_t, t, batch.cond)
+        return self.denoiser.features(x_t, t, batch.cond, self.depths)
+
+    def told(self, batch: Batch) -> Tensor:
+        time, condition = time_features(self.times(batch, "gan time")), super().told(batch)
+        return time if condition is None else torch.cat([time, condition], dim=1)
 
 
 class PixelDiscriminator(Discriminator):
@@ -97,8 +121,9 @@ class PixelDiscriminator(Discriminator):
         resolution: int,
         loss: GanLoss = "hinge",
         r1: float = 0.0,
+        conditional: bool = False,
     ):
-        super().__init__(loss, r1)
+        super().__init__(loss, r1, conditional)
         self.decode, self.name, self.resolution = decode, network, resolution
         self.network: ImageFeatures | None = None
 

@@ -179,7 +179,7 @@ class OptimalHeads(nn.Module):
         super().__init__()
         self.real, self.fake = real, fake
 
-    def forward(self, features):
+    def forward(self, features, told=None):
         x_t, t = features
         return (self.real.log_density(x_t, t) - self.fake.log_density(x_t, t))[:, None]
 
@@ -187,6 +187,6 @@ class OptimalHeads(nn.Module):
 class WithFeatures(Spy):
     """A denoiser whose "features" are (x_t, t) themselves."""
 
-    def features(self, x_t, t, cond):
+    def features(self, x_t, t, cond, depths=4):
         self.calls.append((x_t, t))
         return [x_t, t]

@@ -21,12 +21,12 @@ from bed import (
 from torch import nn
 
 from stepdistill.analytic import GaussianDenoiser
-from stepdistill.discriminator import Heads
+from stepdistill.discriminator import Heads, time_features
 from stepdistill.methods import METHODS, Roles
 from stepdistill.methods.adversarial import LADD
 from stepdistill.methods.gan import Discriminator
 from stepdistill.methods.losses import discriminator_loss, generator_loss, gradient_penalty
-from stepdistill.schedule import KINDS
+from stepdistill.schedule import KINDS, Prediction
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 # The generator of bed G1's golden logit.
@@ -64,7 +64,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(weights, dtype=torch.float64))
 
-    def forward(self, states):
+    def forward(self, states, told=None):
         return (states[0] * self.weight).sum(-1, keepdim=True)
 
 
@@ -140,7 +140,85 @@ def test_the_student_denoises_real_samples_at_all_of_its_times():
     method.denoise_data(rows)
     ((x_t, t),) = student.calls
     assert set(t.tolist()) == set(GRID)
-    torch.testing.assert_close(x_t, schedule.add_noise(rows.latents, rows.noise("start"), t))
+    noised, first = schedule.add_noise(rows.latents, rows.noise("start"), t), (t == GRID[0])[:, None]
+    torch.testing.assert_close(x_t, torch.where(first, rows.noise("start"), noised))
+
+
+@pytest.mark.parametrize("name", ["ladd", "add"])
+def test_the_student_starts_from_noise_that_knows_no_images_brightness(name):
+    """Stable Diffusion's table has alpha_999 = .068: of the mean of 128 x 128 pixels, which differs by .5 among images,
+    noised data show (.068 .5)^2 / ((.068 .5)^2 + sigma^2 / 16384) = 95 % of the variance."""
+    schedule, times = SCHEDULES["vp"], [1.0, 0.75, 0.5, 0.25]
+    student = Spy(generator(schedule, "epsilon", 1.0, 0.0))
+    method = adversarial(student, None, name=name, times=times, first_share=1.0)
+    rows = replace(batch(200), shape=(128, 128), dtype=torch.float32)
+    brightness = 0.5 * torch.randn(200, generator=torch.Generator().manual_seed(3))
+    rows.latents = brightness[:, None, None] + torch.zeros(200, 128, 128)
+
+    def seen(x_t):
+        return torch.corrcoef(torch.stack([x_t.mean((1, 2)), brightness]))[0, 1].item() ** 2
+
+    assert seen(schedule.add_noise(rows.latents, rows.noise("start"), at(1.0, 200))) == pytest.approx(0.95, abs=0.02)
+    student.denoiser = lambda x_t, t, cond: schedule_prediction(schedule, x_t, t)
+    method.denoise_data(rows)
+    ((x_t, t),) = student.calls
+    assert set(t.tolist()) == {1.0} and seen(x_t) < 0.05
+    assert torch.equal(x_t, rows.noise("start"))
+
+
+def schedule_prediction(schedule, x_t, t):
+    return Prediction(x_t, x_t, t, schedule, "sample")
+
+
+@pytest.mark.parametrize(
+    "count,later,first", [(1, [1], [1]), (2, [0.7, 0.3], [0, 1]), (3, [0.7, 0.15, 0.15], [0, 0, 1]),
+                          (4, [0.7, 0.1, 0.1, 0.1], [0, 0, 0.5, 0.5])],
+)  # fmt: skip
+def test_the_papers_probabilities_of_the_students_times(count, later, first):
+    """LADD, four steps: p = [.7, .1, .1, .1], and [0, 0, .5, .5] while the student warms up."""
+    schedule = SCHEDULES["flow"]
+    student = Spy(generator(schedule, "flow", 1.0, 0.0))
+    method = adversarial(student, None, times=[1.0, 0.75, 0.5, 0.25][:count], warmup=3)
+    for step, shares in ((0, first), (2, first), (3, later), (100, later)):
+        assert method.shares(step) == pytest.approx(shares)
+        student.calls.clear()
+        method.denoise_data(data(4000, step))
+        ((_, t),) = student.calls
+        found = [(t == one.t).float().mean().item() for one in method.sampler.grid()]
+        assert found == pytest.approx(shares, abs=0.03)
+        assert all(share > 0 or part == 0 for share, part in zip(shares, found, strict=True))
+        ks = [data(1, 1000 * step + i).pick("k", method.shares(step)) for i in range(300)]
+        assert [ks.count(k) / 300 for k in range(count)] == pytest.approx(shares, abs=0.1)
+
+
+def test_a_run_is_longer_than_its_warm_up():
+    problems = METHODS["ladd"].problems
+    config = METHODS["ladd"].Config(warmup=50)
+    assert list(problems(config, 4, 51)) == []
+    assert list(problems(config, 4, 50)) == [("method.warmup", "expected below train.steps (50), found 50")]
+
+
+def test_heads_get_the_time_and_the_condition():
+    """At the start they say nothing with them; a projection that has learnt tells classes and times apart."""
+    schedule = SCHEDULES["flow"]
+    teacher = Moments(generator(schedule, "flow", 1.0, 0.0))
+    method = adversarial(generator(schedule, "flow", 1.0, 0.0), teacher)
+    rows = replace(data(6), cond={"class_labels": torch.tensor([0, 1, 2, 0, 1, 2])})
+    method.prepare(rows)
+    heads = method.gan.heads
+    told = method.gan.told(rows)
+    torch.testing.assert_close(told[:, :64], time_features(method.noise_times(rows, "gan time")))
+    torch.testing.assert_close(told[0, 64:], told[3, 64:])
+    assert (told[0, 64:] * told[1, 64:]).mean().abs() < 0.2 and (told[0, 64:] ** 2).mean() == pytest.approx(1, abs=0.01)
+    states = method.gan.features(rows.latents, rows)
+    assert torch.equal(heads(states, told), heads(states))
+    hidden = heads.heads[0][:-1](states[0].float())
+    with torch.no_grad():
+        heads.projections[0].weight.normal_()
+    expected = heads(states)[:, 0] + (hidden[:, 0] * (told @ heads.projections[0].weight.T)).mean(1)
+    torch.testing.assert_close(heads(states, told)[:, 0], expected)
+    pixels = adversarial(generator(schedule, "flow", 1.0, 0.0), teacher, name="add")
+    torch.testing.assert_close(pixels.gan.told(rows), told[:, 64:])
 
 
 def test_the_rollout_needs_no_real_sample_to_start_from():
@@ -234,7 +312,7 @@ class Moments(Spy):
         super().__init__(denoiser)
         self.network = nn.Linear(1, 1)
 
-    def features(self, x_t, t, cond):
+    def features(self, x_t, t, cond, depths=4):
         return [torch.stack([x_t, x_t**2, torch.ones_like(x_t)], dim=-1)]
 
 
