@@ -30,9 +30,14 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class RatioWeight(nn.Module):
-    """h(r) with mean 1: the ratio is clipped, and h is divided by its running mean in each of ten bins of time.
+    """h(r) with mean 1, of a ratio with mean 1.
 
-    So the divergence shifts weight between samples, and not between noise levels, where ratios differ in size.
+        r <- clip(exp logit) / its mean in each of ten bins of time         E_fake[r] = 1, as of any density ratio
+        weight = h(r) / the mean of h
+
+    A discriminator that is ahead of the student says r < 1 of every sample. Without the first division h would then be
+    read where it is steep or flat for that reason alone; with it, h compares samples of one noise level. Means are
+    running ones, over the updates so far.
     """
 
     BINS, LOWEST, HIGHEST, DECAY = 10, 0.1, 20.0, 0.9
@@ -40,16 +45,20 @@ class RatioWeight(nn.Module):
     def __init__(self, divergence: Divergence):
         super().__init__()
         self.h = WEIGHTS[divergence]
-        # A parameter that no player moves, because checkpoints keep parameters.
-        self.mean = nn.Parameter(self.h(torch.ones(self.BINS)), requires_grad=False)
-        self.register_buffer("seen", torch.zeros(2, self.BINS))
+        # Of r in each bin, and of h last. A parameter that no player moves, because checkpoints keep parameters.
+        mean = torch.ones(self.BINS + 1)
+        mean[-1] = self.h(mean[-1])
+        self.mean = nn.Parameter(mean, requires_grad=False)
+        self.register_buffer("seen", torch.zeros(2, self.BINS + 1))
 
     def forward(self, logit: Tensor, t: Tensor) -> Tensor:
         """Weights (B,) for a discriminator's logits (B,) of samples at times ``t`` (B,)."""
-        h = self.h(logit.exp().clamp(self.LOWEST, self.HIGHEST))
+        ratio = logit.exp().clamp(self.LOWEST, self.HIGHEST)
         where = (t * self.BINS).long().clamp(max=self.BINS - 1)
-        self.seen.index_add_(1, where, torch.stack([h, torch.ones_like(h)]).to(self.seen))
-        return h / self.mean[where].to(h)
+        h = self.h(ratio / self.mean[where].to(ratio))
+        for place, value in ((where, ratio), (torch.full_like(where, self.BINS), h)):
+            self.seen.index_add_(1, place, torch.stack([value, torch.ones_like(value)]).to(self.seen))
+        return h / self.mean[-1].to(h)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -9,7 +9,7 @@ Distillation"), and what was built on it: f-distill's divergences (Xu et al. 202
         student, every ``critic_steps``-th step:
             s ~ U[0.02, 0.98];  x_s = alpha x + sigma eps
             g = (D_fake(x_s) - D_real(x_s)) / mean|x - D_real(x_s)|         (per sample)
-            f-distill:   g <- h(r) g,   r = exp(head(critic features of x_s))
+            f-distill:   g <- h(r) g,   r = exp(head(critic features of x_s)); r and h with mean 1
             minimise 1/2 |x - sg(x - g)|^2  +  w_G softplus(-head(critic features of x_s'))
         critic, every step, on sg(x):
             minimise its denoising loss  +  w_D [softplus(head(fake)) + softplus(-head(real))]

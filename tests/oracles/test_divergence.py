@@ -82,14 +82,38 @@ def test_f_distill_weighs_dmd2s_gradient(name, divergence):
     r = (real.log_density(x_t, t) - fake.log_density(x_t, t)).exp().clamp(0.1, 20)
     h = {"forward-kl": r, "jensen-shannon": 2 * r / (1 + r)}[divergence]
     torch.testing.assert_close(method.gradient(x, rows), h[:, None] * plain)
-    # From then on the weight's mean among samples of similar times is one.
+    # From then on r has mean one among samples of similar times, and soon h has among all.
     method.ratio.DECAY = 0
-    method.after_update("student")
     where = (t * 10).long()
-    for part in where.unique():
-        mean = h[where == part].mean()
-        scaled = (h / mean)[:, None] * plain
-        torch.testing.assert_close(method.gradient(x, rows)[where == part], scaled[where == part])
+    means = torch.stack([r[where == part].mean() for part in range(10)])
+    r = r / means[where]
+    h = {"forward-kl": r, "jensen-shannon": r / (1 + r)}[divergence]
+    for _ in range(2):
+        method.after_update("student")
+        found = method.gradient(x, rows)
+    torch.testing.assert_close(found, (h / h.mean())[:, None] * plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "divergence,mean,std,highest",
+    [
+        ("jensen-shannon", -2, 0.35, 2.2),
+        ("jeffreys", -2, 0.52, None),
+        ("softened-reverse-kl", -2, 0.27, 1.3),
+        ("jensen-shannon", -3, 0.17, 2.0),
+        ("jeffreys", -3, 0.35, None),
+        ("softened-reverse-kl", -3, 0.15, 1.1),
+    ],
+)
+def test_a_discriminator_that_wins_leaves_the_weights_their_sizes(divergence, mean, std, highest):
+    """Logits N(mean, 1), as the authors' code weighs them: a ratio of mean one first, then a weight of mean one."""
+    weight, random = RatioWeight(divergence), torch.Generator().manual_seed(1)
+    for _ in range(120):
+        weights = weight(mean + torch.randn(4096, generator=random), torch.rand(4096, generator=random))
+        weight.update()
+    assert weights.mean().item() == pytest.approx(1, abs=0.03)
+    assert weights.std().item() == pytest.approx(std, rel=0.15)
+    assert highest is None or weights.max().item() == pytest.approx(highest, rel=0.12)
 
 
 def test_the_running_means_do_not_depend_on_micro_batches():
@@ -99,7 +123,7 @@ def test_the_running_means_do_not_depend_on_micro_batches():
     torch.testing.assert_close(torch.cat([parts(logit[i::3], t[i::3]) for i in range(3)]).sort()[0], weights.sort()[0])
     whole.update(), parts.update()
     torch.testing.assert_close(whole.mean, parts.mean)
-    assert not torch.equal(whole.mean, torch.ones(10)) and not whole.seen.any()
+    assert not torch.equal(whole.mean, torch.ones(11)) and not whole.seen.any()
 
 
 def test_a_divergence_needs_a_discriminator():
