@@ -30,7 +30,7 @@ from stepdistill.generation.sampling_cost import sampling_cost
 from stepdistill.generation.solvers import solver_runs
 from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.kernels import Rule
-from stepdistill.pipeline.load import export_arguments, load_pipeline
+from stepdistill.pipeline.load import export_arguments, export_variant, load_pipeline
 from stepdistill.pipeline.trace import trace, under
 from stepdistill.sources import (
     Progress,
@@ -116,7 +116,7 @@ class Bench:
         arguments = export_arguments(like or path)
         key = path, rule, json.dumps(arguments, sort_keys=True)
         if key not in self.models:
-            pipeline = load_pipeline(path, revision)
+            pipeline = load_pipeline(path, revision, variant=export_variant(like))
             if self.device.type != "cpu":
                 pipeline.to(self.device)
             traced = under(trace(pipeline, arguments), rule)

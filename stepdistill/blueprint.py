@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from stepdistill.denoiser import CallSpec, Conditions, Denoiser, Helper, tensors_in
 from stepdistill.errors import InputError
 from stepdistill.pipeline.explain import as_latents, encoders
+from stepdistill.pipeline.hub import why_not
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.pipeline.load import quiet, source
 from stepdistill.pipeline.observe import (
@@ -140,7 +141,7 @@ def _configs(path: str | Path, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(place, revision=revision, allow_patterns=FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"pipeline {path}: its configs cannot be downloaded: {str(error).splitlines()[0]}") from error
+        raise InputError(f"pipeline {path}: {why_not(place, revision, None, error)}") from error
 
 
 def from_configs(folder: Path, dtype: torch.dtype, mode: AbstractContextManager) -> Any:

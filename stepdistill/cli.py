@@ -261,12 +261,25 @@ def inspect(
             "--argument", help="NAME=VALUE of the pipeline's call, such as height=64; may be given repeatedly."
         ),
     ] = None,
+    variant: Annotated[str | None, typer.Option(help="Of its weights' files, such as fp16.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Trace a pipeline and print how its denoiser is driven."""
     named = dict(argument.partition("=")[::2] for argument in arguments or ())
     values = {name: yaml_lines.read(value, f"--argument {name}")[0] for name, value in named.items()}
-    _print_facts(stepdistill.inspect(pipeline, arguments=values or None).summary(), as_json)
+    _print_facts(stepdistill.inspect(pipeline, arguments=values or None, variant=variant).summary(), as_json)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A diffusers folder with pickled weights (.bin), or a hub id of one.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+) -> None:
+    """Copy a pipeline with its pickled weights as safetensors; nothing in the pickles runs."""
+    from stepdistill.convert import convert as rewritten  # torch is not needed for --help
+
+    print("\n".join([*rewritten(source, out, revision), f"written: {out}"]))
 
 
 @app.command()

@@ -24,7 +24,7 @@ from stepdistill.generation.generate import can_run
 from stepdistill.generation.sampling import inspect
 from stepdistill.guidance import stated_rule
 from stepdistill.pipeline.conditioning import class_names, unread
-from stepdistill.pipeline.load import export_adapter, export_arguments, source
+from stepdistill.pipeline.load import export_adapter, export_arguments, export_variant, source
 from stepdistill.pipeline.trace import asked_for, under
 from stepdistill.sources import read_source
 from stepdistill.text_files import read_text
@@ -148,7 +148,8 @@ def load_demo(student: str | Path, teacher: str | Path | None = None) -> Demo:
     facts, arguments = found.facts, export_arguments(found.pipeline)
     place, revision = (facts["teacher"], facts.get("revision")) if teacher is None else (str(teacher), None)
     scale = float(facts["guidance"])
-    original = asked_for(inspect(place, revision, arguments, export_adapter(found.pipeline)), scale)
+    variant = export_variant(found.pipeline) if teacher is None else None
+    original = asked_for(inspect(place, revision, arguments, export_adapter(found.pipeline), variant), scale)
     distilled = asked_for(inspect(found.pipeline), scale)
     if (original.latent_shape, original.entry) != (distilled.latent_shape, distilled.entry):
         raise InputError(f"demo: expected the teacher of {student}, found {place}, which draws something else")

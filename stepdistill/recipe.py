@@ -71,6 +71,9 @@ class Teacher(Section):
         min_length=1, description="name of an embedded teacher, a folder in diffusers format, or a hub id owner/name"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    variant: str | None = Field(
+        None, pattern=r"^\w+$", description="of its weights' files, such as fp16; null: those with plain names"
+    )
     guidance: Guidance = Field(Guidance(), description="the guidance that is distilled into the student")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen weights; what is trained is float32")
     quantize: Literal["nf4", "int8"] | None = Field(

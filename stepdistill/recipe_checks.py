@@ -10,6 +10,7 @@ from stepdistill.data import picture
 from stepdistill.data.forms import form
 from stepdistill.data.sample import SUFFIXES
 from stepdistill.recipe_errors import found, suggest
+from stepdistill.weight_files import SINGLE_FILE, files_in, lacking
 from stepdistill.yaml_lines import Keys
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             problem = f"expected a pipeline in diffusers format, found no model_index.json in {folder}"
             yield ("teacher", "pipeline"), problem
-        if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", teacher.pipeline):
+        elif folder.is_dir() and (lack := lacking(files_in(folder), teacher.variant)) is not None:
+            yield ("teacher", lack[0]), lack[1]
+        if folder.is_file():
+            yield ("teacher", "pipeline"), f"{SINGLE_FILE} at {folder}"
+        elif not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", teacher.pipeline):
             known = (
                 f"an embedded teacher ({', '.join(embedded) or 'none here'}), an existing folder or a hub id owner/name"
             )

@@ -100,7 +100,9 @@ def build(
     """
     dtype = torch.bfloat16 if recipe.teacher.precision == "bf16" else torch.float32
     source = recipe.teacher
-    pipeline = load_pipeline(source.pipeline, source.revision, dtype, source.quantize, source.ip_adapter)
+    pipeline = load_pipeline(
+        source.pipeline, source.revision, dtype, source.quantize, source.ip_adapter, source.variant
+    )
     if device.type != "cpu":
         pipeline.to(device)
     traced = trace(pipeline, recipe.teacher.arguments)

@@ -39,7 +39,7 @@ from stepdistill.generation.latents import image_shape
 from stepdistill.generation.sampling_cost import sampling_cost
 from stepdistill.kernels import Rule
 from stepdistill.pipeline.conditioning import encode, entries
-from stepdistill.pipeline.load import export_adapter, export_arguments, load_pipeline
+from stepdistill.pipeline.load import export_adapter, export_arguments, export_variant, load_pipeline
 from stepdistill.pipeline.trace import asked_for, trace, under
 from stepdistill.sources import Progress
 
@@ -95,7 +95,8 @@ class StandardBench:
             InputError: it cannot be loaded or traced, or takes what the protocol or a metric does not.
         """
         adapter = export_adapter(like or path)
-        pipeline = load_pipeline(path, revision, ip_adapter=adapter).to(self.device)
+        variant = export_variant(like)
+        pipeline = load_pipeline(path, revision, ip_adapter=adapter, variant=variant).to(self.device)
         traced = trace(pipeline, export_arguments(like or path))
         traced = under(asked_for(traced, guidance if inside is None else inside), rule)
         kind, protocol = ("prompts" if traced.entry == "prompt" else "classes"), self.protocol

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
 from PIL import Image
 
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill import checkpoint, cli, yaml_lines
+from stepdistill.convert import convert
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import training_plot
 from stepdistill.eval.report import Report, Row
@@ -164,8 +166,11 @@ def test_pickled_weights_are_not_read(teacher, tmp_path):
     weights = tmp_path / "pickled" / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
     weights.with_suffix(".bin").write_bytes(pickle.dumps(Trap(str(tmp_path / "ran"))))
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match=r"found only pickled ones \(\.bin\) in transformer; .* stepdistill convert"):
         load_pipeline(tmp_path / "pickled")
+    with pytest.raises(InputError, match=r"transformer/diffusion_pytorch_model\.bin: expected pickled tensors alone"):
+        convert(tmp_path / "pickled", tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
     assert not (tmp_path / "ran").exists()
 
 
@@ -191,15 +196,16 @@ def test_code_in_a_pipelines_folder_is_not_run(part, teacher, tmp_path):
 def test_a_hub_id_is_loaded_at_the_recipes_revision(teacher, tmp_path, monkeypatch):
     asked = {}
 
-    def from_pretrained(place, **options):
+    def download(place, **options):
         asked.update(options, place=place)
         raise OSError("no network")
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: [])
     recipe = load(recipe_with("sfd", teacher, tmp_path), ["teacher.pipeline=owner/name", "teacher.revision=0a1b2c"])
     with pytest.raises(InputError):
         load_pipeline(recipe.teacher.pipeline, recipe.teacher.revision)
-    assert asked == {"place": "owner/name", "revision": "0a1b2c", "use_safetensors": True}
+    assert asked == {"place": "owner/name", "revision": "0a1b2c", "variant": None, "use_safetensors": True}
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "inside/../../outside", "a/b/c", "..", ""])

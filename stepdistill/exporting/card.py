@@ -20,11 +20,12 @@ NOT_MEASURED = (
 )
 
 
-def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
+def model_card(facts: dict[str, Any], trace: Trace, error: float, half: bool = False) -> str:
     """The card's text.
 
     Args:
         facts: the export's stepdistill.json. error: the verified difference to the training-time sampler.
+        half: whether some of its files are in half precision, which not all versions of the libraries load as float32.
     """
     steps, name, scheduler = facts["steps"], type(trace.pipeline).__name__, type(trace.pipeline.scheduler).__name__
     asked = {
@@ -44,6 +45,8 @@ def model_card(facts: dict[str, Any], trace: Trace, error: float) -> str:
         base, classes = f'"{facts["teacher"]}"', f"{scheduler}, {name}"
         if facts.get("revision"):
             base += f', revision="{facts["revision"]}"'
+        if variant := facts["recipe"]["teacher"].get("variant"):
+            base += f', variant="{variant}"'
         if facts["teacher"] in assets.teachers():
             base, imported = f'assets.find("teachers/{facts["teacher"]}")', "from stepdistill import assets\n"
         place = "inside the LoRA"
@@ -86,9 +89,9 @@ A {steps}-step {name}, distilled from `{facts["teacher"]}` with stepdistill. One
 classifier-free guidance: guidance {facts["guidance"]:g}{rule_text(stated_rule(facts))} of the teacher is {place}.
 
 ```python
-{imported}from diffusers import {classes}
+{"import torch" + chr(10) if half else ""}{imported}from diffusers import {classes}
 
-pipe = {name}.from_pretrained({base})
+pipe = {name}.from_pretrained({base}){".to(torch.float32)" if half else ""}
 {attached}{result} = pipe({argument}, num_inference_steps={steps}{told}).{result}
 ```
 

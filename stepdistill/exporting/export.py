@@ -24,13 +24,14 @@ from stepdistill.evaluation import best_checkpoint
 from stepdistill.exporting import stock_call
 from stepdistill.exporting.attach import CONFIG as ATTACHED
 from stepdistill.exporting.card import model_card
+from stepdistill.exporting.copied import holds_half, save_student
 from stepdistill.exporting.lora import Keys, fold_scale, save_lora, why_not_lora
 from stepdistill.generation.generate import decode
 from stepdistill.guidance_adapters import fastened
 from stepdistill.pipeline import ip_adapter
 from stepdistill.pipeline.compare import deviation
 from stepdistill.pipeline.conditioning import plain_conditions
-from stepdistill.pipeline.load import load_pipeline, save_pipeline, source
+from stepdistill.pipeline.load import load_pipeline, source
 from stepdistill.pipeline.observe import call_arguments
 from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say
@@ -123,7 +124,7 @@ def export(
         setattr(pipeline, component, copy.deepcopy(network).half() if half else network)
         if adapter is not None:
             pipeline.unload_ip_adapter()
-        save_pipeline(pipeline, draft)
+        save_student(pipeline, component, draft)
         setattr(pipeline, component, network)
         if adapter is not None:
             ip_adapter.load_ip_adapter(pipeline, adapter)
@@ -141,7 +142,8 @@ def export(
     if levels > LEVELS:
         shutil.rmtree(draft)
         raise ExportError(f"{out}: the reloaded pipeline's pictures differ by {levels} of 255 levels")
-    (draft / "README.md").write_text(model_card(facts, session.trace, error), encoding="utf-8")
+    card = model_card(facts, session.trace, error, form == "pipeline" and holds_half(draft))
+    (draft / "README.md").write_text(card, encoding="utf-8")
     for path in (*draft.rglob("*"), draft):
         checkpoint.sync(path)
     replaced = out.with_name(f".{out.name}.replaced")
@@ -195,6 +197,7 @@ def verify(folder: Path, session: Session, lora: bool = False) -> tuple[float, i
     request = {
         "pipeline": source(recipe.teacher.pipeline) if lora else str(folder),
         "revision": recipe.teacher.revision if lora else None,
+        "variant": recipe.teacher.variant if lora else None,
         "lora": str(folder) if lora else None,
         "scheduler": type(session.sampler.scheduler).__name__,
         "ip_adapter": adapter and ip_adapter.stock_arguments(adapter),

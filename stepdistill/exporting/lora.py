@@ -109,10 +109,11 @@ def is_lora(folder: Path) -> bool:
     return (folder / WEIGHTS).is_file() and (folder / "stepdistill.json").is_file()
 
 
-def teacher_of(folder: Path) -> tuple[str, str | None]:
-    """(pipeline, revision) that the LoRA in ``folder`` belongs to."""
+def teacher_of(folder: Path) -> dict[str, Any]:
+    """``path``, ``revision`` and ``variant`` of the pipeline that the LoRA in ``folder`` belongs to."""
     facts = json.loads((folder / "stepdistill.json").read_text(encoding="utf-8"))
-    return facts["teacher"], facts.get("revision")
+    variant = facts.get("recipe", {}).get("teacher", {}).get("variant")
+    return {"path": facts["teacher"], "revision": facts.get("revision"), "variant": variant}
 
 
 def fuse(pipeline: Any, folder: Path) -> Any:

@@ -24,15 +24,15 @@ PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", "
 def main(request_path: str, result_path: str) -> None:
     """Load the pipeline, call it once, and save what :func:`record` returns.
 
-    The request: ``pipeline`` (folder or hub id), ``revision``, ``lora`` (folder or null), ``scheduler`` (class of the
-    LoRA's own), ``ip_adapter`` (arguments of its loading, or null), ``ip_adapter_scale``, ``call`` (keyword arguments
-    of the pipeline).
+    The request: ``pipeline`` (folder or hub id), ``revision``, ``variant``, ``lora`` (folder or null), ``scheduler``
+    (class of the LoRA's own), ``ip_adapter`` (arguments of its loading, or null), ``ip_adapter_scale``, ``call``
+    (keyword arguments of the pipeline).
     """
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        request["pipeline"], revision=request["revision"], use_safetensors=True
+        request["pipeline"], revision=request["revision"], variant=request["variant"], use_safetensors=True
     )
     if request["ip_adapter"]:
         pipeline.load_ip_adapter(**request["ip_adapter"])

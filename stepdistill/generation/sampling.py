@@ -42,6 +42,7 @@ def inspect(
     revision: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     ip_adapter: IPAdapter | None = None,
+    variant: str | None = None,
 ) -> Trace:
     """Trace a pipeline: an embedded teacher's name, a folder, a run folder (its export), or a hub id.
 
@@ -49,13 +50,14 @@ def inspect(
         arguments: further arguments of the pipeline's call, such as height and width; None: those that an export was
             trained for.
         ip_adapter: loaded into it; None: the one that an export was trained with.
+        variant: of its weights' files, such as "fp16".
 
     Raises:
         InputError: no such pipeline, or it cannot be traced; the message names the failed check.
     """
     run = Path(path) / "export"
     folder = run if is_export(run) else path
-    pipeline = load_pipeline(folder, revision, ip_adapter=ip_adapter)
+    pipeline = load_pipeline(folder, revision, ip_adapter=ip_adapter, variant=variant)
     return trace(pipeline, export_arguments(folder) if arguments is None else arguments)
 
 

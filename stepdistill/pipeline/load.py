@@ -21,8 +21,10 @@ from stepdistill.exporting.attach import CONFIG, attach, write_adapter
 from stepdistill.exporting.lora import fuse, is_lora, teacher_of
 from stepdistill.guidance_adapters import NAME, fastened
 from stepdistill.pipeline.complete import all_weights_found, check_tokenizers
+from stepdistill.pipeline.hub import download
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.recipe import IPAdapter
+from stepdistill.weight_files import SINGLE_FILE, files_in, lacking
 
 
 def load_pipeline(
@@ -31,6 +33,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     quantize: Literal["nf4", "int8"] | None = None,
     ip_adapter: IPAdapter | None = None,
+    variant: str | None = None,
 ) -> DiffusionPipeline:
     """A pipeline by the name of an embedded teacher, a local folder or a hub id; safetensors only, no remote code.
 
@@ -39,7 +42,7 @@ def load_pipeline(
 
     Args:
         revision: of a hub id. dtype: of all its networks. quantize: the denoiser's linear layers.
-        ip_adapter: loaded into it.
+        ip_adapter: loaded into it. variant: of its weights' files, such as "fp16"; None: those with plain names.
 
     Raises:
         InputError: there is none, or it cannot be loaded that way.
@@ -47,29 +50,46 @@ def load_pipeline(
     if is_lora(Path(path)):
         if quantize is not None:
             raise InputError("teacher.quantize: expected null for a teacher that is an exported LoRA")
-        pipeline = load_pipeline(*teacher_of(Path(path)), dtype)
+        pipeline = load_pipeline(dtype=dtype, **teacher_of(Path(path)))
         with quiet():
             pipeline = fuse(pipeline, Path(path))
     else:
-        pipeline = _stock(path, revision, dtype, quantize)
+        pipeline = _stock(path, folder_of(path, revision, variant), variant, dtype, quantize)
     if (ip_adapter := ip_adapter or export_adapter(path)) is not None:
         with quiet():
             load_ip_adapter(pipeline, ip_adapter)
     return pipeline
 
 
-def _stock(path: str | Path, revision: str | None, dtype: torch.dtype, quantize: str | None) -> DiffusionPipeline:
-    place, options = source(path), {}
-    if Path(place).is_dir():
-        check_tokenizers(path, Path(place))
+def folder_of(path: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder of the pipeline that :func:`load_pipeline` loads, in the hub's cache for a hub id.
+
+    Raises:
+        InputError: there is none, or its weights are not as they should be.
+    """
+    place = source(path)
+    if not Path(place).is_dir():
+        with quiet():
+            return download(place, revision, variant)
+    if (found := lacking(files_in(Path(place)), variant)) is not None:
+        key, problem = found
+        raise InputError(f"pipeline {path}: {'' if key == 'pipeline' else f'teacher.{key}: '}{problem}")
+    return Path(place)
+
+
+def _stock(
+    path: str | Path, folder: Path, variant: str | None, dtype: torch.dtype, quantize: str | None
+) -> DiffusionPipeline:
+    """The pipeline in ``folder``, whose name is ``path``."""
+    check_tokenizers(path, folder)
+    options: dict[str, Any] = {} if variant is None else {"variant": variant}
     if quantize is not None:
-        options = {"quantization_config": _quantization(quantize, dtype), "torch_dtype": dtype}
+        options |= {"quantization_config": _quantization(quantize, dtype), "torch_dtype": dtype}
     try:
-        with quiet(), warnings.catch_warnings():
+        with quiet(), warnings.catch_warnings(), all_weights_found(path):
             # Newer versions call the argument dtype, and warn; older ones know only this name.
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-            with all_weights_found(path):
-                pipeline = DiffusionPipeline.from_pretrained(place, revision=revision, use_safetensors=True, **options)
+            pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **options)
             if quantize is None:
                 # Not by an argument: its name depends on the version, and half-precision files would come as they are.
                 pipeline.to(dtype)
@@ -77,11 +97,10 @@ def _stock(path: str | Path, revision: str | None, dtype: torch.dtype, quantize:
         raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        if not Path(place).exists() and (folder := Path(place).parent).is_dir():
-            reason = f"there is a folder {folder} here, without {Path(place).name}, and of the hub: {reason}"
         raise InputError(f"pipeline {path}: cannot be loaded as a diffusers pipeline: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
-    return attach(pipeline, place) if (Path(place) / CONFIG).is_file() else pipeline
+    pipeline.loaded_from = folder, variant
+    return attach(pipeline, folder) if (folder / CONFIG).is_file() else pipeline
 
 
 def _quantization(how: str, dtype: torch.dtype) -> PipelineQuantizationConfig:
@@ -116,10 +135,7 @@ def source(path: str | Path) -> str:
     if name in assets.teachers():
         return str(assets.find(f"teachers/{name}"))
     if Path(name).is_file():
-        raise InputError(
-            f"pipeline {name}: expected a folder in diffusers format, found a file; of a checkpoint make one with "
-            "from_single_file(FILE).save_pretrained(FOLDER) of the pipeline's class (docs/your-model.md)"
-        )
+        raise InputError(f"pipeline {name}: {SINGLE_FILE}")
     if Path(name).exists():
         raise InputError(f"pipeline {name}: expected a diffusers folder with model_index.json, found none in it")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
@@ -148,6 +164,11 @@ def export_adapter(folder: str | Path) -> IPAdapter | None:
     return IPAdapter(**earlier) if earlier else None
 
 
+def export_variant(folder: str | Path | None) -> str | None:
+    """The variant of the weights that the teacher of the student in ``folder`` was loaded from; None: plain names."""
+    return _teacher_section(folder).get("variant") if folder is not None else None
+
+
 def _teacher_section(folder: str | Path) -> dict[str, Any]:
     """``teacher`` of the recipe of the export in ``folder``; nothing for other pipelines."""
     facts = Path(folder) / "stepdistill.json"
@@ -163,11 +184,7 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     """
     with ExitStack() as stack:
         for name, network in pipeline.components.items():
-            if (adapter := fastened(network)) is not None:
-                del network._modules[NAME]
-                stack.callback(network.add_module, NAME, adapter)
-                folder.mkdir(parents=True, exist_ok=True)
-                write_adapter(adapter, name, network, folder)
+            stack.enter_context(adapter_apart(name, network, folder))
         pipeline.save_pretrained(folder, safe_serialization=True)
     if labels := getattr(pipeline, "labels", None):
         names: dict[str, str] = {}
@@ -176,6 +193,21 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
         index = folder / "model_index.json"
         facts = json.loads(index.read_text(encoding="utf-8")) | {"id2label": names}
         index.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def adapter_apart(component: str, network: Any, folder: Path) -> Iterator[None]:
+    """Inside the block the network is without its guidance adapter, which is written into ``folder``."""
+    if (adapter := fastened(network)) is None:
+        yield
+        return
+    del network._modules[NAME]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_adapter(adapter, component, network, folder)
+        yield
+    finally:
+        network.add_module(NAME, adapter)
 
 
 @contextmanager

@@ -1,0 +1,83 @@
+"""The export of a whole pipeline: what was trained is written, all else is copied from the teacher's folder.
+
+Copied files are the teacher's to the bit, so whatever could load the teacher can load them. What ``save_pretrained``
+writes again is in the format of the libraries that are installed here, and earlier ones may not read it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from stepdistill.pipeline.complete import components
+from stepdistill.pipeline.load import adapter_apart, save_pipeline
+from stepdistill.weight_files import weight_file
+
+INDEX = "model_index.json"
+FOREIGN = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml")
+"""Endings of weights for other programs and of pickles."""
+
+
+def save_student(pipeline: Any, component: str, out: Path) -> None:
+    """A stock pipeline folder: ``component`` and the scheduler are written, the others copied as they are.
+
+    A pipeline that was not loaded from a folder is written whole.
+
+    Args:
+        pipeline: with the trained network as its ``component``, and the student's scheduler.
+    """
+    loaded_from = getattr(pipeline, "loaded_from", None)
+    if loaded_from is None:
+        save_pipeline(pipeline, out)
+        return
+    folder, variant = loaded_from
+    out.mkdir(parents=True, exist_ok=True)
+    for name, _ in components(folder):
+        if name not in (component, "scheduler") and (folder / name).is_dir():
+            _copy(folder / name, out / name, variant)
+    network, scheduler = getattr(pipeline, component), pipeline.scheduler
+    with adapter_apart(component, network, out):
+        network.save_pretrained(out / component, safe_serialization=True)
+    scheduler.save_pretrained(out / "scheduler")
+    shutil.copyfile(folder / INDEX, out / INDEX)
+    facts = json.loads((out / INDEX).read_text(encoding="utf-8"))
+    if facts["scheduler"] != (entry := ["diffusers", type(scheduler).__name__]):
+        text = json.dumps(facts | {"scheduler": entry}, indent=2, ensure_ascii=False)
+        (out / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def holds_half(folder: Path) -> bool:
+    """Whether some file of a pipeline's folder holds weights in half precision."""
+    for path in folder.glob("*/*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if any(file.get_slice(name).get_dtype() in ("F16", "BF16") for name in file.keys()):  # noqa: SIM118
+                return True
+    return False
+
+
+def _copy(folder: Path, out: Path, variant: str | None) -> None:
+    """Copy a component's folder: of its weights those that were loaded, under their plain names."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    kinds = {path: weight_file(path.name) for path in files}
+    loaded = ("safetensors", variant if ("safetensors", variant) in kinds.values() else None)
+    for path in files:
+        if kinds[path] not in (None, loaded) or path.suffix in FOREIGN:
+            continue
+        place = out / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if kinds[path] is None or loaded[1] is None:
+            shutil.copyfile(path, place)
+            continue
+        place = place.with_name(_plain(path.name, loaded[1]))
+        if path.suffix == ".json":  # it names the files
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts["weight_map"] = {name: _plain(file, loaded[1]) for name, file in facts["weight_map"].items()}
+            place.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(path, place)
+
+
+def _plain(name: str, variant: str) -> str:
+    return name.replace(f".{variant}", "", 1)

@@ -1,0 +1,56 @@
+"""Pipelines of the Hugging Face hub as local folders, and why one cannot be had, in one line."""
+
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from stepdistill.errors import InputError
+from stepdistill.weight_files import lacking
+
+# The first that fits counts: a gated repository is one that was not found, to huggingface_hub.
+_REASONS = {
+    GatedRepoError: "it is gated: accept the licence on its page, then hf auth login",
+    RevisionNotFoundError: "it has no such revision",
+    RepositoryNotFoundError: "there is no such repository, or it is private: then hf auth login",
+}
+
+
+def download(name: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder of the hub's cache with all that the pipeline ``name`` needs; safetensors only.
+
+    Raises:
+        InputError: it is not there, has no such weights, or the hub cannot be reached.
+    """
+    try:
+        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"pipeline {name}: {why_not(name, revision, variant, error)}") from error
+
+
+def why_not(name: str, revision: str | None, variant: str | None, error: Exception) -> str:
+    """Why the hub did not give the pipeline ``name``, when it answered with ``error``."""
+    for kind, words in _REASONS.items():
+        if isinstance(error, kind):
+            return f"cannot be loaded from the hub: {words}{_typo(name)}"
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+    except tuple(_REASONS) as refused:
+        return why_not(name, revision, variant, refused)
+    except Exception as unreachable:  # what cannot be reached has as many classes as there are ways to ask
+        reason = " ".join(str(unreachable).split()) or type(unreachable).__name__
+        return (
+            f"cannot be loaded: there is no such folder here{_typo(name)}, the cache of the Hugging Face hub does not "
+            f"hold it, and the hub cannot be reached ({reason}); with a network, once: hf download {name}"
+        )
+    if (found := lacking(files, variant)) is not None:
+        key, problem = found
+        return problem if key == "pipeline" else f"teacher.{key}: {problem}"
+    return f"cannot be loaded from the hub: {' '.join(str(error).split())}"
+
+
+def _typo(name: str) -> str:
+    """A hint at the folder of that name's first half, where there is one."""
+    folder, last = Path(name).parent, Path(name).name
+    return f" (there is a folder {folder} here, without {last})" if folder.is_dir() else ""
