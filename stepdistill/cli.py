@@ -8,14 +8,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import stepdistill
-from stepdistill import assets, yaml_lines
+from stepdistill import assets
+from stepdistill.cli_facts import AsJson, convert, doctor, inspect, methods, print_facts, recipes
 from stepdistill.errors import InputError, RunError
 from stepdistill.progress import WorkProgress
 
@@ -26,7 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Safe = Annotated[bool, typer.Option("--safe", help="Refuse a recipe that names Python code (FILE.py:CLASS).")]
 Seed = Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")]
 
@@ -68,7 +67,7 @@ def train(
     if int(os.environ.get("RANK", 0)) > 0:
         return  # the first of several processes speaks for all
     facts = {"run": str(result.folder), "step": result.step, "interrupted": result.interrupted}
-    _print_facts(facts | {"report": result.report and str(result.report)}, as_json)
+    print_facts(facts | {"report": result.report and str(result.report)}, as_json)
 
 
 @app.command()
@@ -94,7 +93,7 @@ def export(
     facts = {result.form: str(result.folder), "max_error": result.max_error}
     if hub is not None:
         facts["hub"] = push(result.folder, hub, private=not public)
-    _print_facts(facts, as_json)
+    print_facts(facts, as_json)
 
 
 @app.command()
@@ -192,7 +191,7 @@ def sample(
     result = stepdistill.sample(path, steps=steps, guidance=guidance, seed=seed, count=count, out=out, **settings)
     facts = {"grid": str(result.path), "images": len(result.images), "seconds": round(result.seconds, 3)}
     facts["nfe"] = round(result.nfe, 2)
-    _print_facts(facts, as_json)
+    print_facts(facts, as_json)
 
 
 @app.command()
@@ -252,79 +251,8 @@ def bench(
     print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
 
 
-@app.command()
-def inspect(
-    pipeline: Annotated[str, typer.Argument(help="An embedded teacher, a folder, a run or a hub id.")],
-    arguments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--argument", help="NAME=VALUE of the pipeline's call, such as height=64; may be given repeatedly."
-        ),
-    ] = None,
-    variant: Annotated[str | None, typer.Option(help="Of its weights' files, such as fp16.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Trace a pipeline and print how its denoiser is driven."""
-    named = dict(argument.partition("=")[::2] for argument in arguments or ())
-    values = {name: yaml_lines.read(value, f"--argument {name}")[0] for name, value in named.items()}
-    _print_facts(stepdistill.inspect(pipeline, arguments=values or None, variant=variant).summary(), as_json)
-
-
-@app.command()
-def convert(
-    source: Annotated[str, typer.Argument(help="A diffusers folder with pickled weights (.bin), or a hub id of one.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-) -> None:
-    """Copy a pipeline with its pickled weights as safetensors; nothing in the pickles runs."""
-    from stepdistill.convert import convert as rewritten  # torch is not needed for --help
-
-    print("\n".join([*rewritten(source, out, revision), f"written: {out}"]))
-
-
-@app.command()
-def methods(as_json: AsJson = False) -> None:
-    """List the distillation methods; with --json also their recipe keys."""
-    # Methods import torch, which --help must not wait for.
-    from stepdistill.methods import METHODS
-
-    rows = [
-        {
-            "name": name,
-            "summary": method.summary,
-            "keys": {
-                key: {"default": field.get_default(call_default_factory=True), "description": field.description}
-                for key, field in method.Config.model_fields.items()
-            },
-        }
-        for name, method in METHODS.items()
-    ]
-    _print_list(rows, as_json)
-
-
-@app.command()
-def recipes(as_json: AsJson = False) -> None:
-    """List the shipped recipes."""
-    rows = [
-        {"name": name, "summary": _headline(assets.recipe(name)), "path": str(assets.recipe(name))}
-        for name in assets.recipes()
-    ]
-    _print_list(rows, as_json)
-
-
-@app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Say what works on this machine, and what to do about what does not."""
-    from stepdistill.doctor import doctor as examine
-
-    rows = [asdict(finding) for finding in examine()]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        print(f"{'ok' if row['ok'] else '--'}  {row['name']:33} {row['found']}")
-        if row["advice"]:
-            print(f"{'':37} {row['advice']}")
+for command in (inspect, convert, methods, recipes, doctor):
+    app.command()(command)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -372,27 +300,3 @@ def _interval(text: str) -> tuple[float, float]:
     except ValueError:
         raise InputError(f"--interval: expected LOW,HIGH, found '{text}'") from None
     return low, high
-
-
-def _headline(recipe: Path) -> str:
-    """The first comment of a recipe."""
-    first = recipe.read_text(encoding="utf-8").partition("\n")[0]
-    return first.lstrip("# ").strip() if first.startswith("#") else ""
-
-
-def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:{width}}  {'-' if value is None else value}")
-
-
-def _print_list(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    width = max((len(row["name"]) for row in rows), default=0)
-    for row in rows:
-        print(f"{row['name']:{width}}  {row['summary']}")
