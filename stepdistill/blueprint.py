@@ -4,6 +4,7 @@ Its networks hold torch's fake tensors: shapes, dtypes and storages without data
 of their results, so a run can be gone through, and its memory counted, before any weight is loaded.
 """
 
+import copy
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,6 +32,7 @@ from stepdistill.pipeline.observe import (
     TraceError,
     calls_of,
     entry_argument,
+    fewest_steps,
     modules,
     observe,
     patched,
@@ -65,7 +67,8 @@ def blueprint(teacher: Teacher, dtype: torch.dtype) -> Blueprint:
             load_ip_adapter(pipeline, teacher.ip_adapter)
     entry = entry_argument(pipeline)
     try:
-        three = _observed(pipeline, PROBES[entry], teacher.arguments, stop_steps=1).steps[0]
+        whole = _observed(pipeline, PROBES[entry], teacher.arguments, stop_steps=1)
+        three = whole.steps[0]
         component = three.calls[-1].component
         two = _observed(pipeline, PROBES[entry][:2], teacher.arguments, stop_calls=(component, 1)).calls
     except Exception as error:
@@ -73,7 +76,7 @@ def blueprint(teacher: Teacher, dtype: torch.dtype) -> Blueprint:
             raise  # the arguments are not the pipeline's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"plan: {type(pipeline).__name__} cannot be run on shapes alone: {reason}") from error
-    schedule, kind = from_scheduler(pipeline.scheduler)
+    schedule, kind = from_scheduler(pipeline.scheduler, whole.grid.get("mu"))
     networks = modules(pipeline)
     helpers, told = [], []
     for name, feeds in _feeding(three, component).items():
@@ -100,6 +103,17 @@ def blueprint(teacher: Teacher, dtype: torch.dtype) -> Blueprint:
         {name: value[:1] for name, value in rows.items()},
         mode,
     )
+
+
+def set_up(traced: Trace, scheduler: Any, steps: int) -> dict[str, Any]:
+    """As :func:`stepdistill.generation.generate.set_up`: what the blueprint's pipeline gives ``set_timesteps``."""
+    key = f"{type(scheduler).__name__} {steps}"
+    if key not in traced.set_ups:
+        pipeline = traced.pipeline
+        with patched(pipeline, "scheduler", copy.deepcopy(scheduler)):
+            recording = _observed(pipeline, PROBES[traced.entry][:1], traced.arguments, steps, stop_steps=1)
+        traced.set_ups[key] = recording.grid
+    return traced.set_ups[key]
 
 
 @contextmanager
@@ -169,14 +183,16 @@ def from_configs(folder: Path, dtype: torch.dtype, mode: AbstractContextManager)
 
 
 @torch.no_grad()
-def _observed(pipeline: Any, entries: tuple[Any, ...], arguments: Mapping[str, Any], **stop: Any) -> Recording:
-    """The first step, guidance off; the denoiser's call is its last."""
+def _observed(
+    pipeline: Any, entries: tuple[Any, ...], arguments: Mapping[str, Any], steps: int | None = None, **stop: Any
+) -> Recording:
+    """The first of ``steps`` steps (None: as few as can be), guidance off; the denoiser's call is its last."""
 
     def step(model_output: Tensor, timestep: Any, sample: Tensor, **_: Any) -> tuple[Tensor]:
         return (sample,)
 
     with quiet(), patched(pipeline.scheduler, "step", step):
-        return observe(pipeline, entries, arguments, steps=1, guidance=1.0, **stop)
+        return observe(pipeline, entries, arguments, steps=steps or fewest_steps(pipeline), guidance=1.0, **stop)
 
 
 def _feeding(step: Step, component: str) -> dict[str, dict[str, int | tuple[int, ...]]]:

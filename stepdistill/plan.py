@@ -6,7 +6,8 @@ optimizer's moments.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from stepdistill import assets, yaml_lines
-from stepdistill.blueprint import Blueprint, blueprint, without_data
+from stepdistill.blueprint import Blueprint, blueprint, set_up, without_data
 from stepdistill.data.batch import Batch, PathRows
 from stepdistill.data.conditions import wanted
 from stepdistill.data.forms import count as samples_in
@@ -25,9 +26,9 @@ from stepdistill.memory import LiveBytes, savings
 from stepdistill.methods.base import DistillMethod
 from stepdistill.optimizer import only_moving
 from stepdistill.pipeline.conditioning import class_names
+from stepdistill.pipeline.trace import sampled_at
 from stepdistill.recipe import Recipe, load
-from stepdistill.samplers import SAMPLERS
-from stepdistill.session import make_method
+from stepdistill.session import make_method, make_sampler
 from stepdistill.text_files import read_text
 
 GIB = 2**30
@@ -167,16 +168,16 @@ def write_fit(recipe: str | Path, changes: Sequence[Change]) -> Path:
 def blueprint_of(recipe: Recipe) -> Blueprint:
     """The recipe's pipeline without weights, in the precision that its teacher is to have."""
     dtype = torch.bfloat16 if recipe.teacher.precision == "bf16" else torch.float32
-    return blueprint(recipe.teacher, dtype)
+    drawn = blueprint(recipe.teacher, dtype)
+    return replace(drawn, trace=sampled_at(drawn.trace, recipe.student.shift))
 
 
 def method_of(recipe: Recipe, drawn: Blueprint) -> DistillMethod:
     """The recipe's method, prepared, on the networks of a blueprint."""
     recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"init": None})})
-    implementation, config = recipe.method.implementation, recipe.method.config
     traced, device = drawn.trace, torch.device("cpu")
-    steps, schedule = recipe.student.steps, traced.denoiser.schedule
-    sampler = SAMPLERS[implementation.sampler_of(config)](schedule, traced.pipeline.scheduler, steps)
+    sampler = make_sampler(recipe, traced, partial(set_up, traced))
+    sampler.grid()  # outside the mode, where numbers have values
     with without_data(drawn.mode):
         method = make_method(recipe, traced, sampler, recipe.teacher.guidance.scale, device)
         method.prepare(batch_of(recipe, drawn, method, 0, 0))

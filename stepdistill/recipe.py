@@ -93,6 +93,18 @@ class Teacher(Section):
 
 class Student(Section):
     steps: int = Field(ge=1, le=100, description="steps (= NFE per image) the student is trained for")
+    start: int | None = Field(
+        None,
+        ge=0,
+        description="stock timestep of the first step, an index of the noise table, such as 399; the input stays pure "
+        "noise. null: the noise end; flow models have no other",
+    )
+    shift: float | None = Field(
+        None,
+        gt=0,
+        description="shift s of a flow model's sampling grid, t = s u/(1 + (s - 1) u); null: the pipeline's own at the "
+        "size that is trained",
+    )
     train: Literal["full", "lora"] = Field("full", description="train all weights, or a LoRA adapter")
     rank: int = Field(
         32,

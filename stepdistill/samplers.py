@@ -20,11 +20,10 @@ from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.schedule import Prediction, Schedule, per_sample
+from stepdistill.stock_schedulers import flow_settings, vp_scheduler
 
 Noise = Callable[[], Tensor]
 """Draws fresh standard normal noise, shaped like the sample."""
-
-_BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr")
 
 
 class Step(NamedTuple):
@@ -42,7 +41,12 @@ class Sampler(ABC):
         source: the teacher's own diffusers scheduler; tables and prediction type are taken from its config.
         steps: the number of steps the student is trained for.
         set_up: (scheduler, steps) -> the arguments that the pipeline gives its ``set_timesteps``; None: the number of
-            steps alone. Pipelines of flow matching pass sigmas of their own.
+            steps alone. Some pipelines of flow matching pass sigmas of their own.
+        start: the stock timestep of the first step, an index of a VP table; None: the noise end. The sample that a run
+            starts from is noise N(0, I) all the same.
+
+    Raises:
+        InputError: no stock scheduler runs this sampler on this schedule, or from this start.
     """
 
     name: str
@@ -54,27 +58,28 @@ class Sampler(ABC):
         source: Any,
         steps: int,
         set_up: Callable[[Any, int], dict[str, Any]] | None = None,
+        start: int | None = None,
     ):
-        self.schedule = schedule
-        self.steps = steps
-        self.scheduler = self.stock(source.config)
+        self.schedule, self.source, self.steps, self.start = schedule, source, steps, start
         self.set_up = set_up or (lambda _scheduler, steps: {"num_inference_steps": steps})
+        if start is not None:
+            check_start(schedule, start, steps)
+        self.scheduler = self.stock(steps)
         self._times: dict[int, list[float]] = {}
 
     @abstractmethod
-    def stock(self, config: dict[str, Any]) -> Any:
-        """The stock scheduler that runs this sampler in a plain pipeline call."""
+    def stock(self, steps: int) -> Any:
+        """The stock scheduler that runs this sampler in a plain pipeline call of ``steps`` steps."""
 
     @abstractmethod
     def advance(self, prediction: Prediction, step: Step, noise: Noise) -> Tensor:
         """x at ``step.r`` from the student's prediction at ``step.t``; the clean sample when ``r`` is None."""
 
     def grid(self, steps: int | None = None) -> list[Step]:
-        """The (t, r) pairs of a run in ``steps`` steps (default: the trained number)."""
+        """The (t, r) pairs of a run in ``steps`` steps (default: the trained number), of a scheduler made for them."""
         steps = steps or self.steps
         if steps not in self._times:  # it is asked for several times a training step
-            # set_timesteps mutates; a copy keeps the exported scheduler as it was configured.
-            scheduler = type(self.scheduler).from_config(self.scheduler.config)
+            scheduler = self.stock(steps)
             scheduler.set_timesteps(**self.set_up(scheduler, steps))
             self._times[steps] = self.schedule.time(scheduler.timesteps.double()).tolist()
         times = self._times[steps]
@@ -94,6 +99,16 @@ class Sampler(ABC):
             x = self.advance(predict(x, torch.full((len(x),), step.t, device=x.device)), step, draw)
         return x
 
+    def _flow(self, kind: type, steps: int) -> Any:
+        """A flow scheduler whose grid ends at the shifted 1/n, as those do that are handed sigmas 1 .. 1/n."""
+        settings = flow_settings(self.source, self.schedule)
+        scheduler = kind(**settings)
+        # Of a single step, 1, there is nothing to stretch.
+        if steps == 1 or {"sigmas", "timesteps"} & self.set_up(scheduler, steps).keys():
+            return scheduler
+        last = self.schedule.between(torch.zeros(()), torch.ones(()), torch.tensor(1 / steps))
+        return kind(**settings, shift_terminal=last.item())
+
     def _at(self, time: float, like: Prediction) -> Tensor:
         return torch.full_like(like.t, time)
 
@@ -104,13 +119,14 @@ class Renoise(Sampler):
     name = "renoise"
     stochastic = True
 
-    def stock(self, config: dict[str, Any]) -> Any:
+    def stock(self, steps: int) -> Any:
         if self.schedule.name == "flow":
-            return FlowMatchLCMScheduler(
-                num_train_timesteps=config.get("num_train_timesteps", 1000), shift=self.schedule.shift
-            )
-        # original_inference_steps = n makes the stock grid visit 999, 749, 499, 249 for n = 4.
-        return LCMScheduler(**_vp(config, self.schedule), original_inference_steps=self.steps)
+            return self._flow(FlowMatchLCMScheduler, steps)
+        _only_vp(self.schedule)
+        # From the whole table any number of steps is evenly spaced: 999, 749, 499, 249 for 4.
+        length = len(self.schedule.alphas_cumprod) if self.start is None else self.start + 1
+        kept = {"original_inference_steps": length}
+        return vp_scheduler(LCMScheduler, self.source, self.schedule, self.start, **kept)
 
     def advance(self, prediction: Prediction, step: Step, noise: Noise) -> Tensor:
         if step.r is None:
@@ -124,12 +140,12 @@ class DDIM(Sampler):
     name = "ddim"
     stochastic = False
 
-    def stock(self, config: dict[str, Any]) -> Any:
+    def stock(self, steps: int) -> Any:
         if self.schedule.name == "flow":
-            return FlowMatchEulerDiscreteScheduler(
-                num_train_timesteps=config.get("num_train_timesteps", 1000), shift=self.schedule.shift
-            )
-        return DDIMScheduler(**_vp(config, self.schedule), timestep_spacing="trailing", set_alpha_to_one=True)
+            return self._flow(FlowMatchEulerDiscreteScheduler, steps)
+        _only_vp(self.schedule)
+        trailing = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+        return vp_scheduler(DDIMScheduler, self.source, self.schedule, self.start, **trailing)
 
     def grid(self, steps: int | None = None) -> list[Step]:
         grid = super().grid(steps)
@@ -137,8 +153,9 @@ class DDIM(Sampler):
             return grid
         # DDIMScheduler steps to t - N // n, which differs from its own next timestep when n does not divide N; the
         # last step then ends at table entry 0 or below it, and only below it is clean.
-        count = len(self.schedule.alphas_cumprod)
-        ends = [(round(step.t * (count - 1)) - count // len(grid)) / (count - 1) for step in grid]
+        last = len(self.schedule.alphas_cumprod) - 1
+        length = (last if self.start is None else self.start) + 1
+        ends = [(round(step.t * last) - length // len(grid)) / last for step in grid]
         return [Step(step.t, end if end >= 0 else None) for step, end in zip(grid, ends, strict=True)]
 
     def advance(self, prediction: Prediction, step: Step, noise: Noise | None = None) -> Tensor:
@@ -157,10 +174,14 @@ class TCD(Sampler):
     stochastic = True
     gamma = 0.3
 
-    def stock(self, config: dict[str, Any]) -> Any:
+    def stock(self, steps: int) -> Any:
         if self.schedule.name == "flow":
             raise InputError("sampler tcd: the stock TCDScheduler has no flow-matching form; use renoise or ddim")
-        return TCDScheduler(**_vp(config, self.schedule), original_inference_steps=50)
+        _only_vp(self.schedule)
+        # A shorter table has no even part of 50 entries that holds its last one.
+        original = 50 if self.start is None else self.start + 1
+        kept = {"original_inference_steps": original}
+        return vp_scheduler(TCDScheduler, self.source, self.schedule, self.start, **kept)
 
     def advance(self, prediction: Prediction, step: Step, noise: Noise) -> Tensor:
         # The stock scheduler ends at table entry 0, not at clean data, and does not add noise there.
@@ -179,10 +200,13 @@ def renoise_up(schedule: Schedule, x_s: Tensor, s: Tensor, t: Tensor, noise: Ten
 
 
 def solver_grid(schedule: Schedule, steps: int) -> Tensor:
-    """Ascending times (steps + 1,) from the clean end 0: VP timesteps 0, 19, 39, ..., 999 for 50 steps."""
+    """Ascending times (steps + 1,) from the clean end 0: VP timesteps 0, 19, 39, ..., 999 for 50 steps.
+
+    On flow they are shifted as its sampling grids are.
+    """
     fractions = torch.arange(steps + 1, dtype=torch.float64) / steps
     if schedule.name != "vp_discrete":
-        return fractions
+        return schedule.between(torch.zeros(()), torch.ones(()), fractions)
     count = len(schedule.alphas_cumprod)
     return schedule.time((fractions * count - 1).round().clamp_min(0))
 
@@ -208,14 +232,23 @@ def dpm_solver_step(current: Prediction, previous: Prediction | None, r: Tensor 
     return per_sample(sigma_r / sigma_t, x_t) * x_t - per_sample(alpha_r * torch.expm1(-h), x_t) * x0
 
 
-def _vp(config: dict[str, Any], schedule: Schedule) -> dict[str, Any]:
-    """The noise table and prediction type of ``config``, as arguments of another VP scheduler, and no clipping."""
+def check_start(schedule: Schedule, start: int, steps: int) -> None:
+    """Refuse a start (a stock timestep) that the schedule does not have, or that leaves too few for ``steps`` steps.
+
+    Raises:
+        InputError: it is one.
+    """
+    if schedule.name != "vp_discrete":
+        reason = "whose stock schedulers start at the noise end"
+        raise InputError(f"student.start: expected null for a {schedule.name} schedule, {reason}; found {start}")
+    last = len(schedule.alphas_cumprod) - 1
+    if not steps - 1 <= start <= last:
+        raise InputError(f"student.start: expected a timestep from {steps - 1} to {last}, found {start}")
+
+
+def _only_vp(schedule: Schedule) -> None:
     if schedule.name != "vp_discrete":
         raise InputError(f"no stock few-step scheduler runs a {schedule.name} schedule")
-    kept = {name: config[name] for name in _BETAS if config.get(name) is not None}
-    # Without effect on any of the grids here, but Stable Diffusion's pipelines rewrite a 0, with a warning.
-    offset = config.get("steps_offset", 0)
-    return kept | {"prediction_type": config["prediction_type"], "steps_offset": offset, "clip_sample": False}
 
 
 SAMPLERS: dict[str, type[Sampler]] = {sampler.name: sampler for sampler in (Renoise, DDIM, TCD)}

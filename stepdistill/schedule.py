@@ -5,6 +5,7 @@ coefficients are computed in float64 and cast to the sample's dtype, because x_0
 difference of nearly equal numbers. Nothing else in the library knows these formulas.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,11 @@ KINDS: tuple[Kind, ...] = ("epsilon", "v", "edm", "flow", "sample")
 def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
     """A (B,) coefficient shaped to multiply ``like`` (B, ...), in its dtype."""
     return coefficient.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """shift t/(1 + (shift - 1) t), which keeps 0 and 1 to the bit; 1/shift undoes it (Esser et al. 2024, eq. 23)."""
+    return shift * t / (shift * t + (1 - t))
 
 
 class Schedule(ABC):
@@ -53,6 +59,13 @@ class Schedule(ABC):
     def snap(self, t: Tensor) -> Tensor:
         """The nearest times the family's networks were trained at: table entries on VP, ``t`` itself elsewhere."""
         return t
+
+    def between(self, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
+        """The time at ``share`` (0 .. 1) of the way from ``low`` to ``high``, spaced as the family's grids are.
+
+        The arguments broadcast; float64. Flow's grids are even before their shift, all others in t.
+        """
+        return self.snap(torch.lerp(low.double(), high.double(), share.double()))
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.coefficients(t)[0]
@@ -155,13 +168,21 @@ class VPSchedule(Schedule):
 
 
 class FlowSchedule(Schedule):
-    """Rectified flow: alpha = 1 - t, sigma = t. ``shift`` belongs to sampling grids, not to the path."""
+    """Rectified flow: alpha = 1 - t, sigma = t.
+
+    Args:
+        shift: s of sampling grids, t = s u/(1 + (s - 1) u) of even u (Esser et al. 2024, eq. 23); not of the path.
+        dynamic: whether the pipeline computes the shift from the size of the sample, and ``shift`` is that of one.
+    """
 
     name = "flow"
 
-    def __init__(self, shift: float = 1.0, train_timesteps: int = 1000):
-        self.shift = shift
-        self.train_timesteps = train_timesteps
+    def __init__(self, shift: float = 1.0, train_timesteps: int = 1000, dynamic: bool = False):
+        self.shift, self.train_timesteps, self.dynamic = shift, train_timesteps, dynamic
+
+    def between(self, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
+        low, high = (shifted(t.double(), 1 / self.shift) for t in (low, high))
+        return shifted(torch.lerp(low, high, share.double()), self.shift)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t.double(), t.double()
@@ -268,8 +289,11 @@ class Prediction:
         return self.schedule.score(self.x0, self._float[1], self.t)
 
 
-def from_scheduler(scheduler: Any) -> tuple[Schedule, Kind]:
+def from_scheduler(scheduler: Any, mu: float | None = None) -> tuple[Schedule, Kind]:
     """The schedule and prediction kind that a diffusers scheduler stands for.
+
+    Args:
+        mu: what the pipeline tells it of the sample's size, where its shift is dynamic.
 
     Raises:
         InputError: the scheduler is neither discrete VP, flow matching nor EDM, or its prediction type is
@@ -284,10 +308,11 @@ def from_scheduler(scheduler: Any) -> tuple[Schedule, Kind]:
     }
     declared = config.get("prediction_type")
     if declared == "flow_prediction" or config.get("use_flow_sigmas") or _is_flow(scheduler):
-        return FlowSchedule(
-            shift=float(config.get("shift") or config.get("flow_shift") or 1.0),
-            train_timesteps=config.get("num_train_timesteps", 1000),
-        ), "flow"
+        shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
+        dynamic = bool(config.get("use_dynamic_shifting"))
+        if dynamic and mu is not None:
+            shift = float(mu) if config.get("time_shift_type") == "linear" else math.exp(mu)
+        return FlowSchedule(shift, config.get("num_train_timesteps", 1000), dynamic), "flow"
     edm = _tells_log_sigma(scheduler)
     if not edm and not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(

@@ -1,5 +1,6 @@
 """Everything a recipe stands for, built and ready: used by training, export and resume alike."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from stepdistill.generation.latents import decoder, encode_images, image_shape
 from stepdistill.methods.base import DistillMethod, Roles
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries, rest_encoders, unread
 from stepdistill.pipeline.load import is_export, load_pipeline
-from stepdistill.pipeline.trace import Trace, asked_for, trace, under
+from stepdistill.pipeline.trace import Trace, asked_for, sampled_at, trace, under
 from stepdistill.progress import say
 from stepdistill.pruning import pruned
 from stepdistill.recipe import Recipe
@@ -105,7 +106,8 @@ def build(
     )
     if device.type != "cpu":
         pipeline.to(device)
-    traced = trace(pipeline, recipe.teacher.arguments)
+    traced = sampled_at(trace(pipeline, recipe.teacher.arguments), recipe.student.shift)
+    make_sampler(recipe, traced)  # what no stock scheduler runs ends here, before anything is encoded
     _switch(traced.denoiser.network, recipe)
     scale = recipe.teacher.guidance.scale
     traced = asked_for(traced, scale)
@@ -138,12 +140,7 @@ def build(
     if scale != 1 and conditioning.null is None:
         raise InputError(f"teacher.guidance.scale: expected 1 for a pipeline without guidance, found {scale}")
     traced = under(traced, recipe.teacher.guidance.rule)
-    sampler = SAMPLERS[implementation.sampler_of(config)](
-        traced.denoiser.schedule,
-        pipeline.scheduler,
-        recipe.student.steps,
-        lambda scheduler, steps: set_up(traced, scheduler, steps)[0],
-    )
+    sampler = make_sampler(recipe, traced)
     if isinstance(sampler, TCD):
         # Stable Diffusion's pipelines hand every scheduler an eta of their own, 0 in a plain call.
         sampler.gamma = set_up(traced, sampler.scheduler, recipe.student.steps)[1].get("eta", sampler.gamma)
@@ -153,7 +150,8 @@ def build(
     if with_data and needs.paths is not None:
         # Before adapters rename the teacher's weights: what is stored serves every run with this teacher.
         shape, seed = traced.latent_shape, recipe.train.seed
-        paths = teacher_paths(traced.denoiser, conditioning, needs.paths, scale, shape, seed, cache)
+        grid = [step.t for step in sampler.grid()]
+        paths = teacher_paths(traced.denoiser, conditioning, needs.paths, scale, shape, seed, cache, grid)
     # Adapters and heads start from global random numbers.
     torch.manual_seed(recipe.train.seed)
     method = make_method(recipe, traced, sampler, scale, device, torch.device("cpu") if shared else device)
@@ -168,6 +166,22 @@ def build(
     if with_data and not shared:
         session.prepare()
     return session
+
+
+def make_sampler(recipe: Recipe, traced: Trace, grid: Callable[[Any, int], dict[str, Any]] | None = None) -> Sampler:
+    """The few-step sampler of the recipe's method on the traced teacher's schedule.
+
+    Args:
+        grid: (scheduler, steps) -> what the pipeline gives ``set_timesteps``; None: its own run shows it.
+
+    Raises:
+        InputError: no stock scheduler runs it there, or the schedule has no such start.
+    """
+    sampler = SAMPLERS[recipe.method.implementation.sampler_of(recipe.method.config)]
+    grid = grid or (lambda scheduler, steps: set_up(traced, scheduler, steps)[0])
+    return sampler(
+        traced.denoiser.schedule, traced.pipeline.scheduler, recipe.student.steps, grid, recipe.student.start
+    )
 
 
 def make_method(

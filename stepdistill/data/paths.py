@@ -1,13 +1,15 @@
 """Trajectories of the guided teacher, made once from noise and kept on disk for every run that wants the same ones.
 
     x_1 ~ N(0, I);  c ~ the recipe's conditions;  w = the teacher's scale, or ~ U[low, high]
-    times 1 = t_0 > ... > t_S = 0, evenly spaced:  x_{k+1} = solver step of the guided teacher from t_k to t_{k+1}
+    times 1 = t_0 > ... > t_S = 0, evenly spaced (on flow before its shift), or through the student's grid
+    x_{k+1} = solver step of the guided teacher from t_k to t_{k+1}
 
 The last step lands on the teacher's x_0.
 """
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from stepdistill.methods.base import PathNeeds
 from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.progress import WorkProgress
 from stepdistill.samplers import dpm_solver_step, solver_grid
+from stepdistill.schedule import Schedule
 from stepdistill.tensor_cache import cached
 
 CHUNK = 250
@@ -65,12 +68,14 @@ def teacher_paths(
     shape: tuple[int, ...],
     seed: int,
     cache: Path | None = None,
+    grid: Sequence[float] = (),
 ) -> Paths:
     """The trajectories that ``needs`` describes, from ``cache`` where they have been made before.
 
     Args:
         scale: the guidance scale of all of them where ``needs`` names no range. shape: of one sample.
         seed: of noise, conditions and scales. cache: folder; the file's name is a hash of all that they depend on.
+        grid: the times of the student's steps, descending from 1; for ``needs.through_grid``.
 
     Raises:
         InputError: guidance scales are wanted of a teacher without guidance.
@@ -80,13 +85,23 @@ def teacher_paths(
             f"method: trains on guidance scales from {needs.scales[0]:g} to {needs.scales[1]:g}; expected a teacher "
             "with guidance, found a pipeline without an empty condition"
         )
-    times = solver_grid(teacher.schedule, needs.steps).flip(0)
+    times = path_times(teacher.schedule, needs, grid)
     rule = rule_text(teacher.rule)
     key = _key(teacher, conditioning, times, needs, scale, shape, seed, *([rule] if rule else []))
     file = cache / f"paths-{key}.safetensors" if cache else None
     stored = cached(file, lambda: _solve(teacher, conditioning, times, needs, scale, shape, seed))
     kept = times if needs.keep == "all" else times[[0, -1]]
     return Paths(stored["points"], kept, stored["index"], stored["scales"], int(stored["evaluations"]))
+
+
+def path_times(schedule: Schedule, needs: PathNeeds, grid: Sequence[float] = ()) -> Tensor:
+    """Descending times (steps + 1,) from noise to the clean end that the trajectories stop at."""
+    if not needs.through_grid:
+        return solver_grid(schedule, needs.steps).flip(0)
+    knots = torch.tensor([*grid, 0.0], dtype=torch.float64)
+    shares = torch.arange(needs.steps // len(grid), dtype=torch.float64) * len(grid) / needs.steps
+    inside = schedule.between(knots[:-1, None], knots[1:, None], shares)
+    return torch.cat([inside.flatten(), knots[-1:]])
 
 
 @torch.no_grad()

@@ -70,6 +70,9 @@ pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="s
     tags = ", ".join(
         ["diffusion", "distillation", "few-step", facts["method"], *(["lora"] * (facts["form"] == "lora"))]
     )
+    kept = "its config holds the step grid; keep it"
+    if trace.pipeline.scheduler.config.get("shift_terminal"):
+        kept += "; it makes no grid of a single step"
     guidance = guidance_argument(trace.pipeline)
     told = "" if guidance is None else f", {guidance.name}={facts['call_guidance']:g}"
     pictures = trace.pictures
@@ -99,7 +102,7 @@ pipe = {name}.from_pretrained({base}){".to(torch.float32)" if half else ""}
 |---|---|
 | NFE per image | {steps} |
 | method | {facts["method"]}, {facts["trained_steps"]} training steps |
-| scheduler | {scheduler}, its config holds the step grid; keep it |
+| scheduler | {scheduler}, {kept} |
 | teacher | {facts["teacher"]}, guidance scale {facts["guidance"]:g}{rule_text(stated_rule(facts))} |
 | licence | that of the teacher: the student is a derivative of its weights |
 | checked | reloaded {reloaded}, differs from the training-time sampler by {error:.1e} |

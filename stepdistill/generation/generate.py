@@ -15,7 +15,7 @@ from stepdistill.denoiser import first_tensor
 from stepdistill.errors import InputError
 from stepdistill.generation.inference_guidance import Step, StepRule, classifier_free
 from stepdistill.pipeline.conditioning import Conditioning
-from stepdistill.pipeline.observe import TraceError, forked_random, observe, patched, run
+from stepdistill.pipeline.observe import TraceError, fewest_steps, forked_random, observe, patched, run
 from stepdistill.pipeline.trace import PROBES, Trace
 from stepdistill.schedule import from_scheduler
 
@@ -81,7 +81,7 @@ def generate(
         rule: makes a guidance rule of :mod:`.inference_guidance` for each batch, instead of ``guidance``.
 
     Raises:
-        InputError: the scheduler's prediction type is another, or it cannot make this grid.
+        InputError: the scheduler's prediction type is another, or it cannot make a grid of so many steps.
     """
     denoiser = trace.denoiser
     kind = from_scheduler(scheduler)[1]
@@ -138,7 +138,7 @@ def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
 
     Of a video its middle frame. ``batch`` None: fewer at once than :func:`at_once`, as autoencoders take more memory.
 
-    The pipeline runs one step in which the denoiser is silent and the scheduler returns ``latents``.
+    The pipeline runs a step, or two, in which the denoiser is silent and the scheduler returns ``latents``.
 
     Raises:
         TraceError: the pipeline does not return images as a tensor.
@@ -173,7 +173,7 @@ def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
         ):
             entries = probe if many else probe * len(chunk)
             wishes = {"guidance": trace.guidance.plain_scale, "output_type": "pt", **many}
-            images = first_tensor(run(pipeline, entries, trace.arguments, steps=1, **wishes))
+            images = first_tensor(run(pipeline, entries, trace.arguments, steps=fewest_steps(pipeline), **wishes))
         if not isinstance(images, Tensor) or len(images) != len(chunk):
             raise TraceError("decode", f"{type(pipeline).__name__} does not return its images as one tensor")
         if images.ndim == 5:
@@ -217,9 +217,9 @@ def set_up(trace: Trace, scheduler: Any, steps: int) -> tuple[dict[str, Any], di
 
 
 def can_run(trace: Trace, steps: int) -> bool:
-    """Whether the pipeline's own scheduler takes so many: few-step ones refuse more than they were made for."""
+    """Whether the pipeline's own scheduler takes so many: few-step ones refuse some that they were not made for."""
     try:
-        set_up(trace, trace.pipeline.scheduler, steps)
+        _ready(trace, trace.pipeline.scheduler, steps, None, torch.device("cpu"))
     except InputError:
         return False
     return True
@@ -242,6 +242,10 @@ def _ready(
 ) -> tuple[Any, dict[str, Any]]:
     """(a copy of the scheduler with its grid, the options of its step()), as the pipeline itself would have them."""
     own_grid = timesteps is None
+    if own_grid and steps == 1 and (last := scheduler.config.get("shift_terminal")):
+        # A grid of one number cannot be stretched down to there.
+        kind = type(scheduler).__name__
+        raise InputError(f"steps: expected at least 2 under {kind} with shift_terminal {last:g}, found 1")
     grid, options = set_up(trace, scheduler, steps if own_grid else 1)
     ready = copy.deepcopy(scheduler)
     ready.set_timesteps(**(grid if own_grid else {"timesteps": list(timesteps)}), device=device)

@@ -51,6 +51,8 @@ class PathNeeds:
         keep: "ends" (noise and clean end) or "all" (every point between as well).
         scales: the guidance scale of each is uniform in [low, high]; None: the teacher's own for all.
         solver: "ddim", or "dpm" for DPM-Solver++(2M), which is as exact in fewer steps.
+        through_grid: whether each step of the student's own grid is solved in an equal number of them, so that its
+            times are among theirs; ``steps`` is then a multiple of the student's.
     """
 
     count: int
@@ -58,6 +60,7 @@ class PathNeeds:
     keep: Literal["ends", "all"] = "ends"
     scales: tuple[float, float] | None = None
     solver: Literal["ddim", "dpm"] = "ddim"
+    through_grid: bool = False
 
 
 @dataclass(frozen=True)

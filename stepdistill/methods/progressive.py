@@ -139,6 +139,7 @@ def halved(grid: Sequence[Step], schedule: Schedule) -> list[Step]:
     end = schedule.time(torch.tensor(-1.0)).item() if schedule.name == "vp_discrete" else 0.0
     steps = []
     for t, r in grid:
-        middle = schedule.snap(torch.tensor((t + (end if r is None else r)) / 2, dtype=torch.float64)).item()
+        low = torch.tensor(end if r is None else r, dtype=torch.float64)
+        middle = schedule.between(low, torch.tensor(t, dtype=torch.float64), torch.tensor(0.5)).item()
         steps += [Step(t, middle), Step(middle, r)]
     return steps

@@ -37,7 +37,7 @@ def segment_points(sampler: Sampler, count: int, solver_steps: int) -> Tensor:
     each = -(-solver_steps // count)
     ends = torch.tensor([(step.r or 0.0, step.t) for step in sampler.grid(count)], dtype=torch.float64)
     parts = torch.linspace(0, 1, each + 1, dtype=torch.float64)
-    return sampler.schedule.snap(torch.lerp(ends[:, :1], ends[:, 1:], parts))
+    return sampler.schedule.between(ends[:, :1], ends[:, 1:], parts)
 
 
 class PCM(LCM):

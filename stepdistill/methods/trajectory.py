@@ -20,7 +20,7 @@ noise and the guided teacher's endpoint, made once; the student's whole sampler,
         minimise d( student's sample from noise, y ),  d = L1, L2 or pseudo-Huber
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -28,7 +28,6 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch, PathRows
-from stepdistill.errors import InputError
 from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, PathNeeds
 from stepdistill.methods.losses import pseudo_huber
 from stepdistill.samplers import dpm_solver_step
@@ -52,8 +51,14 @@ class TrajectoryRegression(DistillMethod):
 
     @classmethod
     def data_needs(cls, config: TrajectoryConfig) -> DataNeeds:
-        stored = PathNeeds(config.paths, config.path_steps, keep="all", solver="dpm")
+        stored = PathNeeds(config.paths, config.path_steps, keep="all", solver="dpm", through_grid=True)
         return DataNeeds(paths=stored if config.paths else None)
+
+    @classmethod
+    def problems(cls, config: TrajectoryConfig, student_steps: int, train_steps: int) -> Iterator[tuple[str, str]]:
+        if config.paths and config.path_steps % student_steps:
+            fits = f"expected a multiple of student.steps ({student_steps}), such as {3 * student_steps}"
+            yield "method.path_steps", f"{fits}, found {config.path_steps}"
 
     def turns(self, step: int) -> Sequence[str]:
         return ("student",) * len(self.sampler.grid())
@@ -70,20 +75,8 @@ class TrajectoryRegression(DistillMethod):
         return {"regression": (x - batch.state["points"][turn + 1]).abs().mean()}
 
     def stored_points(self, path: PathRows) -> list[Tensor]:
-        """The stored trajectories' x at every time of the student's grid, from noise to the clean end.
-
-        Raises:
-            InputError: they were not stopped at those times.
-        """
-        times = torch.tensor([step.t for step in self.sampler.grid()] + [0.0], dtype=torch.float64)
-        apart, index = (path.times.cpu() - times[:, None]).abs().min(1)
-        # A table's entry may be rounded either way.
-        if apart.max() > 2e-3 or len(index.unique()) < len(index):
-            raise InputError(
-                f"method.path_steps: expected a number of steps whose grid holds the student's {len(times) - 1} steps, "
-                f"such as {3 * (len(times) - 1)}, found {self.config.path_steps}"
-            )
-        return [path.points[:, i] for i in index.tolist()]
+        """The stored trajectories' x at every time of the student's grid, from noise to the clean end."""
+        return list(path.points[:, :: self.config.path_steps // len(self.sampler.grid())].unbind(1))
 
     @torch.no_grad()
     def teacher_points(self, batch: Batch) -> list[Tensor]:
@@ -92,8 +85,8 @@ class TrajectoryRegression(DistillMethod):
         for step in self.sampler.grid():
             points.append(x)
             # A stock grid may start a step beside where the last one ended (DDIM); the teacher just goes on.
-            ends = torch.linspace(step.t, step.r or 0.0, self.config.substeps + 1, dtype=torch.float64)
-            ends = self.schedule.snap(ends).tolist()
+            shares = torch.linspace(0, 1, self.config.substeps + 1)
+            ends = self.schedule.between(torch.tensor(step.t), torch.tensor(step.r or 0.0), shares).tolist()
             for t, r in zip(ends, [*ends[1:-1], step.r], strict=False):
                 current = self.teacher(x, self.times(t, batch), batch)
                 x = dpm_solver_step(current, previous, None if r is None else self.times(r, batch))

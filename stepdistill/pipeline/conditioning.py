@@ -16,7 +16,7 @@ from stepdistill.denoiser import Conditions, joined
 from stepdistill.errors import InputError
 from stepdistill.pipeline.compare import rows_equal
 from stepdistill.pipeline.load import quiet
-from stepdistill.pipeline.observe import Call, Recording, calls_of, modules, observe
+from stepdistill.pipeline.observe import Call, Recording, calls_of, fewest_steps, modules, observe
 from stepdistill.pipeline.trace import Trace
 from stepdistill.tensor_cache import cached
 from stepdistill.text_files import read_text
@@ -214,7 +214,7 @@ def _caught(trace: Trace, entries: Sequence[str | int], pictures: Pictures) -> t
         trace.pipeline,
         entries,
         {**trace.arguments, **pictures},
-        steps=1,
+        steps=fewest_steps(trace.pipeline),
         guidance=trace.guidance.scale,
         stop_calls=(trace.component, calls),
     )

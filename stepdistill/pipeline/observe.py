@@ -119,6 +119,11 @@ def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
     return next(iter([*on, *found]), None)
 
 
+def fewest_steps(pipeline: Any) -> int:
+    """The fewest steps that its scheduler has a grid of: 2 where it is stretched down to a ``shift_terminal``."""
+    return 2 if pipeline.scheduler.config.get("shift_terminal") else 1
+
+
 def run(pipeline: Any, entries: Sequence[Any], arguments: Mapping[str, Any] | None = None, **wishes: Any) -> Any:
     """Call the pipeline with :func:`call_arguments`, files of pictures opened."""
     return pipeline(**opened(call_arguments(pipeline, entries, arguments, **wishes)))

@@ -29,12 +29,13 @@ from stepdistill.pipeline.observe import (
     Step,
     TraceError,
     entry_argument,
+    fewest_steps,
     forked_random,
     guidance_argument,
     modules,
     observe,
 )
-from stepdistill.schedule import Kind, Schedule, from_scheduler
+from stepdistill.schedule import FlowSchedule, Kind, Schedule, from_scheduler
 
 __all__ = ["Guidance", "Trace", "TraceError", "load_pipeline", "trace"]
 
@@ -134,7 +135,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     else:
         raise TraceError("guidance", "the denoiser is still called twice per step at guidance scales 1 and 0")
     on = _few_steps(pipeline, PROBES[entry][:2], arguments, scale)
-    schedule, kind = from_scheduler(pipeline.scheduler)
+    schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
     component = explain.denoiser_component(off)
     networks = modules(pipeline)
     network = networks[component]
@@ -196,7 +197,7 @@ def at_guidance(trace: Trace, scale: float) -> Trace:
         trace.pipeline,
         PROBES[trace.entry][:1],
         trace.arguments,
-        steps=1,
+        steps=fewest_steps(trace.pipeline),
         guidance=scale,
         stop_calls=(trace.component, 1),
     )
@@ -228,6 +229,21 @@ def under(trace: Trace, rule: Rule) -> Trace:
         )
     old = trace.denoiser
     return replace(trace, denoiser=Denoiser(old.network, replace(old.spec, rule=rule), old.schedule, old.kind))
+
+
+def sampled_at(trace: Trace, shift: float | None) -> Trace:
+    """The same pipeline with this shift of flow's sampling grids; None: its own.
+
+    Raises:
+        InputError: its schedule knows none.
+    """
+    old = trace.denoiser
+    if shift is None:
+        return trace
+    if old.schedule.name != "flow":
+        raise InputError(f"student.shift: expected null for a {old.schedule.name} schedule, found {shift:g}")
+    schedule = FlowSchedule(shift, old.schedule.train_timesteps)
+    return replace(trace, denoiser=Denoiser(old.network, old.spec, schedule, old.kind))
 
 
 def _probe_scale(pipeline: Any) -> float:

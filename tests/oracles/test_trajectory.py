@@ -11,11 +11,10 @@ from bed import G1, M1, SCHEDULES, OnGrid, at, batch, column, ddim_path, generat
 from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser
 from stepdistill.data.batch import Batch, PathRows
 from stepdistill.data.paths import teacher_paths
-from stepdistill.errors import InputError
 from stepdistill.methods import Roles
 from stepdistill.methods.trajectory import OdeConfig, OdeRegression, TrajectoryConfig, TrajectoryRegression
 from stepdistill.pipeline.conditioning import Conditioning
-from stepdistill.samplers import DDIM, dpm_solver_step, solver_grid
+from stepdistill.samplers import DDIM, dpm_solver_step
 from stepdistill.schedule import KINDS, Prediction, from_scheduler
 
 # Epsilon has no x_0 at flow's t = 1, where alpha is 0 and every solver starts.
@@ -120,7 +119,7 @@ def test_hitting_every_teacher_point_is_the_optimum(name, kind):
     assert min(walk(method, batch(32))) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["vp", "edm"])
+@pytest.mark.parametrize("name", ["vp", "edm", "flow"])
 def test_stored_trajectories_are_those_it_would_make(name):
     """Twelve stored steps hold the student's four, and are three of the teacher's for each."""
     schedule, grid = SCHEDULES[name], GRID if name == "vp" else [1.0, 0.75, 0.5, 0.25]
@@ -128,7 +127,7 @@ def test_stored_trajectories_are_those_it_would_make(name):
     network = player(lambda x, t, labels: teacher.posterior_mean(x, t), schedule, "v")
     needs = TrajectoryRegression.data_needs(TrajectoryConfig(paths=8)).paths
     conditions = Conditioning(("a",), {"class_labels": torch.tensor([0])}, None)
-    paths = teacher_paths(network, conditions, needs, 1.0, (1,), seed=0)
+    paths = teacher_paths(network, conditions, needs, 1.0, (1,), seed=0, grid=grid)
     rows = batch(8)
     rows.path = paths.rows(torch.arange(8), conditions, "cpu")
     method = method_of(teacher, generator(schedule, "v", 1.0, 0.0), times=grid, paths=8)
@@ -139,16 +138,19 @@ def test_stored_trajectories_are_those_it_would_make(name):
     tolerance = 3e-3 if name == "vp" else 1e-4
     for a, b in zip(stored, made, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance)
+    assert paths.times[::3].tolist() == pytest.approx([*grid, 0.0])
     walk(method, rows)
     assert torch.equal(rows.state["points"][-1], rows.path.points[:, -1])
 
 
-def test_stored_trajectories_must_stop_where_the_student_does():
-    schedule = SCHEDULES["vp"]
-    method = method_of(None, generator(schedule, "v", 1.0, 0.0), paths=8, path_steps=10)
-    path = PathRows(torch.zeros(2, 11, 1), solver_grid(schedule, 10).flip(0), {}, None, torch.ones(2))
-    with pytest.raises(InputError, match="such as 12, found 10"):
-        method.stored_points(path)
+def test_the_number_of_stored_steps_is_a_multiple_of_the_students():
+    """A recipe's problem, with a number that works."""
+    problems = list(TrajectoryRegression.problems(TrajectoryConfig(paths=8, path_steps=10), 4, 100))
+    assert problems == [
+        ("method.path_steps", "expected a multiple of student.steps (4), such as 12, found 10"),
+    ]
+    assert not list(TrajectoryRegression.problems(TrajectoryConfig(paths=8, path_steps=12), 4, 100))
+    assert not list(TrajectoryRegression.problems(TrajectoryConfig(path_steps=10), 4, 100))
 
 
 def test_needs_trajectories_only_where_it_stores_them():
