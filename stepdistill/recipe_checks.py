@@ -46,6 +46,13 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
         yield ("student", "config"), f"expected none for a student that stands on the teacher's weights ({how})"
     if recipe.export.keys == "kohya" and (recipe.export.fuse or how == "full"):
         yield ("export", "keys"), "expected 'diffusers' for a student that is exported whole, found 'kohya'"
+    if student.start is not None:
+        if not recipe.method.implementation.may_start_lower(config):
+            problem = f"expected null for {recipe.method.name} with these settings, found {student.start}; "
+            yield ("student", "start"), f"{problem}its student learns from points of the teacher's path from t = 1"
+        if student.start < student.steps - 1:
+            problem = f"expected at least student.steps - 1 ({student.steps - 1}), found {student.start}"
+            yield ("student", "start"), problem
     if teacher.quantize is not None:
         if teacher.precision != "bf16":
             yield ("teacher", "precision"), f"expected 'bf16' beside teacher.quantize, found {found(teacher.precision)}"

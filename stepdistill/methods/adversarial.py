@@ -100,6 +100,10 @@ class LADD(DistillMethod):
             yield "method.warmup", f"expected below train.steps ({train_steps}), found {config.warmup}"
 
     @classmethod
+    def may_start_lower(cls, config: AdversarialConfig) -> bool:
+        return True  # at its first time it sees noise alone, as at inference
+
+    @classmethod
     def sampler_of(cls, config: AdversarialConfig) -> str:
         return config.sampler
 

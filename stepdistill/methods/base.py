@@ -127,6 +127,14 @@ class DistillMethod(ABC):
         yield from ()
 
     @classmethod
+    def may_start_lower(cls, config: MethodConfig) -> bool:
+        """Whether its student may start below t = 1 (``student.start``), where it sees pure noise all the same.
+
+        False where what it learns from are points of the teacher's path at that time, among which noise is none.
+        """
+        return False
+
+    @classmethod
     def sampler_of(cls, config: MethodConfig) -> str:
         """The name of the few-step sampler this configuration trains for."""
         return cls.sampler_name

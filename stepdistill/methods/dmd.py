@@ -48,7 +48,8 @@ class DMD(DistributionMatching):
         """Mean squared error of one student step from each pair's noise to its end."""
         path = batch.path
         noise, end = path.points[:, 0], path.points[:, -1]
-        found = self.roles.student(noise, path.times[0].expand(len(noise)), path.cond).x0
+        start = self.sampler.grid()[0].t  # of the student; the pairs begin at t = 1
+        found = self.roles.student(noise, self.times(start, batch), path.cond).x0
         return F.mse_loss(found, end)
 
     def gradient(self, x: Tensor, batch: Batch) -> Tensor:

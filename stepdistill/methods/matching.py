@@ -54,6 +54,10 @@ class DistributionMatching(DistillMethod):
         self.regression = TrajectoryRegression(TrajectoryConfig(substeps=config.regression_substeps), roles, sampler)
 
     @classmethod
+    def may_start_lower(cls, config: MatchingConfig) -> bool:
+        return config.regression_steps == 0
+
+    @classmethod
     def sampler_of(cls, config: MatchingConfig) -> str:
         return config.sampler
 

@@ -87,6 +87,10 @@ class SiD(DistillMethod):
         return DataNeeds(images=config.gan_weight > 0)
 
     @classmethod
+    def may_start_lower(cls, config: SiDConfig) -> bool:
+        return True
+
+    @classmethod
     def sampler_of(cls, config: SiDConfig) -> str:
         return config.sampler
 

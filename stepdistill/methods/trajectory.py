@@ -115,6 +115,10 @@ class OdeRegression(DistillMethod):
     def data_needs(cls, config: OdeConfig) -> DataNeeds:
         return DataNeeds(paths=PathNeeds(config.pairs, config.solver_steps, solver="dpm"))
 
+    @classmethod
+    def may_start_lower(cls, config: OdeConfig) -> bool:
+        return True  # the pairs begin at t = 1 all the same
+
     def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
         x, end = batch.path.points[:, 0], batch.path.points[:, -1]
         for step in self.sampler.grid():
