@@ -228,15 +228,17 @@ class SlowTime(Adapted):
         with ExitStack() as hooks:
             for timesteps, embedding in _time_embeddings(self.network):
                 handle = embedding.linear_1.register_forward_pre_hook(
-                    lambda _module, inputs, factors=self.factors(timesteps): (inputs[0] * factors.to(inputs[0]),)
+                    lambda _module, inputs, slow=timesteps: (
+                        inputs[0] * self.factors(slow, inputs[0].device).to(inputs[0]),
+                    )
                 )
                 hooks.callback(handle.remove)
             return self.network(*arguments, **keywords)
 
-    def factors(self, timesteps: Timesteps) -> Tensor:
+    def factors(self, timesteps: Timesteps, device: torch.device | str = "cpu") -> Tensor:
         """1 / (1 + (period / own period)^4) of each feature (features,), sines and cosines alike."""
         half = timesteps.num_channels // 2
-        exponents = torch.arange(half, dtype=torch.float64) / (half - timesteps.downscale_freq_shift)
+        exponents = torch.arange(half, dtype=torch.float64, device=device) / (half - timesteps.downscale_freq_shift)
         rates = timesteps.scale * torch.exp(-math.log(10000) * exponents)
         factors = 1 / (1 + (self.period * rates / (2 * math.pi)) ** 4)
         return torch.cat([factors, factors, factors.new_ones(timesteps.num_channels % 2)])

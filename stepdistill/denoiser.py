@@ -210,6 +210,7 @@ class Denoiser:
         self.network = network.eval()
         self.spec, self.schedule, self.kind = spec, schedule, kind
         self.evaluations = 0
+        self._placed: dict[torch.device, dict[str, Any]] = {}
 
     @property
     def keeps_norm(self) -> bool:
@@ -244,8 +245,9 @@ class Denoiser:
         self.evaluations += batch
         dtype = _dtype(self.network)
         flat: dict[str, Any] = {}
-        for name, value in spec.constants.items():
-            value = _on(x_t.device, value)
+        if x_t.device not in self._placed:  # copied there once: each copy would wait for the device
+            self._placed[x_t.device] = {name: _on(x_t.device, value) for name, value in spec.constants.items()}
+        for name, value in self._placed[x_t.device].items():
             if name in spec.expanded:
                 value = value.expand(batch, *value.shape[1:]) if isinstance(value, Tensor) else value * batch
             flat[name] = value

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stepdistill.device_table import DeviceTable
 from stepdistill.errors import InputError
 from stepdistill.kernels import add_noise
 
@@ -136,7 +137,7 @@ class VPSchedule(Schedule):
 
     def __init__(self, alphas_cumprod: Tensor):
         self.alphas_cumprod = alphas_cumprod.detach().double().cpu()
-        self._tables: dict[torch.device, Tensor] = {}
+        self._table = DeviceTable(self.alphas_cumprod)
 
     def _index(self, t: Tensor) -> Tensor:
         index = t.double() * (len(self.alphas_cumprod) - 1)
@@ -147,7 +148,7 @@ class VPSchedule(Schedule):
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         index = self._index(t)
-        table = self._tables.setdefault(t.device, self.alphas_cumprod.to(t.device))
+        table = self._table.on(t.device)
         # Capped, so that abar has a slope at t = 1 too.
         below = index.floor().long().clamp(max=len(table) - 2)
         abar = torch.lerp(table[below], table[below + 1], index - below)

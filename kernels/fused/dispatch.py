@@ -42,7 +42,10 @@ def on_cuda(op: CustomOpDef, module: str, name: str) -> None:
 
 def broadcast(value: Coefficient, like: Tensor, dtype: torch.dtype) -> Tensor:
     """A coefficient shaped to multiply ``like`` (B, ...)."""
-    return torch.as_tensor(value, dtype=dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
+    if not isinstance(value, Tensor):
+        # A fill, where as_tensor would copy the number from the host and wait for it.
+        value = torch.full((), value, dtype=dtype, device=like.device)
+    return value.to(like.device, dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def per_row(value: Coefficient, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from stepdistill.data.batch import PathRows, generator
 from stepdistill.denoiser import Denoiser
+from stepdistill.device_table import DeviceTable
 from stepdistill.errors import InputError
 from stepdistill.generation.generate import at_once
 from stepdistill.guidance import guided, rule_text
@@ -49,6 +51,10 @@ class Paths:
     scales: Tensor
     evaluations: int
 
+    @cached_property
+    def _times(self) -> DeviceTable:
+        return DeviceTable(self.times)
+
     def __len__(self) -> int:
         return len(self.points)
 
@@ -57,7 +63,7 @@ class Paths:
         row = row.cpu()
         cond, null = conditioning.batch(self.index[row])
         points = self.points[row].to(device, torch.float32)
-        return PathRows(points, self.times.to(device), cond, null, self.scales[row].to(device))
+        return PathRows(points, self._times.on(device), cond, null, self.scales[row].to(device))
 
 
 def teacher_paths(

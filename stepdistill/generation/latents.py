@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stepdistill.device_table import DeviceTable
 from stepdistill.errors import InputError
 from stepdistill.generation.generate import at_once, decode
 from stepdistill.pipeline.compare import deviation, tolerance
@@ -35,9 +36,13 @@ class Layout:
     scale: Tensor
     shift: Tensor
 
+    @cached_property
+    def _tables(self) -> list[DeviceTable]:
+        return [DeviceTable(value) for value in (self.order, self.scale, self.shift)]
+
     def to_z(self, latents: Tensor) -> Tensor:
         """(B, *latent shape) -> (B, *shape), with graph."""
-        order, scale, shift = (value.to(latents.device) for value in (self.order, self.scale, self.shift))
+        order, scale, shift = (table.on(latents.device) for table in self._tables)
         return (latents.flatten(1)[:, order] * scale + shift).reshape(-1, *self.shape)
 
     def from_z(self, z: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
@@ -121,10 +126,12 @@ def _encoded(trace: Trace, vae: Any, images: Tensor) -> Tensor:
     own = layout(trace)
     device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
     parts = []
+    vae.float()  # what is learned from for the whole run is not rounded on its way through every layer
     for chunk in images.split(at_once(images.shape[1:], 2**22)):  # one of 1024 px, five of 512
-        pixels = chunk.to(device, dtype) / 127.5 - 1
+        pixels = chunk.to(device).float() / 127.5 - 1
         encoded = vae.encode(pixels.unsqueeze(2) if len(own.shape) == 4 else pixels)
         parts.append(encoded.latent_dist.mean if "latent_dist" in encoded else encoded.latent)
+    vae.to(dtype)
     z = torch.cat(parts).float().cpu()
     if z.shape[1:] != own.shape:
         raise InputError(
@@ -162,6 +169,8 @@ def _autoencoder(pipeline: Any) -> Any:
 def _key(trace: Trace, vae: Any, images: Tensor) -> str:
     digest = hashlib.sha256(images.numpy().tobytes())
     digest.update(f"{type(trace.pipeline).__name__} {trace.latent_shape}".encode())
+    if vae.dtype != torch.float32:
+        digest.update(b"encoded in float32")  # earlier versions did not
     for name, parameter in sorted(vae.named_parameters()):
         digest.update(name.encode())
         digest.update(parameter.detach().float().cpu().numpy().tobytes())

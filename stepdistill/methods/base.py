@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Denoiser
+from stepdistill.device_table import DeviceTable
 from stepdistill.guidance import guided
 from stepdistill.parts import part
 from stepdistill.samplers import Sampler
@@ -98,6 +99,7 @@ class DistillMethod(ABC):
         summary: one line for ``stepdistill methods``. sampler: the default few-step sampler's name.
         extra_roles: the roles it needs beside teacher and student: "critic", "target", "encoder".
         guides_itself: it forms guidance otherwise than by :meth:`teacher`, which alone knows interval and rescale.
+        guides_both: it compares two guided scores that begin equal: w times their difference, which rounding drowns.
         exported: the roles beside the student whose networks belong in an export, in folders of their names.
         shards: whether its networks' weights may be shared out; not where it keeps copies of weights, or derives
             networks forwards.
@@ -110,11 +112,13 @@ class DistillMethod(ABC):
     extra_roles: ClassVar[tuple[str, ...]] = ()
     exported: ClassVar[tuple[str, ...]] = ()
     guides_itself: ClassVar[bool] = False
+    guides_both: ClassVar[bool] = False
     shards: ClassVar[bool] = True
 
     def __init__(self, config: MethodConfig, roles: Roles, sampler: Sampler):
         self.config, self.roles, self.sampler = config, roles, sampler
         self.schedule = sampler.schedule
+        self._tables: dict[str, DeviceTable] = {}
 
     @classmethod
     def data_needs(cls, config: MethodConfig) -> DataNeeds:
@@ -189,6 +193,10 @@ class DistillMethod(ABC):
     def times(self, time: float, batch: Batch) -> Tensor:
         """One time for every row, (B,)."""
         return torch.full((batch.size,), time, device=batch.device, dtype=torch.float64)
+
+    def table(self, name: str, make: Callable[[], Tensor], batch: Batch) -> Tensor:
+        """A constant of the run by its name, such as a grid of times, made once, on the batch's device."""
+        return self._tables.setdefault(name, DeviceTable(make)).on(batch.device)
 
     @torch.no_grad()
     def backward_simulation(self, batch: Batch, upto: int) -> Tensor:

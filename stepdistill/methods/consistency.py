@@ -101,9 +101,13 @@ class LCM(DistillMethod):
 
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(t, r, s), (B,) each: where the student stands, the solver's next time, and where both are sent."""
-        grid = solver_grid(self.schedule, self.config.solver_steps).to(batch.device)
+        grid = self.solver_grid(batch)
         n = self.first_index + batch.integers("n", len(grid) - self.first_index)
         return grid[n], grid[n - 1], grid[(batch.uniform("s") * n).long()]
+
+    def solver_grid(self, batch: Batch) -> Tensor:
+        """The teacher's times (N + 1,), ascending from the clean end."""
+        return self.table("solver grid", lambda: solver_grid(self.schedule, self.config.solver_steps), batch)
 
     def guidance(self, batch: Batch) -> tuple[float | Tensor, Conditions]:
         """The teacher's w, and the conditions of the networks that are told it."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from stepdistill.data.batch import Batch
 from stepdistill.errors import InputError
 from stepdistill.methods.consistency import TCD, SolverConfig
-from stepdistill.samplers import Sampler, solver_grid
+from stepdistill.samplers import Sampler
 
 
 class TDDConfig(SolverConfig):
@@ -64,7 +64,7 @@ class TDD(TCD):
         return {"consistency": self.consistency(student, student, *self.draw(batch), batch)}
 
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        grid = solver_grid(self.schedule, self.config.solver_steps).to(batch.device)
+        grid = self.solver_grid(batch)
         n = self.first_index + batch.integers("n", len(grid) - self.first_index)
         t, r = grid[n], grid[n - 1]
         further = self.config.undershoot * batch.uniform("undershoot")
@@ -73,7 +73,7 @@ class TDD(TCD):
     def aim(self, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
         """A time of some n-step schedule within one step below ``t`` and not above ``r``, (B,)."""
         times, longest = schedule_times(self.sampler, self.config.n_min, self.config.n_max)
-        times = times.to(batch.device)
+        times = self.table("schedule times", lambda: times, batch)
         # Where the solver's step is longer than a sampler's, the nearest time below it is the only one.
         last = torch.searchsorted(times, r + 1e-6, right=True) - 1
         first = torch.minimum(torch.searchsorted(times, t - longest - 1e-6), last)
