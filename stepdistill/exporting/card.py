@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill import assets
+from stepdistill.exporting.stock_call import declared
 from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.pipeline.ip_adapter import stock_arguments
 from stepdistill.pipeline.observe import guidance_argument
@@ -76,7 +77,8 @@ pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="s
     guidance = guidance_argument(trace.pipeline)
     told = "" if guidance is None else f", {guidance.name}={facts['call_guidance']:g}"
     pictures = trace.pictures
-    told += "".join(f", {name}={value!r}" for name, value in trace.arguments.items() if name not in pictures)
+    stated = declared(trace.pipeline, dict(trace.arguments))
+    told += "".join(f", {name}={value!r}" for name, value in stated.items() if name not in pictures)
     told += "".join(f', {name}=load_image("{Path(trace.arguments[name]).name}")' for name in pictures)
     imported = ("from diffusers.utils import load_image\n" if pictures else "") + imported
     return f"""---

@@ -18,6 +18,9 @@ from stepdistill.errors import InputError
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """diffusers' own name: ``load_lora_weights(folder)`` finds it."""
 
+KOHYA = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}
+"""Layers of SDXL that diffusers reads only under the names of kohya's own UNet, which ComfyUI knows as well."""
+
 Keys = Literal["diffusers", "kohya"]
 
 
@@ -64,6 +67,8 @@ def save_lora(
 def kohya_keys(weights: dict[str, Any]) -> dict[str, Any]:
     """peft's state dict of a UNet's LoRA under the names of kohya's scripts, with an alpha per layer."""
     renamed = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in weights.items()})
+    for ours, theirs in KOHYA.items():
+        renamed = {name.replace(f"lora_unet_{ours}.", f"lora_unet_{theirs}."): value for name, value in renamed.items()}
     # diffusers counts an integer alpha, which readers that scale by alpha / rank expect as a float.
     return {name: value.float() if name.endswith(".alpha") else value for name, value in renamed.items()}
 

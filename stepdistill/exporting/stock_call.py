@@ -6,6 +6,7 @@ It imports only torch, diffusers and safetensors, and drives the export as its m
 """
 
 import functools
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ def main(request_path: str, result_path: str) -> None:
         pipeline.load_lora_weights(request["lora"])
         scheduler = getattr(diffusers, request["scheduler"])
         pipeline.scheduler = scheduler.from_pretrained(request["lora"], subfolder="scheduler")
+    without_black_pictures(pipeline)
     save_file(record(pipeline, request["call"]), result_path)
 
 
@@ -66,18 +68,40 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
 
     pipeline.scheduler.step = step
     torch.manual_seed(0)
-    images = pipeline(**opened(call))[0]
+    images = pipeline(**ready(pipeline, call))[0]
     if isinstance(images, torch.Tensor):
         result["images"] = images
     return {name: value.contiguous().cpu() for name, value in result.items()}
 
 
-def opened(call: dict) -> dict:
-    """The arguments of a call, with the pictures themselves where they name files of pictures."""
+def ready(pipeline, call: dict) -> dict:
+    """The arguments of a call: pictures where they name pictures' files, tuples where the pipeline declares tuples."""
     return {
         name: diffusers.utils.load_image(value) if is_picture(value) and Path(value).is_file() else value
-        for name, value in call.items()
+        for name, value in declared(pipeline, call).items()
     }
+
+
+def declared(pipeline, call: dict) -> dict:
+    """The arguments of a call, with tuples for the lists of YAML and JSON where the pipeline declares tuples alone."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+
+    def wants_tuple(name: str) -> bool:
+        words = str(getattr(parameters.get(name), "annotation", "")).lower()
+        return "tuple[" in words and "list[" not in words
+
+    return {
+        name: tuple(value) if isinstance(value, list) and wants_tuple(name) else value for name, value in call.items()
+    }
+
+
+def without_black_pictures(pipeline) -> None:
+    """Switch off the checker that paints pictures black: what is measured and compared is what the network draws.
+
+    Exports keep the checker of their teacher.
+    """
+    if hasattr(pipeline, "run_safety_checker") and pipeline.components.get("safety_checker") is not None:
+        pipeline.register_modules(safety_checker=None)
 
 
 def is_picture(value) -> bool:

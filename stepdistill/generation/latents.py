@@ -130,7 +130,9 @@ def _encoded(trace: Trace, vae: Any, images: Tensor) -> Tensor:
     for chunk in images.split(at_once(images.shape[1:], 2**22)):  # one of 1024 px, five of 512
         pixels = chunk.to(device).float() / 127.5 - 1
         encoded = vae.encode(pixels.unsqueeze(2) if len(own.shape) == 4 else pixels)
-        parts.append(encoded.latent_dist.mean if "latent_dist" in encoded else encoded.latent)
+        # The latents themselves have two names: of autoencoders in general, and of AutoencoderTiny.
+        given = encoded.get("latent", encoded.get("latents"))
+        parts.append(encoded.latent_dist.mean if "latent_dist" in encoded else given)
     vae.to(dtype)
     z = torch.cat(parts).float().cpu()
     if z.shape[1:] != own.shape:

@@ -2,14 +2,17 @@
 
 import difflib
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from stepdistill.data.sample import Pictures
 from stepdistill.denoiser import Conditions, joined
@@ -161,14 +164,27 @@ def rest_encoders(trace: Trace, device: torch.device) -> None:
 
 
 def unread(trace: Trace, prompts: Sequence[str]) -> dict[str, str]:
-    """Of those prompts that the pipeline's only tokenizer has no room for, the end that is not read."""
-    pipeline = trace.pipeline
-    tokenizer = getattr(pipeline, "tokenizer", None)
-    if tokenizer is None or hasattr(pipeline, "tokenizer_2") or trace.entry != "prompt":
+    """Of those prompts that none of the pipeline's tokenizers has room for, the end that none of them reads."""
+    tokenizers = [one for one in trace.pipeline.components.values() if isinstance(one, PreTrainedTokenizerBase)]
+    if not tokenizers or trace.entry != "prompt":
         return {}
+    cut = [_cut(one, _room(trace, one), prompts) for one in tokenizers]
+    return {text: min((ends[text] for ends in cut), key=len) for text in cut[0] if all(text in ends for ends in cut)}
+
+
+def _room(trace: Trace, tokenizer: Any) -> int:
+    """How many tokens the pipeline takes of one tokenizer; those of CLIP have room for what they were trained on."""
+    limit = inspect.signature(trace.pipeline.__call__).parameters.get("max_sequence_length")
+    stated = trace.arguments.get("max_sequence_length", limit and limit.default)
+    if isinstance(stated, int) and "CLIP" not in type(tokenizer).__name__:
+        return min(stated, tokenizer.model_max_length)
+    return tokenizer.model_max_length
+
+
+def _cut(tokenizer: Any, room: int, prompts: Sequence[str]) -> dict[str, str]:
+    """Of those prompts that have more than ``room`` tokens, the end beyond it."""
     with quiet():
         whole = tokenizer(list(prompts)).input_ids
-    room = tokenizer.model_max_length
     # The last token is a special one, and has its place in the room.
     ends = {text: ids[room - 1 :] for text, ids in zip(prompts, whole, strict=True) if len(ids) > room}
     return {text: tokenizer.decode(ids, skip_special_tokens=True) for text, ids in ends.items()}

@@ -19,6 +19,7 @@ from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.exporting.attach import CONFIG, attach, write_adapter
 from stepdistill.exporting.lora import fuse, is_lora, teacher_of
+from stepdistill.exporting.stock_call import without_black_pictures
 from stepdistill.guidance_adapters import NAME, fastened
 from stepdistill.pipeline.complete import all_weights_found, check_tokenizers
 from stepdistill.pipeline.hub import download
@@ -100,6 +101,7 @@ def _stock(
         raise InputError(f"pipeline {path}: cannot be loaded as a diffusers pipeline: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.loaded_from = folder, variant
+    without_black_pictures(pipeline)
     return attach(pipeline, folder) if (folder / CONFIG).is_file() else pipeline
 
 

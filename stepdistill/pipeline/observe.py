@@ -15,12 +15,25 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import first_tensor, flatten, tensors_in
 from stepdistill.errors import InputError
-from stepdistill.exporting.stock_call import is_picture, opened
+from stepdistill.exporting.stock_call import is_picture, ready
 
 ENTRY_ARGUMENTS = ("prompt", "class_labels", "batch_size")
 """What a pipeline may be asked for: texts, class ids, or just a number of images."""
 
 GUIDANCE_ARGUMENTS = ("guidance_scale", "true_cfg_scale")
+
+SET_ELSEWHERE = {
+    "num_inference_steps": "student.steps sets it",
+    "generator": "train.seed sets it",
+    "output_type": "which every run sets itself",
+    "return_dict": "which every run sets itself",
+}
+"""Arguments of a pipeline's call that no recipe states beside its other arguments, and why."""
+
+CLIP_SKIP = (
+    "clip_skip of this pipeline needs transformers 4: it reads a part of the text encoder that transformers 5 has "
+    "removed (github.com/huggingface/diffusers/issues/14124); pip install 'transformers<5', or leave clip_skip out"
+)
 
 _ABSENT = object()
 
@@ -125,8 +138,8 @@ def fewest_steps(pipeline: Any) -> int:
 
 
 def run(pipeline: Any, entries: Sequence[Any], arguments: Mapping[str, Any] | None = None, **wishes: Any) -> Any:
-    """Call the pipeline with :func:`call_arguments`, files of pictures opened."""
-    return pipeline(**opened(call_arguments(pipeline, entries, arguments, **wishes)))
+    """Call the pipeline with :func:`call_arguments`, pictures opened and lists made the tuples that it declares."""
+    return pipeline(**ready(pipeline, call_arguments(pipeline, entries, arguments, **wishes)))
 
 
 def call_arguments(
@@ -145,11 +158,16 @@ def call_arguments(
             image (the path of a picture).
 
     Raises:
-        InputError: the pipeline takes no argument of such a name.
+        InputError: the pipeline takes no argument of such a name, or another key of the recipe sets it.
     """
     accepted = inspect.signature(pipeline.__call__).parameters
     entry = entry_argument(pipeline)
+    scale = guidance_argument(pipeline)
+    elsewhere = SET_ELSEWHERE if scale is None else SET_ELSEWHERE | {scale.name: "teacher.guidance.scale sets it"}
     for name in arguments or {}:
+        if name in elsewhere:
+            found = (arguments or {})[name]
+            raise InputError(f"arguments: expected no {name!r}, {elsewhere[name]}; found {found!r}")
         if name not in accepted or name == entry:
             close = difflib.get_close_matches(name, accepted, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -159,7 +177,6 @@ def call_arguments(
             raise InputError(f"arguments: {name}: expected a picture, found no file {value}")
     wishes |= arguments or {}
     call: dict[str, Any] = {entry: len(entries) if entry == "batch_size" else list(entries)}
-    scale = guidance_argument(pipeline)
     if scale is not None:
         call[scale.name] = guidance
         if scale.name == "true_cfg_scale":
@@ -215,6 +232,8 @@ def observe(
             raise
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if "clip_skip" in (arguments or {}) and "'text_model'" in reason:
+                reason += f"; {CLIP_SKIP}"
             raise TraceError("call", f"{type(pipeline).__name__} failed on {list(entries)!r}: {reason}") from error
     return record
 

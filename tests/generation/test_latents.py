@@ -4,8 +4,10 @@ import functools
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 
 from pipeline.real_sizes import REAL_SIZES
+from pipeline.tiny import redraw, tiny_sd
 from pipeline.zoo import ZOO
 from stepdistill.errors import InputError
 from stepdistill.generation.generate import decode
@@ -37,6 +39,19 @@ def test_layouts(name):
         posterior = vae.encode(pixels.unsqueeze(2) if name == "qwen-image" else pixels)
     z = posterior.latent if name == "sana" else posterior.latent_dist.mean
     torch.testing.assert_close(own.to_z(encoded), z, rtol=1e-4, atol=1e-4)
+
+
+def test_latents_of_the_tiny_autoencoder():
+    """TAESD names what it makes of an image otherwise than every other autoencoder."""
+    pipeline = tiny_sd()
+    small = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    pipeline.register_modules(vae=redraw(AutoencoderTiny(**small, **blocks), 1))
+    traced = trace(pipeline)
+    images = torch.randint(0, 256, (3, *_image(traced)), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = pipeline.vae.encode(images / 127.5 - 1).latents
+    torch.testing.assert_close(layout(traced).to_z(encode_images(traced, images)), expected, rtol=1e-4, atol=1e-4)
 
 
 def _image(traced) -> tuple[int, int, int]:
