@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from stepdistill import assets
-from stepdistill.eval.report import Report, read_report, verdict
+from stepdistill.eval.report import Report, read_report
+from stepdistill.eval.verdict import verdict
 
 FOLDER = assets.root() / "assets"
 GUIDED = "fashion-dit w=1.5"

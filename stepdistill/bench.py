@@ -16,17 +16,17 @@ from torch import Tensor
 from stepdistill import assets
 from stepdistill.data import fashion_mnist
 from stepdistill.errors import InputError
-from stepdistill.eval.cost import metered
 from stepdistill.eval.names import metric_name, metric_text
 from stepdistill.eval.pictures import image_grid
 from stepdistill.eval.protocol import DIVERSITY, NETWORKS, Instruments, Protocol, floor, load_instruments, measure
-from stepdistill.eval.report import VERDICT_METRIC, Report, Role, Row, Verdict, verdict
+from stepdistill.eval.report import Report, Role, Row
 from stepdistill.eval.row_cache import RowCache, cache_folder, row_key
 from stepdistill.eval.standard import is_standard
+from stepdistill.eval.verdict import VERDICT_METRIC, Verdict, verdict
 from stepdistill.fitting import Model, fit
 from stepdistill.generation.drawing import digest
 from stepdistill.generation.generate import decode, generate, passes
-from stepdistill.generation.sampling_cost import sampling_cost
+from stepdistill.generation.sampling_cost import sampling_cost, throughput
 from stepdistill.generation.solvers import solver_runs
 from stepdistill.guidance import rule_text, stated_rule
 from stepdistill.kernels import Rule
@@ -48,6 +48,8 @@ TEACHER_STEPS = 50
 PICTURES_PER_CLASS = 4
 WORST_OF, WORST_SHOWN = 200, 20
 CHUNK = 500
+TIMED = 16
+"""Images of a batch whose seconds a row states."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,7 @@ class Bench:
     def measured(self, sampling: Sampling) -> Row:
         """The row of a sampling, measured now whatever the cache holds."""
         title = f"{sampling.name}, {sampling.steps} steps"
-        with metered(self.device) as cost:
-            images, labels = sample(sampling, self.seed, self.samples, self._tell(title))
+        images, labels = sample(sampling, self.seed, self.samples, self._tell(title))
         found = measure(self.instruments, images, labels, self._tell(f"{title}: features"))
         return Row(
             name=sampling.name,
@@ -157,20 +158,29 @@ class Bench:
             guidance=sampling.guidance,
             samples=self.samples,
             metrics=found.metrics,
-            cost={
-                "seconds_per_image": cost.seconds / self.samples,
-                "peak_memory_mib": cost.peak_memory_mib,
-                "parameters": sampling.model.parameters,
-            },
+            cost=self._cost(sampling, throughput),
             diagnostics=found.diagnostics,
+            machine=device_name(self.device),
         )
 
-    def measure_costs(self, batch: int) -> None:
-        """Put the cost of every row, measured now on this device, in place of what it said."""
+    def measure_costs(self, whole: bool, batch: int = TIMED) -> None:
+        """Put costs measured now on this device in place of those of cached rows, or of all rows.
+
+        Args:
+            whole: of all rows, with latency and operations.
+        """
         for key, sampling in self.samplings.items():
-            model = sampling.model
-            settings = {"steps": sampling.steps, "guidance": sampling.guidance, "batch": batch}
-            self.rows[key].cost = sampling_cost(model.trace, model.conditioning, sampling.scheduler, **settings)
+            row = self.rows[key]
+            if whole or row.cached:
+                row.cost = self._cost(sampling, sampling_cost if whole else throughput, batch)
+                row.machine = device_name(self.device)
+
+    def _cost(
+        self, sampling: Sampling, measure: Callable[..., dict[str, float]], batch: int = TIMED
+    ) -> dict[str, float]:
+        model = sampling.model
+        settings = {"steps": sampling.steps, "guidance": sampling.guidance, "batch": batch}
+        return measure(model.trace, model.conditioning, sampling.scheduler, **settings)
 
     def _tell(self, title: str) -> Callable[[int, int], None] | None:
         progress = self.progress
@@ -256,8 +266,7 @@ def bench(
         shown, conclusion = _measure_source(state, source, sorted(set(steps)), guidance, solvers)
         grids |= {state.key(sampling): sampling for sampling in shown}
         verdicts += [conclusion] if conclusion else []
-    if cost:
-        state.measure_costs(batch)
+    state.measure_costs(cost, batch if cost else TIMED)
     report = Report(
         protocol=instruments.protocol.id,
         seed=seed,

@@ -17,7 +17,7 @@ from stepdistill.distributed import apple_gpu
 from stepdistill.errors import InputError
 from stepdistill.eval.also import also_files, also_labels, check_also, load_also
 from stepdistill.eval.pictures import image_grid, shrunk
-from stepdistill.eval.report import Report, Row, verdict, verdict_metric
+from stepdistill.eval.report import Report, Row
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.eval.shards import SHARD, Shards
 from stepdistill.eval.shipped import ShippedReference, ShippedSpec
@@ -29,6 +29,7 @@ from stepdistill.eval.standard import (
     obtain,
 )
 from stepdistill.eval.standard_measure import RealSide, ViewRows, load_view
+from stepdistill.eval.verdict import verdict, verdict_metric
 from stepdistill.extras import Extras
 from stepdistill.generation.drawing import Sampler
 from stepdistill.generation.generate import can_run, set_up
@@ -227,7 +228,7 @@ def _add(
     """Measure a row, and put it into the report unless it is there."""
     row, views = state.measured(sampler, real, teacher)
     if state.processes.is_main_process:
-        row.cost = state.cost(sampler)
+        row.cost, row.machine = state.cost(sampler), report.device
         if not any((kept.name, kept.steps, kept.metrics) == (row.name, row.steps, row.metrics) for kept in report.rows):
             report.rows.append(row)
     return row, views

@@ -289,7 +289,7 @@ def measure(instruments: Instruments, images: Tensor, labels: Tensor, progress: 
         if name == "classifier":
             real = reference.rows[name]
             moved = partial(_resampled, reference.moments[name], rows)
-            diagnostics["fd_classifier_error"] = standard_error(moved, len(rows))
+            diagnostics["fd_classifier_error"] = standard_error(moved, len(rows), strata=labels)
             pair = precision_recall(real[: len(rows)], rows, k=protocol.neighbours)
             values["precision"], values["recall"] = pair
             logits = network.head(rows.to(network.head.weight.device)).cpu()

@@ -41,7 +41,9 @@ def notes(report: "Report") -> list[str]:
     if not report.floor:
         lines.append("Real images were not measured at this N: the data set is not installed here.")
     if any(row.cached for row in report.rows):
-        lines.append("Rows marked ° were measured before; their seconds are those of the machine that measured them.")
+        lines.append("The metrics of rows marked ° were measured before.")
+    if not all(map(report.timed, report.rows)):
+        lines.append("Rows without seconds were timed on another machine, whose seconds do not compare.")
     if any(key.endswith("_error") for row in report.rows for key in row.diagnostics):
         lines.append(_INTERVALS)
     return [*lines, *report.remarks]
@@ -129,7 +131,8 @@ def table_of(report: "Report") -> Table:
     for row in sorted(report.rows, key=lambda row: order[row.role]):
         name = f"{row.name}{' °' if row.cached else ''}"
         cells = [_with_interval(report, row, metric) for metric in metrics]
-        rows.append((row.role, [name, str(row.steps), str(row.nfe), *cells, *(cost.text(row.cost) for cost in costs)]))
+        cost = row.cost if report.timed(row) else {}
+        rows.append((row.role, [name, str(row.steps), str(row.nfe), *cells, *(column.text(cost) for column in costs)]))
     return Table(header, rows)
 
 
@@ -171,7 +174,10 @@ def html(report: "Report") -> str:
     plots = []
     for metric in (m for m in report.metric_names if m.startswith("fd_") or m == "fid"):
         for axis in ("nfe", "seconds"):
-            picture = quality_plot(report.rows, metric, report.title(metric), report.floor.get(metric), axis)
+            rows = report.rows if axis == "nfe" else [row for row in report.rows if report.timed(row)]
+            if not rows:
+                continue
+            picture = quality_plot(rows, metric, report.title(metric), report.floor.get(metric), axis)
             plots.append((f"{report.title(metric)} against {axis}", png_data_uri(picture)))
     sections = [
         {"name": name, "title": title, "what": what, "figures": [_figure(*pair) for pair in pictures]}

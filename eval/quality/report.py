@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +15,10 @@ from stepdistill.eval.protocol import DIVERSITY, METRICS
 from stepdistill.eval.render import SECTIONS, html, markdown
 from stepdistill.eval.row_cache import write_json
 from stepdistill.eval.stored_pictures import stored_pictures
+from stepdistill.eval.verdict import GAP_TARGET, RATIO_TARGET, Verdict, verdict_metric
 from stepdistill.text_files import read_json, write_text
 
 SCHEMA = 1
-RATIO_TARGET = 1.2
-GAP_TARGET = 0.8
-VERDICT_METRIC = "fd_classifier"
 
 Role = Literal["teacher", "student", "solver"]
 
@@ -34,7 +32,8 @@ class Row:
     asked for also latency_seconds, batch and flops. ``diagnostics`` hold a standard error ``<metric>_error`` where one
     was estimated.
 
-    ``cached`` says that nothing was run: the row's cost is that of the machine which measured it.
+    ``cached`` says that the metrics were measured before. ``machine``: what the cost was measured on; "" where that is
+    not known.
     """
 
     name: str
@@ -47,78 +46,7 @@ class Row:
     cost: dict[str, float]
     cached: bool = False
     diagnostics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Verdict:
-    """Whether a student replaces its teacher, by FD on the classifier's features.
-
-    Args:
-        ratio: student / teacher. gap_closed: (solver - student) / (solver - teacher) for the best solver at the
-            student's NFE; None without solvers, or when the best of them is as good as the teacher.
-        passed: ratio <= 1.2, and at least 0.8 of the gap closed where there is one.
-    """
-
-    student: str
-    teacher: str
-    solver: str | None
-    steps: int
-    ratio: float
-    gap_closed: float | None
-    passed: bool
-    text: str
-
-    @property
-    def short(self) -> str:
-        """The verdict where it is one of many."""
-        closed = "" if self.gap_closed is None else f", {100 * self.gap_closed:.0f} % of the gap"
-        return f"{self.student}, {self.steps} {_plural('step', self.steps)}: {self.ratio:.2f}× the teacher's{closed}"
-
-
-def verdict(
-    student: Row, teacher: Row, solvers: Sequence[Row], labels: Mapping[str, str] | None = None
-) -> Verdict | None:
-    """The verdict on one student row; None when the rows lack the metric that it is about.
-
-    Args:
-        labels: the metrics' names under a standard protocol, whose verdicts are by FID or its own distance.
-    """
-    metric = verdict_metric(labels)
-    if any(metric not in row.metrics for row in (student, teacher, *solvers)):
-        return None
-    ours, theirs = student.metrics[metric], teacher.metrics[metric]
-    best = min(solvers, key=lambda row: row.metrics[metric], default=None)
-    ratio = ours / theirs if theirs > 0 else math.inf
-    gap = None
-    if best is not None and best.metrics[metric] > theirs:
-        reference = best.metrics[metric]
-        gap = (reference - ours) / (reference - theirs)
-    passed = ratio <= RATIO_TARGET and (gap is None or gap >= GAP_TARGET)
-    name = labels[metric] if labels else metric_name(metric, student.samples)
-    text = (
-        f"{'Pass' if passed else 'Fail'}: {student.name} in {student.steps} {_plural('step', student.steps)} "
-        f"(NFE {student.nfe}) has {name} {ours:.2f}, {ratio:.2f}× that of its teacher ({theirs:.2f}, {teacher.steps} "
-        f"steps, w = {teacher.guidance:g}, NFE {teacher.nfe}; target at most {RATIO_TARGET:g}×)"
-    )
-    if gap is not None:
-        text += (
-            f", and closes {100 * gap:.0f} % of the gap to the teacher that the best stock solver at NFE {best.nfe} "
-            f"leaves ({best.name}, {best.metrics[metric]:.2f}; target at least {100 * GAP_TARGET:.0f} %)"
-        )
-    elif best is not None:
-        text += (
-            f"; the stock solver {best.name} at NFE {best.nfe} is already as good as the teacher, so there is no gap"
-        )
-    return Verdict(
-        student=student.name,
-        teacher=teacher.name,
-        solver=best.name if best else None,
-        steps=student.steps,
-        ratio=ratio,
-        gap_closed=gap,
-        passed=passed,
-        text=text + ".",
-    )
+    machine: str = ""
 
 
 @dataclass
@@ -176,13 +104,22 @@ class Report:
     @property
     def verdict_summary(self) -> str:
         """How many students pass, and by what."""
-        passed = sum(entry.passed for entry in self.verdict)
+        passed = sum(entry.passed is True for entry in self.verdict)
+        open_ = sum(entry.passed is None for entry in self.verdict)
+        undecided = f" Of {open_} the samples are too few to decide." if open_ else ""
         metric = self.title(verdict_metric(self.labels))
         return (
             f"{passed} of {len(self.verdict)} students replace their teacher: {metric} at most {RATIO_TARGET:g}× the "
             f"teacher's, and at least {100 * GAP_TARGET:.0f} % closed of the gap that the best stock solver at that "
-            "NFE leaves."
+            f"NFE leaves.{undecided}"
         )
+
+    def timed(self, row: Row) -> bool:
+        """Whether a row's cost was measured on the report's device, and may be held against the others'.
+
+        Reports from before rows stated their machine say only of cached rows that it was another.
+        """
+        return row.machine == self.device or not (row.machine or row.cached)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json, schema 1."""
@@ -248,7 +185,8 @@ def merge(reports: Sequence[Report]) -> Report:
         if differ := _differing(first.files, other.files):
             raise InputError(f"rows measured with different {', '.join(differ)} cannot stand in one table")
     rows: list[Row] = []
-    for row in (row for report in reports for row in report.rows):
+    stated_machine = lambda report, row: report.device if report.timed(row) else row.machine  # noqa: E731
+    for row in (replace(row, machine=stated_machine(report, row)) for report in reports for row in report.rows):
         if not any((row.name, row.steps, row.metrics) == (kept.name, kept.steps, kept.metrics) for kept in rows):
             rows.append(row)
     merged = {(e.student, e.steps, e.teacher, e.text): e for report in reports for e in report.verdict}
@@ -259,7 +197,8 @@ def merge(reports: Sequence[Report]) -> Report:
     stated["remarks"] = list(dict.fromkeys(remark for report in reports for remark in report.remarks))
     devices, seeds = (list(dict.fromkeys(getattr(report, name) for report in reports)) for name in ("device", "seed"))
     if len(devices) > 1:
-        stated["remarks"].append(f"Rows come from several devices ({'; '.join(devices)}): costs differ.")
+        several = f"Rows come from several devices ({'; '.join(devices)})"
+        stated["remarks"].append(f"{several}: seconds and memory are shown of those from {devices[0]}.")
     if len(seeds) > 1:
         stated["remarks"].append(f"Rows and pictures come from several seeds ({', '.join(map(str, seeds))}).")
     pictures = {name: _once(pair for report in reports for pair in getattr(report, name)) for name in SECTIONS}
@@ -295,13 +234,6 @@ def compare(paths: Sequence[str | Path], out: str | Path | None = None) -> Repor
     return merged
 
 
-def verdict_metric(labels: Mapping[str, str] | None) -> str:
-    """What a verdict is about: FID under a standard protocol that has it; ``labels`` as for :func:`verdict`."""
-    if not labels:
-        return VERDICT_METRIC
-    return "fd_enet" if "fd_enet" in labels else "fid"
-
-
 def between_markers(path: Path, begin: str, end: str, text: str) -> None:
     """Put ``text`` between two marker lines of a file.
 
@@ -313,10 +245,6 @@ def between_markers(path: Path, begin: str, end: str, text: str) -> None:
     if not found or not closed:
         raise InputError(f"{path}: expected the lines {begin} and {end}, found no such place for a table")
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}s"
 
 
 def _known(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a sampler costs: warm latency, throughput, peak memory, floating-point operations and parameters."""
+"""What a sampler costs, always after a run that is not counted: the first one loads kernels and fills caches."""
 
 import statistics
 from collections.abc import Callable
@@ -32,25 +32,46 @@ def sampling_cost(
         images. peak_memory_mib: at ``batch``. flops: of one image as torch counts them, matrix products and
         convolutions, guidance's second pass and decoding included. parameters: of the denoiser.
     """
-    device = next(trace.denoiser.network.parameters()).device
+    images = _drawing(trace, conditioning, scheduler, steps, guidance)
+    with FlopCounterMode(display=False) as counter:
+        images(1)
+    latency, _ = _warm_median(lambda: images(1), _device(trace), repeats)
+    many = throughput(trace, conditioning, scheduler, steps=steps, guidance=guidance, batch=batch, repeats=repeats)
+    return many | {"latency_seconds": latency, "batch": batch, "flops": counter.get_total_flops()}
+
+
+def throughput(
+    trace: Trace,
+    conditioning: Conditioning,
+    scheduler: Any,
+    *,
+    steps: int,
+    guidance: float,
+    batch: int,
+    repeats: int = REPEATS,
+) -> dict[str, float]:
+    """seconds_per_image, peak_memory_mib and parameters of :func:`sampling_cost`, which takes longer."""
+    images = _drawing(trace, conditioning, scheduler, steps, guidance)
+    seconds, memory = _warm_median(lambda: images(batch), _device(trace), repeats)
+    parameters = sum(p.numel() for p in trace.denoiser.network.parameters())
+    return {"seconds_per_image": seconds / batch, "peak_memory_mib": memory, "parameters": parameters}
+
+
+def _device(trace: Trace) -> torch.device:
+    return next(trace.denoiser.network.parameters()).device
+
+
+def _drawing(
+    trace: Trace, conditioning: Conditioning, scheduler: Any, steps: int, guidance: float
+) -> Callable[[int], None]:
+    """A function that makes so many images and forgets them."""
 
     def images(count: int) -> None:
         rows = torch.arange(count) % len(conditioning)
         options = {"steps": steps, "guidance": guidance, "seed": 0, "batch": count}
         decode(trace, generate(trace, scheduler, conditioning, rows, **options), batch=count)
 
-    with FlopCounterMode(display=False) as counter:
-        images(1)
-    latency, _ = _warm_median(lambda: images(1), device, repeats)
-    seconds, memory = _warm_median(lambda: images(batch), device, repeats)
-    return {
-        "latency_seconds": latency,
-        "seconds_per_image": seconds / batch,
-        "batch": batch,
-        "peak_memory_mib": memory,
-        "flops": counter.get_total_flops(),
-        "parameters": sum(p.numel() for p in trace.denoiser.network.parameters()),
-    }
+    return images
 
 
 def _warm_median(work: Callable[[], None], device: torch.device, repeats: int) -> tuple[float, float]:

@@ -17,7 +17,8 @@ from stepdistill.eval import report as report_module
 from stepdistill.eval.pictures import image_grid, training_plot
 from stepdistill.eval.protocol import METRICS
 from stepdistill.eval.render import notes, table_of
-from stepdistill.eval.report import Report, Row, Verdict, compare, merge, read_report, verdict
+from stepdistill.eval.report import Report, Row, compare, merge, read_report
+from stepdistill.eval.verdict import Verdict, verdict
 
 
 def row(name, role, steps, fd, guidance=1.0, **changes):
@@ -29,6 +30,9 @@ def row(name, role, steps, fd, guidance=1.0, **changes):
 
 TEACHER = row("fashion-dit w=1.5", "teacher", 50, 10.0, guidance=1.5)
 SOLVERS = [row("DDIM", "solver", 4, 60.0), row("UniPC w=1.5", "solver", 2, 30.0, guidance=1.5)]
+
+
+PIXEL = image_grid(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), columns=1)
 
 
 def a_report(*students, **changes):
@@ -68,6 +72,70 @@ def test_verdict_needs_the_gap_too_where_there_is_one():
     level = verdict(row("a", "student", 4, 11.0), TEACHER, [row("UniPC", "solver", 4, 9.0)])
     assert level.gap_closed is None and level.passed and "no gap" in level.text
     assert verdict(row("a", "student", 4, 11.0), TEACHER, []).gap_closed is None
+
+
+def measured(name, role, steps, fd, half, samples=20):
+    """A row whose 95 % interval is ``fd`` plus or minus ``half``."""
+    found = row(name, role, steps, fd, diagnostics={"fd_classifier_error": half / 1.96})
+    found.samples = samples
+    return found
+
+
+def test_too_few_samples_decide_nothing():
+    found = verdict(measured("q2", "student", 4, 24.90, 18.40), measured("t", "teacher", 50, 25.12, 18.47), [])
+    assert found.passed is None and found.ratio == pytest.approx(0.99, abs=0.01)
+    assert found.text.startswith(
+        "Not decided: q2 in 4 steps (NFE 4) has FD-classifier@20 24.90 ± 18.40, 0.99× that of its teacher "
+        "(25.12 ± 18.47, "
+    )
+    # The difference from 1.2 times the teacher's is 5.24, with a standard error of 14.7.
+    assert found.text.endswith("The samples are too few to be 95 % sure; about 430 would decide.")
+
+
+def test_what_the_errors_leave_open_and_what_they_do_not():
+    teacher = measured("t", "teacher", 50, 10.0, 0.5)
+    for fd, half, passed in ((10.0, 1.0, True), (11.5, 1.0, None), (12.5, 1.0, None), (15.0, 1.0, False)):
+        assert verdict(measured("a", "student", 4, fd, half), teacher, []).passed is passed
+    # A gap that is surely not closed fails, whatever the ratio is.
+    solver = measured("UniPC", "solver", 4, 14.0, 0.5)
+    assert verdict(measured("a", "student", 4, 12.5, 0.9), teacher, [solver]).passed is False
+    assert verdict(measured("a", "student", 4, 10.9, 0.9), teacher, [solver]).passed is None
+    # Where the solver is as good as the teacher within the errors there is no gap.
+    level = verdict(measured("a", "student", 4, 10.5, 0.5), teacher, [measured("UniPC", "solver", 4, 10.3, 0.5)])
+    assert (
+        level.gap_closed is None
+        and level.passed
+        and "within the errors (10.30 ± 0.50), so there is no gap" in (level.text)
+    )
+    # Rows of unknown errors are taken as they are.
+    assert verdict(row("a", "student", 4, 11.9), TEACHER, SOLVERS).passed
+
+
+def test_an_open_verdict_is_neither_passed_nor_failed_for_people(tmp_path):
+    few = measured("q2", "student", 4, 24.90, 18.40), measured("t", "teacher", 50, 25.12, 18.47)
+    report = a_report(rows=list(few), verdict=[verdict(few[0], few[1], [])])
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    assert 'class="verdict undecided"' in page and "<b>Not decided</b>" in page
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"][0]["passed"] is None
+    assert read_report(tmp_path).verdict == report.verdict
+    report.verdict *= 4
+    assert "0 of 4 students" in report.to_html() and "Of 4 the samples are too few to decide." in report.to_html()
+
+
+def test_seconds_of_another_machine_are_not_shown(tmp_path, monkeypatch):
+    here, there = row("a", "student", 4, 11.0, machine="cpu, 2 threads"), row("b", "student", 4, 12.0, machine="a GPU")
+    before = row("c", "student", 4, 13.0, cached=True)
+    report = a_report(rows=[here, there, before], verdict=[])
+    table = table_of(report)
+    seconds = table.header.index("s / image")
+    assert {cells[0]: cells[seconds] for _, cells in table.rows[1:]} == {"a": "0.0123", "b": "–", "c °": "–"}
+    assert any("another machine" in note for note in notes(report))
+    drawn = {}
+    monkeypatch.setattr(
+        "stepdistill.eval.render.quality_plot", lambda rows, *a: drawn.setdefault(a[-1], rows) and PIXEL
+    )
+    report.to_html()
+    assert [[one.name for one in drawn[axis]] for axis in ("nfe", "seconds")] == [["a", "b", "c"], ["a"]]
 
 
 def test_no_verdict_without_its_metric():
@@ -244,6 +312,7 @@ def test_compare_merges_finished_reports_and_refuses_other_protocols(tmp_path):
     merged = compare([tmp_path / "a", tmp_path / "b" / "report.json"], tmp_path / "both")
     assert [entry.name for entry in read_report(tmp_path / "both").rows if entry.role == "student"] == ["a", "b"]
     assert "several devices (cpu, 2 threads; a GPU)" in merged.to_markdown()
+    assert [row.machine for row in merged.rows if row.role == "student"] == ["cpu, 2 threads", "a GPU"]
     a_report(row("c", "student", 4, 9.0), protocol="other-v1").write(tmp_path / "c")
     with pytest.raises(InputError, match="rows of protocols fashion-v1 and other-v1 cannot stand in one table"):
         compare([tmp_path / "a", tmp_path / "c"])

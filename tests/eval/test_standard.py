@@ -162,6 +162,23 @@ def test_prompts_are_read_from_text_coco_and_mjhq(tmp_path):
         read_prompts(tmp_path / "bad.json", None)
 
 
+def test_classes_in_equal_numbers_are_no_part_of_the_error():
+    """Values that differ by class alone, and by class little: with the classes fixed only the latter counts."""
+    classes = torch.arange(400) % 10
+    within = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = []
+
+    def mean(index):
+        seen.append(classes[index].bincount().tolist())
+        return float((100 * classes + within)[index].mean())
+
+    found = standard_error(mean, 400, resamples=400, strata=classes)
+    spread = torch.stack([within[classes == number].var(correction=0) for number in range(10)]).mean()
+    assert found == pytest.approx(float(spread.sqrt()) / 20, rel=0.1)
+    assert all(counts == [40] * 10 for counts in seen)
+    assert standard_error(mean, 400, resamples=400) > 10 * found
+
+
 def test_standard_error_of_a_mean_is_the_textbooks():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = standard_error(lambda index: float(values[index].mean()), 400, resamples=400)
