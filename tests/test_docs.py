@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,13 +121,43 @@ def test_the_recipe_reference_is_that_of_the_schema():
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run python scripts/recipe_reference.py"
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+def built(root: Path, site: Path) -> subprocess.CompletedProcess:
+    """The site as `make docs` builds it: with --quiet mkdocs counts no warnings, and --strict cannot fail."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    done = built(ROOT, tmp_path / "site")
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
     assert {path.parent.name for path in (tmp_path / "site").glob("*/index.html")} == pages
+    for page in (tmp_path / "site").rglob("*.html"):
+        for target in re.findall(r'<(?:a|img)[^>]* (?:href|src)="([^"#]*)', page.read_text(encoding="utf-8")):
+            dead = target and "://" not in target and page.name != "404.html" and not (page.parent / target).exists()
+            assert not dead, f"{page}: {target}"
+
+
+@pytest.mark.parametrize(
+    ("line", "fails"),
+    [
+        ("", 0),
+        ("[lost](lost.md)", 1),
+        ("![lost](pictures/lost.png)", 1),
+        ("[lost](data.md#lost)", 1),
+        ("[l](../lo/)", 1),
+    ],
+)
+def test_a_dead_link_stops_the_site(line, fails, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(ROOT / "docs", root / "docs")
+    for path in ROOT.iterdir():
+        if path.name != "docs":
+            (root / path.name).symlink_to(path)
+    with open(root / "docs" / "faq.md", "a", encoding="utf-8") as page:
+        page.write(f"\n{line}\n")
+    assert built(root, tmp_path / "site").returncode == fails
 
 
 @pytest.fixture(scope="module")
