@@ -4,21 +4,20 @@
 
 The shipped teacher of emoji under each rule in few steps, and its shipped student with its teacher's help or away from
 a negative prompt. Scales are the student's guidance or a rule's default: nothing is tuned.
-Writes assets/benchmarks/guidance_rules_emoji.json and the table in docs/guidance.md; ``--table-only`` repeats that.
+Writes assets/benchmarks/guidance_rules_emoji.json and the table in docs/guidance.md; ``--table-only`` repeats that,
+``--only adaptive tsg`` measures these of the teacher's rows again and leaves the others.
 """
 
 import argparse
 import functools
 import json
 import math
-import shlex
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_rules import REFINED, ROLLBACK, RULES, WEIGHT
+from bench_rules import REFINED, ROLLBACK, RULES, WEIGHT, chosen, how_made, replaced
 from torch import Tensor
 
 from stepdistill import assets
@@ -38,7 +37,6 @@ from stepdistill.generation.sampling import inspect
 from stepdistill.generation.teacher_rules import teacher_first, teacher_refined
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.trace import Trace
-from stepdistill.sources import device_name, library_versions
 
 TEACHER, STUDENT, SEED = "emoji", "students/emoji", 0
 BEGIN = "<!-- rules on prompts: written by scripts/bench_prompt_rules.py -->"
@@ -90,10 +88,10 @@ def drawn(
     return (sum(one.evaluations for one in denoisers) - before) / len(judge.index), decode(trace, latents)
 
 
-def teachers_rows(teacher: Trace, judge: Judge, steps: int, scale: float) -> list[dict[str, Any]]:
-    """The teacher under each rule."""
+def teachers_rows(teacher: Trace, judge: Judge, steps: int, scale: float, only: Sequence[str]) -> list[dict[str, Any]]:
+    """The teacher under each rule, or under those of the rows ``only``."""
     rows, told = [], encode(teacher, judge.prompts)
-    for name, rule, w, interval in RULES:
+    for name, rule, w, interval in chosen(only):
         w = w if w == 1 else SCALES.get(rule, scale)
         make = rule_for(teacher, told, rule, steps=steps, guidance=w, seed=SEED, interval=interval)
         rows.append(judge(name, steps, w, *drawn(teacher, judge, make, steps)))
@@ -143,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="of the teacher")
     parser.add_argument("--samples", type=int, default=482, help="prompts of the protocol")
+    parser.add_argument("--only", nargs="+", default=(), choices=[one[0] for one in RULES], help="rows of the teacher")
     parser.add_argument("--table-only", action="store_true", help="write the table from the stored rows")
     arguments = parser.parse_args()
     out = assets.root() / "assets" / "benchmarks" / "guidance_rules_emoji.json"
@@ -151,18 +150,21 @@ def main() -> None:
         place = assets.find(STUDENT)
         scale = json.loads((place / "stepdistill.json").read_text(encoding="utf-8"))["guidance"]
         teacher, student, judge = inspect(TEACHER), inspect(place), Judge(arguments.samples)
-        content = {
-            "schema": 1,
-            "protocol": "emoji-v1",
-            "steps": arguments.steps,
-            "samples": len(judge.prompts),
-            "seed": SEED,
-            "command": shlex.join(["python", "scripts/bench_prompt_rules.py", *sys.argv[1:]]),
-            "versions": library_versions(),
-            "device": device_name(torch.device("cpu")),
-            "rows": teachers_rows(teacher, judge, arguments.steps, scale),
-            "student_rows": students_rows(student, teacher, judge, arguments.steps, scale),
-        }
+        made = how_made("bench_prompt_rules")
+        rows = teachers_rows(teacher, judge, arguments.steps, scale, arguments.only)
+        if arguments.only:
+            content = replaced(json.loads(out.read_text(encoding="utf-8")), rows, made)
+        else:
+            content = {
+                "schema": 1,
+                "protocol": "emoji-v1",
+                "steps": arguments.steps,
+                "samples": len(judge.prompts),
+                "seed": SEED,
+                **made,
+                "rows": rows,
+                "student_rows": students_rows(student, teacher, judge, arguments.steps, scale),
+            }
         write_json(out, content)
     content = json.loads(out.read_text(encoding="utf-8"))
     between_markers(assets.root() / "docs" / "guidance.md", BEGIN, END, table(content))

@@ -4,7 +4,8 @@
 
 The embedded teacher under each rule in few steps, and a student of two steps whom its teacher helps. Scales are the
 teacher's of all recipes or a rule's default: nothing is tuned. The student is ``stepdistill train fashion_tcd``'s.
-Writes assets/benchmarks/guidance_rules.json and the table in docs/guidance.md; ``--table-only`` repeats the table.
+Writes assets/benchmarks/guidance_rules.json and the table in docs/guidance.md; ``--table-only`` repeats the table,
+``--only adaptive tsg`` measures these of the teacher's rows again and leaves the others.
 """
 
 import argparse
@@ -57,6 +58,23 @@ STUDENT_STEPS, WEIGHT = 2, 0.3
 REFINED, ROLLBACK = 0.3, 0.5
 
 
+def chosen(only: Sequence[str]) -> list[tuple[str, str, float, tuple[float, float] | None]]:
+    """The rules of these rows, of all where none is named."""
+    return [one for one in RULES if not only or one[0] in only]
+
+
+def replaced(stored: dict[str, Any], rows: list[dict[str, Any]], made: dict[str, Any]) -> dict[str, Any]:
+    """The stored content with these rows instead of those of their names; how they were ``made`` stands in each."""
+    again = {one["name"]: one | made for one in rows}
+    return stored | {"rows": [again.get(one["name"], one) for one in stored["rows"]]}
+
+
+def how_made(script: str) -> dict[str, Any]:
+    """The command, the versions and the device of this run."""
+    command = shlex.join(["python", f"scripts/{script}.py", *sys.argv[1:]])
+    return {"command": command, "versions": library_versions(), "device": device_name(torch.device("cpu"))}
+
+
 def row(name: str, steps: int, w: float, nfe: float, images: Tensor, instruments: Instruments) -> dict[str, Any]:
     """The facts of one row; image i is of class i modulo their number."""
     labels = torch.arange(len(images)) % len(instruments.protocol.labels)
@@ -77,10 +95,12 @@ def drawn(
     return (sum(one.evaluations for one in denoisers) - before) / samples, decode(model.trace, latents)
 
 
-def teachers_rows(teacher: Model, instruments: Instruments, steps: int, samples: int) -> list[dict[str, Any]]:
-    """The teacher under each rule."""
+def teachers_rows(
+    teacher: Model, instruments: Instruments, steps: int, samples: int, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The teacher under each rule, or under those of the rows ``only``."""
     rows = []
-    for name, rule, w, interval in RULES:
+    for name, rule, w, interval in chosen(only):
         settings = {"steps": steps, "guidance": w, "seed": SEED, "interval": interval}
         make = rule_for(teacher.trace, teacher.conditioning, rule, **settings)
         nfe, images = drawn(teacher, make, steps, samples, [teacher.trace.denoiser])
@@ -140,26 +160,29 @@ def main() -> None:
     parser.add_argument("--student", default="runs/fashion_tcd", help="a run of the teacher's")
     parser.add_argument("--steps", type=int, default=10, help="of the teacher")
     parser.add_argument("--samples", type=int, default=500, help="images per row")
+    parser.add_argument("--only", nargs="+", default=(), choices=[one[0] for one in RULES], help="rows of the teacher")
     parser.add_argument("--table-only", action="store_true", help="write the table from the stored rows")
     arguments = parser.parse_args()
     out = assets.root() / "assets" / "benchmarks" / "guidance_rules.json"
     if not arguments.table_only:
         instruments = load_instruments()
-        paths = {"teacher": TEACHER, "student": arguments.student}
+        paths = {"teacher": TEACHER} | ({} if arguments.only else {"student": arguments.student})
         models = {role: fit(inspect(path), instruments.protocol, path, "cpu") for role, path in paths.items()}
-        settings = {"steps": arguments.steps, "samples": arguments.samples}
-        content = {
-            "schema": 1,
-            "protocol": instruments.protocol.id,
-            **settings,
-            "seed": SEED,
-            "command": shlex.join(["python", "scripts/bench_rules.py", *sys.argv[1:]]),
-            "versions": library_versions(),
-            "device": device_name(torch.device("cpu")),
-            "rows": teachers_rows(models["teacher"], instruments, **settings),
-            "student": Path(arguments.student).name,
-            "student_rows": students_rows(models["student"], models["teacher"], instruments, **settings),
-        }
+        settings, made = {"steps": arguments.steps, "samples": arguments.samples}, how_made("bench_rules")
+        rows = teachers_rows(models["teacher"], instruments, **settings, only=arguments.only)
+        if arguments.only:
+            content = replaced(json.loads(out.read_text(encoding="utf-8")), rows, made)
+        else:
+            content = {
+                "schema": 1,
+                "protocol": instruments.protocol.id,
+                **settings,
+                "seed": SEED,
+                **made,
+                "rows": rows,
+                "student": Path(arguments.student).name,
+                "student_rows": students_rows(models["student"], models["teacher"], instruments, **settings),
+            }
         write_json(out, content)
     content = json.loads(out.read_text(encoding="utf-8"))
     between_markers(assets.root() / "docs" / "guidance.md", BEGIN, END, table(content))

@@ -151,8 +151,8 @@ class Adapted(nn.Module, ABC):
 class GuidanceEmbedded(Adapted):
     """A network that is told the guidance scale w, on any diffusers UNet or transformer (Meng et al. 2023, sec. 3.1).
 
-    A small MLP of w's Fourier features is added to every timestep embedding. It starts at zero, so the network starts
-    as it was. At one w it adds a constant, which :meth:`plain` folds into the embedding's bias: stock again.
+    A small MLP of w's Fourier features is added to every embedding of the time. It starts at zero, so the network
+    starts as it was. At one w it adds a constant, which :meth:`plain` folds into the embedding's bias: stock again.
 
     Args:
         network: the network or an adapter view of it. scale: the w of calls that name none, and of the export.
@@ -163,7 +163,7 @@ class GuidanceEmbedded(Adapted):
     def __init__(self, network: nn.Module, scale: float, width: int = 256):
         super().__init__(network)
         self.scale = scale
-        modules = _timestep_embeddings(network)
+        modules = time_embeddings(network)
         if not modules:
             raise InputError(f"{type(network).__name__} has no timestep embedding that a guidance scale could join")
         self.trunk = nn.Sequential(nn.Linear(self.FEATURES, width), nn.SiLU())
@@ -177,7 +177,7 @@ class GuidanceEmbedded(Adapted):
         w = torch.full((1,), self.scale, device=device) if guidance_scale is None else guidance_scale
         hidden = self.trunk(fourier(w.to(device), self.FEATURES))
         with ExitStack() as hooks:
-            for module, leaf in zip(_timestep_embeddings(self.network), self.leaves, strict=True):
+            for module, leaf in zip(time_embeddings(self.network), self.leaves, strict=True):
                 # At the layer whose bias it becomes: an activation may follow.
                 handle = module.linear_2.register_forward_hook(
                     lambda _module, _inputs, out, added=leaf(hidden): out + added.to(out.dtype)
@@ -190,7 +190,7 @@ class GuidanceEmbedded(Adapted):
         device = self.leaves[0].weight.device
         hidden = self.trunk(fourier(torch.full((1,), self.scale, device=device), self.FEATURES))
         stock = plain_network(self.network)
-        for module, leaf in zip(_timestep_embeddings(stock), self.leaves, strict=True):
+        for module, leaf in zip(time_embeddings(stock), self.leaves, strict=True):
             bias = leaf(hidden)[0].to(module.linear_2.weight)
             module.linear_2.bias = nn.Parameter(bias + (0 if module.linear_2.bias is None else module.linear_2.bias))
         return stock
@@ -204,8 +204,15 @@ def fourier(w: Tensor, features: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _timestep_embeddings(network: nn.Module) -> list[TimestepEmbedding]:
-    return [module for module in network.modules() if isinstance(module, TimestepEmbedding)]
+def time_embeddings(network: nn.Module) -> list[TimestepEmbedding]:
+    """The modules that embed the time, in the network's order; their outputs are (B, width).
+
+    Of each parent with sinusoids (diffusers' ``Timesteps``) the first: later ones embed sizes, an aspect or guidance.
+    In a network with other sinusoids the first of each parent.
+    """
+    paired = [embedding for _, embedding in _sinusoids_and_embeddings(network)]
+    firsts = (_first_child(parent, TimestepEmbedding) for parent in network.modules())
+    return paired or [embedding for embedding in firsts if embedding is not None]
 
 
 class SlowTime(Adapted):
@@ -226,7 +233,7 @@ class SlowTime(Adapted):
 
     def forward(self, *arguments, **keywords):
         with ExitStack() as hooks:
-            for timesteps, embedding in _time_embeddings(self.network):
+            for timesteps, embedding in _sinusoids_and_embeddings(self.network):
                 handle = embedding.linear_1.register_forward_pre_hook(
                     lambda _module, inputs, slow=timesteps: (
                         inputs[0] * self.factors(slow, inputs[0].device).to(inputs[0]),
@@ -246,20 +253,19 @@ class SlowTime(Adapted):
     @torch.no_grad()
     def plain(self) -> nn.Module:
         stock = plain_network(self.network)
-        for timesteps, embedding in _time_embeddings(stock):
+        for timesteps, embedding in _sinusoids_and_embeddings(stock):
             embedding.linear_1.weight.mul_(self.factors(timesteps).to(embedding.linear_1.weight))
         return stock
 
 
-def _time_embeddings(network: nn.Module) -> list[tuple[Timesteps, TimestepEmbedding]]:
-    """Each embedding of time with its sinusoids: the first pair of a parent (a second one embeds sizes or guidance)."""
-    pairs = []
-    for parent in network.modules():
-        sinusoids = next((child for child in parent.children() if isinstance(child, Timesteps)), None)
-        embedding = next((child for child in parent.children() if isinstance(child, TimestepEmbedding)), None)
-        if sinusoids is not None and embedding is not None:
-            pairs.append((sinusoids, embedding))
-    return pairs
+def _sinusoids_and_embeddings(network: nn.Module) -> list[tuple[Timesteps, TimestepEmbedding]]:
+    """Each embedding of time with its sinusoids: the first pair of a parent."""
+    pairs = ((_first_child(parent, Timesteps), _first_child(parent, TimestepEmbedding)) for parent in network.modules())
+    return [pair for pair in pairs if None not in pair]
+
+
+def _first_child(parent: nn.Module, kind: type[nn.Module]) -> nn.Module | None:
+    return next((child for child in parent.children() if isinstance(child, kind)), None)
 
 
 class FrozenView(nn.Module):

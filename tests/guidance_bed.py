@@ -7,7 +7,7 @@ import torch
 
 from pipeline import tiny
 from stepdistill.generation.generate import generate, noise
-from stepdistill.generation.named_rules import rule_named
+from stepdistill.generation.named_rules import rule_for
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.trace import trace
 
@@ -27,8 +27,10 @@ def conditions():
 
 def run(rule, batch=N, seed=1):
     """(latents, passes an image) under a rule's name or maker."""
-    make = rule_named(rule, W) if isinstance(rule, str) else rule
-    found, before = traced(), traced().denoiser.evaluations
+    found, make = traced(), rule
+    if isinstance(rule, str):
+        make = rule_for(found, conditions(), rule, steps=STEPS, guidance=W, seed=seed)
+    before = found.denoiser.evaluations
     latents = generate(
         found, found.pipeline.scheduler, conditions(), ROWS, steps=STEPS, guidance=W, seed=seed, batch=batch, rule=make
     )

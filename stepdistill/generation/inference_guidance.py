@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Conditions, Denoiser
+from stepdistill.adapters import time_embeddings
+from stepdistill.denoiser import Conditions, Denoiser, innermost
 from stepdistill.errors import InputError
 from stepdistill.guidance import combined, ddim_update, guided
 from stepdistill.pipeline.conditioning import Conditioning
-from stepdistill.schedule import Prediction
+from stepdistill.schedule import Prediction, per_sample
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,19 @@ def limited(rule: StepRule, low: float, high: float) -> StepRule:
 def cfg_plus_plus(scale: float) -> StepRule:
     """CFG++ (Chung et al. 2024): x_0 of the guided prediction, the noise that stays of the unguided one; w in [0, 1].
 
-    Under DDIM (Euler on a flow) both are linear in the network's outputs, so this is guidance with a scale that depends
-    on the step. Other solvers are given the same scale.
+    A DDIM step (Euler on a flow) is linear in the prediction, so one prediction between the unguided and the guided
+    one makes exactly this step, however the pipeline combines the two. Other solvers are given the same prediction.
     """
 
     def rule(denoiser: Denoiser, step: Step) -> Prediction:
-        update = ddim_update(denoiser.schedule, denoiser.kind, step.x_t, step.t, step.r, plus_plus=True)
+        x_t, t = step.x_t, step.t
+        cond, uncond = denoiser(x_t, t, step.cond).raw, denoiser(x_t, t, step.null).raw
+        update = ddim_update(denoiser.schedule, denoiser.kind, x_t, t, step.r, plus_plus=True)
         # The last step ends in x_0, where no noise stays.
         share = torch.where(step.r > 0, update.b / (update.b + update.c), 1.0)
-        return guided(denoiser, step.x_t, step.t, step.cond, step.null, (scale * share).float())
+        share = per_sample(share, x_t)
+        raw = share * combined(denoiser, cond, uncond, scale, t) + (1 - share) * uncond
+        return Prediction(raw, x_t, t, denoiser.schedule, denoiser.kind)
 
     return rule
 
@@ -83,7 +88,8 @@ class Adaptive:
     """Adaptive Guidance (Castillo et al. 2023): a sample whose two predictions agree is not guided any more.
 
     Args:
-        scale: w. threshold: cosine of the two predicted noises above which they agree.
+        scale: w. threshold: cosine of the two predicted x_0 above which they agree. Not of the two predicted noises:
+            near t = 1 each of those is the sample itself, on a flow exactly, so they always agree there.
     """
 
     def __init__(self, scale: float, threshold: float = 0.99):
@@ -99,47 +105,66 @@ class Adaptive:
         doubled = denoiser(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
         cond, uncond = doubled.raw[: len(x_t)], doubled.raw[len(x_t) :]
         raw = cond.index_copy(0, rows, combined(denoiser, cond[rows], uncond, self.scale, t[rows]))
-        noises = doubled.eps
-        cosine = F.cosine_similarity(noises[: len(x_t)][rows].flatten(1), noises[len(x_t) :].flatten(1))
+        x0 = doubled.x0
+        cosine = F.cosine_similarity(x0[: len(x_t)][rows].flatten(1), x0[len(x_t) :].flatten(1))
         self.open = rows[cosine <= self.threshold]
         return Prediction(raw, x_t, t, doubled.schedule, doubled.kind)
 
 
-def independent_condition(scale: float) -> StepRule:
-    """Independent condition guidance (Sadat et al. 2024): away from a random other condition, new at every step.
+def independent_condition(scale: float, pool: Conditioning) -> StepRule:
+    """Independent condition guidance (Sadat et al. 2024): away from a random condition, new at every step.
 
-    For networks that know no empty condition.
-
-    Raises:
-        InputError: there is one condition only.
-    """
-
-    def rule(denoiser: Denoiser, step: Step) -> Prediction:
-        count = len(step.conditioning)
-        if count < 2:
-            raise InputError("rule: icg needs a second class or prompt to guide away from")
-        drawn = torch.cat([torch.randint(1, count, (1,), generator=dice) for dice in step.dice()])
-        other, _ = step.conditioning.batch((step.rows + drawn.to(step.rows.device)) % count)
-        return guided(denoiser, step.x_t, step.t, step.cond, other, scale)
-
-    return rule
-
-
-def time_step(scale: float, spread: float = 0.05) -> StepRule:
-    """Time-step guidance (Sadat et al. 2024): away from what the network says when it is told a wrong time.
+    For networks that know no empty condition. The condition is drawn uniformly from the pool, whatever the sample's own
+    one is, which may be among them: an average over draws is what stands for the unconditional prediction.
 
     Args:
-        spread: standard deviation of the error in time, of which there is 1 in all.
+        pool: what is drawn from, on the samples' device, such as :func:`.named_rules.condition_pool`.
     """
 
     def rule(denoiser: Denoiser, step: Step) -> Prediction:
         x_t, t = step.x_t, step.t
-        error = torch.cat([torch.randn(1, generator=dice) for dice in step.dice()])
-        wrong = (t + spread * error.to(t)).clamp(0, 1)
-        both = {name: torch.cat([value, value]) for name, value in step.cond.items()}
-        doubled = denoiser(torch.cat([x_t, x_t]), torch.cat([t, wrong]), both)
-        raw = combined(denoiser, *doubled.raw.chunk(2), scale, t)
-        return Prediction(raw, x_t, t, doubled.schedule, doubled.kind)
+        drawn = torch.cat([torch.randint(len(pool), (1,), generator=dice) for dice in step.dice()])
+        # Not one doubled batch: prompts of another list may be padded to another length.
+        cond, other = denoiser(x_t, t, step.cond).raw, denoiser(x_t, t, pool.batch(drawn)[0]).raw
+        return Prediction(combined(denoiser, cond, other, scale, t), x_t, t, denoiser.schedule, denoiser.kind)
+
+    return rule
+
+
+def time_step(scale: float, strength: float = 2.0, power: float = 1.0) -> StepRule:
+    """Time-step guidance (Sadat et al. 2024, section 5 and figure 12): away from what the network says when its time
+    embedding is perturbed.
+
+    The embedding becomes t_emb + s t^alpha std(t_emb) n with n ~ N(0, I), in all layers. With :func:`limited` only
+    from T_min to T_max. The defaults are the paper's for the conditional DiT-XL/2.
+
+    Args:
+        strength: s. power: alpha.
+
+    Raises:
+        InputError: the network has no time embedding of a class that is known.
+    """
+
+    def rule(denoiser: Denoiser, step: Step) -> Prediction:
+        x_t, t = step.x_t, step.t
+        embeddings = time_embeddings(denoiser.network)
+        if not embeddings:
+            name = type(innermost(denoiser.network)).__name__
+            raise InputError(f"rule: tsg perturbs diffusers' TimestepEmbedding, and {name} has none")
+        width = max(one.linear_2.out_features for one in embeddings)
+        noise = torch.stack([torch.randn(width, generator=dice) for dice in step.dice()]).to(t.device)
+        size = (strength * t.float() ** power)[:, None]
+
+        def perturbed(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+            told = out.float()
+            return (told + size * told.std(-1, keepdim=True) * noise[:, : out.shape[-1]]).to(out.dtype)
+
+        cond = denoiser(x_t, t, step.cond).raw
+        with contextlib.ExitStack() as hooks:
+            for embedding in embeddings:
+                hooks.callback(embedding.register_forward_hook(perturbed).remove)
+            worse = denoiser(x_t, t, step.cond).raw
+        return Prediction(combined(denoiser, cond, worse, scale, t), x_t, t, denoiser.schedule, denoiser.kind)
 
     return rule
 

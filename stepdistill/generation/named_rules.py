@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable
 
+from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.generation.attention_guidance import self_attention
 from stepdistill.generation.inference_guidance import (
@@ -17,15 +18,15 @@ from stepdistill.generation.inference_guidance import (
     time_step,
 )
 from stepdistill.generation.linear_guidance import LinearAdaptive, fit_linear
-from stepdistill.pipeline.conditioning import Conditioning
+from stepdistill.pipeline.conditioning import Conditioning, class_count, encode
 from stepdistill.pipeline.trace import Trace
 from stepdistill.recipe_errors import suggest
+from stepdistill.text_files import read_text
 
 RULES: dict[str, Callable[..., StepRule]] = {
     "cfg": classifier_free,
     "cfg++": cfg_plus_plus,
     "adaptive": Adaptive,
-    "icg": independent_condition,
     "tsg": time_step,
     "sag": self_attention,
     "s2": dropped_blocks,
@@ -35,23 +36,30 @@ RULES: dict[str, Callable[..., StepRule]] = {
 FITTED = "linear"
 """The rule that is fitted to the pipeline first: :mod:`.linear_guidance`; the number is of samples."""
 
+POOLED = "icg"
+"""The rule that draws conditions from :func:`condition_pool`; it takes no number."""
+
+NAMES = [*RULES, POOLED, FITTED]
+
+PROMPTS = 32
+"""Of a pool."""
+
 
 def needs_empty(text: str, scale: float) -> bool:
     """Whether the rule ``NAME`` or ``NAME:NUMBER`` asks the network about the empty condition."""
     name = text.partition(":")[0]
-    return name not in ("icg", "tsg") and (scale != 1 or name not in ("cfg", "sag", "s2"))
+    return name not in (POOLED, "tsg") and (scale != 1 or name not in ("cfg", "sag", "s2"))
 
 
 def rule_named(text: str, scale: float) -> Callable[[], StepRule]:
-    """What makes the rule ``NAME`` or ``NAME:NUMBER``, once for each batch.
+    """What makes the rule ``NAME`` or ``NAME:NUMBER`` of :data:`RULES`, once for each batch.
 
     Raises:
         InputError: no such rule, or it takes no number.
     """
     name, colon, number = text.partition(":")
     if name not in RULES:
-        names = [*RULES, FITTED]
-        raise InputError(f"rule: expected one of {', '.join(names)}, found {name!r}{suggest(name, names)}")
+        raise InputError(f"rule: expected one of {', '.join(NAMES)}, found {name!r}{suggest(name, NAMES)}")
     if not colon:
         return lambda: RULES[name](scale)
     if len(inspect.signature(RULES[name]).parameters) < 2:
@@ -61,6 +69,27 @@ def rule_named(text: str, scale: float) -> Callable[[], StepRule]:
     except ValueError:
         raise InputError(f"rule: expected a number after {name}:, found {number!r}") from None
     return lambda: RULES[name](scale, value)
+
+
+def condition_pool(trace: Trace, conditioning: Conditioning) -> Conditioning:
+    """What ``icg`` draws conditions from, on the pipeline's device: none of it depends on a sample's own condition.
+
+    Every class of a class-conditional pipeline, whichever are sampled; the prompts of the call where it has at least
+    :data:`PROMPTS`, as many shipped everyday prompts where it has fewer.
+
+    Raises:
+        InputError: the pipeline has no conditions, or one class only.
+    """
+    classes = class_count(trace)
+    if trace.entry == "prompt":
+        if len(set(conditioning.entries)) >= PROMPTS:
+            return conditioning
+        drawn = read_text(assets.prompts("everyday")).splitlines()[:PROMPTS]
+    elif classes > 1:
+        drawn = list(range(classes))
+    else:
+        raise InputError(f"rule: icg needs prompts or a second class, found {type(trace.pipeline).__name__} without")
+    return encode(trace, drawn).to(trace.pipeline.device)
 
 
 def rule_for(
@@ -73,18 +102,24 @@ def rule_for(
     seed: int,
     interval: tuple[float, float] | None = None,
 ) -> Callable[[], StepRule]:
-    """What makes the rule for this pipeline in so many steps, once for each batch; ``linear`` is fitted now.
+    """What makes the rule for this pipeline in so many steps, once for each batch.
+
+    ``linear`` is fitted now, and the pool of ``icg`` is encoded now.
 
     Args:
         text: ``NAME`` or ``NAME:NUMBER``. interval: the times at which it is in force; None: all.
 
     Raises:
-        InputError: as :func:`rule_named`, or an interval outside [0, 1].
+        InputError: as :func:`rule_named` and :func:`condition_pool`, or an interval outside [0, 1].
     """
     if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
         raise InputError(f"interval: expected low, high with 0 <= low < high <= 1, found {interval}")
     name, colon, number = text.partition(":")
-    if name != FITTED:
+    if name == POOLED:
+        if colon:
+            raise InputError(f"rule: {name} takes no number, found {text!r}")
+        make = functools.partial(independent_condition, guidance, condition_pool(trace, conditioning))
+    elif name != FITTED:
         make = rule_named(text, guidance)
     else:
         if colon and not (number.isdecimal() and int(number)):

@@ -84,7 +84,7 @@ def sample(
         path: see :func:`inspect`. steps: of the pipeline's own scheduler. guidance: w, 1 is off.
         conditions: class names, class numbers or prompts, or a file with one a line; taken in turn. None: all classes.
         out: where to write the images as one PNG grid.
-        rule: how guidance is done, a name in :data:`.named_rules.RULES` or linear; ``NAME:NUMBER`` sets it.
+        rule: how guidance is done, a name in :data:`.named_rules.NAMES`; ``NAME:NUMBER`` sets it.
         interval: the times, of which 1 is noise and 0 data, with guidance; at others there is none. None: all.
         teacher: a pipeline that makes the first ``teacher_steps`` steps, with ``guidance``; the others have none.
         refine: instead, the student makes them and moves by this weight, 0 to 1, towards the teacher's x_0.

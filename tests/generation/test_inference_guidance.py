@@ -13,13 +13,14 @@ from stepdistill.cli import app
 from stepdistill.errors import InputError
 from stepdistill.generation.generate import generate, noise, sample_generator
 from stepdistill.generation.inference_guidance import Adaptive, equal_blocks, limited, without
-from stepdistill.generation.named_rules import RULES, rule_named
+from stepdistill.generation.named_rules import NAMES, PROMPTS, RULES, condition_pool, rule_for, rule_named
 from stepdistill.guidance import guided
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.trace import trace
 
 
-@pytest.mark.parametrize("rule", RULES)
+# What this network predicts of the picture with and without a condition is less alike than 0.99.
+@pytest.mark.parametrize("rule", ["adaptive:0.95" if name == "adaptive" else name for name in NAMES])
 def test_a_sample_does_not_depend_on_its_batch(rule):
     whole, passes = run(rule)
     parts, same = run(rule, batch=2)
@@ -72,7 +73,7 @@ def test_adaptive_guidance_stops_where_the_predictions_agree():
         return uncond.x0 + w * (cond.x0 - uncond.x0), uncond.eps + w * (cond.eps - uncond.eps)
 
     torch.testing.assert_close(once, by_hand(predict), rtol=1e-4, atol=1e-4)
-    middle = Adaptive(W)
+    middle = Adaptive(W, 0.95)
     rows = []
 
     def watched(denoiser, step):
@@ -81,37 +82,56 @@ def test_adaptive_guidance_stops_where_the_predictions_agree():
         return result
 
     run(lambda: watched)
-    assert rows == sorted(rows, reverse=True)
+    assert rows == sorted(rows, reverse=True) and 0 < rows[0] < N
 
 
 @torch.no_grad()
-def test_independent_conditions_are_other_entries_and_new_at_every_step():
+def test_independent_conditions_are_any_class_of_the_pipeline_and_new_at_every_step():
+    """Not of the call, and the sample's own as often as another: uniform, whatever the own one is."""
     cond, _ = conditions().batch(ROWS)
+    classes = encode(traced(), range(10), None)
     drawn = []
 
     def predict(number, x, t):
-        shifts = [torch.randint(1, 3, (1,), generator=sample_generator(1, i, 2 + number)) for i in range(N)]
-        others = (ROWS + torch.cat(shifts)) % 3
-        assert (others != ROWS).all()
-        drawn.append(others.tolist())
-        result = guided(traced().denoiser, x, t, cond, conditions().batch(others)[0], W)
+        one = [torch.randint(10, (1,), generator=sample_generator(1, i, 2 + number)) for i in range(N)]
+        drawn.append(torch.cat(one))
+        result = guided(traced().denoiser, x, t, cond, classes.batch(drawn[-1])[0], W)
         return result.x0, result.eps
 
     expected = by_hand(predict)
-    torch.testing.assert_close(run("icg")[0], expected, rtol=1e-4, atol=1e-4)
-    assert len({tuple(one) for one in drawn}) > 1
-    alone = encode(traced(), [3], None)
-    with pytest.raises(InputError, match="icg needs a second class or prompt"):
-        generate(
-            traced(),
-            traced().pipeline.scheduler,
-            alone,
-            torch.zeros(1, dtype=torch.long),
-            steps=1,
-            guidance=W,
-            seed=0,
-            rule=rule_named("icg", W),
-        )
+    found, passes = run("icg")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert passes == 2 * STEPS
+    assert len({tuple(one.tolist()) for one in drawn}) == STEPS
+    assert {int(one) for one in torch.cat(drawn)} - {0, 3, 7}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart-alpha", "lumina2"])
+def test_one_prompt_is_guided_away_from_shipped_ones(name):
+    """Of one prompt or two: never from the other one alone. Prompts that are padded to other lengths are no trouble."""
+    found = trace(ZOO[name].build(), ZOO[name].arguments)
+    alone = encode(found, ["a red shoe"])
+    pool = condition_pool(found, alone)
+    assert len(pool) == PROMPTS and "a red shoe" not in pool.labels
+    settings = {"steps": 2, "guidance": W, "seed": 0}
+    make = rule_for(found, alone, "icg", **settings)
+    index = torch.zeros(3, dtype=torch.long)
+    latents = generate(found, found.pipeline.scheduler, alone, index, **settings, rule=make)
+    assert torch.isfinite(latents).all()
+    plain = generate(found, found.pipeline.scheduler, alone, index, **settings | {"guidance": 1.0})
+    assert (latents - plain).abs().flatten(1).amax(1).min() > 1e-6
+
+
+def test_many_prompts_are_a_pool_of_their_own():
+    found = trace(tiny.tiny_sd())
+    told = encode(found, [f"prompt {number}" for number in range(PROMPTS)])
+    assert condition_pool(found, told) is told
+    twice = encode(found, ["rain"] * PROMPTS)
+    assert set(condition_pool(found, twice).labels).isdisjoint({"rain"})
+    without = trace(ZOO["ddpm"].build())
+    with pytest.raises(InputError, match="icg needs prompts or a second class, found DDPMPipeline without"):
+        condition_pool(without, encode(without, [0]))
 
 
 def test_time_step_guidance_is_none_without_an_error_in_time():
@@ -221,12 +241,13 @@ def test_a_pipeline_without_an_empty_condition_takes_what_needs_none(tmp_path, s
     [
         ("adaptve", "expected one of cfg, .* found 'adaptve'; did you mean 'adaptive'"),
         ("cfg:2", "cfg takes no number"),
+        ("icg:2", "icg takes no number"),
         ("s2:much", "expected a number after s2:, found 'much'"),
     ],
 )
 def test_a_wrong_rule_is_one_line(text, problem):
     with pytest.raises(InputError, match=problem):
-        rule_named(text, W)
+        rule_for(traced(), conditions(), text, steps=STEPS, guidance=W, seed=0)
 
 
 def test_the_command_line_says_the_passes(tmp_path):

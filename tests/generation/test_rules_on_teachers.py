@@ -1,0 +1,161 @@
+"""Guidance rules against their definitions on teachers of every kind: noise, velocity to zero signal, flow, guided
+outputs that keep a norm or are rescaled."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.models.embeddings import TimestepEmbedding
+
+from pipeline.zoo import ZOO
+from stepdistill.denoiser import Denoiser
+from stepdistill.errors import InputError
+from stepdistill.generation.generate import noise, sample_generator
+from stepdistill.generation.inference_guidance import Adaptive, Step, cfg_plus_plus, time_step
+from stepdistill.kernels import Rule
+from stepdistill.pipeline.conditioning import encode, entries
+from stepdistill.pipeline.trace import trace
+
+W, B = 3.0, 2
+TEACHERS = {
+    "noise": ("sd", Rule()),
+    "velocity": ("dit", Rule()),
+    "velocity, zero signal": ("sd-v", Rule()),
+    "flow": ("sd3", Rule()),
+    "keeps the norm": ("lumina2", Rule()),
+    "keeps the norm, sequence": ("qwen-image", Rule()),
+    "rescaled": ("sd", Rule(rescale=0.7)),
+    "rescaled flow": ("sd3", Rule(rescale=0.7)),
+}
+
+
+@functools.cache
+def pipeline(name):
+    exhibit = ZOO[name]
+    found = trace(exhibit.build(), exhibit.arguments)
+    told = encode(found, entries(found, ["a red shoe", "rain"] if found.entry == "prompt" else [3, 7]))
+    return found, told
+
+
+@pytest.fixture(params=TEACHERS)
+def teacher(request):
+    """(denoiser, conditioning, its latents' shape)."""
+    name, rule = TEACHERS[request.param]
+    found, told = pipeline(name)
+    one = found.denoiser
+    return Denoiser(one.network, replace(one.spec, rule=rule), one.schedule, one.kind), told, found.latent_shape
+
+
+def step(teacher, t, r, number=0):
+    _, told, shape = teacher
+    rows = torch.arange(B)
+
+    def dice():
+        return [sample_generator(1, i, 2 + number) for i in range(B)]
+
+    times = (torch.full((B,), value) for value in (t, r))
+    return Step(number, noise(shape, 0, range(B)), *times, *told.batch(rows), told, rows, dice, 1)
+
+
+def combined(denoiser, cond, uncond):
+    """uncond + w (cond - uncond) as the pipeline does it, written out."""
+    raw = uncond + W * (cond - uncond)
+    if phi := denoiser.rule.rescale:
+        deviations = [one.flatten(1).std(1).view(-1, *[1] * (one.ndim - 1)) for one in (cond, raw)]
+        raw = raw * (phi * deviations[0] / deviations[1] + 1 - phi)
+    if denoiser.keeps_norm:
+        raw = raw * cond.norm(dim=-1, keepdim=True) / raw.norm(dim=-1, keepdim=True)
+    return raw
+
+
+def read(denoiser, raw, now):
+    """(x_0, eps) of an output."""
+    x_t = now.x_t.double()
+    return [f(raw.double(), x_t, now.t, denoiser.kind) for f in (denoiser.schedule.to_x0, denoiser.schedule.to_eps)]
+
+
+def two(denoiser, now):
+    return denoiser(now.x_t, now.t, now.cond).raw, denoiser(now.x_t, now.t, now.null).raw
+
+
+def close(found, expected, tolerance=1e-6):
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("t, r", [(1.0, 0.6), (0.7, 0.2), (0.3, 0.0)])
+def test_cfg_plus_plus_steps_with_the_guided_x0_and_the_unguided_noise(teacher, t, r):
+    denoiser, now = teacher[0], step(teacher, t, r)
+    cond, uncond = two(denoiser, now)
+    (x0, _), (_, eps) = (read(denoiser, raw, now) for raw in (combined(denoiser, cond, uncond), uncond))
+    found = cfg_plus_plus(W)(denoiser, now)
+    if r == 0:
+        return close(found.x0.double(), x0, 1e-5)
+    schedule = denoiser.schedule
+    stepped = schedule.add_noise(*read(denoiser, found.raw, now), now.r)
+    return close(stepped, schedule.add_noise(x0, eps, now.r))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("t", [1.0, 0.5])
+def test_adaptive_guidance_compares_what_the_two_predict_of_the_picture(teacher, t):
+    denoiser, now = teacher[0], step(teacher, t, 0.4)
+    cond, uncond = two(denoiser, now)
+    (first, _), (other, _) = (read(denoiser, raw, now) for raw in (cond, uncond))
+    cosine = torch.cosine_similarity(first.flatten(1), other.flatten(1))
+    gap = (1 - cosine).tolist()
+    assert min(gap) > 1e-6
+    for row in range(B):
+        for part, left in ((0.8, True), (1.2, False)):
+            rule = Adaptive(W, 1 - part * gap[row])
+            close(rule(denoiser, now).raw, combined(denoiser, cond, uncond), 1e-4)
+            assert (row in rule.open.tolist()) == left
+
+
+@torch.no_grad()
+def test_time_step_guidance_perturbs_the_time_embedding(teacher):
+    """t_emb + s t^alpha std(t_emb) n in front of everything that reads it, the same n wherever the network embeds t."""
+    denoiser, now = teacher[0], step(teacher, 0.7, 0.4)
+    cond, _ = two(denoiser, now)
+    modules = [one for one in denoiser.network.modules() if isinstance(one, TimestepEmbedding)]
+    width = modules[0].linear_2.out_features
+    noise = torch.stack([torch.randn(width, generator=dice) for dice in now.dice()])
+    forwards = [one.forward for one in modules]
+
+    def perturbed(forward, *arguments):
+        told = forward(*arguments)
+        return told + 1.5 * 0.7**0.5 * told.std(1, keepdim=True) * noise
+
+    for one in modules:
+        one.forward = functools.partial(perturbed, one.forward)
+    worse = denoiser(now.x_t, now.t, now.cond).raw
+    for one, forward in zip(modules, forwards, strict=True):
+        one.forward = forward
+    assert (worse - cond).abs().max() > 1e-4
+    close(time_step(W, 1.5, 0.5)(denoiser, now).raw, combined(denoiser, cond, worse), 1e-5)
+    close(time_step(W, 0.0)(denoiser, now).raw, cond)
+    # Nothing of it stays.
+    close(denoiser(now.x_t, now.t, now.cond).raw, cond)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "z-image"])
+def test_every_network_of_the_zoo_has_a_time_embedding_to_perturb(name):
+    found = trace(ZOO[name].build(), ZOO[name].arguments)
+    told = encode(found, entries(found, ["a red shoe", "rain"] if found.entry == "prompt" else "classes")[:2])
+    now = step((found.denoiser, told, found.latent_shape), 0.7, 0.4)
+    one = [value[:1] for value in (now.x_t, now.t)]
+    weak = time_step(0.0)(found.denoiser, now)
+    plain = found.denoiser(now.x_t, now.t, now.cond)
+    assert weak.raw.isfinite().all() and (weak.raw - plain.raw).abs().flatten(1).amax(1).min() > 1e-5
+    alone = replace(now, x_t=one[0], t=one[1], cond={key: value[:1] for key, value in now.cond.items()}, null=None)
+    alone = replace(alone, dice=lambda: now.dice()[:1])
+    torch.testing.assert_close(time_step(0.0)(found.denoiser, alone).raw, weak.raw[:1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_with_a_time_embedding_of_its_own_is_refused():
+    found = trace(ZOO["z-image"].build(), ZOO["z-image"].arguments)
+    told = encode(found, ["a red shoe", "rain"])
+    with pytest.raises(InputError, match=r"tsg perturbs diffusers' TimestepEmbedding, and ZImageTransf.* has none"):
+        time_step(W)(found.denoiser, step((found.denoiser, told, found.latent_shape), 0.7, 0.4))
