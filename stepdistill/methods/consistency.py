@@ -93,7 +93,7 @@ class LCM(DistillMethod):
     def consistency(self, fast: Denoiser, slow: Denoiser, t: Tensor, r: Tensor, s: Tensor, batch: Batch) -> Tensor:
         """Huber between where ``fast`` jumps from x_t and where ``slow`` jumps from the teacher's x_r; times (B,)."""
         x_t = self.schedule.add_noise(batch.latents, batch.noise("forward"), t)
-        scale, cond = self.guidance(batch)
+        scale, cond = self.guidance(batch, fast)
         x_r = self.solver_step(self.teacher(x_t, t, batch, scale), r)
         with torch.no_grad():
             target = self.target(slow, x_r, r, s, cond)
@@ -109,8 +109,8 @@ class LCM(DistillMethod):
         """The teacher's times (N + 1,), ascending from the clean end."""
         return self.table("solver grid", lambda: solver_grid(self.schedule, self.config.solver_steps), batch)
 
-    def guidance(self, batch: Batch) -> tuple[float | Tensor, Conditions]:
-        """The teacher's w, and the conditions of the networks that are told it."""
+    def guidance(self, batch: Batch, mine: Denoiser | None = None) -> tuple[float | Tensor, Conditions]:
+        """The teacher's w for the loss of ``mine`` (the student), and the conditions of networks with w as an input."""
         if self.config.w_min is None:
             return self.roles.scale, batch.cond
         w = batch.uniform("w", self.config.w_min, self.config.w_max)

@@ -1,23 +1,25 @@
 """Invertible consistency distillation, iCD (Starodubcev et al. 2024): a few-step student and its few-step inverse.
 
     the trajectory is cut at the times of the k-step sampler, as in PCM; a segment goes from ``low`` to ``high``
-    decoder (the student), every step:          t > r neighbors in the segment, aim = low, start = high
-    encoder, every step:                        t < r neighbors in the segment, aim = high, start = low
-        x_r = one DDIM step of the guided teacher from x_t to r                           (x_t from real x_0)
+    decoder (the student), every step:          t > r neighbors in the segment, aim = low, start = high, w ~ U[w_min, w_max]
+    encoder, every step:                        t < r neighbors in the segment, aim = high, start = low, w = 1
+        x_r = one DDIM step of the teacher under guidance w from x_t to r                 (x_t from real x_0)
         y = x_r where r = aim, else sg f(x_r, r, aim);    f(x, t, s) = alpha_s x_0(x, t) + sigma_s eps(x, t)
         minimise Huber( f(x_t, t, aim) - y )                                              (consistency)
-               + c Huber( f( sg other(x_aim, aim, start), start, aim ) - x_aim )          (preservation)
+               + c Huber( f( sg other(x_aim, aim, start), start, aim ) - x_aim )          (preservation, w = 1)
 
-Both follow the same guided trajectories, so that one inverts the other at the recipe's w. The paper's encoder is
-unguided, and its preservation holds for the decoder at no guidance. Each network is its own target.
+The decoder takes w as an input. The encoder has no guidance, and both are inverses of each other at w = 1: guidance would
+move the code of a real image away from N(0, I). Editing raises w in the last steps (stepdistill.generation.editing).
+Without ``w_min`` both follow the trajectories of the recipe's own w, and are inverses there. Each network is its own
+target.
 """
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
-from stepdistill.denoiser import Denoiser
+from stepdistill.denoiser import Conditions, Denoiser
 from stepdistill.methods.base import Roles
 from stepdistill.methods.consistency import SolverConfig
 from stepdistill.methods.losses import pseudo_huber
@@ -31,6 +33,12 @@ class ICDConfig(SolverConfig):
     """Keys of ``method`` for iCD."""
 
     preservation: float = Field(1.5, ge=0, description="weight of the losses that make the two networks inverses")
+
+    @model_validator(mode="after")
+    def _holds_no_guidance(self) -> "ICDConfig":
+        if self.w_min is not None and self.w_min > 1:
+            raise ValueError(f"expected w_min of at most 1, where encoder and student are inverses, got {self.w_min:g}")
+        return self
 
 
 class ICD(PCM):
@@ -49,6 +57,21 @@ class ICD(PCM):
         clean = torch.zeros(1, dtype=torch.float64)
         self.lowest = 0.0 if self.schedule.sigma(clean) > 0 else T_FLOOR
 
+    @classmethod
+    def adapt(cls, config: ICDConfig, role: str, network: nn.Module, scale: float) -> nn.Module:
+        return network if role == "encoder" else super().adapt(config, role, network, scale)
+
+    def guidance(self, batch: Batch, mine: Denoiser | None = None) -> tuple[float | Tensor, Conditions]:
+        if mine is self.roles.encoder and self.config.w_min is not None:
+            return 1.0, batch.cond
+        return super().guidance(batch)
+
+    def unguided(self, role: Denoiser, batch: Batch) -> Conditions:
+        """The conditions of ``role`` at w = 1, if it has an input for w."""
+        if role is self.roles.encoder or self.config.w_min is None:
+            return batch.cond
+        return batch.cond | {"guidance_scale": torch.ones(batch.size, device=batch.device)}
+
     def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
         points, position = self.place(batch)
         above, below, high, low = pick(points, position), pick(points, position - 1), points[:, -1], points[:, 0]
@@ -63,11 +86,11 @@ class ICD(PCM):
 
     def preservation(self, mine: Denoiser, other: Denoiser, start: Tensor, aim: Tensor, batch: Batch) -> Tensor:
         """Huber between real points at ``aim`` and what ``mine`` makes of where ``other`` took them; times (B,)."""
-        cond = self.guidance(batch)[1]
         x = self.schedule.add_noise(batch.latents, batch.noise("preservation"), aim)
         with torch.no_grad():
-            away = self.jump(other(x, aim, cond), start)
-        return pseudo_huber(self.jump(mine(away, start, cond), aim) - x, self.config.huber)
+            away = self.jump(other(x, aim, self.unguided(other, batch)), start)
+        back = self.jump(mine(away, start, self.unguided(mine, batch)), aim)
+        return pseudo_huber(back - x, self.config.huber)
 
     def place(self, batch: Batch) -> tuple[Tensor, Tensor]:
         points, position = super().place(batch)
