@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -185,15 +185,34 @@ class GuidanceEmbedded(Adapted):
                 hooks.callback(handle.remove)
             return self.network(*arguments, **keywords)
 
-    @torch.no_grad()
     def plain(self) -> nn.Module:
+        stock = plain_network(self.network)
+        self.fold(stock)
+        return stock
+
+    @torch.no_grad()
+    def fold(self, network: nn.Module, sign: float = 1.0) -> None:
+        """Add what the network gets at its own w to its biases, in place; -1 takes it out again."""
         device = self.leaves[0].weight.device
         hidden = self.trunk(fourier(torch.full((1,), self.scale, device=device), self.FEATURES))
-        stock = plain_network(self.network)
-        for module, leaf in zip(time_embeddings(stock), self.leaves, strict=True):
-            bias = leaf(hidden)[0].to(module.linear_2.weight)
+        for module, leaf in zip(time_embeddings(network), self.leaves, strict=True):
+            bias = sign * leaf(hidden)[0].to(module.linear_2.weight)
             module.linear_2.bias = nn.Parameter(bias + (0 if module.linear_2.bias is None else module.linear_2.bias))
-        return stock
+
+    def embedding(self) -> dict[str, Tensor]:
+        """The weights of the embedding of w alone."""
+        parts = {"trunk": self.trunk, "leaves": self.leaves}
+        return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+
+    def load_embedding(self, weights: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`embedding`.
+
+        Raises:
+            RuntimeError: names or shapes are others.
+        """
+        for part, module in (("trunk", self.trunk), ("leaves", self.leaves)):
+            start = f"{part}."
+            module.load_state_dict({n.removeprefix(start): v for n, v in weights.items() if n.startswith(start)})
 
 
 def fourier(w: Tensor, features: int) -> Tensor:

@@ -25,6 +25,8 @@ from stepdistill.exporting import stock_call
 from stepdistill.exporting.attach import CONFIG as ATTACHED
 from stepdistill.exporting.card import model_card
 from stepdistill.exporting.copied import holds_half, save_student
+from stepdistill.exporting.guidance_embedding import write_embedding
+from stepdistill.exporting.lora import Keys, fold_scale, save_lora, why_not_lora
 from stepdistill.exporting.lora import Keys, fold_scale, save_lora, why_not_lora
 from stepdistill.generation.generate import decode
 from stepdistill.guidance_adapters import fastened
@@ -128,6 +130,7 @@ def export(
         setattr(pipeline, component, network)
         if adapter is not None:
             ip_adapter.load_ip_adapter(pipeline, adapter)
+    write_embedding(student, draft)
     for role in session.method.exported:
         plain_network(getattr(session.method.roles, role).network).save_pretrained(draft / role)
     facts = _facts(recipe, session, step) | {"form": form}
