@@ -5,7 +5,7 @@
     stepdistill.export(run.folder, "my-pipeline")
     stepdistill.sample("my-pipeline", steps=4, out="grid.png")
 
-The verbs are those of the command line: train, export, sample, bench, inspect. ``attach`` puts a guidance adapter, what
+The verbs are those of the command line: train, export, sample, edit, bench, inspect. ``attach`` puts a guidance adapter, what
 some methods export, onto any pipeline with the denoiser it was trained for.
 """
 
@@ -24,9 +24,10 @@ _VERBS = {
     "bench": "stepdistill.bench",
     "inspect": "stepdistill.generation.sampling",
     "attach": "stepdistill.exporting.attach",
+    "edit": "stepdistill.generation.editing",
 }
 
-__all__ = ["attach", "bench", "export", "inspect", "sample", "train"]
+__all__ = ["attach", "bench", "edit", "export", "inspect", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -195,6 +195,26 @@ def sample(
 
 
 @app.command()
+def edit(
+    path: Annotated[str, typer.Argument(help="A run or an export of method icd.")],
+    image: Annotated[Path, typer.Option(help="A picture; its middle square is scaled to the pipeline's size.")],
+    source: Annotated[str, typer.Option("--from", help="What it shows: a prompt, or a class.")],
+    target: Annotated[str | None, typer.Option("--to", help="What it should show; default: reconstruct it.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="w below tau; default: that of the export.")] = None,
+    tau: Annotated[float, typer.Option(help="Time below which guidance is on, of which 1 is noise.")] = 0.7,
+    tau_high: Annotated[float | None, typer.Option(help="Time above which it is off; default: tau.")] = None,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="Picture, reconstruction and edit side by side.")] = Path("edit.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Invert a real picture with an iCD student's encoder, and draw it again under another condition."""
+    settings = {"guidance": guidance, "tau": tau, "tau_high": tau_high, "seed": seed, "out": out}
+    result = stepdistill.edit(path, image, source, target, **settings)
+    facts = {"picture": str(result.path), "reconstruction_error": round(result.error, 5)}
+    _print_facts(facts | {"z_mean": round(result.z_mean, 4), "z_std": round(result.z_std, 4)}, as_json)
+
+
+@app.command()
 def demo(
     student: Annotated[
         str | None, typer.Argument(help="A run or an exported student; default: the one of emoji that is shipped.")

@@ -1,8 +1,6 @@
 """Real images for the methods that need them, and their captions: Fashion-MNIST, or any source of samples."""
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from stepdistill.data import fashion_mnist, picture
@@ -48,7 +46,7 @@ def load(data: Data, channels: int, size: int) -> tuple[Tensor, list[str], list[
             tally.reject(sample, f"no picture {error.args[0]}")
         else:
             tally.note(sample, *dict.fromkeys([*notes, *more]))
-            pictures.append(_scaled(picture.middle(image), channels, size))
+            pictures.append(picture.scaled(picture.middle(image), channels, size))
             conditions.append(sample.caption)
             told.append({name: picture.middle(one, image.size) for name, one in own.items()})
     tally.close()
@@ -114,8 +112,3 @@ def _own_pictures(sample: Sample, data: Data) -> tuple[Pictures, list[str]]:
         notes |= dict.fromkeys(changed)
     return found, list(notes)
 
-
-def _scaled(square: Image.Image, channels: int, size: int) -> Tensor:
-    """A square picture as uint8 (channels, size, size)."""
-    image = square.resize((size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)

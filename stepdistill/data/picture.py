@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
+import torch
 from PIL import Image, ImageChops, ImageOps
+from torch import Tensor
 
 from stepdistill.data.sample import UNREADABLE
 
@@ -68,3 +70,9 @@ def middle(image: Image.Image, like: tuple[int, int] | None = None) -> Image.Ima
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
+
+
+def scaled(square: Image.Image, channels: int, size: int) -> Tensor:
+    """A square picture as uint8 (channels, size, size)."""
+    image = square.resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)

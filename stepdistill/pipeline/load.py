@@ -105,6 +105,21 @@ def _stock(
     return attach(pipeline, folder) if (folder / CONFIG).is_file() else pipeline
 
 
+def load_network(kind: type, folder: Path) -> Any:
+    """A network of a diffusers class from a folder beside a pipeline's, in float32.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    try:
+        with quiet(), all_weights_found(folder):
+            return kind.from_pretrained(folder, use_safetensors=True).float().eval()
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{folder}: cannot be loaded as a {kind.__name__}: {' '.join(str(error).split())}") from error
+
+
 def _quantization(how: str, dtype: torch.dtype) -> PipelineQuantizationConfig:
     """diffusers' configuration for the network of any pipeline that generates.
 
