@@ -5,8 +5,8 @@
     stepdistill.export(run.folder, "my-pipeline")
     stepdistill.sample("my-pipeline", steps=4, out="grid.png")
 
-The verbs are those of the command line: train, export, sample, edit, bench, inspect. ``attach`` puts a guidance adapter, what
-some methods export, onto any pipeline with the denoiser it was trained for.
+The verbs are those of the command line: train, export, sample, edit, bench, inspect. ``attach`` puts a guidance
+adapter, what some methods export, onto any pipeline with the denoiser it was trained for.
 """
 
 import importlib

@@ -202,7 +202,9 @@ class GuidanceEmbedded(Adapted):
     def embedding(self) -> dict[str, Tensor]:
         """The weights of the embedding of w alone."""
         parts = {"trunk": self.trunk, "leaves": self.leaves}
-        return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+        return {
+            f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()
+        }
 
     def load_embedding(self, weights: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`embedding`.

@@ -211,7 +211,7 @@ def edit(
     settings = {"guidance": guidance, "tau": tau, "tau_high": tau_high, "seed": seed, "out": out}
     result = stepdistill.edit(path, image, source, target, **settings)
     facts = {"picture": str(result.path), "reconstruction_error": round(result.error, 5)}
-    _print_facts(facts | {"z_mean": round(result.z_mean, 4), "z_std": round(result.z_std, 4)}, as_json)
+    print_facts(facts | {"z_mean": round(result.z_mean, 4), "z_std": round(result.z_std, 4)}, as_json)
 
 
 @app.command()

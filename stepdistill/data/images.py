@@ -111,4 +111,3 @@ def _own_pictures(sample: Sample, data: Data) -> tuple[Pictures, list[str]]:
             found[argument], changed = picture.read(file)
         notes |= dict.fromkeys(changed)
     return found, list(notes)
-

@@ -27,13 +27,12 @@ from stepdistill.exporting.card import model_card
 from stepdistill.exporting.copied import holds_half, save_student
 from stepdistill.exporting.guidance_embedding import write_embedding
 from stepdistill.exporting.lora import Keys, fold_scale, save_lora, why_not_lora
-from stepdistill.exporting.lora import Keys, fold_scale, save_lora, why_not_lora
 from stepdistill.generation.generate import decode
 from stepdistill.guidance_adapters import fastened
 from stepdistill.pipeline import ip_adapter
 from stepdistill.pipeline.compare import deviation
 from stepdistill.pipeline.conditioning import plain_conditions
-from stepdistill.pipeline.load import load_pipeline, source
+from stepdistill.pipeline.load import load_pipeline, quiet, source
 from stepdistill.pipeline.observe import call_arguments
 from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say
@@ -132,7 +131,8 @@ def export(
             ip_adapter.load_ip_adapter(pipeline, adapter)
     write_embedding(student, draft)
     for role in session.method.exported:
-        plain_network(getattr(session.method.roles, role).network).save_pretrained(draft / role)
+        with quiet():
+            plain_network(getattr(session.method.roles, role).network).save_pretrained(draft / role)
     facts = _facts(recipe, session, step) | {"form": form}
     (draft / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     error, levels = verify(draft, session, form == "lora")

@@ -1,16 +1,18 @@
 """Inverting and editing real pictures with an iCD student (Starodubcev et al. 2024).
 
-    invert    x = alpha x_0 + sigma eps at the lowest time of the grid;  up the grid by the encoder, SOURCE condition, w = 1
-    edit      down the grid by the student from there, TARGET condition,
-              w(t) = 1 above tau_high, w below tau_low, linear between
+    invert    x = alpha x_0 + sigma eps at the lowest time of the grid
+              up the grid by the encoder, SOURCE condition, w = 1
+    edit      down the grid by the student from there, TARGET condition
+              w(t) = 1 above tau_high, w below tau, linear between
 
-The encoder has no guidance, so that the code z of a real picture is as likely as noise. Guidance in the first steps would
-change the layout; below tau it changes what the target condition says. The loop is not a stock call: no stock pipeline
-takes another w at each step.
+The encoder has no guidance, so that the code z of a real picture is as likely as noise. Guidance in the first steps
+would change the layout; below tau it changes what the target condition says. The loop is not a stock call: no stock
+pipeline takes another w at each step.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -130,7 +132,7 @@ def invert(editor: Editor, latents: Tensor, cond: Conditions, eps: Tensor) -> Te
     """
     times = editor.times[::-1]
     x = editor.encoder.schedule.add_noise(latents, eps, _rows(times[0], latents))
-    for t, r in zip(times[:-1], times[1:], strict=True):
+    for t, r in pairwise(times):
         x = _jump(editor.encoder(x, _rows(t, x), cond), r)
     return x
 
@@ -181,7 +183,7 @@ def edit(
     editor = load_editor(path)
     if not editor.embedded and guidance is not None and guidance != editor.scale:
         raise InputError(
-            f"guidance: expected {editor.scale:g}, the only w of this student (method.w_min is null), found {guidance:g}"
+            f"guidance: expected {editor.scale:g}, as this student has no input for w, found {guidance:g}"
         )
     scale = editor.scale if guidance is None else guidance
     traced = editor.trace

@@ -1,17 +1,17 @@
 """Invertible consistency distillation, iCD (Starodubcev et al. 2024): a few-step student and its few-step inverse.
 
     the trajectory is cut at the times of the k-step sampler, as in PCM; a segment goes from ``low`` to ``high``
-    decoder (the student), every step:          t > r neighbors in the segment, aim = low, start = high, w ~ U[w_min, w_max]
-    encoder, every step:                        t < r neighbors in the segment, aim = high, start = low, w = 1
+    decoder (the student), every step:   t > r neighbors in the segment, aim = low, start = high, w ~ U[w_min, w_max]
+    encoder, every step:                 t < r neighbors in the segment, aim = high, start = low, w = 1
         x_r = one DDIM step of the teacher under guidance w from x_t to r                 (x_t from real x_0)
         y = x_r where r = aim, else sg f(x_r, r, aim);    f(x, t, s) = alpha_s x_0(x, t) + sigma_s eps(x, t)
         minimise Huber( f(x_t, t, aim) - y )                                              (consistency)
                + c Huber( f( sg other(x_aim, aim, start), start, aim ) - x_aim )          (preservation, w = 1)
 
-The decoder takes w as an input. The encoder has no guidance, and both are inverses of each other at w = 1: guidance would
-move the code of a real image away from N(0, I). Editing raises w in the last steps (stepdistill.generation.editing).
-Without ``w_min`` both follow the trajectories of the recipe's own w, and are inverses there. Each network is its own
-target.
+The decoder takes w as an input. The encoder has no guidance, and both are inverses of each other at w = 1: guidance
+would move the code of a real image away from N(0, I). Editing raises w in the last steps
+(stepdistill.generation.editing). Without ``w_min`` both follow the trajectories of the recipe's own w, and are inverses
+there. Each network is its own target.
 """
 
 import torch

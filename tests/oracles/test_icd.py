@@ -210,3 +210,39 @@ def test_preservation_trains_a_pair_into_inverses():
         sum(method.losses("encoder", batch(32, step=step, latents=data(32))).values()).backward()
         optimizer.step()
     assert error() < 0.2 * before
+
+
+class Informed(Spy):
+    """A stand-in that remembers the w it got."""
+
+    def __init__(self, denoiser):
+        super().__init__(denoiser)
+        self.w: list[Tensor | None] = []
+
+    def __call__(self, x_t, t, cond):
+        self.w.append(cond.get("guidance_scale"))
+        return self.denoiser(x_t, t, {name: value for name, value in cond.items() if name != "guidance_scale"})
+
+
+@pytest.mark.parametrize("role", PLAYERS)
+def test_with_w_as_an_input_the_encoder_has_no_guidance_and_both_are_inverses_without(role):
+    schedule = SCHEDULES["vp"]
+    means, stds = torch.tensor([0.7, -0.4]), torch.tensor([0.5, 1.2])
+    teacher = Informed(GaussianDenoiser(means, stds, schedule, "epsilon"))
+    student, encoder = (Informed(player(lambda x, t, labels: x, schedule, "epsilon", 0.8, 0.3)) for _ in PLAYERS)
+    method = method_of(teacher, student, encoder, solver_steps=12, w_min=1.0, w_max=5.0)
+    method.losses(role, batch(64, latents=data(), labels=(0, 1)))
+    calls = (student if role == "student" else encoder).w
+    other = (encoder if role == "student" else student).w
+    if role == "encoder":
+        assert calls == [None] * 3 and len(teacher.calls) == 1, "one pass of the teacher: no guidance"
+        (told,) = other
+        assert torch.equal(told, torch.ones(64))
+    else:
+        assert torch.equal(calls[0], calls[1]) and 1 <= calls[0].min() < 2 < 4 < calls[0].max() <= 5
+        assert torch.equal(calls[2], torch.ones(64)) and other == [None]
+
+
+def test_w_has_to_start_at_no_guidance():
+    with pytest.raises(ValueError, match="expected w_min of at most 1"):
+        ICDConfig(w_min=2.0, w_max=5.0)
