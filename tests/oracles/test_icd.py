@@ -235,7 +235,7 @@ def test_with_w_as_an_input_the_encoder_has_no_guidance_and_both_are_inverses_wi
     calls = (student if role == "student" else encoder).w
     other = (encoder if role == "student" else student).w
     if role == "encoder":
-        assert calls == [None] * 3 and len(teacher.calls) == 1, "one pass of the teacher: no guidance"
+        assert calls == [None] * 3 and len(teacher.w) == 1, "one pass of the teacher: no guidance"
         (told,) = other
         assert torch.equal(told, torch.ones(64))
     else:
