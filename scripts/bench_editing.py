@@ -174,7 +174,7 @@ def table(content: dict[str, Any]) -> str:
         lines.append(f"| {row['name']} | {row['passes'] or '–'} | {row['error']:.2f} | {z[0]} | {z[1]} |")
     lines += [
         "",
-        f"| edit, w = {content['guidance']:g} below tau | tau | LiT-score of the new caption | distance to the picture |",
+        f"| edit, w = {content['guidance']:g} below tau | tau | LiT-score, new caption | distance to the picture |",
     ]
     lines.append("|---|---:|---:|---:|")
     for row in content["edits"]:
