@@ -47,7 +47,12 @@ PUBLISHED = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "published.
 MODELS, BETAS = PUBLISHED["MODELS"], PUBLISHED["LATENT_BETAS"]
 UNETS = {name: MODELS[name].network_config for name in ("sd15", "sdxl")}
 SD35_MEDIUM = MODELS["sd35-medium"].network_config
-RUNS = {"sd15": "sd15_dmd2", "sdxl": "sdxl_dmd2_lora", "sd35": "sd35_medium_dmd2_lora"}
+RUNS = {
+    "sd15": "sd15_dmd2",
+    "sdxl": "sdxl_dmd2_lora_24gb",
+    "sdxl-critic": "sdxl_dmd2_lora",
+    "sd35": "sd35_medium_dmd2_lora",
+}
 
 
 def network(folder: Path, library: str, class_name: str, **config: Any) -> list[str]:
@@ -161,7 +166,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
         for size in sizes[:1] if options.measure else sizes:
-            recipe, folder = RUNS[size], write(Path(place) / size, size)
+            recipe, folder = RUNS[size], write(Path(place) / size, size.partition("-")[0])
             start = time.perf_counter()
             changed = [f"teacher.pipeline={folder}", *overrides]
             found = plan.plan(recipe, changed)

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from stepdistill.recipe import load
 from stepdistill.update_speed import rms_change, same_speed, speed
 
 LR, SIZE = 5e-5, 640
@@ -64,3 +65,33 @@ def test_a_network_counts_the_layers_that_move():
     assert speed(adapted.to("meta"), LR, "critic").relative is None
     with pytest.raises(ValueError, match="no layer that student moves"):
         speed(made, LR, "student")
+
+
+def test_recipes_move_their_players_as_the_published_runs_do():
+    """DMD2 on SDXL: student 8.2e-7, critic 5e-5. SwD on SD 3.5 medium: both alike. SwiftBrush: to_q and to_v alone."""
+
+    def rates(name: str, width: int) -> tuple[float, float]:
+        recipe = load(name)
+        student, critic, train = recipe.student, recipe.critic, recipe.train
+        rank, alpha = critic.rank or student.rank, critic.alpha or student.alpha
+        rank = None if recipe.role_training["critic"] == "full" else rank
+        mine = rms_change(train.lr, width, student.rank, student.alpha)
+        return mine, rms_change(train.critic_lr, width, rank, alpha)
+
+    student, critic = rates("sdxl_dmd2_lora", 1280)
+    assert student == pytest.approx(rms_change(5e-5, 1280, 64, 8)) and critic == 5e-5
+    smaller, adapter = rates("sdxl_dmd2_lora_24gb", 1280)
+    assert smaller == student and adapter / student == pytest.approx(16)  # between SwD's 1 and DMD2's 61
+    for name in ("sd35_medium_dmd2_lora", "flux_dev_dmd2_lora"):
+        student, critic = rates(name, 1536)
+        assert student == critic == pytest.approx(rms_change(5e-6, 1536, 64, 64))
+    swiftbrush = load("sd15_swiftbrush")
+    assert swiftbrush.role_training == {"student": "full", "critic": "lora"}
+    assert swiftbrush.critic.model_dump() == {"rank": 64, "alpha": 108, "targets": ["to_q", "to_v"]}
+    assert (swiftbrush.train.precision, swiftbrush.teacher.precision) == ("fp32", "fp32") and swiftbrush.student.ema
+
+
+def test_no_recipe_starts_where_half_precision_drowns_it():
+    """Those on the linear table that begin at the noise end are in float32."""
+    for name in ("pixart_sigma", "dit_xl_256", "sd15_sid"):
+        assert load(name).train.precision == load(name).teacher.precision == "fp32"
