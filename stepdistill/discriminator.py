@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModel
 from stepdistill.denoiser import Conditions, hidden_states
 from stepdistill.errors import InputError
 from stepdistill.eval.features import fold_batch_norm, pretrained_lite
+from stepdistill.float32 import no_autocast
 
 LITE2 = "efficientnet-lite2"
 LITE2_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
@@ -42,15 +43,19 @@ class Heads(nn.Module):
             nn.init.zeros_(projection.weight)
 
     def forward(self, features: Sequence[Tensor], told: Tensor | None = None) -> Tensor:
-        """Logits (B, votes) from hidden states (B, tokens, width) or (B, channels, h, w), and ``told`` (B, told)."""
+        """Logits (B, votes) from hidden states (B, tokens, width) or (B, channels, h, w), and ``told`` (B, told).
+
+        In float32, under autocast too: exp(logit), a density ratio, and R1 multiply what half precision rounds off.
+        """
         votes = []
-        for i, (head, feature) in enumerate(zip(self.heads, features, strict=True)):
-            tokens = feature if feature.ndim == 3 else feature.flatten(2).transpose(1, 2)
-            hidden = head[:-1](tokens.float())
-            vote = head[-1](hidden)[..., 0]
-            if told is not None:
-                vote = vote + (hidden * self.projections[i](told.float())[:, None]).mean(-1)
-            votes.append(vote)
+        with no_autocast(features[0].device):
+            for i, (head, feature) in enumerate(zip(self.heads, features, strict=True)):
+                tokens = feature if feature.ndim == 3 else feature.flatten(2).transpose(1, 2)
+                hidden = head[:-1](tokens.float())
+                vote = head[-1](hidden)[..., 0]
+                if told is not None:
+                    vote = vote + (hidden * self.projections[i](told.float())[:, None]).mean(-1)
+                votes.append(vote)
         return torch.cat(votes, dim=1)
 
 

@@ -62,7 +62,12 @@ def guided(
 def combined(
     denoiser: Denoiser, cond: Tensor, uncond: Tensor, scale: float | Tensor, t: Tensor, rule: Rule | None = None
 ) -> Tensor:
-    """The denoiser's two outputs (B, ...) at times t (B,) as its pipeline combines them; arguments as for guided()."""
+    """The denoiser's two outputs (B, ...) at times t (B,) as its pipeline combines them; arguments as for guided().
+
+    In at least float32, whatever the outputs are in: w times a difference in half precision is w times its rounding.
+    """
+    wide = torch.promote_types(cond.dtype, torch.float32)
+    cond, uncond = cond.to(wide), uncond.to(wide)
     raw = guide(cond, uncond, scale, denoiser.rule if rule is None else rule, t)
     return with_norm_of(cond, raw) if denoiser.keeps_norm else raw
 

@@ -44,6 +44,7 @@ def build_roles(
     lora: LoRA,
     critic: LoRA | None = None,
     smaller: nn.Module | None = None,
+    precise: nn.Module | None = None,
     home: torch.device | None = None,
 ) -> Roles:
     """The roles of a run, all starting as the teacher.
@@ -54,6 +55,7 @@ def build_roles(
             adapter on the teacher's own weights) or "frozen" (the teacher's own weights, for methods that add to them).
         scale: the guidance scale to distil. lora: every role's adapter. critic: the critic's; None: like the others'.
         smaller: what student and target are copies of instead, see :func:`stepdistill.pruning.pruned`.
+        precise: the teacher's network in float32, which copies are made of where its own weights are rounded.
         home: where copies are kept; None: where the teacher is.
 
     Raises:
@@ -65,9 +67,9 @@ def build_roles(
     # Copies first: an adapter changes the network it is put on.
     for name, how in training.items():
         if how == "full":
-            source = smaller if smaller is not None and name in ("student", "target") else teacher.network
-            copied = copy.deepcopy(source)
-            networks[name] = (copied.to(home) if home else copied).float()
+            source = teacher.network if precise is None else precise
+            source = smaller if smaller is not None and name in ("student", "target") else source
+            networks[name] = copy.deepcopy(source).to(home or _device(teacher.network)).float()
     backbone, adapters = teacher.network, [name for name, how in training.items() if how == "lora"]
     # A new adapter starts with B = 0, so each role starts as the teacher exactly.
     with warnings.catch_warnings():
@@ -93,6 +95,10 @@ def build_roles(
         _copy_adapter(networks["student"], networks["target"])
     views = {name: teacher.on(network) for name, network in networks.items()}
     return Roles(teacher.on(bare), scale=scale, **views)
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
 
 
 def _copy_adapter(source: nn.Module, target: nn.Module) -> None:

@@ -20,6 +20,7 @@ from stepdistill.errors import InputError
 from stepdistill.exporting.lora import is_lora, load_adapter
 from stepdistill.generation.generate import set_up
 from stepdistill.generation.latents import decoder, encode_images, image_shape
+from stepdistill.half_precision import check_scheduler, check_start
 from stepdistill.methods.base import DistillMethod, Roles
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries, rest_encoders, unread
 from stepdistill.pipeline.load import is_export, load_pipeline
@@ -101,6 +102,7 @@ def build(
     """
     dtype = torch.bfloat16 if recipe.teacher.precision == "bf16" else torch.float32
     source = recipe.teacher
+    check_scheduler(recipe)
     pipeline = load_pipeline(
         source.pipeline, source.revision, dtype, source.quantize, source.ip_adapter, source.variant
     )
@@ -144,6 +146,9 @@ def build(
     if isinstance(sampler, TCD):
         # Stable Diffusion's pipelines hand every scheduler an eta of their own, 0 in a plain call.
         sampler.gamma = set_up(traced, sampler.scheduler, recipe.student.steps)[1].get("eta", sampler.gamma)
+    check_start(recipe, sampler, traced.denoiser.kind)
+    if implementation.guides_both and recipe.train.precision == "bf16" and with_data:
+        say(f"train.precision: fp32 is better for {recipe.method.name}: it compares two guided scores that begin equal")
     if device.type != "cpu":
         rest_encoders(traced, device)
     paths = None
@@ -154,7 +159,16 @@ def build(
         paths = teacher_paths(traced.denoiser, conditioning, needs.paths, scale, shape, seed, cache, grid)
     # Adapters and heads start from global random numbers.
     torch.manual_seed(recipe.train.seed)
-    method = make_method(recipe, traced, sampler, scale, device, torch.device("cpu") if shared else device)
+    precise = None
+    if dtype != torch.float32 and "full" in recipe.role_training.values():
+        # What is trained in float32 is not to start from weights that were rounded.
+        whole = load_pipeline(source.pipeline, source.revision, ip_adapter=source.ip_adapter, variant=source.variant)
+        precise = getattr(whole, traced.component)
+        _switch(precise, recipe)
+        del whole
+    home = torch.device("cpu") if shared else device
+    method = make_method(recipe, traced, sampler, scale, device, home, precise)
+    del precise
     rows = None
     if paths is not None:
         # What they cost belongs to the run, whoever made them.
@@ -191,22 +205,25 @@ def make_method(
     scale: float,
     device: torch.device,
     home: torch.device | None = None,
+    precise: nn.Module | None = None,
 ) -> DistillMethod:
     """The recipe's method with its roles on the traced teacher's network.
 
     Args:
         scale: the guidance to distil. device: the teacher's. home: that of networks trained whole; None: the teacher's.
+        precise: the teacher's network in float32, where its own is in half precision; None: its own.
 
     Raises:
         InputError: the network does not allow what the recipe asks of it.
     """
     implementation, config, student = recipe.method.implementation, recipe.method.config, recipe.student
     training = recipe.role_training
-    smaller = pruned(traced.denoiser.network, student.config) if student.config else None
+    original = traced.denoiser.network if precise is None else precise
+    smaller = pruned(original, student.config) if student.config else None
     if smaller is not None:
         _switch(smaller, recipe)
     lora = LoRA(student.rank, student.alpha, student.targets)
-    roles = build_roles(traced.denoiser, training, scale, lora, _critic_lora(recipe), smaller, home)
+    roles = build_roles(traced.denoiser, training, scale, lora, _critic_lora(recipe), smaller, precise, home)
     roles.decode = decoder(traced)
     if student.init is not None:
         _start_from(Path(student.init), roles.student, traced.pipeline, traced.component)
@@ -254,6 +271,9 @@ def compile_networks(roles: Roles, graphs: bool = False) -> None:
         graphs: replay launches as CUDA graphs, on a GPU. What a network returned is gone after the next
             ``torch.compiler.cudagraph_mark_step_begin()``; a trainer's steps begin with it.
     """
+    # A network that is called plain and with something added by hooks is one module: hooks are part of what a graph is
+    # checked by, or the graph of the plain call would stand for both.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     # A logged step takes the gradient of each loss term from one graph, and then that of the sum.
     torch._functorch.config.donated_buffer = False
     # One network has a graph for each of: with and without gradients, full and doubled batch, each adapter.

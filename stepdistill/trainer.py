@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from stepdistill import checkpoint
+from stepdistill import checkpoint, float32
 from stepdistill.bench import bench
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Denoiser
@@ -218,7 +218,8 @@ class Trainer:
         self.accelerator.init_trackers("tensorboard")
         step, saved, enough = first, first, False
         watchdog = Watchdog(self.folder, train.watchdog_minutes, first, self.processes.rank)
-        with self._signals(), TrainingProgress(first, train.steps) as progress, watchdog:
+        exactness = float32.passes(train, self.method.guides_both, self.accelerator.device)
+        with self._signals(), TrainingProgress(first, train.steps) as progress, watchdog, exactness:
             if first == 0 and preview:
                 with self.processes.counted_once(self._roles()):
                     preview.write(0, self.averaged())

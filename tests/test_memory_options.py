@@ -14,7 +14,7 @@ from stepdistill.errors import InputError
 from stepdistill.optimizer import make_optimizer
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.recipe import Train, load
-from stepdistill.session import Session, build
+from stepdistill.session import Session, build, compile_networks
 from stepdistill.trainer import Trainer
 
 TEACHERS = {"dit": tiny_dit, "unet": tiny_sd}
@@ -206,3 +206,40 @@ def test_eight_bit_adam_without_its_library_is_one_line(monkeypatch):
     train = Train(steps=1, batch_size=1, lr=0.1, optimizer="adamw8bit")
     with pytest.raises(InputError, match=r"train\.optimizer: adamw8bit needs bitsandbytes \(pip"):
         make_optimizer(torch.nn.Linear(1, 1).parameters(), train, 0.1)
+
+
+@pytest.mark.parametrize("method", ["agd", "guide", "w-embed", "scm"])
+def test_compiled_networks_show_what_was_added_to_them(method, teachers, monkeypatch):
+    """A preview's order: the teacher plain, the student's training, the student without gradients, on one module."""
+    torch._dynamo.reset()
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: original(self, backend="eager"))
+    settings = {"agd": {"paths": 2, "path_steps": 2}, "guide": {"paths": 2, "path_steps": 2}, "scm": {"jvp": "finite"}}
+    recipe = {
+        "teacher": {"pipeline": str(teachers / "dit"), "guidance": {"scale": 2.0}},
+        "student": {"steps": 2, "train": "full" if method in ("agd", "guide") else "lora", "rank": 2},
+        "data": {"conditions": ["0", "3"]},
+        "method": {"name": method} | settings.get(method, {}),
+        "train": {"steps": 2, "batch_size": 2, "lr": 1e-3},
+    }
+    if method in ("w-embed", "scm"):
+        recipe["data"]["images"] = "fashion-mnist"
+    made = build(load(recipe), torch.device("cpu"), with_data=False)
+    roles, noise = made.method.roles, torch.Generator().manual_seed(5)
+    for parameter in roles.student.network.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=noise)
+    batch = made.batch(0, 0, 2)
+    x, t = batch.noise("x"), torch.tensor([0.4, 0.9], dtype=torch.float64)
+
+    def seen() -> list[torch.Tensor]:
+        with torch.no_grad():
+            plain = roles.teacher(x, t, batch.cond).raw
+        trained = roles.student(x, t, batch.cond).raw.detach()
+        with torch.no_grad():
+            return [plain, trained, roles.student(x, t, batch.cond).raw]
+
+    expected = seen()
+    assert (expected[2] - expected[0]).abs().max() > 1e-3
+    compile_networks(roles)
+    for found, wanted in zip(seen(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

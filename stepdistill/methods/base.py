@@ -194,9 +194,9 @@ class DistillMethod(ABC):
         """One time for every row, (B,)."""
         return torch.full((batch.size,), time, device=batch.device, dtype=torch.float64)
 
-    def table(self, name: str, make: Callable[[], Tensor], batch: Batch) -> Tensor:
-        """A constant of the run by its name, such as a grid of times, made once, on the batch's device."""
-        return self._tables.setdefault(name, DeviceTable(make)).on(batch.device)
+    def table(self, name: str, make: Callable[[], Tensor], device: torch.device | str) -> Tensor:
+        """A constant of the run by its name, such as a grid of times, made once and copied to a device once."""
+        return self._tables.setdefault(name, DeviceTable(make)).on(device)
 
     @torch.no_grad()
     def backward_simulation(self, batch: Batch, upto: int) -> Tensor:

@@ -107,7 +107,7 @@ class LCM(DistillMethod):
 
     def solver_grid(self, batch: Batch) -> Tensor:
         """The teacher's times (N + 1,), ascending from the clean end."""
-        return self.table("solver grid", lambda: solver_grid(self.schedule, self.config.solver_steps), batch)
+        return self.table("solver grid", lambda: solver_grid(self.schedule, self.config.solver_steps), batch.device)
 
     def guidance(self, batch: Batch, mine: Denoiser | None = None) -> tuple[float | Tensor, Conditions]:
         """The teacher's w for the loss of ``mine`` (the student), and the conditions of networks with w as an input."""

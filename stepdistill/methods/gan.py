@@ -67,8 +67,9 @@ class Discriminator(ABC):
         """What the discriminator minimises on detached samples (B, ...)."""
         states = self.features(real, batch)
         if self.r1:
-            # Those of a frozen network have no graph, and the penalty is on what the heads are given.
-            states = [state if state.requires_grad else state.detach().requires_grad_() for state in states]
+            # Those of a frozen network have no graph, and the penalty is on what the heads are given; in float32, as
+            # slopes have the dtype of what they are taken by.
+            states = [state.float() if state.requires_grad else state.float().requires_grad_() for state in states]
         logits = self.votes(states, batch)
         loss = discriminator_loss(self.logits(fake, batch), logits, self.loss)
         return loss + self.r1 / 2 * gradient_penalty(logits, states) if self.r1 else loss

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepdistill.denoiser import Conditions, Denoiser
+from stepdistill.float32 import no_autocast
 from stepdistill.kernels import dmd_gradient, identity_loss, mean_per_sample, pseudo_huber, sid_loss, surrogate
 from stepdistill.schedule import Prediction
 
@@ -61,5 +62,7 @@ def gradient_penalty(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     Args:
         logits: (B, votes), each of which sees its own part of the inputs alone. inputs: what the heads were given.
     """
-    slopes = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
-    return sum(slope.square().sum() for slope in slopes) / logits.numel()
+    # Under autocast a backward pass takes its matrix products in half precision, whatever the forward pass did.
+    with no_autocast(logits.device):
+        slopes = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+        return sum(slope.square().sum() for slope in slopes) / logits.numel()

@@ -84,8 +84,8 @@ class ProgressiveDistillation(DistillMethod):
             for role in (self.roles.target, self.roles.student):
                 _copy(self.slow, role.network)
         grid, rollout = self.grids[phase], self.config.inputs == "rollout"
-        halves = self.table(f"halves {phase}", lambda: self.halves(phase), batch)
-        halves = halves[batch.turn].expand(batch.size, -1) if rollout else halves[batch.integers("k", len(grid))]
+        turn = torch.full((batch.size,), batch.turn, device=batch.device)
+        halves = self.halves(phase, turn if rollout else batch.integers("k", len(grid)))
         t = halves[:, 0]
         if not rollout:
             x_t = self.schedule.add_noise(batch.latents, batch.noise("forward"), t)
@@ -106,11 +106,15 @@ class ProgressiveDistillation(DistillMethod):
     def extra_modules(self) -> dict[str, nn.Module]:
         return {"average": self.slow}
 
-    def halves(self, phase: int) -> Tensor:
-        """(K, 4): t, m, r of each of the student's steps, and 1 where r is the clean end."""
-        halves = halved(self.grids[phase], self.schedule)
-        rows = [(a.t, b.t, b.r or 0.0, b.r is None) for a, b in zip(halves[::2], halves[1::2], strict=True)]
-        return torch.tensor(rows, dtype=torch.float64)
+    def halves(self, phase: int, k: Tensor) -> Tensor:
+        """(B, 4): t, m, r of the student's steps ``k`` (B,), and 1 where r is the clean end."""
+
+        def steps() -> Tensor:
+            halves = halved(self.grids[phase], self.schedule)
+            rows = [(a.t, b.t, b.r or 0.0, b.r is None) for a, b in zip(halves[::2], halves[1::2], strict=True)]
+            return torch.tensor(rows, dtype=torch.float64)
+
+        return self.table(f"halves {phase}", steps, k.device)[k]
 
     @torch.no_grad()
     def target(self, x_t: Tensor, halves: Tensor, phase: int, batch: Batch) -> Tensor:

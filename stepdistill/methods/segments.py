@@ -62,7 +62,7 @@ class PCM(LCM):
         """The times of each row's segment (B, k + 1), ascending, and a position (B,) in 1..k."""
         count = self.segments(batch.step)
         name, steps = f"segments {count}", self.config.solver_steps
-        points = self.table(name, lambda: segment_points(self.sampler, count, steps), batch)
+        points = self.table(name, lambda: segment_points(self.sampler, count, steps), batch.device)
         return points[batch.integers("segment", count)], 1 + batch.integers("n", points.shape[1] - 1)
 
     def solver_step(self, teacher: Prediction, r: Tensor) -> Tensor:

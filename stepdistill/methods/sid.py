@@ -143,6 +143,7 @@ class SiDLSG(SiD):
 
     Config = LSGConfig
     summary = "SiD-LSG: score identity distillation with the critic guided too (long and short guidance)"
+    guides_both = True
 
 
 class SiDA(SiD):

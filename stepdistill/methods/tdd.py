@@ -73,7 +73,7 @@ class TDD(TCD):
     def aim(self, t: Tensor, r: Tensor, batch: Batch) -> Tensor:
         """A time of some n-step schedule within one step below ``t`` and not above ``r``, (B,)."""
         times, longest = schedule_times(self.sampler, self.config.n_min, self.config.n_max)
-        times = self.table("schedule times", lambda: times, batch)
+        times = self.table("schedule times", lambda: times, batch.device)
         # Where the solver's step is longer than a sampler's, the nearest time below it is the only one.
         last = torch.searchsorted(times, r + 1e-6, right=True) - 1
         first = torch.minimum(torch.searchsorted(times, t - longest - 1e-6), last)

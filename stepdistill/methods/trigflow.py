@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from stepdistill.float32 import no_autocast
 from stepdistill.schedule import Prediction, Schedule, per_sample
 
 
@@ -23,7 +24,8 @@ class LogVariance(nn.Module):
 
     def forward(self, angle: Tensor) -> Tensor:
         orders = torch.arange(self.linear.in_features, device=angle.device)
-        return self.linear((2 * angle[:, None] * orders).cos().to(self.linear.weight))[:, 0]
+        with no_autocast(angle.device):
+            return self.linear((2 * angle[:, None] * orders).cos().to(self.linear.weight))[:, 0]
 
 
 @torch.no_grad()

@@ -51,6 +51,7 @@ class VSD(DistributionMatching):
     Config = VSDConfig
     config: VSDConfig
     summary = "VSD (SwiftBrush): guided score differences with a LoRA critic"
+    guides_both = True
 
     def prepare(self, batch: Batch) -> None:
         if self.config.guidance_range is not None and batch.null is None:
