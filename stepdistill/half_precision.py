@@ -47,7 +47,7 @@ def is_half(recipe: Recipe) -> bool:
     return recipe.train.precision == "bf16" or (recipe.teacher.precision == "bf16" and not whole)
 
 
-def check_start(recipe: Recipe, sampler: Sampler, kind: Kind) -> None:
+def check_rounding(recipe: Recipe, sampler: Sampler, kind: Kind) -> None:
     """Refuse a first time of the student's at which bfloat16's rounding alone drowns what it says.
 
     Args:
@@ -73,7 +73,7 @@ def check_start(recipe: Recipe, sampler: Sampler, kind: Kind) -> None:
 
 
 def check_scheduler(recipe: Recipe) -> None:
-    """:func:`check_start` before any weight is loaded, where the pipeline's files are at hand.
+    """:func:`check_rounding` before any weight is loaded, where the pipeline's files are at hand.
 
     Raises:
         InputError: bfloat16 drowns what the student says at its first time.
@@ -86,10 +86,12 @@ def check_scheduler(recipe: Recipe) -> None:
     try:
         schedule, emitted = from_scheduler(scheduler)
         implementation, settings = recipe.method.implementation, recipe.method.config
-        sampler = SAMPLERS[implementation.sampler_of(settings)](schedule, scheduler, recipe.student.steps)
+        sampler = SAMPLERS[implementation.sampler_of(settings)](
+            schedule, scheduler, recipe.student.steps, start=recipe.student.start
+        )
     except InputError:
         return  # it is refused with its reason where the pipeline is watched
-    check_start(recipe, sampler, emitted)
+    check_rounding(recipe, sampler, emitted)
 
 
 def _scheduler_config(pipeline: str) -> dict[str, Any]:

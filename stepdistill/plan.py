@@ -22,7 +22,7 @@ from stepdistill.data.forms import count as samples_in
 from stepdistill.data.forms import form
 from stepdistill.errors import InputError
 from stepdistill.forward import forward_passes
-from stepdistill.half_precision import check_start
+from stepdistill.half_precision import check_rounding
 from stepdistill.memory import LiveBytes, savings
 from stepdistill.methods.base import DistillMethod
 from stepdistill.optimizer import only_moving
@@ -179,7 +179,7 @@ def method_of(recipe: Recipe, drawn: Blueprint) -> DistillMethod:
     traced, device = drawn.trace, torch.device("cpu")
     sampler = make_sampler(recipe, traced, partial(set_up, traced))
     sampler.grid()  # outside the mode, where numbers have values
-    check_start(recipe, sampler, traced.denoiser.kind)
+    check_rounding(recipe, sampler, traced.denoiser.kind)
     with without_data(drawn.mode):
         method = make_method(recipe, traced, sampler, recipe.teacher.guidance.scale, device)
         method.prepare(batch_of(recipe, drawn, method, 0, 0))

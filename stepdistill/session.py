@@ -20,7 +20,7 @@ from stepdistill.errors import InputError
 from stepdistill.exporting.lora import is_lora, load_adapter
 from stepdistill.generation.generate import set_up
 from stepdistill.generation.latents import decoder, encode_images, image_shape
-from stepdistill.half_precision import check_scheduler, check_start
+from stepdistill.half_precision import check_rounding, check_scheduler
 from stepdistill.methods.base import DistillMethod, Roles
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries, rest_encoders, unread
 from stepdistill.pipeline.load import is_export, load_pipeline
@@ -146,7 +146,7 @@ def build(
     if isinstance(sampler, TCD):
         # Stable Diffusion's pipelines hand every scheduler an eta of their own, 0 in a plain call.
         sampler.gamma = set_up(traced, sampler.scheduler, recipe.student.steps)[1].get("eta", sampler.gamma)
-    check_start(recipe, sampler, traced.denoiser.kind)
+    check_rounding(recipe, sampler, traced.denoiser.kind)
     if implementation.guides_both and recipe.train.precision == "bf16" and with_data:
         say(f"train.precision: fp32 is better for {recipe.method.name}: it compares two guided scores that begin equal")
     if device.type != "cpu":

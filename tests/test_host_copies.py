@@ -14,7 +14,6 @@ from stepdistill.data.batch import Batch, PathRows
 from stepdistill.denoiser import Denoiser
 from stepdistill.discriminator import ImageFeatures
 from stepdistill.methods import METHODS
-from stepdistill.methods.trajectory import TrajectoryRegression
 from stepdistill.pipeline.trace import trace
 from stepdistill.recipe import load
 from stepdistill.samplers import SAMPLERS
@@ -140,8 +139,6 @@ def method_on_meta(name: str, traced: Any, monkeypatch: Any, train: str = "full"
             role.network.to("meta")
     for module in method.extra_modules().values():
         module.to("meta") if module is not None else None
-    every = list(range(2 + 1))
-    monkeypatch.setattr(TrajectoryRegression, "positions", lambda self, times: every)
     method.prepare(batch_of(method, traced, 0))
     return method
 
