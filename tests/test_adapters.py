@@ -7,7 +7,9 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
+from pipeline import zoo
 from pipeline.tiny import tiny_dit, tiny_sd
 from stepdistill.adapters import AdapterView, GuidanceEmbedded, SlowTime, fourier, plain_network
 from stepdistill.denoiser import CallSpec, Denoiser
@@ -26,7 +28,14 @@ def unet() -> tuple[nn.Module, dict[str, Tensor]]:
     return tiny_sd().unet, {"encoder_hidden_states": torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))}
 
 
-NETWORKS = {"dit": dit, "unet": unet}
+def pixart() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Of 1024 px: two more modules of the time embedding's class, one with two rows per sample."""
+    text = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    sizes = {"resolution": torch.tensor([[16.0, 16.0], [24.0, 8.0]]), "aspect_ratio": torch.tensor([[1.0], [3.0]])}
+    return zoo.pixart(sigma=False).transformer, {"encoder_hidden_states": text, "added_cond_kwargs": sizes}
+
+
+NETWORKS = {"dit": dit, "unet": unet, "pixart": pixart}
 
 
 def call(network: nn.Module, cond: dict[str, Tensor], **told: Tensor) -> Tensor:
@@ -64,6 +73,29 @@ def test_after_training_each_row_has_its_own_scale(bare):
     mixed = call(embedded, cond, guidance_scale=torch.tensor([1.0, 4.0]))
     torch.testing.assert_close(mixed, torch.stack([one[0], other[1]]))
     torch.testing.assert_close(call(embedded, cond), call(embedded, cond, guidance_scale=torch.full((2,), SCALE)))
+
+
+def test_a_row_alone_is_the_row_of_a_batch(bare):
+    """Also where the network embeds several numbers of each row, by modules of the time embedding's class."""
+    network, cond = bare
+    embedded = trained(GuidanceEmbedded(network, SCALE))
+
+    def of(rows: slice) -> Tensor:
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))[rows]
+        told = tree_map(lambda value: value[rows], cond)
+        scale, times = torch.tensor([1.0, 4.0])[rows], torch.tensor([400, 20])[rows]
+        return embedded(x, timestep=times, **told, guidance_scale=scale, return_dict=False)[0]
+
+    torch.testing.assert_close(torch.cat([of(slice(0, 1)), of(slice(1, 2))]), of(slice(0, 2)))
+
+
+def test_the_scale_joins_the_time_alone():
+    """Not what else is embedded by modules of the same class: sizes and aspects, guidance."""
+    counts = {"pixart-alpha": 1, "sdxl": 1, "flux": 1, "sana": 1, "dit": 3, "ddpm": 1, "wan": 1}
+    for name, count in counts.items():
+        pipeline = zoo.ZOO[name].build()
+        network = getattr(pipeline, "transformer", None) or pipeline.unet
+        assert len(GuidanceEmbedded(network, SCALE).leaves) == count, name
 
 
 def test_at_one_scale_a_stock_network_does_the_same(bare):
@@ -162,6 +194,7 @@ def test_a_network_without_time_is_refused():
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_slow_time_folds_into_the_stock_network(bare, lora):
     network, cond = bare
+    stocks = type(network)
     if lora:
         schedule, kind = from_scheduler(tiny_dit().scheduler)
         spec = CallSpec("sample", "timestep")
@@ -172,7 +205,7 @@ def test_a_slow_time_folds_into_the_stock_network(bare, lora):
     slow = trained(SlowTime(network, 50))
     assert len(list(slow.parameters())) == len(list(network.parameters()))
     stock = slow.plain()
-    assert type(stock) is type(NETWORKS["dit" if "class_labels" in cond else "unet"]()[0])
+    assert type(stock) is stocks
     torch.testing.assert_close(call(stock, cond), call(slow, cond), rtol=1e-5, atol=1e-5)
     assert (call(slow, cond) - before).abs().max() > 1e-3
 

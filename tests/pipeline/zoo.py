@@ -142,14 +142,17 @@ def ddpm() -> Any:
 
 
 def pixart(sigma: bool) -> Any:
+    """Sigma, or Alpha of 1024 px, whose network embeds height, width and aspect beside the time."""
     transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=2,
-        attention_head_dim=8,
+        # Alpha gives a third of the width to each of height, width and aspect.
+        attention_head_dim=8 if sigma else 12,
         num_layers=1,
-        cross_attention_dim=16,
+        cross_attention_dim=16 if sigma else 24,
         caption_channels=32,
-        sample_size=8,
-        use_additional_conditions=False,
+        # By this size its pipeline knows whether the network takes them.
+        sample_size=8 if sigma else 128,
+        use_additional_conditions=not sigma,
     )
     tokenizer = t5_tokenizer()
     pipeline = diffusers.PixArtSigmaPipeline if sigma else diffusers.PixArtAlphaPipeline
