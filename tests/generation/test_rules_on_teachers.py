@@ -11,11 +11,16 @@ from diffusers.models.embeddings import TimestepEmbedding
 from pipeline.zoo import ZOO
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
+from stepdistill.generation import inference_guidance
+from stepdistill.generation.attention_guidance import attended, attention_weights, gaussian_blur, self_attention
 from stepdistill.generation.generate import noise, sample_generator
 from stepdistill.generation.inference_guidance import Adaptive, Step, cfg_plus_plus, time_step
+from stepdistill.generation.linear_guidance import LinearAdaptive
+from stepdistill.generation.teacher_rules import teacher_refined
 from stepdistill.kernels import Rule
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.trace import trace
+from stepdistill.schedule import FlowSchedule
 
 W, B = 3.0, 2
 TEACHERS = {
@@ -159,3 +164,69 @@ def test_a_network_with_a_time_embedding_of_its_own_is_refused():
     told = encode(found, ["a red shoe", "rain"])
     with pytest.raises(InputError, match=r"tsg perturbs diffusers' TimestepEmbedding, and ZImageTransf.* has none"):
         time_step(W)(found.denoiser, step((found.denoiser, told, found.latent_shape), 0.7, 0.4))
+
+
+@torch.no_grad()
+def test_s2_guidance_moves_away_from_the_network_without_a_block(teacher, monkeypatch):
+    """Added to what the pipeline's own guidance gives: in x_0, eps and v alike, as each is linear in the output."""
+    denoiser, now = teacher[0], step(teacher, 0.7, 0.4)
+    block = inference_guidance.equal_blocks(denoiser.network)[0]
+    # These networks are too short to leave a block in the middle out.
+    monkeypatch.setattr(inference_guidance, "equal_blocks", lambda _: [block] * 3)
+    cond, uncond = two(denoiser, now)
+    with inference_guidance.without([block]):
+        less = denoiser(now.x_t, now.t, now.cond).raw
+    assert (less - cond).abs().max() > 1e-4
+    found = read(denoiser, inference_guidance.dropped_blocks(W, 0.4)(denoiser, now).raw, now)
+    parts = [read(denoiser, raw, now) for raw in (combined(denoiser, cond, uncond), cond, less)]
+    for one, (guided, full, short) in zip(found, zip(*parts, strict=True), strict=True):
+        close(one, guided + 0.4 * (full - short), 1e-5)
+
+
+@torch.no_grad()
+def test_a_guessed_unconditional_output_is_combined_as_the_pipeline_does(teacher):
+    denoiser = teacher[0]
+    rule = LinearAdaptive(W, {1: torch.tensor([-0.5, 1.2, 0.3])})
+    first, second = step(teacher, 1.0, 0.6), step(teacher, 0.6, 0.2, 1)
+    cond, uncond = two(denoiser, first)
+    close(rule(denoiser, first).raw, combined(denoiser, cond, uncond), 1e-5)
+    then = denoiser(second.x_t, second.t, second.cond).raw
+    guess = -0.5 * cond + 1.2 * uncond + 0.3 * then
+    close(rule(denoiser, second).raw, combined(denoiser, then, guess), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("t", [1.0, 0.7])
+def test_a_refined_x0_is_part_the_teachers(teacher, t):
+    denoiser, now = teacher[0], step(teacher, t, 0.4)
+    x0, _ = read(denoiser, denoiser(now.x_t, now.t, now.cond).raw, now)
+    noise = torch.stack([torch.randn(now.x_t.shape[1:], generator=dice) for dice in now.dice()])
+    later = replace(now, x_t=denoiser.schedule.add_noise(x0, noise.double(), now.r).float(), t=now.r)
+    refined, _ = read(denoiser, combined(denoiser, *two(denoiser, later)), later)
+    found = teacher_refined(denoiser, W, 0.3)(denoiser, now)
+    close(found.x0.double(), 0.7 * x0 + 0.3 * refined, 1e-4)
+    close(denoiser.schedule.add_noise(found.x0, found.eps, now.t), now.x_t, 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", ["sd", "sd-v", "dit", "flow"])
+@pytest.mark.parametrize("phi", [0.0, 0.7])
+def test_self_attention_guidance_in_the_noise(made, phi):
+    """eps + s (eps - worse eps) on what the pipeline's guidance gives; joint attention is refused elsewhere."""
+    found, told = pipeline("dit" if made == "flow" else made)
+    one = found.denoiser
+    schedule, kind = (FlowSchedule(), "flow") if made == "flow" else (one.schedule, one.kind)
+    denoiser = Denoiser(one.network, replace(one.spec, rule=Rule(rescale=phi)), schedule, kind)
+    now = step((denoiser, told, found.latent_shape), 0.7, 0.4)
+    cond, uncond = two(denoiser, now)
+    with attention_weights(denoiser.network) as seen:
+        base = denoiser(now.x_t, now.t, now.null)
+    blurred = torch.where(attended(seen, now.x_t) > 1, gaussian_blur(base.x0), base.x0)
+    degraded = replace(now, x_t=schedule.add_noise(blurred, base.eps, now.t))
+    worse = read(denoiser, denoiser(degraded.x_t, now.t, now.null).raw, degraded)[1]
+    eps = read(denoiser, combined(denoiser, cond, uncond), now)[1]
+    rule = self_attention(W, 0.6)
+    close(rule(denoiser, now).eps.double(), eps + 0.6 * (base.eps - worse), 1e-4)
+    if schedule.coefficients(torch.ones(1))[0] == 0:
+        # At pure noise eps says nothing of the picture.
+        assert rule(denoiser, step((denoiser, told, found.latent_shape), 1.0, 0.4)).x0.isfinite().all()
