@@ -5,8 +5,8 @@
     python scripts/bench_editing.py --table-only
 
 Pictures are of the split ``styles``: known words, pictures never seen in training. Inversion: mean absolute difference
-of picture and reconstruction in levels of 255, beside the autoencoder's own and DDIM inversion of the teacher at as many
-passes. Editing: the style word of the caption is changed; LiT-score of the new caption against the distance to the
+of picture and reconstruction in levels of 255, beside the autoencoder's own and DDIM inversion of the teacher with as
+many passes. Editing: the style word of the caption is changed; LiT-score of the new caption against distance to the
 picture, over tau. One number alone can always be bought with the other.
 """
 

@@ -28,6 +28,7 @@ from stepdistill.methods.base import DistillMethod
 from stepdistill.optimizer import only_moving
 from stepdistill.pipeline.conditioning import class_names
 from stepdistill.pipeline.trace import sampled_at
+from stepdistill.plan_trajectories import NO_TRAJECTORIES, Trajectories, trajectories
 from stepdistill.recipe import Recipe, load
 from stepdistill.session import make_method, make_sampler
 from stepdistill.text_files import read_text
@@ -35,7 +36,7 @@ from stepdistill.text_files import read_text
 GIB = 2**30
 RESERVE = 1.0
 """GiB that CUDA's context, workspaces and fragmentation take beside the tensors."""
-ENCODERS, AUTOENCODER = "encoders", "autoencoder and others"
+ENCODERS, AUTOENCODER, TRAJECTORIES = "encoders", "autoencoder and others", "trajectories"
 # Of an 8-bit moment: one byte a value, and a float32 scale for each block of 256.
 ADAM_BYTES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 # A weight in 4 bits has a float32 scale for each block of 64; in 8 bits the scale of its row is next to nothing.
@@ -60,7 +61,7 @@ class Plan:
     """Lines of the table, the expected peak in bytes, and the player in whose turn it comes.
 
     ``encoders`` are on the device while conditions are encoded (``encoding`` bytes with teacher and autoencoder), and
-    rest in the host's memory after that.
+    rest in the host's memory after that. ``trajectories`` are what the teacher makes before training.
     """
 
     lines: list[Line]
@@ -68,6 +69,7 @@ class Plan:
     player: str
     encoders: Line = Line("encoders")
     encoding: int = 0
+    trajectories: Trajectories = NO_TRAJECTORIES
 
     def fits(self, gpu: float) -> bool:
         """Whether the peak and what CUDA needs stay within ``gpu`` GiB."""
@@ -120,8 +122,11 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     ]
     lines.append(Line("stored conditions and images", weights=store))
     fixed = sum(line.weights + line.optimizer + line.average for line in lines)
-    peak = fixed + gradients[player] + activations[player]
-    return Plan(lines, max(peak, encoding), player if peak >= encoding else ENCODERS, encoders, encoding)
+    made = trajectories(recipe, drawn, method, known)
+    solving = made.activations + sum(weights[name][1] for name in ("teacher", AUTOENCODER)) + store if made.count else 0
+    peaks = {player: fixed + gradients[player] + activations[player], ENCODERS: encoding, TRAJECTORIES: solving}
+    highest = max(peaks, key=peaks.__getitem__)
+    return Plan(lines, peaks[highest], highest, encoders, encoding, made)
 
 
 def fit(recipe: str | Path, overrides: Sequence[str], gpu: float) -> tuple[Plan, list[Change]]:
@@ -212,7 +217,7 @@ def batch_of(
     if recipe.teacher.guidance.scale != 1:
         batch.null = {name: row.clone() for name, row in rows.items()}
     needs = method.data_needs(recipe.method.config)
-    if needs.images:
+    if needs.images or needs.made is not None:
         batch.latents = torch.zeros(size, *shape)
     if needs.paths is not None:
         count = needs.paths.steps + 1 if needs.paths.keep == "all" else 2
@@ -330,10 +335,13 @@ def as_text(first: Plan, changes: Sequence[Change], gpu: float | None) -> str:
         sizes = " ".join(f"{getattr(line, name) / GIB:11.3f}" for name in columns)
         rows.append(f"{line.name:{width}} {line.parameters / 1e6:10.2f} M {sizes}")
     last = changes[-1].plan if changes else first
-    when = "while conditions are encoded" if first.player == ENCODERS else f"in the turn of the {first.player}"
+    phases = {ENCODERS: "while conditions are encoded", TRAJECTORIES: "while the teacher makes its trajectories"}
+    when = phases.get(first.player, f"in the turn of the {first.player}")
     if first.encoders.weights:
         size = f"{first.encoders.parameters / 1e6:.2f} M parameters, {first.encoders.weights / GIB:.3f} GiB"
         rows.append(f"encoders: {size}, in the host's memory once the conditions are encoded")
+    if first.trajectories.count:
+        rows.append(first.trajectories.as_text())
     rows += ["", f"peak {first.peak / GIB:.2f} GiB, {when}"]
     if gpu is not None:
         rows[-1] += f"; {_verdict(first, gpu)}"
@@ -354,6 +362,7 @@ def as_dict(first: Plan, changes: Sequence[Change], gpu: float | None) -> dict[s
     """The same for scripts; bytes."""
     facts = {"schema": 1, "peak": first.peak, "player": first.player, "lines": [asdict(line) for line in first.lines]}
     facts |= {"encoders": asdict(first.encoders), "encoding": first.encoding}
+    facts |= {"trajectories": asdict(first.trajectories)}
     if gpu is None:
         return facts
     proposals = [{"key": c.key, "value": c.value, "peak": c.plan.peak, "effect": c.effect} for c in changes]

@@ -93,9 +93,7 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
     for key, source in (("conditions", conditions), ("images", data.images)):
         if isinstance(source, str) and form(source) == "hub" and data.limit is None:
             yield ("data", key), "expected data.limit beside it, the number of samples to be streamed, found null"
-    if data.images is None and recipe.method.implementation.data_needs(config).images:
-        problem = f"trains on real images with these settings; expected data.images: 'fashion-mnist', {SOURCES}"
-        yield ("method", "name"), f"{recipe.method.name} {problem}, found null"
+    yield from _real_samples(recipe, config)
     guidance = teacher.guidance
     if guidance.interval is not None and not 0 <= guidance.interval[0] < guidance.interval[1] <= 1:
         problem = f"expected [low, high] with 0 <= low < high <= 1, found {guidance.interval}"
@@ -145,6 +143,22 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
     if recipe.resume not in ("auto", "never") and not Path(recipe.resume).is_dir():
         hint = suggest(recipe.resume, ["auto", "never"])
         yield ("resume",), f"expected auto, never or an existing folder, found {found(recipe.resume)}{hint}"
+
+
+def _real_samples(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
+    """Real samples from nowhere, from two places, or for nothing."""
+    name, needs = recipe.method.name, recipe.method.implementation.data_needs(config)
+    if recipe.data.images is None and needs.images:
+        problem = f"trains on real images with these settings; expected data.images: 'fashion-mnist', {SOURCES}"
+        instead = ", or method.real: teacher" if hasattr(config, "real") else ""
+        yield ("method", "name"), f"{name} {problem}{instead}, found null"
+    if getattr(config, "real", "data") == "teacher":
+        if needs.made is None:
+            problem = f"expected data, as {name} trains on no real samples with these settings"
+            yield ("method", "real"), f"{problem}, found teacher"
+        elif recipe.data.images is not None:
+            problem = f"expected null beside method.real: teacher, found {recipe.data.images}"
+            yield ("data", "images"), f"{problem}; for its captions name it in data.conditions"
 
 
 def _nothing(source: str) -> str:

@@ -21,7 +21,7 @@ from stepdistill.exporting.lora import is_lora, load_adapter
 from stepdistill.generation.generate import set_up
 from stepdistill.generation.latents import decoder, encode_images, image_shape
 from stepdistill.half_precision import check_rounding, check_scheduler
-from stepdistill.methods.base import DistillMethod, Roles
+from stepdistill.methods.base import DistillMethod, PathNeeds, Roles
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries, rest_encoders, unread
 from stepdistill.pipeline.load import is_export, load_pipeline
 from stepdistill.pipeline.trace import Trace, asked_for, sampled_at, trace, under
@@ -37,7 +37,7 @@ class Session:
     """A traced teacher, its conditions, the method with its roles, and the data it needs besides.
 
     ``rows`` are real samples: latents (N, ...) and the index of each one's condition (N,). ``paths`` are the
-    teacher's trajectories.
+    teacher's trajectories, and the clean ends of ``made`` stand for real samples.
     """
 
     recipe: Recipe
@@ -48,6 +48,7 @@ class Session:
     rows: tuple[Tensor, Tensor] | None
     device: torch.device
     paths: Paths | None = None
+    made: Paths | None = None
 
     def batch(self, step: int, first: int, size: int) -> Batch:
         """Rows ``first`` .. ``first + size`` of the global batch of ``step``."""
@@ -62,12 +63,15 @@ class Session:
             cond={},
             device=self.device,
         )
-        if self.rows is None:
-            index = batch.integers("condition", len(self.conditioning))
-        else:
+        if self.made is not None:
+            made = self.made.rows(batch.integers("made row", len(self.made)), self.conditioning, self.device)
+            batch.latents, batch.cond, batch.null = made.points[:, -1], made.cond, made.null
+        elif self.rows is not None:
             row = batch.integers("row", len(self.rows[0]))
-            batch.latents, index = self.rows[0][row], self.rows[1][row]
-        batch.cond, batch.null = self.conditioning.batch(index)
+            batch.latents = self.rows[0][row]
+            batch.cond, batch.null = self.conditioning.batch(self.rows[1][row])
+        else:
+            batch.cond, batch.null = self.conditioning.batch(batch.integers("condition", len(self.conditioning)))
         if self.paths is not None:
             row = batch.integers("path row", len(self.paths))
             batch.path = self.paths.rows(row, self.conditioning, self.device)
@@ -151,12 +155,9 @@ def build(
         say(f"train.precision: fp32 is better for {recipe.method.name}: it compares two guided scores that begin equal")
     if device.type != "cpu":
         rest_encoders(traced, device)
-    paths = None
-    if with_data and needs.paths is not None:
-        # Before adapters rename the teacher's weights: what is stored serves every run with this teacher.
-        shape, seed = traced.latent_shape, recipe.train.seed
-        grid = [step.t for step in sampler.grid()]
-        paths = teacher_paths(traced.denoiser, conditioning, needs.paths, scale, shape, seed, cache, grid)
+    # Before adapters rename the teacher's weights: what is stored serves every run with this teacher.
+    own = traced.denoiser, conditioning, scale, traced.latent_shape, recipe.train.seed, cache, sampler
+    paths, made = (_trajectories(wants if with_data else None, *own) for wants in (needs.paths, needs.made))
     # Adapters and heads start from global random numbers.
     torch.manual_seed(recipe.train.seed)
     precise = None
@@ -170,13 +171,12 @@ def build(
     method = make_method(recipe, traced, sampler, scale, device, home, precise)
     del precise
     rows = None
-    if paths is not None:
-        # What they cost belongs to the run, whoever made them.
-        method.roles.teacher.evaluations += paths.evaluations
+    # What they cost belongs to the run, whoever made them.
+    method.roles.teacher.evaluations += sum(stored.evaluations for stored in (paths, made) if stored is not None)
     if real is not None:
         rows = _real_rows(*real[:2], traced, conditioning, cache)
         rows = (rows[0].to(device), rows[1].to(device))
-    session = Session(recipe, traced, conditioning, method, sampler, rows, device, paths)
+    session = Session(recipe, traced, conditioning, method, sampler, rows, device, paths, made)
     if with_data and not shared:
         session.prepare()
     return session
@@ -196,6 +196,20 @@ def make_sampler(recipe: Recipe, traced: Trace, grid: Callable[[Any, int], dict[
     return sampler(
         traced.denoiser.schedule, traced.pipeline.scheduler, recipe.student.steps, grid, recipe.student.start
     )
+
+
+def _trajectories(
+    needs: PathNeeds | None,
+    teacher: Denoiser,
+    conditioning: Conditioning,
+    scale: float,
+    shape: tuple[int, ...],
+    seed: int,
+    cache: Path | None,
+    sampler: Sampler,
+) -> Paths | None:
+    grid = [step.t for step in sampler.grid()]
+    return needs and teacher_paths(teacher, conditioning, needs, scale, shape, seed, cache, grid)
 
 
 def make_method(

@@ -182,9 +182,7 @@ def edit(
     """
     editor = load_editor(path)
     if not editor.embedded and guidance is not None and guidance != editor.scale:
-        raise InputError(
-            f"guidance: expected {editor.scale:g}, as this student has no input for w, found {guidance:g}"
-        )
+        raise InputError(f"guidance: expected {editor.scale:g}, as this student has no input for w, found {guidance:g}")
     scale = editor.scale if guidance is None else guidance
     traced = editor.trace
     real = read_square(Path(image), *image_shape(traced))

@@ -29,14 +29,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
-from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, Roles
+from stepdistill.methods.base import DataNeeds, DistillMethod, RealConfig, Roles
 from stepdistill.methods.gan import Discriminator, LatentDiscriminator, PixelDiscriminator
 from stepdistill.methods.losses import GanLoss
 from stepdistill.methods.times import normal_log_snr_times, uniform_times
 from stepdistill.samplers import Sampler
 
 
-class AdversarialConfig(MethodConfig):
+class AdversarialConfig(RealConfig):
     """Keys of ``method`` that LADD and ADD share."""
 
     inputs: Literal["data", "rollout"] = Field(
@@ -92,7 +92,7 @@ class LADD(DistillMethod):
 
     @classmethod
     def data_needs(cls, config: AdversarialConfig) -> DataNeeds:
-        return DataNeeds(images=True)
+        return config.real_needs()
 
     @classmethod
     def problems(cls, config: AdversarialConfig, student_steps: int, train_steps: int) -> Iterator[tuple[str, str]]:

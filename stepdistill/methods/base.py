@@ -66,11 +66,34 @@ class PathNeeds:
 
 @dataclass(frozen=True)
 class DataNeeds:
-    """What a method must be given: conditions (prompts or classes) always, the rest only where stated."""
+    """What a method must be given: conditions (prompts or classes) always, the rest only where stated.
+
+    Args:
+        images: real ones, as ``batch.latents``. paths: trajectories, as ``batch.path``.
+        made: trajectories whose clean ends are ``batch.latents``, in place of images.
+    """
 
     images: bool = False
     conditions: bool = True
     paths: PathNeeds | None = None
+    made: PathNeeds | None = None
+
+
+class RealConfig(MethodConfig):
+    """Keys of ``method`` where real samples are trained on."""
+
+    real: Literal["data", "teacher"] = Field(
+        "data", description="real samples: data.images, or made by the guided teacher for data.conditions, once"
+    )
+    real_rows: int = Field(2000, ge=1, description="samples that the teacher makes, where real is teacher")
+    real_steps: int = Field(20, ge=2, description="DPM-Solver++ steps of each; guidance makes one two evaluations")
+
+    def real_needs(self, scale: float | None = None) -> DataNeeds:
+        """Images, or as many samples of the teacher under guidance ``scale``; None: the recipe's."""
+        if self.real == "data":
+            return DataNeeds(images=True)
+        scales = None if scale is None else (scale, scale)
+        return DataNeeds(made=PathNeeds(self.real_rows, self.real_steps, scales=scales, solver="dpm"))
 
 
 @dataclass

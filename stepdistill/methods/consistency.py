@@ -19,13 +19,13 @@ from stepdistill.adapters import GuidanceEmbedded
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Conditions, Denoiser
 from stepdistill.errors import InputError
-from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig
+from stepdistill.methods.base import DataNeeds, DistillMethod, RealConfig
 from stepdistill.methods.losses import pseudo_huber
 from stepdistill.samplers import solver_grid
 from stepdistill.schedule import EDMSchedule, Prediction, Schedule, per_sample
 
 
-class SolverConfig(MethodConfig):
+class SolverConfig(RealConfig):
     """Keys of ``method`` that the whole family shares."""
 
     solver_steps: int = Field(50, ge=2, description="N: length of the teacher's DDIM grid")
@@ -68,8 +68,8 @@ class LCM(DistillMethod):
     first_index = 1
 
     @classmethod
-    def data_needs(cls, config: ConsistencyConfig) -> DataNeeds:
-        return DataNeeds(images=True)
+    def data_needs(cls, config: SolverConfig) -> DataNeeds:
+        return config.real_needs()
 
     @classmethod
     def adapt(cls, config: SolverConfig, role: str, network: nn.Module, scale: float) -> nn.Module:

@@ -30,7 +30,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Conditions
 from stepdistill.errors import InputError
 from stepdistill.float32 import exact, is_exact
-from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, Roles
+from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, RealConfig, Roles
 from stepdistill.methods.times import T_FLOOR, normal_log_snr_times, time_of_ratio
 from stepdistill.methods.trigflow import LogVariance, TrigFlow, derivative
 from stepdistill.progress import say
@@ -52,7 +52,7 @@ class ContinuousConfig(MethodConfig):
     )
 
 
-class SCMConfig(ContinuousConfig):
+class SCMConfig(RealConfig, ContinuousConfig):
     """Keys of ``method`` for sCM."""
 
     time_mean: float = Field(0.0, description="mean of ln(sigma/alpha) at which the student is trained")
@@ -160,7 +160,7 @@ class SCM(ContinuousConsistency):
 
     @classmethod
     def data_needs(cls, config: SCMConfig) -> DataNeeds:
-        return DataNeeds(images=True)
+        return config.real_needs()
 
     def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
         t = normal_log_snr_times(batch, "time", self.schedule, self.config.time_mean, self.config.time_std)

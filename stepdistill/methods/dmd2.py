@@ -23,7 +23,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
-from stepdistill.methods.base import DataNeeds, Roles
+from stepdistill.methods.base import DataNeeds, RealConfig, Roles
 from stepdistill.methods.divergence import Divergence, RatioWeight
 from stepdistill.methods.gan import LatentDiscriminator
 from stepdistill.methods.losses import dmd_gradient
@@ -33,7 +33,7 @@ from stepdistill.samplers import Sampler
 from stepdistill.schedule import per_sample
 
 
-class DMD2Config(MatchingConfig):
+class DMD2Config(RealConfig, MatchingConfig):
     """Keys of ``method`` for DMD2."""
 
     critic_steps: int = Field(5, ge=1, description="critic updates per student update (two time scales)")
@@ -64,7 +64,7 @@ class DMD2(DistributionMatching):
 
     @classmethod
     def data_needs(cls, config: DMD2Config) -> DataNeeds:
-        return DataNeeds(images=config.gan_weight > 0)
+        return config.real_needs() if config.gan_weight > 0 else DataNeeds()
 
     def prepare(self, batch: Batch) -> None:
         if self.gan:

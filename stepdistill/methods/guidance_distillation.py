@@ -25,7 +25,7 @@ from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Conditions
 from stepdistill.errors import InputError
 from stepdistill.guidance_adapters import AttentionAdapter, GuidanceAdapter, OutputGuide, WithGuidanceAdapter
-from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, PathNeeds, RoleTraining
+from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, PathNeeds, RealConfig, RoleTraining
 from stepdistill.methods.losses import prediction_loss
 from stepdistill.methods.times import uniform_times
 from stepdistill.schedule import per_sample
@@ -57,19 +57,23 @@ class GuidanceMethod(DistillMethod):
             raise InputError("method.name: distils guidance; expected a teacher with an empty condition, found none")
 
 
+class EmbeddingConfig(ScaleRange, RealConfig):
+    """Keys of ``method`` for the w-embedding."""
+
+
 class WEmbedding(GuidanceMethod):
     """The network learns w as an input; exported at one w, as which it is a stock network again."""
 
-    Config = ScaleRange
-    config: ScaleRange
+    Config = EmbeddingConfig
+    config: EmbeddingConfig
     summary = "guidance distillation with w as an input (Meng et al., stage 1); one pass per step instead of two"
 
     @classmethod
-    def data_needs(cls, config: MethodConfig) -> DataNeeds:
-        return DataNeeds(images=True)
+    def data_needs(cls, config: RealConfig) -> DataNeeds:
+        return config.real_needs()
 
     @classmethod
-    def adapt(cls, config: ScaleRange, role: str, network: nn.Module, scale: float) -> nn.Module:
+    def adapt(cls, config: EmbeddingConfig, role: str, network: nn.Module, scale: float) -> nn.Module:
         config.check(scale)
         return GuidanceEmbedded(network, scale)
 
@@ -93,8 +97,8 @@ class WEmbedding(GuidanceMethod):
 class LoRAGuidance(WEmbedding):
     """One w, learned by an adapter whose absence is the teacher: no second copy of the weights."""
 
-    Config = MethodConfig
-    config: MethodConfig
+    Config = RealConfig
+    config: RealConfig
     summary = "guidance distillation of one scale into a LoRA; merged into stock weights at export"
 
     @classmethod

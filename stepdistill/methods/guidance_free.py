@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from stepdistill.adapters import GuidanceEmbedded
 from stepdistill.data.batch import Batch
 from stepdistill.errors import InputError
-from stepdistill.methods.base import DataNeeds, MethodConfig
+from stepdistill.methods.base import DataNeeds, RealConfig
 from stepdistill.methods.guidance_distillation import SCALE, GuidanceMethod, ScaleRange
 from stepdistill.methods.times import uniform_times
 from stepdistill.schedule import per_sample
 
 
-class ModelGuidanceConfig(MethodConfig):
+class ModelGuidanceConfig(RealConfig):
     """Keys of ``method`` for model-guidance."""
 
     drop: float = Field(0.1, ge=0, le=1, description="share of rows that train the unconditional model")
@@ -44,11 +44,12 @@ class ModelGuidance(GuidanceMethod):
     guides_itself = True
 
     @classmethod
-    def data_needs(cls, config: MethodConfig) -> DataNeeds:
-        return DataNeeds(images=True)
+    def data_needs(cls, config: ModelGuidanceConfig) -> DataNeeds:
+        # Guidance is what is learnt on top of the data: samples that have it already would get it twice.
+        return config.real_needs(scale=1.0)
 
     @classmethod
-    def adapt(cls, config: MethodConfig, role: str, network: nn.Module, scale: float) -> nn.Module:
+    def adapt(cls, config: ModelGuidanceConfig, role: str, network: nn.Module, scale: float) -> nn.Module:
         if scale <= 0.5:
             # |1 - 1 / scale| has to be below 1 for the feedback to settle.
             raise InputError(f"teacher.guidance.scale: expected a scale above 0.5, found {scale:g}")

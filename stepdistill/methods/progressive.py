@@ -23,12 +23,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
-from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, Roles
+from stepdistill.methods.base import DataNeeds, DistillMethod, RealConfig, Roles
 from stepdistill.samplers import Sampler, Step
 from stepdistill.schedule import Prediction, Schedule, per_sample
 
 
-class ProgressiveConfig(MethodConfig):
+class ProgressiveConfig(RealConfig):
     """Keys of ``method`` for progressive distillation."""
 
     start_steps: int = Field(32, ge=2, description="DDIM steps of the teacher: student.steps times a power of 2")
@@ -58,7 +58,7 @@ class ProgressiveDistillation(DistillMethod):
 
     @classmethod
     def data_needs(cls, config: ProgressiveConfig) -> DataNeeds:
-        return DataNeeds(images=config.inputs == "images")
+        return config.real_needs() if config.inputs == "images" else DataNeeds()
 
     @classmethod
     def problems(cls, config: ProgressiveConfig, student_steps: int, train_steps: int) -> Iterator[tuple[str, str]]:

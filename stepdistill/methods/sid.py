@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Denoiser
 from stepdistill.guidance import guided
-from stepdistill.methods.base import CriticConfig, DataNeeds, DistillMethod, Roles
+from stepdistill.methods.base import CriticConfig, DataNeeds, DistillMethod, RealConfig, Roles
 from stepdistill.methods.gan import LatentDiscriminator
 from stepdistill.methods.losses import prediction_loss, sid_loss
 from stepdistill.methods.times import uniform_times
@@ -38,7 +38,7 @@ from stepdistill.samplers import Sampler
 from stepdistill.schedule import Prediction
 
 
-class SiDConfig(CriticConfig):
+class SiDConfig(RealConfig, CriticConfig):
     """Keys of ``method`` for SiD."""
 
     alpha: float = Field(1.2, ge=0, description="A: how much of |r - f|^2 is taken off the cross term; 0.5 to 1.2")
@@ -84,7 +84,7 @@ class SiD(DistillMethod):
 
     @classmethod
     def data_needs(cls, config: SiDConfig) -> DataNeeds:
-        return DataNeeds(images=config.gan_weight > 0)
+        return config.real_needs() if config.gan_weight > 0 else DataNeeds()
 
     @classmethod
     def may_start_lower(cls, config: SiDConfig) -> bool:
