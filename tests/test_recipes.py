@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from pipeline.zoo import ZOO
 from stepdistill import assets, checkpoint
 from stepdistill.eval.comparison import PHASES
+from stepdistill.methods import Roles
 from stepdistill.pipeline.load import save_pipeline
 from stepdistill.recipe import Recipe, load
 from stepdistill.trainer import train
@@ -75,6 +76,8 @@ def shortened(recipe: Recipe, place, out: Path) -> list[str]:
     if needs.paths is not None:
         (count,) = [key for key, value in settings.items() if value == needs.paths.count]
         keys[f"method.{count}"] = 6
+    if needs.made is not None:
+        keys |= {"method.real_rows": 6, "method.real_steps": 3}
     keys |= {"teacher.pipeline": place(recipe.teacher.pipeline), "report.samples": 0, "output": out}
     keys["teacher.arguments"] = json.dumps(ZOO[STAND_INS[recipe.teacher.pipeline]].arguments)
     if recipe.data.images == "fashion-mnist":
@@ -111,6 +114,25 @@ def test_a_recipe_trains_and_exports(name, place, tmp_path, monkeypatch):
     weights = load_file(checkpoint.latest(result.folder / "checkpoints") / "student.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     assert max(line.get("student/grad_norm", 0) for line in logged) > 0
+
+
+@pytest.mark.parametrize("name", ["sdxl_ladd", "sd35_medium_ladd", "flux_dev_ladd"])
+def test_ladd_of_a_published_model_is_the_papers(name):
+    """Samples of its teacher, so that prompts are enough; four times; the noise end after a warm-up."""
+    recipe = load(name)
+    method = recipe.method.implementation(recipe.method.config, Roles(None, None), Four())
+    assert recipe.data.images is None and recipe.method.config.real == "teacher"
+    assert method.shares(0) == [0, 0, 0.5, 0.5] and method.shares(499) == method.shares(0)
+    assert method.shares(500) == pytest.approx([0.7, 0.1, 0.1, 0.1])
+
+
+class Four:
+    """A sampler of four steps."""
+
+    schedule = None
+
+    def grid(self):
+        return range(4)
 
 
 def test_a_recipe_begins_with_what_it_is_and_how_to_run_it():
