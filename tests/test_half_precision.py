@@ -1,5 +1,7 @@
 """Half precision: what is refused, what is computed outside of it, and what never starts from rounded weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from pipeline.zoo import ZOO
 from stepdistill import float32
 from stepdistill.discriminator import Heads
 from stepdistill.errors import InputError
+from stepdistill.generation.inference_guidance import Adaptive
 from stepdistill.guidance import guided
 from stepdistill.half_precision import LIMIT, check_scheduler, latest_start, rounding_noise
 from stepdistill.methods.gan import Discriminator
@@ -187,3 +190,12 @@ def test_float32_runs_use_tf32_on_gpus_but_for_differences_of_scores():
         assert state() == before
     with torch.autocast("cpu", torch.bfloat16):
         assert not float32.is_exact(torch.device("cpu"))
+
+
+def test_adaptive_guidance_runs_on_a_teacher_in_bf16():
+    traced = trace(tiny_dit().to(torch.bfloat16))
+    cond, null = ({"class_labels": torch.tensor([one, one])} for one in (3, 10))
+    step = SimpleNamespace(x_t=torch.randn(2, 4, 8, 8), t=torch.tensor([0.4, 0.9]), cond=cond, null=null)
+    with torch.no_grad():
+        rule = Adaptive(4.0, 0.9)
+        assert rule(traced.denoiser, step).raw.dtype == torch.float32

@@ -104,7 +104,8 @@ class Adaptive:
         both = {name: torch.cat([value, step.null[name][rows]]) for name, value in step.cond.items()}
         doubled = denoiser(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
         cond, uncond = doubled.raw[: len(x_t)], doubled.raw[len(x_t) :]
-        raw = cond.index_copy(0, rows, combined(denoiser, cond[rows], uncond, self.scale, t[rows]))
+        guided = combined(denoiser, cond[rows], uncond, self.scale, t[rows])
+        raw = cond.to(guided).index_copy(0, rows, guided)
         x0 = doubled.x0
         cosine = F.cosine_similarity(x0[: len(x_t)][rows].flatten(1), x0[len(x_t) :].flatten(1))
         self.open = rows[cosine <= self.threshold]
