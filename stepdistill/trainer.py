@@ -20,25 +20,22 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stepdistill import checkpoint, float32
-from stepdistill.bench import bench
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Denoiser
 from stepdistill.distributed import Processes, join
-from stepdistill.errors import InputError
-from stepdistill.eval.protocol import load_protocol
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.evaluation import BEST, Evaluation, ranked
-from stepdistill.exporting.card import fill_in_quality
 from stepdistill.exporting.export import export
+from stepdistill.exporting.first_call import check_stock_call
 from stepdistill.faults import explained
+from stepdistill.final_report import can_report, write_report
 from stepdistill.finite import FiniteWatch
-from stepdistill.fitting import check_fit
 from stepdistill.forward import forward_passes
 from stepdistill.generation.preview import Preview
 from stepdistill.moving_average import MovingAverage
 from stepdistill.optimizer import learning_rate, make_optimizer, only_moving
 from stepdistill.parts import is_shard
-from stepdistill.progress import TrainingProgress, WorkProgress, quiet, say
+from stepdistill.progress import TrainingProgress, quiet, say
 from stepdistill.recipe import Recipe, load
 from stepdistill.run_folder import keep_lines_before, prepare_folder
 from stepdistill.selfcheck import check_conventions
@@ -90,6 +87,9 @@ def _train(recipe: Recipe, safe: bool) -> RunResult:
         shared, shards = recipe.distributed.weights and processes.count > 1, Shards()
         with accelerator.main_process_first():  # the others find what it has cached
             session = build(recipe, accelerator.device, cache=cache_folder(), shared=shared)
+        if start is None:
+            # Before networks are shared out: the pipeline's own is called.
+            processes.once(lambda: check_stock_call(session))
         if shared:
             if recipe.distributed.shard:
                 shards = share_out(session.method, session.batch(0, 0, 1), accelerator.device)
@@ -98,52 +98,20 @@ def _train(recipe: Recipe, safe: bool) -> RunResult:
             session.prepare()
         if start is None:
             check_conventions(session)
-        measured = processes.first and _can_report(session)
+        measured = processes.first and can_report(session)
         step, interrupted = Trainer(session, accelerator, folder, shards).run(start)
         if not interrupted and processes.first:
             heartbeat(folder, step, "exporting")
             export(folder, folder / "export")
             if measured:
                 heartbeat(folder, step, "measuring")
-                report = _write_report(folder, recipe)
+                report = write_report(folder, recipe)
             heartbeat(folder, step, "done")
     except KeyboardInterrupt:  # outside the loop, which takes signals itself: nothing half done is kept
         interrupted = True
     if interrupted:
         say(f"stopped after step {step}; go on with: stepdistill train {folder / 'recipe.yaml'}")
     return RunResult(folder, step, interrupted, report)
-
-
-def _can_report(session: Session) -> bool:
-    """Whether a report is wanted, and the embedded protocol measures such a pipeline: else a line says what does."""
-    recipe = session.recipe
-    if not recipe.report.samples:
-        return False
-    try:
-        check_fit(session.trace, load_protocol(), recipe.teacher.pipeline)
-    except InputError as error:
-        say(f"no report at the end: {error}")
-        return False
-    return True
-
-
-def _write_report(folder: Path, recipe: Recipe) -> Path:
-    """Measure the exported student, and put the table on its card."""
-    wanted, out = recipe.report, folder / "report"
-    with WorkProgress() as progress:
-        report = bench(
-            [folder],
-            wanted.steps,
-            wanted.samples,
-            out=out,
-            networks=wanted.networks,
-            solvers=wanted.solvers,
-            progress=progress,
-        )
-    fill_in_quality(folder / "export" / "README.md", report.to_markdown())
-    for verdict in report.verdict:
-        say(verdict.text)
-    return out
 
 
 class Trainer:

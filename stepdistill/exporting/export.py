@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stepdistill import checkpoint
 from stepdistill.adapters import AdapterView, plain_network
+from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError, RunError
 from stepdistill.eval.row_cache import cache_folder
 from stepdistill.evaluation import best_checkpoint
@@ -33,7 +34,7 @@ from stepdistill.pipeline import ip_adapter
 from stepdistill.pipeline.compare import deviation
 from stepdistill.pipeline.conditioning import plain_conditions
 from stepdistill.pipeline.load import load_pipeline, quiet, source
-from stepdistill.pipeline.observe import call_arguments
+from stepdistill.pipeline.observe import call_arguments, forked_random
 from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say
 from stepdistill.recipe import Recipe, load
@@ -211,14 +212,7 @@ def verify(folder: Path, session: Session, lora: bool = False) -> tuple[float, i
         stock = stock_call.record(load_pipeline(folder), request["call"])
     else:
         stock = call_elsewhere(request)
-    if traced.pictures:
-        cond = plain_conditions(traced, entries, session.sampler.steps)
-    else:
-        cond, _ = session.conditioning.batch(rows)
-    student = session.method.roles.student
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(stock["random_state"])
-        ours = session.sampler.sample(lambda x, t: student(x, t, cond), stock["noise"])
+    ours = repeated(session, session.method.roles.student, rows, stock)
     error = deviation(stock["latents"], ours)
     if "images" not in stock or not error <= TOLERANCE:
         return error, 0
@@ -229,10 +223,27 @@ def verify(folder: Path, session: Session, lora: bool = False) -> tuple[float, i
     return error, int((pictures - decode(traced, ours).float()).abs().max())
 
 
-def stock_arguments(traced: Trace, entries: Sequence[str | int], steps: int) -> dict[str, Any]:
+def stock_arguments(traced: Trace, entries: Sequence[str | int], steps: int, output_type: str = "pt") -> dict[str, Any]:
     """What the exported pipeline is called with."""
-    guidance = traced.guidance.plain_scale
-    return call_arguments(traced.pipeline, entries, traced.arguments, steps=steps, guidance=guidance, output_type="pt")
+    wishes = {"steps": steps, "guidance": traced.guidance.plain_scale, "output_type": output_type}
+    return call_arguments(traced.pipeline, entries, traced.arguments, **wishes)
+
+
+def repeated(session: Session, student: Denoiser, rows: Tensor, stock: Mapping[str, Tensor]) -> Tensor:
+    """The latents (len(rows), ...) that the training-time sampler makes of a recorded call's noise and random numbers.
+
+    Args:
+        rows: entries of the session's conditioning, those of the call. stock: what :func:`stock_call.record` returned.
+    """
+    traced, steps = session.trace, session.sampler.steps
+    if traced.pictures:
+        cond = plain_conditions(traced, [session.conditioning.entries[i] for i in rows.tolist()], steps)
+    else:
+        cond, _ = session.conditioning.batch(rows)
+    noise = stock["noise"].to(session.device)
+    with forked_random(noise.device):
+        (torch.cuda if noise.is_cuda else torch).set_rng_state(stock["random_state"])
+        return session.sampler.sample(lambda x, t: student(x, t, cond), noise)
 
 
 def call_elsewhere(request: dict[str, Any]) -> dict[str, Tensor]:

@@ -51,8 +51,8 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
     """Call a pipeline on fixed random numbers.
 
     Returns:
-        ``noise``, the first sample its scheduler was given; ``random_state`` of torch at that moment; ``latents``, the
-        last sample; ``images`` if they are a tensor.
+        ``noise``, the first sample its scheduler was given; ``random_state`` of torch on that sample's device at that
+        moment; ``latents``, the last sample; ``images`` if they are a tensor.
     """
     result = {}
     pipeline.set_progress_bar_config(disable=True)
@@ -61,7 +61,8 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
     @functools.wraps(stock_step)
     def step(model_output, timestep, sample, *args, **kwargs):
         if not result:
-            result.update(noise=sample.clone(), random_state=torch.get_rng_state())
+            state = torch.cuda.get_rng_state(sample.device) if sample.is_cuda else torch.get_rng_state()
+            result.update(noise=sample.clone(), random_state=state)
         output = stock_step(model_output, timestep, sample, *args, **kwargs)
         result["latents"] = next(iter(output.values())) if isinstance(output, dict) else output[0]
         return output

@@ -143,18 +143,10 @@ def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
     Raises:
         TraceError: the pipeline does not return images as a tensor.
     """
-    pipeline, spec = trace.pipeline, trace.denoiser.spec
+    pipeline = trace.pipeline
     network, scheduler = getattr(pipeline, trace.component), pipeline.scheduler
     accepted = inspect.signature(pipeline.__call__).parameters
-    signature = inspect.signature(network.forward)
-
-    def silent(*args: Any, **kwargs: Any) -> "_Output":
-        x = signature.bind(*args, **kwargs).arguments[spec.sample]
-        if isinstance(x, list):
-            return _Output(([torch.zeros_like(row) for row in x],))
-        zeros = torch.zeros_like(x)
-        return _Output((torch.cat([zeros, zeros], 1) if spec.output == "first_half" else zeros,))
-
+    silent = stand_in(trace, torch.zeros_like)
     parts = []
     for chunk in latents.split(batch or at_once(trace.latent_shape, 2**16)):
         chunk = chunk.to(next(network.parameters()).device, network.dtype)
@@ -180,6 +172,25 @@ def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
             images = images[:, images.shape[1] // 2]
         parts.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
     return torch.cat(parts)
+
+
+def stand_in(trace: Trace, answer: Callable[[Tensor], Tensor]) -> Callable[..., "_Output"]:
+    """A forward for the pipeline's denoiser that returns ``answer`` of the sample (B, ...), laid out as its own output.
+
+    With it in the network's place a pipeline's call costs no pass through the network.
+    """
+    spec, own = trace.denoiser.spec, trace.denoiser.network.forward
+    signature = inspect.signature(own)
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> _Output:
+        x = signature.bind(*args, **kwargs).arguments[spec.sample]
+        if isinstance(x, list):
+            return _Output(([answer(row) for row in x],))
+        said = answer(x if spec.appended is None else x.narrow(spec.appended[0], 0, spec.appended[1]))
+        return _Output((torch.cat([said, said], 1) if spec.output == "first_half" else said,))
+
+    return forward
 
 
 class _Output(tuple):

@@ -7,6 +7,7 @@ step with the learned description and compares it with the pipeline's own.
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -126,6 +127,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
             conditioning, constants, guidance, schedule, self-test.
     """
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
+    _check_strength(pipeline, arguments)
     scale = _probe_scale(pipeline)
     # Three images without guidance, two with it: an argument whose length follows is one with a batch dimension.
     for unguided in (1.0, 0.0):
@@ -244,6 +246,21 @@ def sampled_at(trace: Trace, shift: float | None) -> Trace:
         raise InputError(f"student.shift: expected null for a {old.schedule.name} schedule, found {shift:g}")
     schedule = FlowSchedule(shift, old.schedule.train_timesteps)
     return replace(trace, denoiser=Denoiser(old.network, old.spec, schedule, old.kind))
+
+
+def _check_strength(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+    """A pipeline that starts from a noised picture leaves out the first steps of its grid; all are to be there."""
+    parameter = inspect.signature(pipeline.__call__).parameters.get("strength")
+    if parameter is None:
+        return
+    strength = arguments.get("strength", parameter.default)
+    if isinstance(strength, int | float) and strength != 1:
+        stated = "" if "strength" in arguments else ", its default"
+        raise InputError(
+            f"arguments: strength: expected 1.0 for {type(pipeline).__name__}, found {strength:g}{stated}; with less "
+            "its first steps are left out, and the student is trained for all of them from pure noise (in a recipe: "
+            "teacher.arguments.strength=1.0)"
+        )
 
 
 def _probe_scale(pipeline: Any) -> float:
