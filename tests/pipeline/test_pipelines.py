@@ -96,6 +96,17 @@ def test_from_pipeline_to_pipeline(name, tmp_path, sampled, monkeypatch):
     FOUND[name] = "| " + " | ".join([*cells, "yes", "yes", "yes"]) + " |"
 
 
+@pytest.mark.parametrize("method", [{"name": "w-embed"}, {"name": "gft"}, {"name": "lcm", "w_min": 1.0, "w_max": 3.0}])
+def test_a_scale_is_learned_beside_sizes(method, tmp_path, sampled):
+    """PixArt-Alpha of 1024 px embeds height and width, two rows a sample, by the class that embeds the time."""
+    exhibit = ZOO["pixart-alpha"]
+    save_pipeline(exhibit.build(), tmp_path / "teacher")
+    run = train(recipe(exhibit, "prompt", tmp_path, "full") | {"method": method})
+    logged = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert run.step == 2 and max(line["student/grad_norm"] for line in logged) > 0
+    assert sampled[0].isfinite().all()
+
+
 def described(traced: Trace) -> list[str]:
     """The class, what the network emits, and how the pipeline guides."""
     spec, guidance = traced.denoiser.spec, traced.guidance
