@@ -22,26 +22,40 @@ from stepdistill.errors import InputError
 
 T = TypeVar("T")
 
+LAUNCHED = ("LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables of which a launcher sets one: torchrun and accelerate, Open MPI, Intel MPI and MPICH, MVAPICH."""
+
 
 def processes_wanted(stated: int | None) -> int:
     """How many processes a run starts on this machine: those stated, or one for each GPU; 1 where a launcher
-    (accelerate launch, torchrun, a SLURM job of theirs) has started this one already."""
-    if "LOCAL_RANK" in os.environ:
+    (accelerate launch, torchrun, mpirun, a SLURM job of theirs) has started this one already."""
+    if any(name in os.environ for name in LAUNCHED):
         return 1
     return stated or max(1, torch.cuda.device_count())
 
 
-def apple_gpu() -> bool:
-    """Whether accelerate would choose an Apple GPU, which has no float64, in which times are: the CPU runs instead."""
-    return torch.backends.mps.is_available()
+def on_cpu() -> bool:
+    """Whether accelerate is told to stay on the CPU: where there is no GPU, it joins a launcher's processes only then;
+    and an Apple GPU, which it would choose, has no float64, in which times are."""
+    return torch.backends.mps.is_available() or not torch.accelerator.is_available()
 
 
 def join(**options: Any) -> Accelerator:
     """This process as one of its run's. They wait for each other for up to a day: the first one encodes the data,
     evaluates and draws previews while the others stand still, which takes longer than PyTorch's ten minutes. What
-    really hangs is told by the watchdog."""
+    really hangs is told by the watchdog.
+
+    Raises:
+        InputError: a launcher started several, and they do not know each other: each would train the whole run.
+    """
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    return Accelerator(cpu=apple_gpu(), kwargs_handlers=[patience], **options)
+    accelerator = Accelerator(cpu=on_cpu(), kwargs_handlers=[patience], **options)
+    if (started := int(os.environ.get("WORLD_SIZE") or 1)) != accelerator.num_processes:
+        raise InputError(
+            f"expected the {started} processes that the launcher has started (WORLD_SIZE), found "
+            f"{accelerator.num_processes}: accelerate cannot join them here; start them with torchrun"
+        )
+    return accelerator
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from stepdistill.distributed import apple_gpu
+from stepdistill.distributed import on_cpu
 from stepdistill.errors import InputError
 from stepdistill.eval.also import also_files, also_labels, check_also, load_also
 from stepdistill.eval.pictures import image_grid, shrunk
@@ -85,7 +85,7 @@ def standard_bench(
     if not 1 <= batch <= SHARD:
         raise InputError(f"batch: expected a number from 1 to {SHARD}, found {batch}")
     found = read_all([sources] if isinstance(sources, str | Path) else sources)
-    processes = PartialState(cpu=apple_gpu(), timeout=timedelta(days=1))  # one process measures while the others wait
+    processes = PartialState(cpu=on_cpu(), timeout=timedelta(days=1))  # one process measures while the others wait
     files = [*_files(spec), *also_files(also)]
     with processes.main_process_first():
         hashes = obtain(files, data, offline=offline)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from filelock import FileLock
 
 import stepdistill
 from stepdistill import checkpoint, part_files
-from stepdistill.distributed import processes_wanted
+from stepdistill.distributed import LAUNCHED, join, processes_wanted
 from stepdistill.errors import InputError
 from stepdistill.exporting import export
 from stepdistill.generation import run_samples
@@ -205,10 +206,56 @@ def test_a_launched_run_ends_with_one_line_and_the_code_of_a_wrong_input(teacher
     assert lines == ["error: train.batch_size: expected a multiple of processes x train.accumulation (2 x 1), found 3"]
 
 
-@pytest.mark.parametrize("launched, stated, expected", [(False, 3, 3), (False, None, 1), (True, 3, 1)])
-def test_how_many_processes_a_run_starts(launched, stated, expected, monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if launched:
-        monkeypatch.setenv("LOCAL_RANK", "0")
+def launched(recipe: dict, place: Path, *launcher: str) -> subprocess.CompletedProcess:
+    """``stepdistill train`` under a launcher that knows nothing of CPUs, where there is no GPU."""
+    (place / "recipe.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", *launcher, "-m", "stepdistill", "train", str(place / "recipe.yaml")]
+    plain = environment(CUDA_VISIBLE_DEVICES="")
+    del plain["ACCELERATE_USE_CPU"]
+    with FileLock(place.parent / "processes.lock"):
+        return subprocess.run(command, env=plain, capture_output=True, text=True, timeout=300)
+
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def test_processes_of_a_launcher_know_each_other_without_gpus(teacher, tmp_path):  # noqa: F811
+    """Else each would train the whole run, into one folder."""
+    recipe = make_recipe(teacher, tmp_path / "run", {"name": "dmd2"}, batch_size=3)
+    done = launched(recipe, tmp_path, *TORCHRUN)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert lines == ["error: train.batch_size: expected a multiple of processes x train.accumulation (2 x 1), found 3"]
+
+
+@pytest.mark.slow
+def test_a_launcher_trains_on_cpus_what_one_process_does(teacher, tmp_path):  # noqa: F811
+    method = {"name": "sfd", "substeps": 1}
+    recipes = [make_recipe(teacher, tmp_path / name, method, steps=2, batch_size=4) for name in ("one", "two")]
+    train(recipes[0])
+    done = launched(recipes[1], tmp_path, *TORCHRUN)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_weights(newest(tmp_path / "one"), newest(tmp_path / "two"))
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert (tmp_path / "two" / "export" / "model_index.json").is_file()
+
+
+def test_processes_that_cannot_join_are_refused(monkeypatch):
+    monkeypatch.setattr("stepdistill.distributed.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"expected the 2 processes that the launcher has started .*, found 1"):
+        join()
+
+
+@pytest.mark.parametrize(
+    "launcher, stated, expected",
+    [(None, 3, 3), (None, None, 1), ("LOCAL_RANK", 3, 1), ("OMPI_COMM_WORLD_SIZE", 3, 1), ("PMI_SIZE", 3, 1)],
+)
+def test_how_many_processes_a_run_starts(launcher, stated, expected, monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    if launcher:
+        monkeypatch.setenv(launcher, "0")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert processes_wanted(stated) == expected
