@@ -135,10 +135,10 @@ def _words(
         )
     if best is None:
         return f"{text}."
-    level = "already as good as the teacher"
+    level = "already as good as the teacher, so there is no gap"
     if best.metrics[metric] > teacher.metrics[metric]:
-        level = f"as good as the teacher within the errors ({_value(best, metric)})"
-    return f"{text}; the stock solver {best.name} at NFE {best.nfe} is {level}, so there is no gap."
+        level = f"as good as the teacher within the errors ({_value(best, metric)}), so no gap can be measured"
+    return f"{text}; the stock solver {best.name} at NFE {best.nfe} is {level}."
 
 
 def _value(row: "Row", metric: str) -> str:
