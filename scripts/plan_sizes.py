@@ -20,11 +20,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5TokenizerFast
+from transformers import CLIPTextConfig, CLIPTokenizer, Gemma2Config, T5Config, T5TokenizerFast
 
 from stepdistill import plan
 from stepdistill.blueprint import from_configs
@@ -42,6 +43,23 @@ VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 2,
+}
+GEMMA2_2B = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 256000,
+}
+# Of dc-ae-f32c32-sana; what is left out is the class's default.
+DC_AE = {
+    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+    "scaling_factor": 0.41407,
 }
 PUBLISHED = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "published.py"))
 MODELS, BETAS = PUBLISHED["MODELS"], PUBLISHED["LATENT_BETAS"]
@@ -73,17 +91,20 @@ def clip(folder: Path, number: str, projected: bool, **config: Any) -> dict[str,
     return {f"text_encoder{number}": ["transformers", name], f"tokenizer{number}": ["transformers", "CLIPTokenizer"]}
 
 
-def t5(folder: Path) -> dict[str, list[str]]:
-    """The config of T5-XXL's encoder and a tokenizer of letters."""
+def t5(folder: Path, number: str, model: tuple[str, Any] = ("T5EncoderModel", T5Config(**T5_XXL, d_kv=64))) -> dict:
+    """The config of T5-XXL's encoder, or of another one, and a tokenizer of letters."""
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *((c, -3.0) for c in string.ascii_lowercase)]
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=512).save_pretrained(
-        folder / "tokenizer_3"
+        folder / f"tokenizer{number}"
     )
-    T5Config(**T5_XXL, d_kv=64).save_pretrained(folder / "text_encoder_3")
-    return {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+    model[1].save_pretrained(folder / f"text_encoder{number}")
+    return {
+        f"text_encoder{number}": ["transformers", model[0]],
+        f"tokenizer{number}": ["transformers", "T5TokenizerFast"],
+    }
 
 
 def write(folder: Path, size: str) -> Path:
@@ -91,7 +112,7 @@ def write(folder: Path, size: str) -> Path:
     index: dict[str, Any] = {}
     if size == "sd35":
         index |= {"_class_name": "StableDiffusion3Pipeline"}
-        index |= clip(folder, "", True, **CLIP_L) | clip(folder, "_2", True, **CLIP_G) | t5(folder)
+        index |= clip(folder, "", True, **CLIP_L) | clip(folder, "_2", True, **CLIP_G) | t5(folder, "_3")
         index["transformer"] = network(folder / "transformer", "diffusers", "SD3Transformer2DModel", **SD35_MEDIUM)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     else:
@@ -109,6 +130,33 @@ def write(folder: Path, size: str) -> Path:
     index["vae"] = network(folder / "vae", "diffusers", "AutoencoderKL", **VAE, latent_channels=latents)
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_published(folder: Path, name: str) -> Path:
+    """The configs of a pipeline of tests/published.py: those of :func:`write`, and others for the table of recipes."""
+    if size := {"sd15": "sd15", "sdxl": "sdxl", "sd35-medium": "sd35"}.get(name):
+        return write(folder, size)
+    facts = MODELS[name]
+    index: dict[str, Any] = {"_class_name": facts.pipeline}
+    index["transformer"] = network(folder / "transformer", "diffusers", facts.network, **facts.network_config)
+    latents = 4
+    if name == "flux-dev":
+        index |= clip(folder, "", False, **CLIP_L) | t5(folder, "_2")
+        latents = 16
+    elif name == "pixart-sigma":
+        index |= t5(folder, "")
+    elif name == "sana-1600m":
+        index |= t5(folder, "", ("Gemma2Model", Gemma2Config(**GEMMA2_2B)))
+    else:
+        index["id2label"] = {str(number): f"class {number}" for number in range(1000)}
+    if name == "sana-1600m":
+        index["vae"] = network(folder / "vae", "diffusers", "AutoencoderDC", **DC_AE)
+    else:
+        index["vae"] = network(folder / "vae", "diffusers", "AutoencoderKL", **VAE, latent_channels=latents)
+    getattr(diffusers, facts.scheduler)(**facts.scheduler_config).save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", facts.scheduler]
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 

@@ -106,20 +106,18 @@ def plan(
         str | None, typer.Option(help="Numbers of GPUs, separated by commas: memory, traffic, time of each.")
     ] = None,
     seconds: Annotated[
-        str | None, typer.Option(help="Of an update on one GPU: a number, or a run folder that has measured it.")
+        str | None, typer.Option(help="Of a training step on one GPU: a number, or a run folder that has measured it.")
     ] = None,
     links: Annotated[
         str, typer.Option(help="GB/s of a GPU inside its node, GB/s of a node to the others, GPUs of a node.")
     ] = "450,400,8",
     as_json: AsJson = False,
 ) -> None:
-    """Say what memory a recipe will need, before any weight is loaded."""
+    """Audit a recipe's run and say what memory it will need, before any weight is loaded."""
     if fit and gpu is None:
         raise InputError("--fit: expected --gpu with the device's memory in GiB, found none")
     if fit and overrides:
         raise InputError("--fit: expected the recipe alone, found overrides; they are not in its file")
-    if gpus is None and seconds is not None:
-        raise InputError("--seconds: expected --gpus with numbers of GPUs, found none")
     if gpus is not None:
         if fit:
             raise InputError("--fit: expected --gpu without --gpus")
@@ -136,12 +134,15 @@ def plan(
     from stepdistill import plan as planning
 
     taken = overrides or ()
-    first, changes = planning.fit(recipe, taken, gpu) if gpu else (planning.plan(recipe, taken), [])
+    if gpu:
+        first, changes = planning.fit(recipe, taken, gpu, seconds)
+    else:
+        first, changes = planning.plan(recipe, taken, seconds), []
     written = planning.write_fit(recipe, changes) if fit and changes else None
     if as_json:
         print(json.dumps(planning.as_dict(first, changes, gpu), indent=2))
     else:
-        print(planning.as_text(first, changes, gpu))
+        print(planning.audit_text(first, gpu), planning.as_text(first, changes, gpu), sep="\n\n")
     if written:
         print(f"written to {written}", file=sys.stderr)
 

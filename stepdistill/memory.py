@@ -10,6 +10,10 @@ from torch.utils._pytree import tree_map_only
 
 from stepdistill.recipe import Recipe
 
+GIB = 2**30
+RESERVE = 1.0
+"""GiB that CUDA's context, workspaces and fragmentation take beside the tensors."""
+
 
 class LiveBytes(TorchDispatchMode):
     """Inside, ``peak`` is the most bytes that tensors made inside held at any moment; each storage counts once.

@@ -6,7 +6,7 @@ optimizer's moments.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepdistill import assets, yaml_lines
+from stepdistill import assets, audit, yaml_lines
 from stepdistill.blueprint import Blueprint, blueprint, set_up, without_data
 from stepdistill.data.batch import Batch, PathRows
 from stepdistill.data.conditions import wanted
@@ -22,8 +22,7 @@ from stepdistill.data.forms import count as samples_in
 from stepdistill.data.forms import form
 from stepdistill.errors import InputError
 from stepdistill.forward import forward_passes
-from stepdistill.half_precision import check_rounding
-from stepdistill.memory import LiveBytes, savings
+from stepdistill.memory import GIB, RESERVE, LiveBytes, savings
 from stepdistill.methods.base import DistillMethod
 from stepdistill.optimizer import only_moving
 from stepdistill.pipeline.conditioning import class_names
@@ -33,9 +32,6 @@ from stepdistill.recipe import Recipe, load
 from stepdistill.session import make_method, make_sampler
 from stepdistill.text_files import read_text
 
-GIB = 2**30
-RESERVE = 1.0
-"""GiB that CUDA's context, workspaces and fragmentation take beside the tensors."""
 ENCODERS, AUTOENCODER, TRAJECTORIES = "encoders", "autoencoder and others", "trajectories"
 # Of an 8-bit moment: one byte a value, and a float32 scale for each block of 256.
 ADAM_BYTES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
@@ -61,7 +57,8 @@ class Plan:
     """Lines of the table, the expected peak in bytes, and the player in whose turn it comes.
 
     ``encoders`` are on the device while conditions are encoded (``encoding`` bytes with teacher and autoencoder), and
-    rest in the host's memory after that. ``trajectories`` are what the teacher makes before training.
+    rest in the host's memory after that. ``trajectories`` are what the teacher makes before training. ``phases`` are
+    the peaks in bytes by phase, ``checks`` is the audit of the run (:mod:`stepdistill.audit`).
     """
 
     lines: list[Line]
@@ -70,6 +67,8 @@ class Plan:
     encoders: Line = Line("encoders")
     encoding: int = 0
     trajectories: Trajectories = NO_TRAJECTORIES
+    phases: dict[str, int] = field(default_factory=dict)
+    checks: list[audit.Check] = field(default_factory=list)
 
     def fits(self, gpu: float) -> bool:
         """Whether the peak and what CUDA needs stay within ``gpu`` GiB."""
@@ -86,11 +85,17 @@ class Change:
     plan: Plan
 
 
-def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Plan:
-    """The memory that a recipe will need.
+def plan(
+    recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = (), seconds: str | None = None
+) -> Plan:
+    """The memory that a recipe will need, and the audit of its run.
+
+    Args:
+        seconds: of a training step, see :func:`stepdistill.audit.audit`.
 
     Raises:
-        InputError: the recipe is wrong, or its pipeline or method cannot be run on shapes alone.
+        InputError: the recipe is wrong, its pipeline or method cannot be run on shapes alone, or ``seconds`` are not to
+            be had.
     """
     recipe = load(recipe, overrides)
     drawn = blueprint_of(recipe)
@@ -104,7 +109,7 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     known = [t for m in _networks(drawn, method) for t in (*nn.Module.parameters(m), *m.buffers())]
     for player, peak in _turns(recipe, drawn, method, known):
         activations[player] = max(activations.get(player, 0), peak - gradients[player])
-    store = _stored(recipe, drawn)
+    conditions, store = _stored(recipe, drawn)
     encoders = Line(ENCODERS, *weights.pop(ENCODERS))
     encoding = encoders.weights + sum(weights[name][1] for name in ("teacher", AUTOENCODER))
     player = max(activations, key=lambda name: activations[name] + gradients[name])
@@ -124,18 +129,22 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     fixed = sum(line.weights + line.optimizer + line.average for line in lines)
     made = trajectories(recipe, drawn, method, known)
     solving = made.activations + sum(weights[name][1] for name in ("teacher", AUTOENCODER)) + store if made.count else 0
-    peaks = {player: fixed + gradients[player] + activations[player], ENCODERS: encoding, TRAJECTORIES: solving}
+    peaks = {ENCODERS: encoding, TRAJECTORIES: solving, player: fixed + gradients[player] + activations[player]}
     highest = max(peaks, key=peaks.__getitem__)
-    return Plan(lines, peaks[highest], highest, encoders, encoding, made)
+    checks = audit.audit(recipe, method, drawn.trace.denoiser.kind, conditions, seconds)
+    phases = dict(zip(("encoding", TRAJECTORIES, "training"), peaks.values(), strict=True))
+    return Plan(lines, peaks[highest], highest, encoders, encoding, made, phases, checks)
 
 
-def fit(recipe: str | Path, overrides: Sequence[str], gpu: float) -> tuple[Plan, list[Change]]:
+def fit(
+    recipe: str | Path, overrides: Sequence[str], gpu: float, seconds: str | None = None
+) -> tuple[Plan, list[Change]]:
     """The plan as it is, and the changes, in order of what they cost, that bring it within ``gpu`` GiB.
 
     A change that the pipeline or the method does not allow, or that saves less than 1 %, is left out. The last plan may
     still not fit.
     """
-    first = now = plan(recipe, overrides)
+    first = now = plan(recipe, overrides, seconds)
     changes: list[Change] = []
     for key, value, effect in savings(load(recipe, overrides)):
         if now.fits(gpu):
@@ -184,7 +193,6 @@ def method_of(recipe: Recipe, drawn: Blueprint) -> DistillMethod:
     traced, device = drawn.trace, torch.device("cpu")
     sampler = make_sampler(recipe, traced, partial(set_up, traced))
     sampler.grid()  # outside the mode, where numbers have values
-    check_rounding(recipe, sampler, traced.denoiser.kind)
     with without_data(drawn.mode):
         method = make_method(recipe, traced, sampler, recipe.teacher.guidance.scale, device)
         method.prepare(batch_of(recipe, drawn, method, 0, 0))
@@ -304,8 +312,8 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _stored(recipe: Recipe, drawn: Blueprint) -> int:
-    """Bytes of all encoded conditions and of the latents of all images, which stay on the device.
+def _stored(recipe: Recipe, drawn: Blueprint) -> tuple[int, int]:
+    """The number of conditions; bytes of all of them and of the latents of all images, which stay on the device.
 
     Conditions with pictures of their own stay in the host's memory.
     """
@@ -321,13 +329,23 @@ def _stored(recipe: Recipe, drawn: Blueprint) -> int:
         count = len(conditions)
     size = count * sum(row.numel() * row.element_size() for row in drawn.condition.values())
     if data.images is None:
-        return size
+        return count, size
     images = 60_000 if data.images == "fashion-mnist" else samples_in(data.images, data.limit)
-    return size + images * torch.Size(drawn.trace.latent_shape).numel() * 4
+    return count, size + images * torch.Size(drawn.trace.latent_shape).numel() * 4
+
+
+def checks_of(first: Plan, gpu: float | None) -> list[audit.Check]:
+    """The audit of the run, memory included."""
+    return [*first.checks, *audit.memory_checks(first, gpu)]
+
+
+def audit_text(first: Plan, gpu: float | None) -> str:
+    """The audit as a table for people."""
+    return audit.as_text(checks_of(first, gpu))
 
 
 def as_text(first: Plan, changes: Sequence[Change], gpu: float | None) -> str:
-    """The table, the peak, and the proposals, for people; GiB."""
+    """The memory by role, the peak, and the proposals, for people; GiB."""
     columns = ("weights", "gradients", "optimizer", "average", "activations")
     width = max(len(line.name) for line in first.lines)
     rows = [f"{'GiB':{width}} {'parameters':>12} " + " ".join(f"{name:>11}" for name in columns)]
@@ -363,6 +381,7 @@ def as_dict(first: Plan, changes: Sequence[Change], gpu: float | None) -> dict[s
     facts = {"schema": 1, "peak": first.peak, "player": first.player, "lines": [asdict(line) for line in first.lines]}
     facts |= {"encoders": asdict(first.encoders), "encoding": first.encoding}
     facts |= {"trajectories": asdict(first.trajectories)}
+    facts["audit"] = audit.as_dict(checks_of(first, gpu))
     if gpu is None:
         return facts
     proposals = [{"key": c.key, "value": c.value, "peak": c.plan.peak, "effect": c.effect} for c in changes]

@@ -12,8 +12,6 @@ each network is called, with and without gradients, is counted. From there on it
     update:  seconds on one GPU / N  +  bytes sent / bandwidth
 """
 
-import json
-import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,6 +31,7 @@ from stepdistill.optimizer import only_moving
 from stepdistill.plan import GIB, RESERVE, FirstBatch, Plan, batch_of, blueprint_of, method_of, plan
 from stepdistill.recipe import Recipe, load
 from stepdistill.sharding import blocks, is_whole, weights
+from stepdistill.update_time import kinds_of_steps, seconds_alone
 
 GB = 1e9
 
@@ -138,12 +137,6 @@ def scale(
     return found
 
 
-def kinds_of_steps(method: DistillMethod, steps: int) -> dict[tuple[str, ...], float]:
-    """Which share of the steps has which turns."""
-    kinds = Counter(tuple(method.turns(step)) for step in range(steps))
-    return {turns: count / steps for turns, count in kinds.items()}
-
-
 def memory_of_copies(local: Plan, gpus: int) -> float:
     """Bytes at one GPU's peak: the plan's, but gradients are exchanged through two flat copies of them."""
     fixed = sum(line.weights + line.optimizer + line.average for line in local.lines)
@@ -245,38 +238,6 @@ def _bytes(network: nn.Module) -> int:
 
 def _count(network: nn.Module) -> int:
     return sum(p.numel() for p in weights(network))
-
-
-def seconds_alone(source: str, kinds: Mapping[tuple[str, ...], float], batch_size: int) -> float:
-    """Seconds of a mean update on one GPU: ``source`` as a number, or from the run folder that it names.
-
-    Steps that were logged stand for all with the same players; the time is taken to grow with the batch.
-
-    Raises:
-        InputError: it is neither, or no step of some kind was logged.
-    """
-    try:
-        return float(source)
-    except ValueError:
-        pass
-    run = Path(source)
-    if not (run / "metrics.jsonl").is_file():
-        raise InputError(f"--seconds: expected a number or a run folder with metrics.jsonl, found '{source}'")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    measured: dict[frozenset[str], list[float]] = {}
-    for line in lines:
-        players = frozenset(key.partition("/")[0] for key in line if key.endswith("/grad_norm"))
-        measured.setdefault(players, []).append(line.get("seconds", 0.0))
-    total = 0.0
-    for turns, share in kinds.items():
-        if frozenset(turns) not in measured:
-            names = " and ".join(sorted(set(turns)))
-            raise InputError(
-                f"--seconds: expected a logged step in {run} in which {names} move, found none; train.log_every=1 "
-                "logs every step"
-            )
-        total += share * statistics.median(measured[frozenset(turns)])
-    return total * batch_size / load(run / "recipe.yaml").train.batch_size
 
 
 def links_of(text: str) -> Links:

@@ -292,6 +292,9 @@ class Recipe(Section):
     evaluation: Evaluation = Field(Evaluation(), description="measurements during the run, few samples each")
     report: Report = Field(Report(), description="the measurement at the end of the run")
     distributed: Distributed = Field(Distributed(), description="the processes that share the run's batches")
+    published: str | None = Field(
+        None, description="the published run that these settings come from; `stepdistill plan` sets it beside this one"
+    )
     output: str | None = Field(None, min_length=1, description="run folder; null: runs/NAME OF THE RECIPE FILE")
     resume: str = Field("auto", min_length=1, description="auto, never, or a checkpoint or run folder")
 

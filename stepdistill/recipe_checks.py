@@ -9,6 +9,7 @@ from stepdistill import assets
 from stepdistill.data import picture
 from stepdistill.data.forms import form
 from stepdistill.data.sample import SUFFIXES
+from stepdistill.published_runs import RUNS
 from stepdistill.recipe_errors import found, suggest
 from stepdistill.weight_files import SINGLE_FILE, files_in, lacking
 from stepdistill.yaml_lines import Keys
@@ -136,6 +137,9 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
         yield ("student", "steps"), f"expected at most 50, what the stock TCDScheduler takes, found {student.steps}"
     if train.lr_warmup > train.steps:
         yield ("train", "lr_warmup"), f"expected at most train.steps ({train.steps}), found {train.lr_warmup}"
+    if recipe.published is not None and recipe.published not in RUNS:
+        known = f"expected one of {', '.join(RUNS)}, or null"
+        yield ("published",), f"{known}, found {found(recipe.published)}{suggest(recipe.published, [*RUNS])}"
     if recipe.output is not None:
         blocked = [path for path in (Path(recipe.output), *Path(recipe.output).parents) if path.is_file()]
         if blocked:

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stepdistill import checkpoint, float32
+from stepdistill.audit import rehearse
 from stepdistill.data.batch import Batch
 from stepdistill.denoiser import Denoiser
 from stepdistill.distributed import Processes, join
@@ -97,6 +98,7 @@ def _train(recipe: Recipe, safe: bool) -> RunResult:
                 shards = partition(session.method)
             session.prepare()
         if start is None:
+            rehearse(recipe, session.method, session.trace.denoiser.kind, len(session.conditioning))
             check_conventions(session)
         measured = processes.first and can_report(session)
         step, interrupted = Trainer(session, accelerator, folder, shards).run(start)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def speed(network: nn.Module, lr: float, adapter: str | None = None) -> Speed:
     """The change of a role's network by one update at rate ``lr``.
 
     Args:
-        network: with its adapters, if it has any; on the meta device ``relative`` is None.
+        network: with its adapters, if it has any; without data ``relative`` is None.
         adapter: the one that moves, its rank and alpha are the network's own; None: all matrices and kernels move.
 
     Raises:
@@ -60,7 +61,7 @@ def speed(network: nn.Module, lr: float, adapter: str | None = None) -> Speed:
     if not count:
         raise ValueError(f"{type(network).__name__} has no layer that {adapter or 'an update'} moves")
     change = _rms(moving, count, lambda weight, factor: weight.numel() * (lr * factor) ** 2)
-    if any(weight.is_meta or not weight.is_floating_point() for weight, _ in moving):
+    if any(weight.is_meta or isinstance(weight, FakeTensor) or not weight.is_floating_point() for weight, _ in moving):
         return Speed(change, None)
     size = _rms(moving, count, lambda weight, _: float(weight.detach().float().square().sum()))
     return Speed(change, change / size if size else None)

@@ -124,6 +124,7 @@ class DistillMethod(ABC):
         guides_itself: it forms guidance otherwise than by :meth:`teacher`, which alone knows interval and rescale.
         guides_both: it compares two guided scores that begin equal: w times their difference, which rounding drowns.
         exported: the roles beside the student whose networks belong in an export, in folders of their names.
+        trains_grid: whether the student's updates start at the times of its sampler's grid.
         shards: whether its networks' weights may be shared out; not where it keeps copies of weights, or derives
             networks forwards.
     """
@@ -136,6 +137,7 @@ class DistillMethod(ABC):
     exported: ClassVar[tuple[str, ...]] = ()
     guides_itself: ClassVar[bool] = False
     guides_both: ClassVar[bool] = False
+    trains_grid: ClassVar[bool] = False
     shards: ClassVar[bool] = True
 
     def __init__(self, config: MethodConfig, roles: Roles, sampler: Sampler):
@@ -180,6 +182,14 @@ class DistillMethod(ABC):
     def turns(self, step: int) -> Sequence[str]:
         """The players that move at ``step``, in order; a player may move more than once."""
         return self.players
+
+    def shares(self, step: int) -> list[float] | None:
+        """The share of the student's updates at each position of its grid, noise end first, at training step ``step``.
+
+        None: its times are not the grid's.
+        """
+        count = len(self.sampler.grid())
+        return [1 / count] * count if self.trains_grid else None
 
     def prepare(self, batch: Batch) -> None:  # noqa: B027
         """Called once before training with the shapes of a real batch (to build heads on features)."""

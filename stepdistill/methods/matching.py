@@ -48,6 +48,7 @@ class DistributionMatching(DistillMethod):
     config: MatchingConfig
     players = ("student", "critic")
     extra_roles = ("critic",)
+    trains_grid = True
 
     def __init__(self, config: MatchingConfig, roles: Roles, sampler: Sampler):
         super().__init__(config, roles, sampler)

@@ -77,6 +77,7 @@ class SiD(DistillMethod):
     summary = "SiD: score identity distillation, gradients through teacher and critic"
     players = ("critic", "student")
     extra_roles = ("critic",)
+    trains_grid = True
 
     def __init__(self, config: SiDConfig, roles: Roles, sampler: Sampler):
         super().__init__(config, roles, sampler)

@@ -47,6 +47,7 @@ class TrajectoryRegression(DistillMethod):
     Config = TrajectoryConfig
     config: TrajectoryConfig
     summary = "SFD: regression of the student's own trajectory on the teacher's (deterministic sampler)"
+    trains_grid = True
     sampler_name = "ddim"
 
     @classmethod
