@@ -192,13 +192,15 @@ def make_sampler(recipe: Recipe, traced: Trace, grid: Callable[[Any, int], dict[
         grid: (scheduler, steps) -> what the pipeline gives ``set_timesteps``; None: its own run shows it.
 
     Raises:
-        InputError: no stock scheduler runs it there, or the schedule has no such start.
+        InputError: no stock scheduler runs it there, or the schedule has no such start or no shift.
     """
-    sampler = SAMPLERS[recipe.method.implementation.sampler_of(recipe.method.config)]
+    config, student, schedule = recipe.method.config, recipe.student, traced.denoiser.schedule
+    shift = getattr(config, "time_shift", 1.0)
+    if shift != 1 and schedule.name != "flow":
+        raise InputError(f"method.time_shift: expected 1 for a {schedule.name} schedule, found {shift:g}")
+    sampler = SAMPLERS[recipe.method.implementation.sampler_of(config)]
     grid = grid or (lambda scheduler, steps: set_up(traced, scheduler, steps)[0])
-    return sampler(
-        traced.denoiser.schedule, traced.pipeline.scheduler, recipe.student.steps, grid, recipe.student.start
-    )
+    return sampler(schedule, traced.pipeline.scheduler, student.steps, grid, student.start)
 
 
 def _trajectories(

@@ -37,6 +37,12 @@ class CriticConfig(MethodConfig):
     critic: Literal["lora", "full"] | None = Field(
         None, description="the critic's weights: an adapter, or all of them; null: as student.train"
     )
+    time_shift: float = Field(
+        1.0,
+        gt=0,
+        description="s of t = s u/(1 + (s - 1) u) for a flow model's noise times (matching, critic, GAN): above 1 more "
+        "noise, for large pictures; 1: u itself",
+    )
 
 
 RoleTraining = Literal["full", "lora", "frozen"]

@@ -59,7 +59,7 @@ class DMD2(DistributionMatching):
 
     def __init__(self, config: DMD2Config, roles: Roles, sampler: Sampler):
         super().__init__(config, roles, sampler)
-        self.gan = LatentDiscriminator(roles.critic) if config.gan_weight > 0 else None
+        self.gan = LatentDiscriminator(roles.critic, shift=config.time_shift) if config.gan_weight > 0 else None
         self.ratio = RatioWeight(config.divergence) if config.divergence != "reverse-kl" else None
 
     @classmethod
@@ -140,9 +140,10 @@ class DecoupledDMD(DMD2):
 
     def augmentation(self, x: Tensor, batch: Batch) -> Tensor:
         """(D_uncond - D_cond) / mean|x - D_cond| of the teacher; the paper counts time from noise: its tau > t."""
-        grid, highest = self.sampler.grid(), self.config.t_max
+        grid = self.sampler.grid()
         now = grid[batch.integer("k", len(grid))].t
-        t = uniform_times(batch, "augmentation time", self.schedule, self.config.t_min, min(now, highest))
+        highest, shift = min(now, self.config.t_max), self.config.time_shift
+        t = uniform_times(batch, "augmentation time", self.schedule, self.config.t_min, highest, shift)
         x_t = self.schedule.add_noise(x, batch.noise("augmentation"), t)
         cond = self.teacher(x_t, t, batch, 1.0).x0
         uncond = self.roles.teacher(x_t, t, batch.null).x0

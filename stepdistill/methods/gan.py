@@ -79,7 +79,8 @@ class LatentDiscriminator(Discriminator):
     """Heads on a denoiser's states of noised samples ("diffusion GAN": they never see clean ones).
 
     Args:
-        denoiser: the critic or the teacher. times: draws (B,) times from a batch under a name; default uniform.
+        denoiser: the critic or the teacher. times: draws (B,) times from a batch under a name; default uniform, with
+            ``shift`` (see :func:`stepdistill.methods.times.uniform_times`).
         conditional: the heads get the time as well. depths: of the states that are read; None: every block's.
     """
 
@@ -91,10 +92,11 @@ class LatentDiscriminator(Discriminator):
         r1: float = 0.0,
         conditional: bool = False,
         depths: int | None = FEATURE_DEPTHS,
+        shift: float = 1.0,
     ):
         super().__init__(loss, r1, conditional)
         self.denoiser, self.depths = denoiser, depths
-        self.times = times or (lambda batch, name: uniform_times(batch, name, denoiser.schedule))
+        self.times = times or (lambda batch, name: uniform_times(batch, name, denoiser.schedule, shift=shift))
 
     def features(self, x0: Tensor, batch: Batch) -> list[Tensor]:
         t = self.times(batch, "gan time")

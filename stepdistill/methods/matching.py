@@ -99,11 +99,12 @@ class DistributionMatching(DistillMethod):
 
     def matching_times(self, batch: Batch) -> Tensor:
         """Times (B,) at which the two distributions are compared."""
-        return uniform_times(batch, "dm time", self.schedule, self.config.t_min, self.config.t_max)
+        config = self.config
+        return uniform_times(batch, "dm time", self.schedule, config.t_min, config.t_max, config.time_shift)
 
     def critic_times(self, batch: Batch) -> Tensor:
         """Times (B,) at which the critic learns."""
-        return uniform_times(batch, "critic time", self.schedule)
+        return uniform_times(batch, "critic time", self.schedule, shift=self.config.time_shift)
 
     def critic_conditions(self, batch: Batch) -> Conditions:
         """What the critic is told of its training samples."""

@@ -81,7 +81,7 @@ class SiD(DistillMethod):
 
     def __init__(self, config: SiDConfig, roles: Roles, sampler: Sampler):
         super().__init__(config, roles, sampler)
-        self.gan = LatentDiscriminator(roles.critic) if config.gan_weight > 0 else None
+        self.gan = LatentDiscriminator(roles.critic, shift=config.time_shift) if config.gan_weight > 0 else None
 
     @classmethod
     def data_needs(cls, config: SiDConfig) -> DataNeeds:
@@ -113,7 +113,8 @@ class SiD(DistillMethod):
 
     def student_losses(self, batch: Batch) -> dict[str, Tensor]:
         x = self.generate(batch)
-        t = uniform_times(batch, "identity time", self.schedule, self.config.t_min, self.config.t_max)
+        config = self.config
+        t = uniform_times(batch, "identity time", self.schedule, config.t_min, config.t_max, config.time_shift)
         x_t = self.schedule.add_noise(x, batch.noise("identity"), t)
         real = self.guided(self.roles.teacher, x_t, t, batch, self.roles.scale).x0
         fake = self.guided(self.roles.critic, x_t, t, batch, self.config.critic_scale).x0
@@ -126,7 +127,7 @@ class SiD(DistillMethod):
         batch = replace(batch, cond=batch.partly_empty("null", self.config.null_dropout)[0])
         with torch.no_grad():
             x = self.generate(batch)
-        t = uniform_times(batch, "critic time", self.schedule)
+        t = uniform_times(batch, "critic time", self.schedule, shift=self.config.time_shift)
         x_t = self.schedule.add_noise(x, batch.noise("critic"), t)
         fake = self.guided(self.roles.critic, x_t, t, batch, self.config.critic_train_scale)
         losses = {"denoising": prediction_loss(fake, x)}

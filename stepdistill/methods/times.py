@@ -6,15 +6,24 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
-from stepdistill.schedule import Schedule
+from stepdistill.schedule import Schedule, shifted
 
 # Training sees the whole range of noise, short of none at all, where an epsilon has no meaning.
 T_FLOOR = 0.001
 
 
-def uniform_times(batch: Batch, name: str, schedule: Schedule, low: float = T_FLOOR, high: float = 1.0) -> Tensor:
-    """Uniform in [low, high), on the schedule's own times."""
-    return schedule.snap(batch.uniform(name, low, high))
+def uniform_times(
+    batch: Batch, name: str, schedule: Schedule, low: float = T_FLOOR, high: float = 1.0, shift: float = 1.0
+) -> Tensor:
+    """Uniform in [low, high), on the schedule's own times; with ``shift`` what is uniform is t before its shift.
+
+    Args:
+        shift: s of t = s u/(1 + (s - 1) u), for flow (Esser et al. 2024, eq. 23); FastGen's "shifted" times.
+    """
+    if shift == 1:
+        return schedule.snap(batch.uniform(name, low, high))
+    ends = shifted(torch.tensor([low, high], dtype=torch.float64), 1 / shift).tolist()
+    return schedule.snap(shifted(batch.uniform(name, *ends), shift))
 
 
 def normal_log_snr_times(batch: Batch, name: str, schedule: Schedule, mean: float, std: float) -> Tensor:

@@ -13,6 +13,7 @@ Guidance on both scores cancels where student and teacher agree: the data are a 
 for DMD2 and Diff-Instruct with guidance on the teacher alone. It shapes the way there, not the end.
 """
 
+import math
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, field_validator
@@ -118,4 +119,5 @@ class DiffInstruct(DistributionMatching):
 
     def noise_times(self, batch: Batch, name: str) -> Tensor:
         """Times (B,) of log-normal noise-to-signal ratios."""
-        return normal_log_snr_times(batch, name, self.schedule, self.config.noise_mean, self.config.noise_std)
+        mean = self.config.noise_mean + math.log(self.config.time_shift)  # a shift multiplies sigma/alpha
+        return normal_log_snr_times(batch, name, self.schedule, mean, self.config.noise_std)
