@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.schedule import Prediction, Schedule, per_sample
-from stepdistill.stock_schedulers import flow_settings, vp_scheduler
+from stepdistill.stock_schedulers import edm_scheduler, flow_settings, vp_scheduler
 
 Noise = Callable[[], Tensor]
 """Draws fresh standard normal noise, shaped like the sample."""
@@ -85,6 +85,19 @@ class Sampler(ABC):
         times = self._times[steps]
         return [Step(t, r) for t, r in zip(times, [*times[1:], None], strict=True)]
 
+    def seen(self, sample: Tensor) -> Tensor:
+        """x_t of a stock run's first sample: EDM's schedulers scale it before the network sees it, others do not."""
+        scheduler = self.stock(self.steps)
+        if not hasattr(scheduler, "scale_model_input"):
+            return sample
+        scheduler.set_timesteps(**self.set_up(scheduler, self.steps), device=sample.device)
+        return scheduler.scale_model_input(sample, scheduler.timesteps[0])
+
+    @property
+    def rounding(self) -> float:
+        """How far float32 alone may take a stock run from :meth:`sample`: those of EDM carry x_0 + 80 eps."""
+        return 2**-21 * self.schedule.levels.sigma_max if self.schedule.name == "edm" else 0.0
+
     def sample(
         self,
         predict: Callable[[Tensor, Tensor], Prediction],
@@ -122,7 +135,7 @@ class Renoise(Sampler):
     def stock(self, steps: int) -> Any:
         if self.schedule.name == "flow":
             return self._flow(FlowMatchLCMScheduler, steps)
-        _only_vp(self.schedule)
+        _not_edm(self.schedule, self.name)
         # From the whole table any number of steps is evenly spaced: 999, 749, 499, 249 for 4.
         length = len(self.schedule.alphas_cumprod) if self.start is None else self.start + 1
         kept = {"original_inference_steps": length}
@@ -135,7 +148,7 @@ class Renoise(Sampler):
 
 
 class DDIM(Sampler):
-    """Deterministic first-order step: x_r = alpha_r x_0 + sigma_r eps (DDIM on VP, Euler on flow)."""
+    """Deterministic first-order step: x_r = alpha_r x_0 + sigma_r eps (DDIM on VP, Euler on flow and EDM)."""
 
     name = "ddim"
     stochastic = False
@@ -143,7 +156,8 @@ class DDIM(Sampler):
     def stock(self, steps: int) -> Any:
         if self.schedule.name == "flow":
             return self._flow(FlowMatchEulerDiscreteScheduler, steps)
-        _only_vp(self.schedule)
+        if self.schedule.name == "edm":
+            return edm_scheduler(self.source, self.schedule, steps)
         trailing = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
         return vp_scheduler(DDIMScheduler, self.source, self.schedule, self.start, **trailing)
 
@@ -177,7 +191,7 @@ class TCD(Sampler):
     def stock(self, steps: int) -> Any:
         if self.schedule.name == "flow":
             raise InputError("sampler tcd: the stock TCDScheduler has no flow-matching form; use renoise or ddim")
-        _only_vp(self.schedule)
+        _not_edm(self.schedule, self.name)
         # A shorter table has no even part of 50 entries that holds its last one.
         original = 50 if self.start is None else self.start + 1
         kept = {"original_inference_steps": original}
@@ -246,9 +260,12 @@ def check_start(schedule: Schedule, start: int, steps: int) -> None:
         raise InputError(f"student.start: expected a timestep from {steps - 1} to {last}, found {start}")
 
 
-def _only_vp(schedule: Schedule) -> None:
-    if schedule.name != "vp_discrete":
-        raise InputError(f"no stock few-step scheduler runs a {schedule.name} schedule")
+def _not_edm(schedule: Schedule, sampler: str) -> None:
+    if schedule.name == "edm":
+        raise InputError(
+            f"sampler {sampler}: expected ddim for an EDM schedule, no stock scheduler noises afresh there; methods of "
+            "that sampler are sfd, ode-regression, pcm and pd, and dmd2, sid and others take method.sampler: ddim"
+        )
 
 
 SAMPLERS: dict[str, type[Sampler]] = {sampler.name: sampler for sampler in (Renoise, DDIM, TCD)}

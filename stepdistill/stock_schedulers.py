@@ -7,10 +7,11 @@ smallest sigma it knows (.009 at shift 3), where a step changes nothing; ``shift
 from typing import Any
 
 import torch
+from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.schedule import FlowSchedule, VPSchedule
+from stepdistill.schedule import FlowSchedule, ScaledEDMSchedule, VPSchedule
 
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr")
 _DYNAMIC = (
@@ -61,6 +62,22 @@ def vp_scheduler(kind: type, source: Any, schedule: VPSchedule, start: int | Non
     if not _same(made.alphas_cumprod, table[: len(kept)]):
         raise InputError(f"schedule: no config of {kind.__name__} has the noise table of {type(source).__name__}")
     return made
+
+
+def edm_scheduler(source: Any, schedule: ScaledEDMSchedule, steps: int) -> Any:
+    """EDM's Euler scheduler, or plain Euler on continuous time where the network has no preconditioning of its own.
+
+    Its ``steps`` stand at even t; left alone the last one would start at the smallest sigma, where nothing changes.
+    """
+    levels, config = schedule.levels, source.config
+    last = levels.sigma_min if steps == 1 else levels.sigma(torch.tensor(1 / steps)).item()
+    ends = {"sigma_min": last, "sigma_max": levels.sigma_max, "prediction_type": config["prediction_type"]}
+    if "sigma_data" in config:
+        return EDMEulerScheduler(**ends, sigma_data=schedule.data_std, rho=levels.rho)
+    # "leading" concerns the deviation of the first sample alone.
+    return EulerDiscreteScheduler(
+        **ends, timestep_type="continuous", use_karras_sigmas=True, timestep_spacing="leading"
+    )
 
 
 def _betas(alphas_cumprod: Tensor) -> Tensor:

@@ -137,11 +137,12 @@ def export(
     facts = _facts(recipe, session, step) | {"form": form}
     (draft / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     error, levels = verify(draft, session, form == "lora")
-    if not error <= TOLERANCE:
+    allowed = TOLERANCE + session.sampler.rounding
+    if not error <= allowed:
         shutil.rmtree(draft)
         raise ExportError(
             f"{out}: the reloaded pipeline differs from the training-time sampler by {error:.2e} "
-            f"(allowed {TOLERANCE:.0e}); the stock call of this pipeline does not run sampler {session.sampler.name}"
+            f"(allowed {allowed:.0e}); the stock call of this pipeline does not run sampler {session.sampler.name}"
         )
     if levels > LEVELS:
         shutil.rmtree(draft)
@@ -214,7 +215,7 @@ def verify(folder: Path, session: Session, lora: bool = False) -> tuple[float, i
         stock = call_elsewhere(request)
     ours = repeated(session, session.method.roles.student, rows, stock)
     error = deviation(stock["latents"], ours)
-    if "images" not in stock or not error <= TOLERANCE:
+    if "images" not in stock or not error <= TOLERANCE + session.sampler.rounding:
         return error, 0
     images = stock["images"]
     if images.ndim == 5:
@@ -240,7 +241,7 @@ def repeated(session: Session, student: Denoiser, rows: Tensor, stock: Mapping[s
         cond = plain_conditions(traced, [session.conditioning.entries[i] for i in rows.tolist()], steps)
     else:
         cond, _ = session.conditioning.batch(rows)
-    noise = stock["noise"].to(session.device)
+    noise = session.sampler.seen(stock["noise"].to(session.device))
     with forked_random(noise.device):
         (torch.cuda if noise.is_cuda else torch).set_rng_state(stock["random_state"])
         return session.sampler.sample(lambda x, t: student(x, t, cond), noise)

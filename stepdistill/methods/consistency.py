@@ -22,7 +22,7 @@ from stepdistill.errors import InputError
 from stepdistill.methods.base import DataNeeds, DistillMethod, RealConfig
 from stepdistill.methods.losses import pseudo_huber
 from stepdistill.samplers import solver_grid
-from stepdistill.schedule import EDMSchedule, Prediction, Schedule, per_sample
+from stepdistill.schedule import Prediction, Schedule, per_sample
 
 
 class SolverConfig(RealConfig):
@@ -48,11 +48,15 @@ class ConsistencyConfig(SolverConfig):
 
 
 def boundary(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) with f(x, 0) = x: LCM's in timesteps, Karras' in sigma on EDM (Song et al. 2023, app. C)."""
-    if isinstance(schedule, EDMSchedule):
-        variance, sigma = 0.25, schedule.sigma(t)
-        beyond = sigma - schedule.sigma_min
-        return variance / (beyond**2 + variance), beyond * (variance / (sigma**2 + variance)).sqrt()
+    """(c_skip, c_out) of f(x_t, t) = c_skip x_t + c_out x_0 with f = x at t = 0: LCM's, in timesteps.
+
+    On EDM in sigma beyond its smallest, as Song et al. 2023, app. C, for a network that means x_0; x_t is scaled there.
+    """
+    if schedule.name == "edm":
+        levels, variance = getattr(schedule, "levels", schedule), schedule.data_std**2
+        beyond = levels.sigma(t) - levels.sigma_min
+        root = (beyond**2 + variance).sqrt()
+        return variance / root**2 / schedule.alpha(t), beyond / root
     scaled = 10 * schedule.timestep(t)
     return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
 

@@ -87,6 +87,16 @@ def test_the_boundary_condition(name):
         assert c_skip[1].item() == pytest.approx(6.9e-6, rel=1e-2)
 
 
+def test_the_boundary_condition_of_a_pipelines_edm_schedule():
+    """x_t is c_in times the sample; from_scheduler's schedule is not the plain one."""
+    schedule, _ = from_scheduler(diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5))
+    t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    c_skip, c_out = boundary(schedule, t)
+    skip = c_skip * schedule.alpha(t)
+    assert (skip[0].item(), c_out[0].item()) == pytest.approx((1, 0), abs=1e-6)
+    assert (skip.diff() < 0).all() and (c_out.diff() > 0).all() and c_out[-1].item() == pytest.approx(1, abs=1e-3)
+
+
 def affine_student(schedule: Schedule, kind, scale=0.8, shift=0.3):
     return player(lambda x, t, labels: x, schedule, kind, scale, shift)
 
