@@ -31,11 +31,11 @@ def prepare_folder(folder: Path, recipe: Recipe, safe: bool) -> Path | None:
     written = folder / "recipe.yaml"
     start = None
     if recipe.resume == "never":
-        if written.exists():
+        if _holds_a_run(folder):
             _set_aside(folder)
     elif recipe.resume != "auto":
         start = checkpoint.adopt(_checkpoint_in(Path(recipe.resume)), folder / "checkpoints")
-    elif written.exists():
+    elif _holds_a_run(folder):
         if different := _difference(load(written, safe=safe), recipe):
             raise InputError(
                 f"output: {folder} holds a run of another recipe ({different}); "
@@ -52,6 +52,12 @@ def prepare_folder(folder: Path, recipe: Recipe, safe: bool) -> Path | None:
     except OSError as error:
         raise InputError(f"output: {folder} cannot be written: {error.strerror}") from None
     return start
+
+
+def _holds_a_run(folder: Path) -> bool:
+    """Whether a run took steps there; what a start that failed leaves behind is no run."""
+    steps = (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("*"))
+    return steps and (folder / "recipe.yaml").exists()
 
 
 def _set_aside(folder: Path) -> None:

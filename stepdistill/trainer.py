@@ -64,7 +64,7 @@ def train(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
         overrides: ``dotted.key=value``. safe: refuse a recipe that names Python code.
 
     Raises:
-        InputError: the recipe, the teacher or the data are not usable; nothing was changed.
+        InputError: the recipe, the teacher or the data are not usable; the same folder takes the corrected recipe.
         stepdistill.finite.NonFiniteError: training diverged; the last checkpoint is intact.
         RunError: memory or disk ran out; so is it then.
     """
