@@ -17,20 +17,16 @@ from torch import nn
 from stepdistill import assets, audit, yaml_lines
 from stepdistill.blueprint import Blueprint, blueprint, set_up, without_data
 from stepdistill.data.batch import Batch, PathRows
-from stepdistill.data.conditions import wanted
-from stepdistill.data.forms import count as samples_in
-from stepdistill.data.forms import form
 from stepdistill.errors import InputError
 from stepdistill.forward import forward_passes
 from stepdistill.memory import GIB, RESERVE, LiveBytes, savings
 from stepdistill.methods.base import DistillMethod
 from stepdistill.optimizer import only_moving
-from stepdistill.pipeline.conditioning import class_names
 from stepdistill.pipeline.trace import sampled_at
+from stepdistill.plan_stored import stored
 from stepdistill.plan_trajectories import NO_TRAJECTORIES, Trajectories, trajectories
 from stepdistill.recipe import Recipe, load
 from stepdistill.session import make_method, make_sampler
-from stepdistill.text_files import read_text
 
 ENCODERS, AUTOENCODER, TRAJECTORIES = "encoders", "autoencoder and others", "trajectories"
 # Of an 8-bit moment: one byte a value, and a float32 scale for each block of 256.
@@ -56,9 +52,10 @@ class Line:
 class Plan:
     """Lines of the table, the expected peak in bytes, and the player in whose turn it comes.
 
-    ``encoders`` are on the device while conditions are encoded (``encoding`` bytes with teacher and autoencoder), and
-    rest in the host's memory after that. ``trajectories`` are what the teacher makes before training. ``phases`` are
-    the peaks in bytes by phase, ``checks`` is the audit of the run (:mod:`stepdistill.audit`).
+    ``encoders`` are on the device while conditions are encoded (``encoding`` bytes with teacher, autoencoder and a
+    chunk of conditions), and rest in the host's memory after that, where all conditions and latents of images are kept
+    (``stored``). ``trajectories`` are what the teacher makes before training. ``phases`` are the peaks in bytes by
+    phase, ``checks`` is the audit of the run (:mod:`stepdistill.audit`).
     """
 
     lines: list[Line]
@@ -69,6 +66,7 @@ class Plan:
     trajectories: Trajectories = NO_TRAJECTORIES
     phases: dict[str, int] = field(default_factory=dict)
     checks: list[audit.Check] = field(default_factory=list)
+    stored: int = 0
 
     def fits(self, gpu: float) -> bool:
         """Whether the peak and what CUDA needs stay within ``gpu`` GiB."""
@@ -109,9 +107,9 @@ def plan(
     known = [t for m in _networks(drawn, method) for t in (*nn.Module.parameters(m), *m.buffers())]
     for player, peak in _turns(recipe, drawn, method, known):
         activations[player] = max(activations.get(player, 0), peak - gradients[player])
-    conditions, store = _stored(recipe, drawn)
+    store = stored(recipe, drawn)
     encoders = Line(ENCODERS, *weights.pop(ENCODERS))
-    encoding = encoders.weights + sum(weights[name][1] for name in ("teacher", AUTOENCODER))
+    encoding = encoders.weights + sum(weights[name][1] for name in ("teacher", AUTOENCODER)) + store.chunk
     player = max(activations, key=lambda name: activations[name] + gradients[name])
     lines = [
         Line(
@@ -125,15 +123,15 @@ def plan(
         )
         for name, (parameters, size) in weights.items()
     ]
-    lines.append(Line("stored conditions and images", weights=store))
+    lines.append(Line("conditions and images of a batch", weights=store.batch(recipe.train.batch_size)))
     fixed = sum(line.weights + line.optimizer + line.average for line in lines)
     made = trajectories(recipe, drawn, method, known)
-    solving = made.activations + sum(weights[name][1] for name in ("teacher", AUTOENCODER)) + store if made.count else 0
+    solving = made.activations + sum(weights[name][1] for name in ("teacher", AUTOENCODER)) if made.count else 0
     peaks = {ENCODERS: encoding, TRAJECTORIES: solving, player: fixed + gradients[player] + activations[player]}
     highest = max(peaks, key=peaks.__getitem__)
-    checks = audit.audit(recipe, method, drawn.trace.denoiser.kind, conditions, seconds)
+    checks = audit.audit(recipe, method, drawn.trace.denoiser.kind, store.conditions, seconds)
     phases = dict(zip(("encoding", TRAJECTORIES, "training"), peaks.values(), strict=True))
-    return Plan(lines, peaks[highest], highest, encoders, encoding, made, phases, checks)
+    return Plan(lines, peaks[highest], highest, encoders, encoding, made, phases, checks, store.host)
 
 
 def fit(
@@ -312,28 +310,6 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _stored(recipe: Recipe, drawn: Blueprint) -> tuple[int, int]:
-    """The number of conditions; bytes of all of them and of the latents of all images, which stay on the device.
-
-    Conditions with pictures of their own stay in the host's memory.
-    """
-    data = recipe.data
-    source = data.images if data.conditions == "captions" else str(data.conditions)
-    streamed = form(source) == "hub"
-    conditions = [""] * data.limit if streamed else [] if data.arguments else wanted(data, aloud=False)[0]
-    if conditions == "classes":
-        count = max(1, len(class_names(drawn.trace)))
-    elif isinstance(conditions, str):
-        count = sum(bool(line.strip()) for line in read_text(Path(conditions)).splitlines())
-    else:
-        count = len(conditions)
-    size = count * sum(row.numel() * row.element_size() for row in drawn.condition.values())
-    if data.images is None:
-        return count, size
-    images = 60_000 if data.images == "fashion-mnist" else samples_in(data.images, data.limit)
-    return count, size + images * torch.Size(drawn.trace.latent_shape).numel() * 4
-
-
 def checks_of(first: Plan, gpu: float | None) -> list[audit.Check]:
     """The audit of the run, memory included."""
     return [*first.checks, *audit.memory_checks(first, gpu)]
@@ -358,6 +334,7 @@ def as_text(first: Plan, changes: Sequence[Change], gpu: float | None) -> str:
     if first.encoders.weights:
         size = f"{first.encoders.parameters / 1e6:.2f} M parameters, {first.encoders.weights / GIB:.3f} GiB"
         rows.append(f"encoders: {size}, in the host's memory once the conditions are encoded")
+    rows.append(f"stored conditions and images: {first.stored / GIB:.3f} GiB in the host's memory")
     if first.trajectories.count:
         rows.append(first.trajectories.as_text())
     rows += ["", f"peak {first.peak / GIB:.2f} GiB, {when}"]
@@ -380,7 +357,7 @@ def as_dict(first: Plan, changes: Sequence[Change], gpu: float | None) -> dict[s
     """The same for scripts; bytes."""
     facts = {"schema": 1, "peak": first.peak, "player": first.player, "lines": [asdict(line) for line in first.lines]}
     facts |= {"encoders": asdict(first.encoders), "encoding": first.encoding}
-    facts |= {"trajectories": asdict(first.trajectories)}
+    facts |= {"trajectories": asdict(first.trajectories), "stored": first.stored}
     facts["audit"] = audit.as_dict(checks_of(first, gpu))
     if gpu is None:
         return facts

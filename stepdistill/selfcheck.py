@@ -99,8 +99,7 @@ class _Probe:
         index = torch.arange(ROWS) * count // ROWS if count > ROWS else torch.arange(ROWS) % count
         if session.rows is not None:
             latents, conditions = session.rows
-            index = index.to(latents.device)
-            self.real, index = latents[index].float(), conditions[index]
+            self.real, index = latents[index].float().to(session.device), conditions[index]
         self.cond, self.null = session.conditioning.batch(index)
         # Small samples go through the network all at once, large ones in the micro-batches of training.
         train, size = session.recipe.train, torch.Size(session.trace.latent_shape).numel()
@@ -277,8 +276,11 @@ def _check_conditions(conditioning: Conditioning, scale: float) -> None:
 
 
 def _identical(cond: Conditions, row: Conditions) -> Tensor:
-    """Which rows (N,) of ``cond`` are ``row`` in every tensor."""
-    same = [(rows == row[name]).reshape(len(rows), -1).all(1) for name, rows in cond.items()]
+    """Which rows (N,) of ``cond`` are ``row`` in every tensor; compared in parts, as they may be many."""
+    same = []
+    for name, rows in cond.items():
+        pairs = zip(rows.split(256), row[name].to(rows.device).expand_as(rows).split(256), strict=True)
+        same.append(torch.cat([(part == other).reshape(len(part), -1).all(1) for part, other in pairs]))
     return torch.stack(same).all(0)
 
 

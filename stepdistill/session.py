@@ -21,6 +21,7 @@ from stepdistill.exporting.lora import is_lora, load_adapter
 from stepdistill.generation.generate import set_up
 from stepdistill.generation.latents import decoder, encode_images, image_shape
 from stepdistill.half_precision import check_rounding, check_scheduler
+from stepdistill.host_rows import to_device
 from stepdistill.methods.base import DistillMethod, PathNeeds, Roles
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries, rest_encoders, unread
 from stepdistill.pipeline.load import is_export, load_pipeline
@@ -36,8 +37,8 @@ from stepdistill.samplers import SAMPLERS, TCD, Sampler
 class Session:
     """A traced teacher, its conditions, the method with its roles, and the data it needs besides.
 
-    ``rows`` are real samples: latents (N, ...) and the index of each one's condition (N,). ``paths`` are the
-    teacher's trajectories, and the clean ends of ``made`` stand for real samples.
+    ``rows`` are real samples in the host's memory: latents (N, ...) and the index of each one's condition (N,).
+    ``paths`` are the teacher's trajectories, and the clean ends of ``made`` stand for real samples.
     """
 
     recipe: Recipe
@@ -64,16 +65,16 @@ class Session:
             device=self.device,
         )
         if self.made is not None:
-            made = self.made.rows(batch.integers("made row", len(self.made)), self.conditioning, self.device)
+            made = self.made.rows(batch.rows("made row", len(self.made)), self.conditioning, self.device)
             batch.latents, batch.cond, batch.null = made.points[:, -1], made.cond, made.null
         elif self.rows is not None:
-            row = batch.integers("row", len(self.rows[0]))
-            batch.latents = self.rows[0][row]
+            row = batch.rows("row", len(self.rows[0]))
+            batch.latents = to_device(self.rows[0][row], self.device)
             batch.cond, batch.null = self.conditioning.batch(self.rows[1][row])
         else:
-            batch.cond, batch.null = self.conditioning.batch(batch.integers("condition", len(self.conditioning)))
+            batch.cond, batch.null = self.conditioning.batch(batch.rows("condition", len(self.conditioning)))
         if self.paths is not None:
-            row = batch.integers("path row", len(self.paths))
+            row = batch.rows("path row", len(self.paths))
             batch.path = self.paths.rows(row, self.conditioning, self.device)
         return batch
 
@@ -178,7 +179,6 @@ def build(
     method.roles.teacher.evaluations += sum(stored.evaluations for stored in (paths, made) if stored is not None)
     if real is not None:
         rows = _real_rows(*real[:2], traced, conditioning, cache)
-        rows = (rows[0].to(device), rows[1].to(device))
     session = Session(recipe, traced, conditioning, method, sampler, rows, device, paths, made)
     if with_data and not shared:
         session.prepare()
@@ -333,7 +333,8 @@ def _real_rows(
             f"found {strangers[0]!r} and {len(strangers) - 1} more"
         )
     latents = encode_images(traced, pictures, cache)
-    if not (finite := latents.flatten(1).isfinite().all(1)).all():
+    finite = torch.cat([part.flatten(1).isfinite().all(1) for part in latents.split(256)])
+    if not finite.all():
         number = int(finite.logical_not().nonzero()[0])
         raise InputError(
             f"data.images: the autoencoder makes numbers that are not finite of image {number} ({captions[number]!r}), "

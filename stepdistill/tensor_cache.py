@@ -26,4 +26,5 @@ def cached(file: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str
     draft = file.with_suffix(f".{os.getpid()}.partial")
     save_file(tensors, draft)
     draft.replace(file)
-    return tensors
+    # The file's pages are read when they are needed, and need no memory of the process's own.
+    return load_file(file)

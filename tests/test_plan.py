@@ -86,13 +86,13 @@ def test_a_line_for_every_role(teacher):
     found = plan.plan(recipe_of(teacher, "full"))
     lines = {line.name: line for line in found.lines}
     teacher_line, student, critic = lines["teacher"], lines["student"], lines["critic"]
-    assert list(lines) == ["teacher", "student", "critic", "autoencoder and others", "stored conditions and images"]
+    assert list(lines) == ["teacher", "student", "critic", "autoencoder and others", "conditions and images of a batch"]
     assert student.parameters == critic.parameters == teacher_line.parameters > 100_000
     assert 4 * student.parameters == student.gradients == student.average == student.optimizer // 2
     assert 0 < student.weights - student.gradients < 50_000  # the table of positions is no parameter
     assert (critic.average, teacher_line.gradients, teacher_line.activations) == (0, 0, 0)
     assert student.activations > 0 and critic.activations > 0
-    assert lines["stored conditions and images"].weights == 10 * 8  # ten class numbers
+    assert found.stored == 10 * 8  # ten class numbers
     rest = sum(line.weights + line.optimizer + line.average for line in found.lines)
     assert found.peak == rest + max(line.gradients + line.activations for line in found.lines)
 
@@ -105,12 +105,25 @@ def test_encoders_count_only_while_they_work(tmp_path):
     held = {name: sum(t.nbytes for t in (*one.parameters(), *one.buffers())) for name, one in modules(pipeline).items()}
     assert (found.encoders.name, found.encoders.weights) == ("encoders", held["text_encoder"])
     assert lines["autoencoder and others"] == held["vae"] and "encoders" not in lines
-    assert found.encoding == sum(held.values()) and found.peak > found.encoding
+    prompt = 40 * 16 * 4  # is there as the pipeline's own and as it was caught, for both halves of guidance
+    assert found.encoding == sum(held.values()) + 2 * 2 * prompt and found.peak > found.encoding
     rest = sum(line.weights + line.optimizer + line.average for line in found.lines)
     assert found.peak == rest + max(line.gradients + line.activations for line in found.lines)
     assert "in the host's memory" in plan.as_text(found, [], None)
     heavy = plan.Plan(found.lines, found.encoding, plan.ENCODERS, found.encoders, found.encoding)
     assert "while conditions are encoded" in plan.as_text(heavy, [], None)
+
+
+def test_many_prompts_are_the_hosts_matter(tmp_path):
+    """Conditions are encoded in chunks and kept in the host's memory: the device has those of one chunk or batch."""
+    save_pipeline(tiny_sd(), tmp_path / "sd")
+    recipe, row = recipe_of(tmp_path / "sd", "lora", "sfd", batch_size=2), 40 * 16 * 4
+    few, many = (
+        plan.plan(recipe | {"data": {"conditions": [f"prompt {i}" for i in range(count)]}}) for count in (64, 50_000)
+    )
+    assert (few.peak, few.encoding) == (many.peak, many.encoding)
+    assert (few.stored, many.stored) == (64 * row, 50_000 * row)
+    assert "0.119 GiB in the host's memory" in plan.as_text(many, [], None)
 
 
 def test_a_quantized_backbone_is_smaller(teacher):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.host_rows import to_device
+
 
 def generator(*key: object) -> torch.Generator:
     """A CPU generator seeded by ``key`` alone (numbers and strings), the same on every machine."""
@@ -68,10 +70,7 @@ class Batch:
 
     def _mine(self, whole: Tensor) -> Tensor:
         """This batch's rows of a draw for the global batch, on its device."""
-        rows = whole[self.first : self.first + self.size]
-        # From pinned memory the copy is queued, and the host does not wait for the device.
-        cuda = torch.device(self.device).type == "cuda"
-        return rows.pin_memory().to(self.device, non_blocking=True) if cuda else rows.to(self.device)
+        return to_device(whole[self.first : self.first + self.size], self.device)
 
     def noise(self, name: str) -> Tensor:
         """Standard normal noise (size, *shape)."""
@@ -99,7 +98,12 @@ class Batch:
 
     def integers(self, name: str, high: int) -> Tensor:
         """Integers (size,) in 0 .. high - 1."""
-        return self._mine(torch.randint(high, (self.total,), generator=self._generator(name)))
+        return to_device(self.rows(name, high), self.device)
+
+    def rows(self, name: str, high: int) -> Tensor:
+        """The same integers on the host, where what they number is kept."""
+        whole = torch.randint(high, (self.total,), generator=self._generator(name))
+        return whole[self.first : self.first + self.size]
 
     def integer(self, name: str, high: int) -> int:
         """One integer in 0 .. high - 1, the same for the whole global batch."""

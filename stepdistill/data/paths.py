@@ -60,7 +60,6 @@ class Paths:
 
     def rows(self, row: Tensor, conditioning: Conditioning, device: torch.device | str) -> PathRows:
         """The trajectories ``row`` (B,), in float32 on ``device``, with their conditions."""
-        row = row.cpu()
         cond, null = conditioning.batch(self.index[row])
         points = self.points[row].to(device, torch.float32)
         return PathRows(points, self._times.on(device), cond, null, self.scales[row].to(device))

@@ -13,6 +13,7 @@ from torch import Tensor
 from stepdistill.device_table import DeviceTable
 from stepdistill.errors import InputError
 from stepdistill.generation.generate import at_once, decode
+from stepdistill.host_rows import HostRows
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.observe import TraceError, patched
 from stepdistill.pipeline.trace import Trace
@@ -125,22 +126,25 @@ def _encoded(trace: Trace, vae: Any, images: Tensor) -> Tensor:
     say(f"encoding {len(images)} images")
     own = layout(trace)
     device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
-    parts = []
+    kept, done = HostRows(len(images)), 0
     vae.float()  # what is learned from for the whole run is not rounded on its way through every layer
-    for chunk in images.split(at_once(images.shape[1:], 2**22)):  # one of 1024 px, five of 512
-        pixels = chunk.to(device).float() / 127.5 - 1
-        encoded = vae.encode(pixels.unsqueeze(2) if len(own.shape) == 4 else pixels)
-        # The latents themselves have two names: of autoencoders in general, and of AutoencoderTiny.
-        given = encoded.get("latent", encoded.get("latents"))
-        parts.append(encoded.latent_dist.mean if "latent_dist" in encoded else given)
-    vae.to(dtype)
-    z = torch.cat(parts).float().cpu()
-    if z.shape[1:] != own.shape:
-        raise InputError(
-            f"data.images: this pipeline decodes latents of shape {own.shape}, its autoencoder makes "
-            f"{tuple(z.shape[1:])} of an image"
-        )
-    return own.from_z(z, trace.latent_shape)
+    try:
+        for chunk in images.split(at_once(images.shape[1:], 2**22)):  # one of 1024 px, five of 512
+            pixels = chunk.to(device).float() / 127.5 - 1
+            encoded = vae.encode(pixels.unsqueeze(2) if len(own.shape) == 4 else pixels)
+            # The latents themselves have two names: of autoencoders in general, and of AutoencoderTiny.
+            given = encoded.get("latent", encoded.get("latents"))
+            z = (encoded.latent_dist.mean if "latent_dist" in encoded else given).cpu()
+            if z.shape[1:] != own.shape:
+                raise InputError(
+                    f"data.images: this pipeline decodes latents of shape {own.shape}, its autoencoder makes "
+                    f"{tuple(z.shape[1:])} of an image"
+                )
+            kept.write(done, {"latents": own.from_z(z.float(), trace.latent_shape)})
+            done += len(chunk)
+    finally:
+        vae.to(dtype)
+    return kept.tensors["latents"]
 
 
 def decoder(trace: Trace) -> Callable[[Tensor], Tensor] | None:
@@ -169,7 +173,7 @@ def _autoencoder(pipeline: Any) -> Any:
 
 
 def _key(trace: Trace, vae: Any, images: Tensor) -> str:
-    digest = hashlib.sha256(images.numpy().tobytes())
+    digest = hashlib.sha256(images.contiguous().numpy())
     digest.update(f"{type(trace.pipeline).__name__} {trace.latent_shape}".encode())
     if vae.dtype != torch.float32:
         digest.update(b"encoded in float32")  # earlier versions did not

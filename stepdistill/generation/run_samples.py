@@ -45,7 +45,7 @@ def distilled(session: Session, count: int, seed: int, batch: int | None = None)
     parts, batch = [], batch or at_once(shape)
     for start in range(0, count, batch):
         rows = range(start, min(start + batch, count))
-        cond, _ = session.conditioning.batch(conditions_of(session, count)[rows.start : rows.stop].to(session.device))
+        cond, _ = session.conditioning.batch(conditions_of(session, count)[rows.start : rows.stop])
         streams = iter(range(100))
 
         def fresh(rows=rows, streams=streams) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from stepdistill.data.sample import Pictures
-from stepdistill.denoiser import Conditions, joined
+from stepdistill.denoiser import Conditions
 from stepdistill.errors import InputError
-from stepdistill.pipeline.compare import rows_equal
+from stepdistill.host_rows import HostRows, to_device
+from stepdistill.pipeline.compare import close
 from stepdistill.pipeline.load import quiet
 from stepdistill.pipeline.observe import Call, Recording, calls_of, fewest_steps, modules, observe
 from stepdistill.pipeline.trace import Trace
@@ -38,41 +39,37 @@ class Conditioning:
         null: the pipeline's own empty condition; None where it does not guide. One row, or N of what is not the same
             for all: the pictures of the entries.
         entries: what the pipeline is called with: prompts or class ids.
-        device: where batches go, if not where the rows are. Pictures of the entries' own are too many for a GPU.
+        device: where batches go. The rows stay in the host's memory: thousands of them are too many for a GPU.
     """
 
     labels: tuple[str, ...]
     cond: Conditions
     null: Conditions | None
     entries: tuple[str | int, ...] = ()
-    device: torch.device | str | None = None
+    device: torch.device | str = "cpu"
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, index: Tensor) -> tuple[Conditions, Conditions | None]:
-        """(cond, null) for entries ``index`` (B,): B rows each."""
+        """(cond, null) for entries ``index`` (B,): B rows each, on the device."""
 
         def taken(rows: Tensor) -> Tensor:
-            single = len(rows) == 1
-            found = rows.expand(len(index), *rows.shape[1:]) if single else rows[index.to(rows.device)]
-            return found.to(self.device or rows.device, non_blocking=True)
+            if len(rows) == 1:
+                return to_device(rows, self.device).expand(len(index), *rows.shape[1:])
+            return to_device(rows[index.to(rows.device)], self.device)
 
         cond = {name: taken(rows) for name, rows in self.cond.items()}
         return cond, None if self.null is None else {name: taken(rows) for name, rows in self.null.items()}
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
-        """Batches on ``device``; floating tensors in ``dtype`` when it is given, ids and masks as they are."""
-        stays = self.device is not None
+    def to(self, device: torch.device | str) -> "Conditioning":
+        """Batches on ``device``; what is one row for all entries is kept there."""
 
         def moved(conditions: Conditions) -> Conditions:
-            return {
-                name: value.to(None if stays else device, dtype if value.is_floating_point() else None)
-                for name, value in conditions.items()
-            }
+            return {name: rows.to(device) if len(rows) == 1 else rows for name, rows in conditions.items()}
 
         null = None if self.null is None else moved(self.null)
-        return replace(self, cond=moved(self.cond), null=null, device=device if stays else None)
+        return replace(self, cond=moved(self.cond), null=null, device=device)
 
 
 def class_names(trace: Trace) -> tuple[str, ...]:
@@ -148,7 +145,8 @@ def encode(
     stored = cached(file, lambda: _encoded(trace, entries, pictures))
     cond, null = _section(stored, "cond/"), _section(stored, "null/")
     whole = {name: null.get(name, rows) for name, rows in cond.items()} if null else None
-    return Conditioning(labels, cond, whole, entries, None if pictures is None else torch.device("cpu"))
+    device = next(trace.denoiser.network.parameters()).device
+    return Conditioning(labels, cond, whole, entries).to(device)
 
 
 def rest_encoders(trace: Trace, device: torch.device) -> None:
@@ -191,37 +189,43 @@ def _cut(tokenizer: Any, room: int, prompts: Sequence[str]) -> dict[str, str]:
 
 
 def _encoded(trace: Trace, entries: tuple[str | int, ...], pictures: Sequence[Pictures] | None) -> dict[str, Tensor]:
-    """The file's tensors; what the empty condition shares with the others, row by row, is stored once."""
+    """The file's tensors, in the host's memory; on the pipeline's device there is one chunk at a time.
+
+    What the empty condition shares with the others, row by row, is stored once.
+    """
+    count = len(entries)
+    # Conditions, and behind them the empty ones, all padded to one length.
+    kept, guided = HostRows(2 * count if pictures else count + 1), False
+    # With pictures one at a time: what a pipeline makes of a list of pictures is its own affair.
+    size = CHUNK if pictures is None else 1
     with quiet():  # or diffusers warns of every chunk with a prompt that is too long, and repeats the whole chunk
-        if pictures is None:
-            parts = [_caught(trace, entries[start : start + CHUNK], {}) for start in range(0, len(entries), CHUNK)]
-        else:
-            # One at a time: what a pipeline makes of a list of pictures is its own affair.
-            parts = [_caught(trace, [entry], own) for entry, own in zip(entries, pictures, strict=True)]
-    if pictures is not None:
-        _check_sizes(trace, entries, [part[0] for part in parts])
-    nulls = [{name: rows[:1] for name, rows in null.items()} for _, null in parts if null is not None]
-    # All padded to one length.
-    both = joined([*(cond for cond, _ in parts), *(nulls if pictures else nulls[:1])])
-    stored = {f"cond/{name}": rows[: len(entries)] for name, rows in both.items()}
-    for name, rows in both.items():
-        empty = rows[len(entries) :]
-        if len(empty) and rows_equal(empty):
+        for start in range(0, count, size):
+            chunk = entries[start : start + size]
+            cond, null = _caught(trace, chunk, {} if pictures is None else pictures[start])
+            if pictures is not None:
+                _check_size(trace, chunk[0], cond)
+            kept.write(start, cond)
+            if null is not None and (pictures or start == 0):
+                guided = True
+                kept.write(count + start, {name: rows[:1] for name, rows in null.items()})
+    stored = {f"cond/{name}": rows[:count] for name, rows in kept.tensors.items()}
+    for name, rows in kept.tensors.items() if guided else ():
+        empty = rows[count:]
+        if all(close(part, empty[:1].expand_as(part)) for part in empty.split(CHUNK)):
             stored[f"null/{name}"] = empty[:1]
-        elif len(empty) and not torch.equal(empty, rows[: len(entries)]):
+        elif not torch.equal(empty, rows[:count]):
             stored[f"null/{name}"] = empty
     return stored
 
 
-def _check_sizes(trace: Trace, entries: Sequence[str | int], rows: Sequence[Conditions]) -> None:
-    for entry, cond in zip(entries, rows, strict=True):
-        for name, known in trace.conditioning.items():
-            found = tuple(cond[name].shape[1:])
-            if len(found) != len(known) or any(a not in (None, b) for a, b in zip(known, found, strict=True)):
-                raise InputError(
-                    f"data.arguments: the pictures of {entry!r} give {name} the shape {found}, those in "
-                    f"teacher.arguments {known}; state height and width in teacher.arguments"
-                )
+def _check_size(trace: Trace, entry: str | int, cond: Conditions) -> None:
+    for name, known in trace.conditioning.items():
+        found = tuple(cond[name].shape[1:])
+        if len(found) != len(known) or any(a not in (None, b) for a, b in zip(known, found, strict=True)):
+            raise InputError(
+                f"data.arguments: the pictures of {entry!r} give {name} the shape {found}, those in "
+                f"teacher.arguments {known}; state height and width in teacher.arguments"
+            )
 
 
 def _caught(trace: Trace, entries: Sequence[str | int], pictures: Pictures) -> tuple[Conditions, Conditions | None]:
