@@ -46,9 +46,11 @@ def small(name: str, place: Path) -> Recipe:
     keys |= {"teacher.precision": "fp32", "train.precision": "fp32"}
     if not own and shipped.data.conditions != "classes":
         keys["data.conditions"] = list(CAPTIONS)
-    paths = shipped.method.implementation.data_needs(shipped.method.config).paths
-    if paths is not None:
-        keys |= {f"method.{key}": 1 for key, value in shipped.method.model_extra.items() if value == paths.count}
+    needs = shipped.method.implementation.data_needs(shipped.method.config)
+    if needs.paths is not None:
+        keys |= {f"method.{key}": 1 for key, value in shipped.method.model_extra.items() if value == needs.paths.count}
+    if needs.made is not None:
+        keys |= {"method.real_rows": 1, "method.real_steps": 2}
     return load(name, own + [f"{key}={value}" for key, value in keys.items()])
 
 
