@@ -13,7 +13,7 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.errors import InputError
 from stepdistill.generation import inference_guidance
 from stepdistill.generation.attention_guidance import attended, attention_weights, gaussian_blur, self_attention
-from stepdistill.generation.generate import noise, sample_generator
+from stepdistill.generation.generate import generate, noise, sample_generator
 from stepdistill.generation.inference_guidance import Adaptive, Step, cfg_plus_plus, time_step
 from stepdistill.generation.linear_guidance import LinearAdaptive
 from stepdistill.generation.teacher_rules import teacher_refined
@@ -230,3 +230,22 @@ def test_self_attention_guidance_in_the_noise(made, phi):
     if schedule.coefficients(torch.ones(1))[0] == 0:
         # At pure noise eps says nothing of the picture.
         assert rule(denoiser, step((denoiser, told, found.latent_shape), 1.0, 0.4)).x0.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_teacher_refines_drafts_on_a_flow_from_the_middle_of_its_grid():
+    """What collaboration does to weak drafts, by Euler written out."""
+    found, told = pipeline("sd3")
+    scheduler, index = found.pipeline.scheduler, torch.arange(B)
+    drafts, fresh = (noise(found.latent_shape, seed, range(B)) for seed in (9, 3))
+    settings = {"steps": 4, "guidance": W, "seed": 3, "onto": drafts, "start": 2}
+    refined = generate(found, scheduler, told, index, **settings)
+    scheduler.set_timesteps(4)
+    s = scheduler.sigmas.tolist()
+    x = (1 - s[2]) * drafts + s[2] * fresh
+    for now, then in ((s[2], s[3]), (s[3], s[4])):
+        times = torch.full((B,), now)
+        cond, null = told.batch(index)
+        outputs = found.denoiser(x, times, cond).raw, found.denoiser(x, times, null).raw
+        x = x + (then - now) * combined(found.denoiser, *outputs)
+    close(refined, x, 1e-4)

@@ -101,7 +101,8 @@ def test_a_scale_is_learned_beside_sizes(method, tmp_path, sampled):
     """PixArt-Alpha of 1024 px embeds height and width, two rows a sample, by the class that embeds the time."""
     exhibit = ZOO["pixart-alpha"]
     save_pipeline(exhibit.build(), tmp_path / "teacher")
-    run = train(recipe(exhibit, "prompt", tmp_path, "full") | {"method": method})
+    real = {"real": "teacher", "real_rows": 2, "real_steps": 2}
+    run = train(recipe(exhibit, "prompt", tmp_path, "full") | {"method": method | real})
     logged = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert run.step == 2 and max(line["student/grad_norm"] for line in logged) > 0
     assert sampled[0].isfinite().all()
