@@ -116,7 +116,7 @@ def row(name: str, checks: dict[str, audit.Check], memory: dict[str, float] | No
         f"{memory[key]:.0f}" for key in ("encoding", "trajectories", "training", "export") if key in memory
     ]
     cells += [" / ".join(gib) if gib else "not counted"]
-    cells.append(checks["published run"].value.partition(":")[0] if "published run" in checks else "none")
+    cells.append(checks["published run"].value if "published run" in checks else "none")
     return f"| {' | '.join(cells)} |"
 
 

@@ -81,7 +81,7 @@ def audit(
     """
     run = RUNS[recipe.published] if recipe.published else None
     grid, schedule = method.sampler.grid(), method.schedule
-    checks = [Check("published run", f"{run.title}: {run.source}", remedy=run.note)] if run else []
+    checks = [Check("published run", run.title, remedy="; ".join(filter(None, (run.source, run.note))))] if run else []
     checks += [grid_check(schedule, grid, run), rounding_check(schedule, grid, kind, is_half(recipe))]
     checks += [shares_check(schedule, grid, kind, method.shares(recipe.train.steps - 1))]
     kinds, steps = kinds_of_steps(method, recipe.train.steps), recipe.train.steps
