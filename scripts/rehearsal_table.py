@@ -110,7 +110,8 @@ def row(name: str, checks: dict[str, audit.Check], memory: dict[str, float] | No
     cells += [factors + spread, f"{rounding.numbers['noise']:.1g}{MARKS[rounding.verdict]}"]
     speeds = [check for check in checks.values() if check.name.endswith(" speed")]
     cells.append("; ".join(map(_speed, speeds)))
-    share = f" ({samples.numbers['ratio']:.0%})" if "ratio" in samples.numbers else ""
+    ratio = samples.numbers.get("ratio")
+    share = "" if ratio is None else f" ({ratio:.0%})" if ratio > 0.1 else f" (1/{1 / ratio:.0f})"
     cells.append(samples.value.partition(" in ")[0] + share + MARKS[samples.verdict])
     gib = memory and [
         f"{memory[key]:.0f}" for key in ("encoding", "trajectories", "training", "export") if key in memory
