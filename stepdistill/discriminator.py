@@ -26,24 +26,26 @@ class Heads(nn.Module):
     Args:
         shapes: shapes of the hidden states without batch, (tokens, width) or (channels, h, w).
         width: hidden width of each head.
-        told: length of a vector that the heads get for each sample; 0: they see hidden states alone.
+        condition: length of a vector of each sample that the heads get as well; 0: hidden states alone.
 
     A head's hidden vector h of a token votes with a(h), and with a(h) + <h, P c> / width where it gets a vector c
     (projection discriminator, Miyato & Koyama 2018); P is 0 at first.
     """
 
-    def __init__(self, shapes: Sequence[Sequence[int]], width: int = 64, told: int = 0):
+    def __init__(self, shapes: Sequence[Sequence[int]], width: int = 64, condition: int = 0):
         super().__init__()
         channels = [shape[-1] if len(shape) == 2 else shape[0] for shape in shapes]
         self.heads = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(c), nn.Linear(c, width), nn.SiLU(), nn.Linear(width, 1)) for c in channels
         )
-        self.projections = nn.ModuleList(nn.Linear(told, width, bias=False) for _ in channels) if told else None
+        self.projections = (
+            nn.ModuleList(nn.Linear(condition, width, bias=False) for _ in channels) if condition else None
+        )
         for projection in self.projections or ():
             nn.init.zeros_(projection.weight)
 
-    def forward(self, features: Sequence[Tensor], told: Tensor | None = None) -> Tensor:
-        """Logits (B, votes) from hidden states (B, tokens, width) or (B, channels, h, w), and ``told`` (B, told).
+    def forward(self, features: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
+        """Logits (B, votes) from hidden states (B, tokens, width) or (B, channels, h, w), and conditions (B, d).
 
         In float32, under autocast too: exp(logit), a density ratio, and R1 multiply what half precision rounds off.
         """
@@ -53,8 +55,8 @@ class Heads(nn.Module):
                 tokens = feature if feature.ndim == 3 else feature.flatten(2).transpose(1, 2)
                 hidden = head[:-1](tokens.float())
                 vote = head[-1](hidden)[..., 0]
-                if told is not None:
-                    vote = vote + (hidden * self.projections[i](told.float())[:, None]).mean(-1)
+                if condition is not None:
+                    vote = vote + (hidden * self.projections[i](condition.float())[:, None]).mean(-1)
                 votes.append(vote)
         return torch.cat(votes, dim=1)
 
@@ -64,7 +66,7 @@ CODE = 256
 
 
 def pooled(cond: Conditions) -> Tensor | None:
-    """One vector (B, d) of unit variance for what each row is told, float32; None for rows without conditions.
+    """One vector (B, d) of unit variance for the conditions of each row, float32; None for rows without conditions.
 
     The pipeline's own pooled vector where the conditions hold one (their widest vector), otherwise the mean of the
     text's tokens, otherwise a code for each class.

@@ -38,7 +38,7 @@ class Discriminator(ABC):
     def features(self, x0: Tensor, batch: Batch) -> list[Tensor]:
         """Hidden states of samples (B, ...); the same randomness for every call of one turn."""
 
-    def told(self, batch: Batch) -> Tensor | None:
+    def condition(self, batch: Batch) -> Tensor | None:
         """One vector (B, d) of what a conditional discriminator's heads get of each row beside its states, or None."""
         return pooled(batch.cond)
 
@@ -47,13 +47,13 @@ class Discriminator(ABC):
         if self.heads is None:
             with torch.no_grad():
                 features = self.features(batch.noise("gan"), batch)
-            told = self.told(batch) if self.conditional else None
-            self.heads = Heads([f.shape[1:] for f in features], width, 0 if told is None else told.shape[1])
+            condition = self.condition(batch) if self.conditional else None
+            self.heads = Heads([f.shape[1:] for f in features], width, 0 if condition is None else condition.shape[1])
             self.heads.to(batch.device)
 
     def votes(self, states: list[Tensor], batch: Batch) -> Tensor:
         """(B, votes) of the heads on hidden states."""
-        return self.heads(states, self.told(batch)) if self.conditional else self.heads(states)
+        return self.heads(states, self.condition(batch)) if self.conditional else self.heads(states)
 
     def logits(self, x0: Tensor, batch: Batch) -> Tensor:
         """(B, votes)."""
@@ -103,8 +103,8 @@ class LatentDiscriminator(Discriminator):
         x_t = self.denoiser.schedule.add_noise(x0, batch.noise("gan"), t)
         return self.denoiser.features(x_t, t, batch.cond, self.depths)
 
-    def told(self, batch: Batch) -> Tensor:
-        time, condition = time_features(self.times(batch, "gan time")), super().told(batch)
+    def condition(self, batch: Batch) -> Tensor:
+        time, condition = time_features(self.times(batch, "gan time")), super().condition(batch)
         return time if condition is None else torch.cat([time, condition], dim=1)
 
 

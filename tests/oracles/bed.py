@@ -179,7 +179,7 @@ class OptimalHeads(nn.Module):
         super().__init__()
         self.real, self.fake = real, fake
 
-    def forward(self, features, told=None):
+    def forward(self, features, condition=None):
         x_t, t = features
         return (self.real.log_density(x_t, t) - self.fake.log_density(x_t, t))[:, None]
 

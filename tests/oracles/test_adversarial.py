@@ -64,7 +64,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(weights, dtype=torch.float64))
 
-    def forward(self, states, told=None):
+    def forward(self, states, condition=None):
         return (states[0] * self.weight).sum(-1, keepdim=True)
 
 
@@ -206,19 +206,21 @@ def test_heads_get_the_time_and_the_condition():
     rows = replace(data(6), cond={"class_labels": torch.tensor([0, 1, 2, 0, 1, 2])})
     method.prepare(rows)
     heads = method.gan.heads
-    told = method.gan.told(rows)
-    torch.testing.assert_close(told[:, :64], time_features(method.noise_times(rows, "gan time")))
-    torch.testing.assert_close(told[0, 64:], told[3, 64:])
-    assert (told[0, 64:] * told[1, 64:]).mean().abs() < 0.2 and (told[0, 64:] ** 2).mean() == pytest.approx(1, abs=0.01)
+    condition = method.gan.condition(rows)
+    torch.testing.assert_close(condition[:, :64], time_features(method.noise_times(rows, "gan time")))
+    torch.testing.assert_close(condition[0, 64:], condition[3, 64:])
+    assert (condition[0, 64:] * condition[1, 64:]).mean().abs() < 0.2 and (
+        condition[0, 64:] ** 2
+    ).mean() == pytest.approx(1, abs=0.01)
     states = method.gan.features(rows.latents, rows)
-    assert torch.equal(heads(states, told), heads(states))
+    assert torch.equal(heads(states, condition), heads(states))
     hidden = heads.heads[0][:-1](states[0].float())
     with torch.no_grad():
         heads.projections[0].weight.normal_()
-    expected = heads(states)[:, 0] + (hidden[:, 0] * (told @ heads.projections[0].weight.T)).mean(1)
-    torch.testing.assert_close(heads(states, told)[:, 0], expected)
+    expected = heads(states)[:, 0] + (hidden[:, 0] * (condition @ heads.projections[0].weight.T)).mean(1)
+    torch.testing.assert_close(heads(states, condition)[:, 0], expected)
     pixels = adversarial(generator(schedule, "flow", 1.0, 0.0), teacher, name="add")
-    torch.testing.assert_close(pixels.gan.told(rows), told[:, 64:])
+    torch.testing.assert_close(pixels.gan.condition(rows), condition[:, 64:])
 
 
 def test_the_rollout_needs_no_real_sample_to_start_from():
