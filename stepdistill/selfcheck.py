@@ -180,7 +180,9 @@ def _stock(kind: Kind, name: str, start: float, end: float) -> Reading:
     return Reading(VPSchedule(scheduler.alphas_cumprod), kind, _described(scheduler))
 
 
-def _equal(a: VPSchedule, b: VPSchedule) -> bool:
+def _equal(a: VPSchedule, b: Schedule) -> bool:
+    if not isinstance(b, VPSchedule):
+        return False
     return a.alphas_cumprod.shape == b.alphas_cumprod.shape and torch.allclose(a.alphas_cumprod, b.alphas_cumprod)
 
 
@@ -188,6 +190,8 @@ def _described(scheduler: Any) -> str:
     config = scheduler.config
     if config.get("trained_betas") is not None:
         return "trained_betas"
+    if "sigma_data" in config or config.get("timestep_type") == "continuous":
+        return "EDM"
     if "beta_schedule" not in config or config.get("use_flow_sigmas"):
         return "flow matching"
     if config["beta_schedule"] == "squaredcos_cap_v2":

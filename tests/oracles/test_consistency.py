@@ -129,9 +129,8 @@ def test_the_loss_is_the_closed_form(cls, name, kind):
     def jump(x, x0, time):
         if cls is LCM:
             if name == "edm":
-                s_min, now = schedule.sigma_min, schedule.sigma(time)[:, None]
-                skip = 0.25 / ((now - s_min) ** 2 + 0.25)
-                return skip * x + (now - s_min) * 0.5 / (now**2 + 0.25).sqrt() * x0
+                beyond = schedule.sigma(time)[:, None] - schedule.sigma_min
+                return 1 / (beyond**2 + 1) * x + beyond / (beyond**2 + 1).sqrt() * x0
             index = 10 * schedule.timestep(time)[:, None]
             return 0.25 / (index**2 + 0.25) * x + index / (index**2 + 0.25).sqrt() * x0
         (a, b), (a_s, b_s) = ([c[:, None] for c in schedule.coefficients(v)] for v in (time, s))

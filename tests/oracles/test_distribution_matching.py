@@ -133,7 +133,7 @@ def test_dmd_is_dmd2s_gradient_and_a_regression():
     assert set(losses) == {"dm", "pairs"}
     assert losses["pairs"].item() == pytest.approx(0.25 * (SCALE * z + SHIFT - y).square().mean().item())
     x_t, t = student.calls[-1]
-    assert torch.equal(x_t, z) and torch.equal(t, torch.ones(size))
+    assert torch.equal(x_t, z) and torch.equal(t, at(START, size))  # the student's own start, not the pairs'
     dmd2 = one_step("dmd2", student, teacher, critic).losses("student", batch(size))
     assert losses["dm"].item() == dmd2["dm"].item()
 

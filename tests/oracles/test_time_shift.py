@@ -35,10 +35,9 @@ def test_the_range_is_that_of_the_times_themselves():
     torch.testing.assert_close(uniform_times(batch(8), "t", FLOW, 0.02, 0.98), batch(8).uniform("t", 0.02, 0.98))
 
 
-def seen_times(name: str, shift: float, **config) -> dict[str, torch.Tensor]:
+def seen_times(name: str, shift: float) -> dict[str, torch.Tensor]:
     """The times that a method's losses ask its critic and teacher about, by player."""
-    if name == "sida" or config:
-        config = {"gan_weight": 0.1} | config
+    config = {"t_min": 0.0, "t_max": 1.0}
     players = {role: generator(FLOW, "flow", 0.9, 0.1) for role in ("teacher", "student", "critic")}
     roles = Roles(**players, scale=1.0)
     method = METHODS[name](METHODS[name].Config(time_shift=shift, **config), roles, OnGrid(FLOW, [1.0]))
