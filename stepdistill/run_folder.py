@@ -79,7 +79,7 @@ def _checkpoint_in(path: Path) -> Path:
 def _difference(old: Recipe, new: Recipe) -> str | None:
     """The first key, other than the free ones, in which two recipes differ."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for section in (name for name in before if name not in ("output", "resume", "distributed")):
+    for section in (name for name in before if name not in ("output", "resume", "distributed", "published")):
         for key in {**before[section], **after[section]}:
             a, b = before[section].get(key), after[section].get(key)
             if a != b and key not in _FREE_KEYS.get(section, ()):
