@@ -1,20 +1,22 @@
 """Real images as the pipeline's own latents, and back: its packing and scaling are read off its own decoding."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.device_table import DeviceTable
 from stepdistill.errors import InputError
 from stepdistill.generation.generate import at_once, decode
 from stepdistill.host_rows import HostRows
 from stepdistill.pipeline.compare import deviation, tolerance
+from stepdistill.pipeline.load import quiet
 from stepdistill.pipeline.observe import TraceError, patched
 from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say
@@ -124,11 +126,9 @@ def encode_images(trace: Trace, images: Tensor, cache: Path | None = None) -> Te
 
 def _encoded(trace: Trace, vae: Any, images: Tensor) -> Tensor:
     say(f"encoding {len(images)} images")
-    own = layout(trace)
-    device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
+    own, device = layout(trace), next(vae.parameters()).device
     kept, done = HostRows(len(images)), 0
-    vae.float()  # what is learned from for the whole run is not rounded on its way through every layer
-    try:
+    with _in_float32(vae):
         for chunk in images.split(at_once(images.shape[1:], 2**22)):  # one of 1024 px, five of 512
             pixels = chunk.to(device).float() / 127.5 - 1
             encoded = vae.encode(pixels.unsqueeze(2) if len(own.shape) == 4 else pixels)
@@ -142,9 +142,23 @@ def _encoded(trace: Trace, vae: Any, images: Tensor) -> Tensor:
                 )
             kept.write(done, {"latents": own.from_z(z.float(), trace.latent_shape)})
             done += len(chunk)
-    finally:
-        vae.to(dtype)
     return kept.tensors["latents"]
+
+
+@contextmanager
+def _in_float32(network: nn.Module) -> Iterator[None]:
+    """A network in float32 inside the block: real latents serve the whole run, and are not rounded in every layer."""
+    dtype = next(network.parameters()).dtype
+    if dtype == torch.float32:
+        yield
+        return
+    with quiet():
+        network.float()
+    try:
+        yield
+    finally:
+        with quiet():
+            network.to(dtype)
 
 
 def decoder(trace: Trace) -> Callable[[Tensor], Tensor] | None:
