@@ -15,7 +15,7 @@ from stepdistill.denoiser import first_tensor
 from stepdistill.errors import InputError
 from stepdistill.generation.inference_guidance import Step, StepRule, classifier_free
 from stepdistill.pipeline.conditioning import Conditioning
-from stepdistill.pipeline.observe import TraceError, fewest_steps, forked_random, observe, patched, run
+from stepdistill.pipeline.observe import TraceError, fewest_steps, forked_random, observe, patched, run, stepped
 from stepdistill.pipeline.trace import PROBES, Trace
 from stepdistill.schedule import from_scheduler
 
@@ -108,7 +108,7 @@ def generate(
         stepper = copy.deepcopy(ready)
         if takes_generator:
             options["generator"] = [sample_generator(seed, i, stream=1) for i in numbers]
-        guide = rule() if rule else classifier_free(guidance)
+        guide, carried = rule() if rule else classifier_free(guidance), {**options, "return_dict": False}
         timesteps = stepper.timesteps
         times = [denoiser.schedule.time(timestep.to(device)).expand(len(x)) for timestep in timesteps]
         times.append(torch.zeros_like(times[0]))
@@ -122,7 +122,7 @@ def generate(
             dice = functools.partial(_dice, seed, numbers, 2 + number)
             step = Step(number, x_t, *times[number : number + 2], cond, null, conditioning, rows, dice, seed)
             raw = guide(denoiser, step).raw.to(x.dtype)
-            x = stepper.step(raw, timesteps[number], x, **options, return_dict=False)[0]
+            x, carried = stepped(stepper, raw, timesteps[number], x, carried)
         parts.append(x)
     return torch.cat(parts)
 

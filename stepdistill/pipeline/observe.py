@@ -83,7 +83,7 @@ class Step:
                 torch.cuda.set_rng_state(self.random_state["cuda"], self.sample.device)
             if "generator" in self.random_state:
                 options["generator"] = _cloned(self.random_state["generator"])
-            return first_tensor(scheduler.step(model_output, self.timestep, self.sample, **options))
+            return stepped(scheduler, model_output, self.timestep, self.sample, options)[0]
 
 
 @dataclass
@@ -290,6 +290,24 @@ def _listen(stack: ExitStack, record: Recording, name: str, module: nn.Module, s
         module.register_forward_hook(after, with_kwargs=True),
     ):
         stack.callback(handle.remove)
+
+
+CARRIED = ("old_pred_original_sample", "timestep_back")
+"""Arguments of a step that come from the step before."""
+
+
+def stepped(
+    scheduler: Any, model_output: Tensor, timestep: Any, sample: Tensor, options: Mapping[str, Any]
+) -> tuple[Tensor, Mapping[str, Any]]:
+    """The next sample of a scheduler's step, and the options of the step after.
+
+    CogVideoX's DPM scheduler has no memory of its own: it takes its last x_0 and timestep back as arguments.
+    """
+    named = {"model_output": model_output, "timestep": timestep, "sample": sample}
+    result = scheduler.step(**named, **options)
+    if CARRIED[0] not in options:
+        return first_tensor(result), options
+    return result[0], {**options, **dict(zip(CARRIED, (result[1], timestep), strict=True))}
 
 
 def _recording_step(record: Recording, scheduler: Any, stop: int | None) -> Callable:

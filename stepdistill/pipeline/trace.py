@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepdistill.denoiser import Denoiser, Helper, first_tensor
+from stepdistill.denoiser import Denoiser, Helper
 from stepdistill.errors import InputError
 from stepdistill.exporting.stock_call import is_picture
 from stepdistill.guidance import guided, rule_text
@@ -26,6 +26,7 @@ from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.observe import (
+    CARRIED,
     Recording,
     Step,
     TraceError,
@@ -35,6 +36,7 @@ from stepdistill.pipeline.observe import (
     guidance_argument,
     modules,
     observe,
+    stepped,
 )
 from stepdistill.schedule import FlowSchedule, Kind, Schedule, from_scheduler
 
@@ -291,7 +293,7 @@ def _check_schedule(step: Step, schedule: Schedule, kind: Kind) -> None:
     with forked_random(device):
         x0 = torch.rand(step.sample.shape, device=device) * 1.6 - 0.8
         eps = torch.randn(step.sample.shape, device=device)
-        x = None
+        x, options = None, {name: None for name in step.options if name in CARRIED} | {"return_dict": False}
         for timestep in scheduler.timesteps:
             t = schedule.time(timestep.to(device)).expand(len(x0))
             scales = hasattr(scheduler, "scale_model_input")
@@ -299,7 +301,7 @@ def _check_schedule(step: Step, schedule: Schedule, kind: Kind) -> None:
                 unit = torch.ones_like(x0)
                 x = schedule.add_noise(x0, eps, t) / (scheduler.scale_model_input(unit, timestep) if scales else unit)
             x_t = scheduler.scale_model_input(x, timestep) if scales else x
-            x = first_tensor(scheduler.step(schedule.from_x0(x0, x_t, t, kind), timestep, x, return_dict=False))
+            x, options = stepped(scheduler, schedule.from_x0(x0, x_t, t, kind), timestep, x, options)
     error = float((x - x0).square().mean().sqrt() / x0.square().mean().sqrt())
     if not error <= SCHEDULE_LIMIT:
         raise TraceError(
