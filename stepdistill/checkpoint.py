@@ -330,7 +330,10 @@ def copy_parameters(path: Path, targets: Mapping[str, Tensor]) -> None:
     stored = read(path, targets.get)
     if stored.keys() != targets.keys():
         different = sorted(stored.keys() ^ targets.keys())[0]
-        raise InputError(f"{path}: made with other networks than this recipe's (first difference: {different})")
+        raise InputError(
+            f"{path}: made with other networks than this recipe's, or by another "
+            f"version of stepdistill (first difference: {different})"
+        )
     for key, target in targets.items():
         if stored[key].shape != shape(target):
             raise InputError(f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(shape(target))}")

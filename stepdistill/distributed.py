@@ -50,10 +50,11 @@ def join(**options: Any) -> Accelerator:
     """
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     accelerator = Accelerator(cpu=on_cpu(), kwargs_handlers=[patience], **options)
-    if (started := int(os.environ.get("WORLD_SIZE") or 1)) != accelerator.num_processes:
+    started = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", *LAUNCHED[1:]))
+    if started != accelerator.num_processes:
         raise InputError(
-            f"expected the {started} processes that the launcher has started (WORLD_SIZE), found "
-            f"{accelerator.num_processes}: accelerate cannot join them here; start them with torchrun"
+            f"expected the {started} processes that the launcher has started, found {accelerator.num_processes}: "
+            "accelerate cannot join them here; start them with torchrun"
         )
     return accelerator
 

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from stepdistill import checkpoint
 from stepdistill.errors import InputError
 from stepdistill.progress import say
 from stepdistill.recipe import Recipe, load
-from stepdistill.text_files import write_text
+from stepdistill.text_files import read_json, write_text
+
+GRID = "grid.json"
 
 # Keys that may differ between a run and its resumption without making it another run.
 _FREE_KEYS = {
@@ -52,6 +56,33 @@ def prepare_folder(folder: Path, recipe: Recipe, safe: bool) -> Path | None:
     except OSError as error:
         raise InputError(f"output: {folder} cannot be written: {error.strerror}") from None
     return start
+
+
+def check_grid(folder: Path, times: Sequence[float], scheduler: Any, resumes: bool) -> None:
+    """Keep the student's times with its run, and hold a resumed or exported run to them.
+
+    Args:
+        folder: of the run.
+        times: of the student's steps, from noise to data.
+        scheduler: the stock scheduler that they are read off.
+        resumes: whether the run has taken steps.
+
+    Raises:
+        InputError: the run was trained at other times, by an earlier version.
+    """
+    file, same = folder / GRID, True
+    if resumes and file.is_file():
+        kept = read_json(file)["times"]
+        same = len(kept) == len(times) and all(abs(a - b) < 1e-6 for a, b in zip(kept, times, strict=True))
+    elif resumes and (folder / "metrics.jsonl").exists():
+        # Versions before this file knew no grid that is stretched to a last time.
+        same = not scheduler.config.get("shift_terminal")
+    if not same:
+        raise InputError(
+            f"{folder}: this run was trained by another version of stepdistill, at other times than this version has "
+            f"for its recipe ({', '.join(f'{t:.3g}' for t in times)}); finish and export it with that version"
+        )
+    write_text(file, json.dumps({"times": list(times)}) + "\n")
 
 
 def _holds_a_run(folder: Path) -> bool:

@@ -155,8 +155,9 @@ def build(
     rounded = [key for key in ("train", "teacher") if getattr(recipe, key).precision == "bf16"]
     if implementation.guides_both and rounded and with_data:
         # Cosine of VSD's gradient with float32's, critic .3 % from the teacher: .37, with float32 outputs alone .44.
-        why = f"{recipe.method.name} compares two guided scores that begin equal, and their difference drowns in bf16"
-        say(f"{rounded[0]}.precision: fp32 is better: {why}")
+        keys = " and ".join(f"{key}.precision" for key in rounded)
+        why = f"{recipe.method.name} compares two guided scores that begin equal; bf16 rounding hides their difference"
+        say(f"{keys}: fp32 is better: {why}")
     if device.type != "cpu":
         rest_encoders(traced, device)
     # Before adapters rename the teacher's weights: what is stored serves every run with this teacher.

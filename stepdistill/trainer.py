@@ -38,7 +38,7 @@ from stepdistill.optimizer import learning_rate, make_optimizer, only_moving
 from stepdistill.parts import is_shard
 from stepdistill.progress import TrainingProgress, quiet, say
 from stepdistill.recipe import Recipe, load
-from stepdistill.run_folder import keep_lines_before, prepare_folder
+from stepdistill.run_folder import check_grid, keep_lines_before, prepare_folder
 from stepdistill.selfcheck import check_conventions
 from stepdistill.session import Session, build
 from stepdistill.sharding import Shards, clip_gradients, share_out
@@ -88,9 +88,12 @@ def _train(recipe: Recipe, safe: bool) -> RunResult:
         shared, shards = recipe.distributed.weights and processes.count > 1, Shards()
         with accelerator.main_process_first():  # the others find what it has cached
             session = build(recipe, accelerator.device, cache=cache_folder(), shared=shared)
+        times = [step.t for step in session.sampler.grid()]
+        processes.once(lambda: check_grid(folder, times, session.sampler.scheduler, resumes=start is not None))
         if start is None:
-            # Before networks are shared out: the pipeline's own is called.
+            # Before networks are sharded: the pipeline's own is called, and weights are measured.
             processes.once(lambda: check_stock_call(session))
+            rehearse(recipe, session.method, session.trace.denoiser.kind, len(session.conditioning))
         if shared:
             if recipe.distributed.shard:
                 shards = share_out(session.method, session.batch(0, 0, 1), accelerator.device)
@@ -98,7 +101,6 @@ def _train(recipe: Recipe, safe: bool) -> RunResult:
                 shards = partition(session.method)
             session.prepare()
         if start is None:
-            rehearse(recipe, session.method, session.trace.denoiser.kind, len(session.conditioning))
             check_conventions(session)
         measured = processes.first and can_report(session)
         step, interrupted = Trainer(session, accelerator, folder, shards).run(start)

@@ -53,5 +53,5 @@ def own_seconds(recipe: Recipe, kinds: Mapping[tuple[str, ...], float]) -> float
     """The same from the recipe's own run folder; None where it has not measured enough yet."""
     try:
         return seconds_alone(str(recipe.output), kinds, recipe.train.batch_size)
-    except InputError:
+    except (InputError, ValueError):  # a line of a run that is being written
         return None

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from pipeline.tiny import save_dit, tiny_dit, tiny_sd
 from stepdistill import cli, yaml_lines
+from stepdistill.errors import InputError
 from stepdistill.pipeline.load import save_pipeline
+from stepdistill.run_folder import check_grid
 from stepdistill.trainer import Trainer
 
 
@@ -67,3 +70,17 @@ def test_what_took_steps_is_a_run(left, tmp_path, capsys):
     (tmp_path / "run" / left).mkdir(parents=True)
     assert cli.run(["train", recipe, "train.lr=0.1"]) == 2
     assert "train.lr is 0.001 there" in capsys.readouterr().err
+
+
+def test_a_run_is_held_to_the_times_it_was_trained_at(tmp_path):
+    stretched, plain = FlowMatchEulerDiscreteScheduler(shift_terminal=0.5), FlowMatchEulerDiscreteScheduler()
+    check_grid(tmp_path, [1.0, 0.75], stretched, resumes=False)
+    check_grid(tmp_path, [1.0, 0.75], stretched, resumes=True)
+    with pytest.raises(InputError, match="trained by another version of stepdistill"):
+        check_grid(tmp_path, [1.0, 0.5], stretched, resumes=True)
+    check_grid(tmp_path, [1.0, 0.5], plain, resumes=False)  # a fresh run in its place
+    (tmp_path / "grid.json").unlink()
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(InputError, match="finish and export it with that version"):
+        check_grid(tmp_path, [1.0, 0.75], stretched, resumes=True)
+    check_grid(tmp_path, [1.0, 0.5], plain, resumes=True)

@@ -38,6 +38,7 @@ from stepdistill.pipeline.observe import call_arguments, forked_random
 from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say
 from stepdistill.recipe import Recipe, load
+from stepdistill.run_folder import check_grid
 from stepdistill.session import Session, build, newest_checkpoint
 
 FACTS = "stepdistill.json"
@@ -96,6 +97,7 @@ def export(
     plain = {"precision": "fp32", "quantize": None}
     exact = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update=plain)})
     session = build(exact, torch.device("cpu"), cache=cache_folder(), with_data=False, prompts=CHECKED)
+    check_grid(run, [step.t for step in session.sampler.grid()], session.sampler.scheduler, resumes=True)
     step = load_student(session, path)
     fuse = recipe.export.fuse if fuse is None else fuse
     half = recipe.export.half if half is None else half

@@ -24,7 +24,7 @@ from stepdistill.denoiser import Conditions, Denoiser
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import image_grid
 from stepdistill.exporting.guidance_embedding import read_embedding
-from stepdistill.generation.generate import decode, noise
+from stepdistill.generation.generate import decode, noise, set_up
 from stepdistill.generation.latents import encode_images, image_shape
 from stepdistill.generation.sampling import inspect
 from stepdistill.methods.times import T_FLOOR
@@ -88,10 +88,13 @@ def load_editor(path: str | Path) -> Editor:
     if not (folder / ENCODER).is_dir():
         raise InputError(f"{path}: expected a run or an export of method icd, found no folder {ENCODER} in it")
     traced, facts = inspect(folder), read_json(folder / "stepdistill.json")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    traced.pipeline.to(device)
     network = traced.denoiser.network
-    encoder = load_network(type(network), folder / ENCODER).requires_grad_(False)
-    student = read_embedding(network, folder).requires_grad_(False)
-    grid = DDIM(traced.denoiser.schedule, traced.pipeline.scheduler, int(facts["steps"])).grid()
+    encoder = load_network(type(network), folder / ENCODER).requires_grad_(False).to(device)
+    student = read_embedding(network, folder).requires_grad_(False).to(device)
+    own = lambda scheduler, steps: set_up(traced, scheduler, steps)[0]  # noqa: E731
+    grid = DDIM(traced.denoiser.schedule, traced.pipeline.scheduler, int(facts["steps"]), own).grid()
     times = (*(step.t for step in grid), lowest_time(traced.denoiser.schedule))
     embedded, scale = student is not network, float(facts["guidance"])
     return Editor(traced, traced.denoiser.on(student), traced.denoiser.on(encoder), times, embedded, scale)
@@ -186,10 +189,11 @@ def edit(
     scale = editor.scale if guidance is None else guidance
     traced = editor.trace
     real = read_square(Path(image), *image_shape(traced))
-    latents = encode_images(traced, real[None]).float()
+    device = traced.pipeline.device
+    latents = encode_images(traced, real[None]).float().to(device)
     wanted = entries(traced, [source] if target is None else [source, target])
-    conditions = [encode(traced, [one]).batch(torch.zeros(1, dtype=torch.long))[0] for one in wanted]
-    z = invert(editor, latents, conditions[0], noise(traced.latent_shape, seed, [0]))
+    conditions = [encode(traced, [one]).to(device).batch(torch.zeros(1, dtype=torch.long))[0] for one in wanted]
+    z = invert(editor, latents, conditions[0], noise(traced.latent_shape, seed, [0]).to(device))
     back = decode(traced, redraw(editor, z, conditions[0], lambda t: 1.0))[0]
     changed = None
     if target is not None:
