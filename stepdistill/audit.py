@@ -1,8 +1,8 @@
 """What of a run is known before its first step, with a verdict for each: whether it can become what its recipe says.
 
-The methods' mathematics does not show whether a grid has a step that does nothing, whether half precision drowns x_0 in
-rounding, or whether a learning rate moves weights as far as in the run that it was taken from. All of that follows from
-the recipe, the scheduler's table and the networks' shapes, so it is said before a GPU is paid for.
+The methods' mathematics does not show whether a grid has a step that does nothing, whether the rounding of half
+precision hides x_0, or whether a learning rate moves weights as far as in the run that it was taken from. All of that
+follows from the recipe, the scheduler's table and the networks' shapes, so it is stated before a GPU is paid for.
 
     grid        a last time below .05 does nothing: x_0 moves by t of the output there
     rounding    |dx_0/d output| x 2^-9: noise that bf16 outputs put into x_0 (:mod:`half_precision`)
@@ -49,7 +49,7 @@ SPEEDS = {"student": (1e-6, 5e-3), "critic": (1e-6, 3e-2)}
 REACH = 0.01
 """Change of all updates of one sign, relative to the weights, below which nothing can have been learned."""
 FACTOR = 4.0
-"""How far from the published run's speed or number of samples nothing is said."""
+"""Speeds and numbers of samples within this factor of the published run's bring no warning."""
 PASSES = 50
 
 
@@ -72,7 +72,8 @@ def audit(
 
     Args:
         method: with its sampler, and roles whose networks may be without data.
-        kind: what the denoiser emits. conditions: how many prompts or classes there are.
+        kind: what the denoiser emits.
+        conditions: how many prompts or classes there are.
         seconds: of a training step, a number or a run folder that has measured them; None: of the recipe's own run
             folder, where it has.
 
@@ -115,7 +116,8 @@ def rounding_check(schedule: Schedule, grid: Sequence[Step], kind: Kind, half: b
     """sigma/alpha at both ends of the grid, and the noise in x_0 that outputs of this precision bring.
 
     Args:
-        kind: what the network emits. half: whether in bfloat16.
+        kind: what the network emits.
+        half: whether in bfloat16.
     """
     ends = [step.t for step in (grid if len(grid) == 1 else (grid[0], grid[-1]))]
     alpha, sigma = schedule.coefficients(torch.tensor(ends, dtype=torch.float64))

@@ -25,7 +25,8 @@ def convert(path: str | Path, out: str | Path, revision: str | None = None) -> l
     Pickles that are no component's weights, or that lie beside safetensors of the same name, are left out.
 
     Args:
-        path: a folder in diffusers format, or a hub id, which is downloaded. out: a new folder.
+        path: a folder in diffusers format, or a hub id, which is downloaded.
+        out: a new folder.
         revision: of a hub id.
 
     Returns:

@@ -35,7 +35,7 @@ def processes_wanted(stated: int | None) -> int:
 
 
 def on_cpu() -> bool:
-    """Whether accelerate is told to stay on the CPU: where there is no GPU, it joins a launcher's processes only then;
+    """Whether accelerate must stay on the CPU: where there is no GPU, it joins a launcher's processes only then;
     and an Apple GPU, which it would choose, has no float64, in which times are."""
     return torch.backends.mps.is_available() or not torch.accelerator.is_available()
 
@@ -43,7 +43,7 @@ def on_cpu() -> bool:
 def join(**options: Any) -> Accelerator:
     """This process as one of its run's. They wait for each other for up to a day: the first one encodes the data,
     evaluates and draws previews while the others stand still, which takes longer than PyTorch's ten minutes. What
-    really hangs is told by the watchdog.
+    really hangs is found by the watchdog.
 
     Raises:
         InputError: a launcher started several, and they do not know each other: each would train the whole run.

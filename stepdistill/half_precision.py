@@ -48,10 +48,11 @@ def is_half(recipe: Recipe) -> bool:
 
 
 def check_rounding(recipe: Recipe, sampler: Sampler, kind: Kind) -> None:
-    """Refuse a first time of the student's at which bfloat16's rounding alone drowns what it says.
+    """Refuse a first time of the student at which rounding to bfloat16 alone puts too much noise into x_0.
 
     Args:
-        sampler: the student's. kind: what its network emits.
+        sampler: the student's.
+        kind: what its network emits.
 
     Raises:
         InputError: it does.
@@ -76,7 +77,7 @@ def check_scheduler(recipe: Recipe) -> None:
     """:func:`check_rounding` before any weight is loaded, where the pipeline's files are at hand.
 
     Raises:
-        InputError: bfloat16 drowns what the student says at its first time.
+        InputError: bfloat16 puts too much noise into x_0 at the student's first time.
     """
     config = _scheduler_config(recipe.teacher.pipeline)
     kind = getattr(diffusers, config.get("_class_name", ""), None)

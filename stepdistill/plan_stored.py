@@ -19,7 +19,10 @@ class Stored:
     """How many there are, and bytes.
 
     Args:
-        conditions, images: their numbers. row, latents: bytes of one condition and of one image's latents.
+        conditions: their number.
+        images: their number.
+        row: bytes of one condition.
+        latents: bytes of one image's latents.
         halves: 2 where guidance doubles a batch's conditions, 1 otherwise.
     """
 

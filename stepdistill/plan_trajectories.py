@@ -21,7 +21,9 @@ class Trajectories:
     """How many, the rows that go through the teacher for them, and their bytes.
 
     Args:
-        count, evaluations: of all that the method wants. stored: bytes in the host's memory.
+        count: of all that the method needs.
+        evaluations: of all that the method needs.
+        stored: bytes in the host's memory.
         activations: bytes on the device while they are made, beside weights and conditions.
     """
 

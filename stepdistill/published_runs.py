@@ -25,9 +25,13 @@ class PublishedRun:
     """One run.
 
     Args:
-        title: what was distilled, in words. source: repository and file. players: by the names of this library's.
-        batch: samples per student update, over all devices. updates: of the student.
-        timesteps: the student's grid in timesteps of its table. guidance: w in uncond + w (cond - uncond).
+        title: what was distilled, in words.
+        source: repository and file.
+        players: by the names of this library's.
+        batch: samples per student update, over all devices.
+        updates: of the student.
+        timesteps: the student's grid in timesteps of its table.
+        guidance: w in uncond + w (cond - uncond).
         note: how it differs from a run of this library.
     """
 

@@ -63,8 +63,8 @@ def problems(recipe: "Recipe", config: Any) -> Iterator[tuple[Keys, str]]:
             yield ("method", "critic") if given else ("student", "train"), problem
     for key, value in recipe.critic:
         if value is not None and training.get("critic") != "lora":
-            told = "a method without a critic" if "critic" not in training else "a critic that is trained whole"
-            yield ("critic", key), f"expected null for {told}, found {found(value)}"
+            holder = "a method without a critic" if "critic" not in training else "a critic that is trained whole"
+            yield ("critic", key), f"expected null for {holder}, found {found(value)}"
     conditions = data.conditions
     known = ("classes", "captions", *assets.prompt_lists())
     if isinstance(conditions, str) and conditions not in known and form(conditions) is None:

@@ -22,8 +22,10 @@ class LoRA:
     """The adapter of a role: W + alpha / rank B A.
 
     Args:
-        rank: of A and B. alpha: None: the rank, at which the adapter's scale is 1.
-        targets: the layers, see :func:`stepdistill.adapters.lora_targets`. section: of the recipe, for messages.
+        rank: of A and B.
+        alpha: None: the rank, at which the adapter's scale is 1.
+        targets: the layers, see :func:`stepdistill.adapters.lora_targets`.
+        section: of the recipe, for messages.
     """
 
     rank: int
@@ -53,7 +55,9 @@ def build_roles(
         teacher: the traced denoiser; its network is frozen here.
         training: how each role beside the teacher gets its weights, by the role's name: "full" (a copy), "lora" (an
             adapter on the teacher's own weights) or "frozen" (the teacher's own weights, for methods that add to them).
-        scale: the guidance scale to distil. lora: every role's adapter. critic: the critic's; None: like the others'.
+        scale: the guidance scale to distil.
+        lora: every role's adapter.
+        critic: the critic's; None: like the others'.
         smaller: what student and target are copies of instead, see :func:`stepdistill.pruning.pruned`.
         precise: the teacher's network in float32, which copies are made of where its own weights are rounded.
         home: where copies are kept; None: where the teacher is.

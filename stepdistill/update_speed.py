@@ -34,7 +34,8 @@ def rms_change(lr: float, fan_in: int, rank: int | None = None, alpha: float | N
 
     Args:
         fan_in: inputs of the layer; those of a convolution times the elements of its kernel.
-        rank: of its adapter; None: the whole matrix moves. alpha: None: the rank.
+        rank: of its adapter; None: the whole matrix moves.
+        alpha: None: the rank.
     """
     if rank is None:
         return lr

@@ -8,7 +8,7 @@ SINGLE_FILE = (
     "expected a folder in diffusers format, found a file; of a checkpoint make one with "
     "from_single_file(FILE).save_pretrained(FOLDER) of the pipeline's class (docs/your-model.md)"
 )
-"""What is said of a single file in a pipeline's place."""
+"""The message where a pipeline's place holds a single file."""
 # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and, of earlier versions, ...-00001-of-00002.fp16...
 _WEIGHTS = re.compile(
     r"(?P<stem>model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?(\.(?P<variant>\w+))?(-\d+-of-\d+)?"
@@ -34,7 +34,8 @@ def lacking(files: Iterable[str], variant: str | None = None) -> tuple[str, str]
     """(key of the recipe's teacher section, problem) of a pipeline that cannot be loaded; None for one that can.
 
     Args:
-        files: names relative to the pipeline's folder, with forward slashes. variant: the one to be loaded.
+        files: names relative to the pipeline's folder, with forward slashes.
+        variant: the one to be loaded.
     """
     held: dict[str, set[tuple[str, str | None]]] = {}
     for file in map(PurePosixPath, files):

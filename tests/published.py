@@ -13,8 +13,13 @@ class Published:
     """One published pipeline.
 
     Args:
-        hub: its id. pipeline: class name. scheduler: class name; scheduler_config: its arguments.
-        component: the pipeline's attribute that denoises. network: its class name; network_config: its arguments.
+        hub: its id.
+        pipeline: class name.
+        scheduler: class name.
+        scheduler_config: its arguments.
+        component: the pipeline's attribute that denoises.
+        network: its class name.
+        network_config: its arguments.
         latent_shape: one sample as the scheduler sees it, without batch, at the native size.
         sigmas: whether the pipeline's call hands the scheduler sigmas of its own, 1 .. 1/n.
         mu: the dynamic shift that the pipeline computes at the native size; None where its scheduler takes none.

@@ -82,9 +82,9 @@ def test_a_row_alone_is_the_row_of_a_batch(bare):
 
     def of(rows: slice) -> Tensor:
         x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))[rows]
-        told = tree_map(lambda value: value[rows], cond)
+        conditions = tree_map(lambda value: value[rows], cond)
         scale, times = torch.tensor([1.0, 4.0])[rows], torch.tensor([400, 20])[rows]
-        return embedded(x, timestep=times, **told, guidance_scale=scale, return_dict=False)[0]
+        return embedded(x, timestep=times, **conditions, guidance_scale=scale, return_dict=False)[0]
 
     torch.testing.assert_close(torch.cat([of(slice(0, 1)), of(slice(1, 2))]), of(slice(0, 2)))
 

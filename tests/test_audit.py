@@ -1,4 +1,4 @@
-"""The audit of a run: what is said of recipes that cannot become good, at the numbers of the published pipelines."""
+"""The audit of a run: its verdicts on recipes that cannot become good, at the numbers of the published pipelines."""
 
 import importlib.util
 import json
@@ -51,7 +51,7 @@ def test_a_last_step_that_does_nothing():
         (FlowSchedule(), 1.0, "bf16", 2**-9, "ok"),
     ],
 )
-def test_rounding_that_drowns_x0(schedule, time, precision, noise, verdict):
+def test_the_noise_of_rounding_in_x0(schedule, time, precision, noise, verdict):
     kind = "flow" if schedule.name == "flow" else "epsilon"
     check = audit.rounding_check(schedule, steps(time), kind, precision == "bf16")
     assert check.verdict == verdict and check.numbers["noise"] == pytest.approx(noise, rel=0.01)

@@ -43,7 +43,7 @@ def test_converted_weights_are_the_same(tmp_path, build, options, capsys):
             assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
 
 
-def test_a_recipe_with_pickles_is_told_the_way_out_before_anything_is_loaded(tmp_path):
+def test_a_recipe_with_pickles_is_refused_with_the_way_out_before_anything_is_loaded(tmp_path):
     folder = pickled(tmp_path / "pickled")
     said = r"teacher\.pipeline: .*found only pickled ones \(\.bin\) in transformer, vae; .*stepdistill convert"
     with pytest.raises(InputError, match=said):
@@ -105,7 +105,7 @@ def test_variants_are_asked_for_by_name(tmp_path):
     assert all(torch.equal(value.float(), expected[name].float()) for name, value in weights.items())
 
 
-def test_a_single_file_is_told_the_way_out_by_train_too(tmp_path, capsys):
+def test_a_single_file_is_refused_with_the_way_out_by_train_too(tmp_path, capsys):
     (tmp_path / "mine.safetensors").touch()
     code = cli.run(["train", "quickstart", f"teacher.pipeline={tmp_path / 'mine.safetensors'}", "--dry-run"])
     assert code == 2 and "from_single_file(FILE).save_pretrained(FOLDER)" in capsys.readouterr().err

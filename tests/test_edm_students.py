@@ -46,8 +46,8 @@ def test_ddim_on_edm_is_the_stock_euler(name, steps):
     stock.set_timesteps(steps)
     x = start = torch.randn(5, 6) * stock.init_noise_sigma
     for timestep in stock.timesteps:
-        told = timestep.expand(len(x))
-        x = stock.step(network(stock.scale_model_input(x, timestep), told), timestep, x, return_dict=False)[0]
+        timesteps = timestep.expand(len(x))
+        x = stock.step(network(stock.scale_model_input(x, timestep), timesteps), timestep, x, return_dict=False)[0]
     ours = sampler.sample(
         lambda x, t: Prediction(network(x, schedule.timestep(t).float()), x, t, schedule, kind), sampler.seen(start)
     )

@@ -14,14 +14,14 @@ from stepdistill.schedule import from_scheduler
 FLOW = [name for name, facts in MODELS.items() if "flow_shift" in facts.scheduler_config or "Flow" in facts.scheduler]
 
 
-def told_by(facts):
+def set_up_of(facts):
     """What the published pipeline's call gives any scheduler's set_timesteps in n steps."""
 
     def set_up(scheduler, steps):
         if not facts.sigmas:
             return {"num_inference_steps": steps}
-        told = {"sigmas": torch.linspace(1, 1 / steps, steps).tolist()}
-        return told if facts.mu is None else told | {"mu": facts.mu}
+        given = {"sigmas": torch.linspace(1, 1 / steps, steps).tolist()}
+        return given if facts.mu is None else given | {"mu": facts.mu}
 
     return set_up
 
@@ -30,7 +30,7 @@ def sampler_of(name, kind, steps, **options):
     facts = MODELS[name]
     source = getattr(diffusers, facts.scheduler)(**facts.scheduler_config)
     schedule, _ = from_scheduler(source, facts.mu)
-    return kind(schedule, source, steps, told_by(facts), **options)
+    return kind(schedule, source, steps, set_up_of(facts), **options)
 
 
 def times(sampler, steps=None):
@@ -40,7 +40,7 @@ def times(sampler, steps=None):
 def stock_times(sampler, name, steps):
     """Of a plain call in ``steps`` steps with the exported scheduler, whatever it was trained for."""
     scheduler = type(sampler.scheduler).from_config(sampler.scheduler.config)
-    scheduler.set_timesteps(**told_by(MODELS[name])(scheduler, steps))
+    scheduler.set_timesteps(**set_up_of(MODELS[name])(scheduler, steps))
     return (scheduler.timesteps.double() / 1000).tolist()
 
 
@@ -115,7 +115,7 @@ def test_a_stated_shift_is_exported_as_it_is():
     facts = MODELS["qwen-image"]
     source = diffusers.FlowMatchEulerDiscreteScheduler(**facts.scheduler_config)
     schedule = type(from_scheduler(source)[0])(3.0)
-    sampler = Renoise(schedule, source, 4, told_by(facts))
+    sampler = Renoise(schedule, source, 4, set_up_of(facts))
     assert times(sampler) == pytest.approx([1, 0.9, 0.75, 0.5]) == stock_times(sampler, "qwen-image", 4)
     assert not sampler.scheduler.config.use_dynamic_shifting and sampler.scheduler.config.shift == 3.0
 

@@ -62,7 +62,7 @@ def test_the_noise_of_rounding_is_what_was_measured():
     assert latest_start(SD, "epsilon") == 899 and latest_start(LINEAR, "epsilon") == 799
 
 
-def test_a_table_that_bf16_drowns_is_refused_before_weights_are_loaded(teachers, monkeypatch):
+def test_a_table_too_noisy_for_bf16_is_refused_before_weights_are_loaded(teachers, monkeypatch):
     monkeypatch.setattr("stepdistill.session.load_pipeline", lambda *_: pytest.fail("weights were loaded"))
     said = r"train\.precision: expected fp32, or student\.start: 799; at the first timestep, 999, .* of 0\.31 in x_0"
     with pytest.raises(InputError, match=said):

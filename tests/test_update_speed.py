@@ -91,7 +91,7 @@ def test_recipes_move_their_players_as_the_published_runs_do():
     assert (swiftbrush.train.precision, swiftbrush.teacher.precision) == ("fp32", "fp32") and swiftbrush.student.ema
 
 
-def test_no_recipe_starts_where_half_precision_drowns_it():
+def test_no_recipe_starts_where_half_precision_is_too_noisy():
     """Those on the linear table that begin at the noise end are in float32."""
     for name in ("pixart_sigma", "dit_xl_256", "sd15_sid"):
         assert load(name).train.precision == load(name).teacher.precision == "fp32"

@@ -15,9 +15,10 @@ def standard_error(
     wanted, and a 95 % interval is the value plus or minus 1.96 of it.
 
     Args:
-        statistic: of an index tensor (n,). strata: group of each row (n,), int64 from 0; a resample has as many rows of
-            each group as the sample has. Without it the classes of images that were asked for in equal numbers would
-            vary, and the error of their FD be twice as large.
+        statistic: of an index tensor (n,).
+        strata: group of each row (n,), int64 from 0; a resample has as many rows of each group as the sample has.
+            Without it the classes of images that were drawn in equal numbers would vary, and the error of their FD
+            would be twice as large.
     """
     if n < 2 or resamples < 2:
         raise ValueError(f"a bootstrap needs at least 2 rows and 2 resamples, found {n} and {resamples}")

@@ -25,9 +25,10 @@ class Verdict:
     """Whether a student replaces its teacher, by FD on the classifier's features.
 
     Args:
-        ratio: student / teacher. gap_closed: (solver - student) / (solver - teacher) for the best solver at the
-            student's NFE; None without solvers, or when the best of them is as good as the teacher: it is not 95 % sure
-            that it is worse.
+        ratio: student / teacher.
+        gap_closed: (solver - student) / (solver - teacher) for the best solver at the student's NFE;
+            None without solvers, or when the best of them is as good as the teacher: it is not 95 % sure that it is
+            worse.
         passed: ratio <= 1.2, and at least 0.8 of the gap closed where there is one. None: not decided, the samples are
             too few to be 95 % sure.
     """

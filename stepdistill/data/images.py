@@ -29,7 +29,7 @@ def load(data: Data, channels: int, size: int) -> tuple[Tensor, list[str], list[
         if images.shape[1:] != (channels, size, size):
             raise InputError(f"fashion-mnist has 1x32x32 images, this pipeline wants {channels}x{size}x{size}")
         return images, [fashion_mnist.CLASS_NAMES[label] for label in labels.tolist()], []
-    tally, pictures, conditions, told = Tally("data.images", data.max_rejected), [], [], []
+    tally, pictures, conditions, inputs = Tally("data.images", data.max_rejected), [], [], []
     for sample in samples(data.images, data.caption_key, data.image_key, data.limit):
         if not tally.accepts(sample):
             continue
@@ -48,11 +48,11 @@ def load(data: Data, channels: int, size: int) -> tuple[Tensor, list[str], list[
             tally.note(sample, *dict.fromkeys([*notes, *more]))
             pictures.append(picture.scaled(picture.middle(image), channels, size))
             conditions.append(sample.caption)
-            told.append({name: picture.middle(one, image.size) for name, one in own.items()})
+            inputs.append({name: picture.middle(one, image.size) for name, one in own.items()})
     tally.close()
     if not pictures:
         raise InputError(f"data.images: expected images in {data.images}, found none")
-    return torch.stack(pictures), conditions, told
+    return torch.stack(pictures), conditions, inputs
 
 
 def captions(data: Data, key: str = "images", aloud: bool = True) -> list[str]:

@@ -30,10 +30,12 @@ class Sample:
     """One sample of a source.
 
     Args:
-        name: where it is, for messages. caption: its text; None if it has none.
-        image: opens the image's file; None if it has none. problem: why it cannot be used, if that shows by now.
-        other: opens the picture under a key; KeyError: there is none. notes: what a person should know of how the
-            caption was found, and the example to show.
+        name: where it is, for messages.
+        caption: its text; None if it has none.
+        image: opens the image's file; None if it has none.
+        problem: why it cannot be used, if that shows by now.
+        other: opens the picture under a key; KeyError: there is none.
+        notes: what a person should know of how the caption was found, and the example to show.
     """
 
     name: str

@@ -57,8 +57,8 @@ pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="s
     if adapter := facts["recipe"]["teacher"].get("ip_adapter"):
         how = stock_arguments(IPAdapter(**adapter))
         origin = how.pop("pretrained_model_name_or_path_or_dict")
-        told = "".join(f", {name}={value!r}" for name, value in how.items())
-        attached += f"pipe.load_ip_adapter({origin!r}{told})\npipe.set_ip_adapter_scale({adapter['scale']:g})\n"
+        settings = "".join(f", {name}={value!r}" for name, value in how.items())
+        attached += f"pipe.load_ip_adapter({origin!r}{settings})\npipe.set_ip_adapter_scale({adapter['scale']:g})\n"
     # The hub reads these: a base model must be one of its own, and the kind of result finds the page.
     known = (
         [] if Path(facts["teacher"]).exists() or "/" not in facts["teacher"] else [f"base_model: {facts['teacher']}"]
@@ -75,11 +75,11 @@ pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="s
     if trace.pipeline.scheduler.config.get("shift_terminal"):
         kept += "; it makes no grid of a single step"
     guidance = guidance_argument(trace.pipeline)
-    told = "" if guidance is None else f", {guidance.name}={facts['call_guidance']:g}"
+    settings = "" if guidance is None else f", {guidance.name}={facts['call_guidance']:g}"
     pictures = trace.pictures
     stated = declared(trace.pipeline, dict(trace.arguments))
-    told += "".join(f", {name}={value!r}" for name, value in stated.items() if name not in pictures)
-    told += "".join(f', {name}=load_image("{Path(trace.arguments[name]).name}")' for name in pictures)
+    settings += "".join(f", {name}={value!r}" for name, value in stated.items() if name not in pictures)
+    settings += "".join(f', {name}=load_image("{Path(trace.arguments[name]).name}")' for name in pictures)
     imported = ("from diffusers.utils import load_image\n" if pictures else "") + imported
     return f"""---
 library_name: diffusers
@@ -97,7 +97,7 @@ classifier-free guidance: guidance {facts["guidance"]:g}{rule_text(stated_rule(f
 {"import torch" + chr(10) if half else ""}{imported}from diffusers import {classes}
 
 pipe = {name}.from_pretrained({base}){".to(torch.float32)" if half else ""}
-{attached}{result} = pipe({argument}, num_inference_steps={steps}{told}).{result}
+{attached}{result} = pipe({argument}, num_inference_steps={steps}{settings}).{result}
 ```
 
 | | |
@@ -119,10 +119,10 @@ The complete recipe and the library versions are in `stepdistill.json`.
 
 def _example(facts: dict[str, Any]) -> str:
     """A prompt of those that the student was trained with, where the recipe lists them."""
-    told = facts["recipe"].get("data", {}).get("conditions")
-    if told in assets.prompt_lists():
-        told = read_text(assets.prompts(told)).splitlines()
-    return told[len(told) // 2] if isinstance(told, list) else "a photo of a cat"
+    conditions = facts["recipe"].get("data", {}).get("conditions")
+    if conditions in assets.prompt_lists():
+        conditions = read_text(assets.prompts(conditions)).splitlines()
+    return conditions[len(conditions) // 2] if isinstance(conditions, list) else "a photo of a cat"
 
 
 def fill_in_quality(card: Path, report: str) -> None:

@@ -236,7 +236,8 @@ def repeated(session: Session, student: Denoiser, rows: Tensor, stock: Mapping[s
     """The latents (len(rows), ...) that the training-time sampler makes of a recorded call's noise and random numbers.
 
     Args:
-        rows: entries of the session's conditioning, those of the call. stock: what :func:`stock_call.record` returned.
+        rows: entries of the session's conditioning, those of the call.
+        stock: what :func:`stock_call.record` returned.
     """
     traced, steps = session.trace, session.sampler.steps
     if traced.pictures:

@@ -146,8 +146,8 @@ def redraw(editor: Editor, z: Tensor, cond: Conditions, guidance: Guidance) -> T
     x = z
     for t, r in zip(editor.times[:-1], [*editor.times[1:-1], None], strict=True):
         rows = _rows(t, x)
-        told = {"guidance_scale": torch.full_like(rows, guidance(t))} if editor.embedded else {}
-        prediction = editor.student(x, rows, cond | told)
+        guidance_input = {"guidance_scale": torch.full_like(rows, guidance(t))} if editor.embedded else {}
+        prediction = editor.student(x, rows, cond | guidance_input)
         x = prediction.x0 if r is None else _jump(prediction, r)
     return x
 

@@ -88,8 +88,9 @@ class Adaptive:
     """Adaptive Guidance (Castillo et al. 2023): a sample whose two predictions agree is not guided any more.
 
     Args:
-        scale: w. threshold: cosine of the two predicted x_0 above which they agree. Not of the two predicted noises:
-            near t = 1 each of those is the sample itself, on a flow exactly, so they always agree there.
+        scale: w.
+        threshold: cosine of the two predicted x_0 above which they agree. Not of the two predicted noises: near t = 1
+            each of those is the sample itself, on a flow exactly, so they always agree there.
     """
 
     def __init__(self, scale: float, threshold: float = 0.99):
@@ -140,7 +141,8 @@ def time_step(scale: float, strength: float = 2.0, power: float = 1.0) -> StepRu
     from T_min to T_max. The defaults are the paper's for the conditional DiT-XL/2.
 
     Args:
-        strength: s. power: alpha.
+        strength: s.
+        power: alpha.
 
     Raises:
         InputError: the network has no time embedding of a class that is known.
@@ -157,8 +159,8 @@ def time_step(scale: float, strength: float = 2.0, power: float = 1.0) -> StepRu
         size = (strength * t.float() ** power)[:, None]
 
         def perturbed(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-            told = out.float()
-            return (told + size * told.std(-1, keepdim=True) * noise[:, : out.shape[-1]]).to(out.dtype)
+            embedded = out.float()
+            return (embedded + size * embedded.std(-1, keepdim=True) * noise[:, : out.shape[-1]]).to(out.dtype)
 
         cond = denoiser(x_t, t, step.cond).raw
         with contextlib.ExitStack() as hooks:

@@ -125,10 +125,11 @@ class DistillMethod(ABC):
 
     Class attributes:
         Config: its keys of the recipe's ``method`` section.
-        summary: one line for ``stepdistill methods``. sampler: the default few-step sampler's name.
+        summary: one line for ``stepdistill methods``.
+        sampler_name: the default few-step sampler's name.
         extra_roles: the roles it needs beside teacher and student: "critic", "target", "encoder".
         guides_itself: it forms guidance otherwise than by :meth:`teacher`, which alone knows interval and rescale.
-        guides_both: it compares two guided scores that begin equal: w times their difference, which rounding drowns.
+        guides_both: it compares two guided scores that begin equal: bf16 rounds their difference away.
         exported: the roles beside the student whose networks belong in an export, in folders of their names.
         trains_grid: whether the student's updates start at the times of its sampler's grid.
         shards: whether its networks' weights may be shared out; not where it keeps copies of weights, or derives

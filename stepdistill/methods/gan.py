@@ -79,9 +79,11 @@ class LatentDiscriminator(Discriminator):
     """Heads on a denoiser's states of noised samples ("diffusion GAN": they never see clean ones).
 
     Args:
-        denoiser: the critic or the teacher. times: draws (B,) times from a batch under a name; default uniform, with
-            ``shift`` (see :func:`stepdistill.methods.times.uniform_times`).
-        conditional: the heads get the time as well. depths: of the states that are read; None: every block's.
+        denoiser: the critic or the teacher.
+        times: draws (B,) times from a batch under a name; default uniform, with ``shift``
+            (see :func:`stepdistill.methods.times.uniform_times`).
+        conditional: the heads get the time as well.
+        depths: of the states that are read; None: every block's.
     """
 
     def __init__(

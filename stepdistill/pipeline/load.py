@@ -42,8 +42,11 @@ def load_pipeline(
     exported LoRA gives its teacher with the LoRA in the weights and the student's scheduler.
 
     Args:
-        revision: of a hub id. dtype: of all its networks. quantize: the denoiser's linear layers.
-        ip_adapter: loaded into it. variant: of its weights' files, such as "fp16"; None: those with plain names.
+        revision: of a hub id.
+        dtype: of all its networks.
+        quantize: the denoiser's linear layers.
+        ip_adapter: loaded into it.
+        variant: of its weights' files, such as "fp16"; None: those with plain names.
 
     Raises:
         InputError: there is none, or it cannot be loaded that way.

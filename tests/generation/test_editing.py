@@ -25,7 +25,7 @@ def labels(row: int) -> dict:
     return {"class_labels": torch.tensor([row])}
 
 
-class Told:
+class GuidedNetwork:
     """The guided teacher as a network with w as an input."""
 
     schedule, kind = FLOW, "flow"
@@ -39,7 +39,7 @@ class Told:
 def exact():
     """An editor of so many steps that it follows the exact trajectories."""
     times = (torch.arange(2000, -1, -1, dtype=torch.float64) / 2000).clamp_min(1e-6).tolist()
-    return Editor(None, Told(), TEACHER, tuple(times), embedded=True, scale=4.0)
+    return Editor(None, GuidedNetwork(), TEACHER, tuple(times), embedded=True, scale=4.0)
 
 
 def test_inversion_and_edits_follow_the_exact_trajectories(exact):

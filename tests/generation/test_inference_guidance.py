@@ -125,8 +125,8 @@ def test_one_prompt_is_guided_away_from_shipped_ones(name):
 
 def test_many_prompts_are_a_pool_of_their_own():
     found = trace(tiny.tiny_sd())
-    told = encode(found, [f"prompt {number}" for number in range(PROMPTS)])
-    assert condition_pool(found, told) is told
+    encoded = encode(found, [f"prompt {number}" for number in range(PROMPTS)])
+    assert condition_pool(found, encoded) is encoded
     twice = encode(found, ["rain"] * PROMPTS)
     assert set(condition_pool(found, twice).labels).isdisjoint({"rain"})
     without = trace(ZOO["ddpm"].build())

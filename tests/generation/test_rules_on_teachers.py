@@ -39,28 +39,28 @@ TEACHERS = {
 def pipeline(name):
     exhibit = ZOO[name]
     found = trace(exhibit.build(), exhibit.arguments)
-    told = encode(found, entries(found, ["a red shoe", "rain"] if found.entry == "prompt" else [3, 7]))
-    return found, told
+    encoded = encode(found, entries(found, ["a red shoe", "rain"] if found.entry == "prompt" else [3, 7]))
+    return found, encoded
 
 
 @pytest.fixture(params=TEACHERS)
 def teacher(request):
     """(denoiser, conditioning, its latents' shape)."""
     name, rule = TEACHERS[request.param]
-    found, told = pipeline(name)
+    found, encoded = pipeline(name)
     one = found.denoiser
-    return Denoiser(one.network, replace(one.spec, rule=rule), one.schedule, one.kind), told, found.latent_shape
+    return Denoiser(one.network, replace(one.spec, rule=rule), one.schedule, one.kind), encoded, found.latent_shape
 
 
 def step(teacher, t, r, number=0):
-    _, told, shape = teacher
+    _, encoded, shape = teacher
     rows = torch.arange(B)
 
     def dice():
         return [sample_generator(1, i, 2 + number) for i in range(B)]
 
     times = (torch.full((B,), value) for value in (t, r))
-    return Step(number, noise(shape, 0, range(B)), *times, *told.batch(rows), told, rows, dice, 1)
+    return Step(number, noise(shape, 0, range(B)), *times, *encoded.batch(rows), encoded, rows, dice, 1)
 
 
 def combined(denoiser, cond, uncond):
@@ -129,8 +129,8 @@ def test_time_step_guidance_perturbs_the_time_embedding(teacher):
     forwards = [one.forward for one in modules]
 
     def perturbed(forward, *arguments):
-        told = forward(*arguments)
-        return told + 1.5 * 0.7**0.5 * told.std(1, keepdim=True) * noise
+        embedded = forward(*arguments)
+        return embedded + 1.5 * 0.7**0.5 * embedded.std(1, keepdim=True) * noise
 
     for one in modules:
         one.forward = functools.partial(perturbed, one.forward)
@@ -148,8 +148,8 @@ def test_time_step_guidance_perturbs_the_time_embedding(teacher):
 @pytest.mark.parametrize("name", [name for name in ZOO if name != "z-image"])
 def test_every_network_of_the_zoo_has_a_time_embedding_to_perturb(name):
     found = trace(ZOO[name].build(), ZOO[name].arguments)
-    told = encode(found, entries(found, ["a red shoe", "rain"] if found.entry == "prompt" else "classes")[:2])
-    now = step((found.denoiser, told, found.latent_shape), 0.7, 0.4)
+    encoded = encode(found, entries(found, ["a red shoe", "rain"] if found.entry == "prompt" else "classes")[:2])
+    now = step((found.denoiser, encoded, found.latent_shape), 0.7, 0.4)
     one = [value[:1] for value in (now.x_t, now.t)]
     weak = time_step(0.0)(found.denoiser, now)
     plain = found.denoiser(now.x_t, now.t, now.cond)
@@ -161,9 +161,9 @@ def test_every_network_of_the_zoo_has_a_time_embedding_to_perturb(name):
 
 def test_a_network_with_a_time_embedding_of_its_own_is_refused():
     found = trace(ZOO["z-image"].build(), ZOO["z-image"].arguments)
-    told = encode(found, ["a red shoe", "rain"])
+    encoded = encode(found, ["a red shoe", "rain"])
     with pytest.raises(InputError, match=r"tsg perturbs diffusers' TimestepEmbedding, and ZImageTransf.* has none"):
-        time_step(W)(found.denoiser, step((found.denoiser, told, found.latent_shape), 0.7, 0.4))
+        time_step(W)(found.denoiser, step((found.denoiser, encoded, found.latent_shape), 0.7, 0.4))
 
 
 @torch.no_grad()
@@ -213,11 +213,11 @@ def test_a_refined_x0_is_part_the_teachers(teacher, t):
 @pytest.mark.parametrize("phi", [0.0, 0.7])
 def test_self_attention_guidance_in_the_noise(made, phi):
     """eps + s (eps - worse eps) on what the pipeline's guidance gives; joint attention is refused elsewhere."""
-    found, told = pipeline("dit" if made == "flow" else made)
+    found, encoded = pipeline("dit" if made == "flow" else made)
     one = found.denoiser
     schedule, kind = (FlowSchedule(), "flow") if made == "flow" else (one.schedule, one.kind)
     denoiser = Denoiser(one.network, replace(one.spec, rule=Rule(rescale=phi)), schedule, kind)
-    now = step((denoiser, told, found.latent_shape), 0.7, 0.4)
+    now = step((denoiser, encoded, found.latent_shape), 0.7, 0.4)
     cond, uncond = two(denoiser, now)
     with attention_weights(denoiser.network) as seen:
         base = denoiser(now.x_t, now.t, now.null)
@@ -229,23 +229,23 @@ def test_self_attention_guidance_in_the_noise(made, phi):
     close(rule(denoiser, now).eps.double(), eps + 0.6 * (base.eps - worse), 1e-4)
     if schedule.coefficients(torch.ones(1))[0] == 0:
         # At pure noise eps says nothing of the picture.
-        assert rule(denoiser, step((denoiser, told, found.latent_shape), 1.0, 0.4)).x0.isfinite().all()
+        assert rule(denoiser, step((denoiser, encoded, found.latent_shape), 1.0, 0.4)).x0.isfinite().all()
 
 
 @torch.no_grad()
 def test_a_teacher_refines_drafts_on_a_flow_from_the_middle_of_its_grid():
     """What collaboration does to weak drafts, by Euler written out."""
-    found, told = pipeline("sd3")
+    found, encoded = pipeline("sd3")
     scheduler, index = found.pipeline.scheduler, torch.arange(B)
     drafts, fresh = (noise(found.latent_shape, seed, range(B)) for seed in (9, 3))
     settings = {"steps": 4, "guidance": W, "seed": 3, "onto": drafts, "start": 2}
-    refined = generate(found, scheduler, told, index, **settings)
+    refined = generate(found, scheduler, encoded, index, **settings)
     scheduler.set_timesteps(4)
     s = scheduler.sigmas.tolist()
     x = (1 - s[2]) * drafts + s[2] * fresh
     for now, then in ((s[2], s[3]), (s[3], s[4])):
         times = torch.full((B,), now)
-        cond, null = told.batch(index)
+        cond, null = encoded.batch(index)
         outputs = found.denoiser(x, times, cond).raw, found.denoiser(x, times, null).raw
         x = x + (then - now) * combined(found.denoiser, *outputs)
     close(refined, x, 1e-4)

@@ -236,8 +236,8 @@ def test_with_w_as_an_input_the_encoder_has_no_guidance_and_both_are_inverses_wi
     other = (encoder if role == "student" else student).w
     if role == "encoder":
         assert calls == [None] * 3 and len(teacher.w) == 1, "one pass of the teacher: no guidance"
-        (told,) = other
-        assert torch.equal(told, torch.ones(64))
+        (scales,) = other
+        assert torch.equal(scales, torch.ones(64))
     else:
         assert torch.equal(calls[0], calls[1]) and 1 <= calls[0].min() < 2 < 4 < calls[0].max() <= 5
         assert torch.equal(calls[2], torch.ones(64)) and other == [None]

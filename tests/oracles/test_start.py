@@ -1,4 +1,4 @@
-"""A start time below 1: pure noise, told a lower noise level; what stock schedulers with a cut table make of it."""
+"""A start time below 1: pure noise at the timestep of a lower noise level, also under stock schedulers with a cut table."""
 
 import json
 
@@ -99,12 +99,12 @@ def test_a_student_that_is_the_teacher_starts_closer_to_the_data(start, mean, st
     assert found.item() == pytest.approx(divergence, abs=2e-3)
 
 
-def test_dmds_pairs_begin_at_the_noise_end_and_the_student_is_told_its_start():
+def test_dmds_pairs_begin_at_the_noise_end_and_the_student_gets_its_start():
     sampler = sampler_of(Renoise, 399)
-    told = []
+    given_times = []
 
     def seen(x, t, _labels):
-        told.append(t.tolist())
+        given_times.append(t.tolist())
         return 0.5 * x
 
     student = player(seen, sampler.schedule, "epsilon")
@@ -113,7 +113,7 @@ def test_dmds_pairs_begin_at_the_noise_end_and_the_student_is_told_its_start():
     ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
     rows.path = PathRows(torch.stack([z, 0.5 * z], 1), ends, rows.cond, None, torch.ones(2))
     assert method.pair_loss(rows).item() == pytest.approx(0, abs=1e-9)
-    assert told == [[pytest.approx(399 / 999)] * 2]
+    assert given_times == [[pytest.approx(399 / 999)] * 2]
 
 
 @pytest.fixture(scope="module")
