@@ -44,7 +44,10 @@ last of them. Noise: what rounding in the run's precision puts into x_0 at worst
 the weights by one update, relative to weights of a fresh network, and how many times the published run's; of student
 and critic (or heads). Samples: student updates times batch, and the share of the published run's. GiB: on the device
 while prompts are encoded / (where the teacher makes trajectories first: then) / in training / in the host's memory at
-the export.
+the export; "not counted": `python scripts/rehearsal_table.py --memory RECIPE` was not run for that recipe.
+
+Left out: the warning that every recipe with `data.conditions: everyday` gets, because each of its 400 prompts is seen
+far more than 50 times; name a list of your own.
 """
 
 

@@ -1,4 +1,4 @@
-"""A start time below 1: pure noise at the timestep of a lower noise level, also under stock schedulers with a cut table."""
+"""A start time below 1: pure noise at the timestep of a lower noise level, also in cut tables of stock schedulers."""
 
 import json
 
