@@ -46,8 +46,8 @@ and critic (or heads). Samples: student updates times batch, and the share of th
 while prompts are encoded / (where the teacher makes trajectories first: then) / in training / in the host's memory at
 the export; "not counted": `python scripts/rehearsal_table.py --memory RECIPE` was not run for that recipe.
 
-Left out: the warning that every recipe with `data.conditions: everyday` gets, because each of its 400 prompts is seen
-far more than 50 times; name a list of your own.
+Left out: the warning of recipes with `data.conditions: everyday`, whose 400 prompts are seen far more than 50 times
+each in most of them; name a list of your own.
 """
 
 
