@@ -12,7 +12,8 @@ def wanted(data: Data, aloud: bool = True) -> tuple[str | list[str], list[images
     Where ``data.arguments`` gives each sample pictures of its own: every caption, and the pictures of each.
 
     Args:
-        data: of the recipe; checked there. aloud: say how many samples were rejected.
+        data: of the recipe; checked there.
+        aloud: say how many samples were rejected.
     """
     conditions = data.conditions
     key = "images" if conditions == "captions" else "conditions"

@@ -75,7 +75,8 @@ class DataNeeds:
     """What a method must be given: conditions (prompts or classes) always, the rest only where stated.
 
     Args:
-        images: real ones, as ``batch.latents``. paths: trajectories, as ``batch.path``.
+        images: real ones, as ``batch.latents``.
+        paths: trajectories, as ``batch.path``.
         made: trajectories whose clean ends are ``batch.latents``, in place of images.
     """
 
