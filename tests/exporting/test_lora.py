@@ -114,6 +114,9 @@ def call_network(network: torch.nn.Module, name: str) -> Tensor:
     match name:
         case "sd":
             inputs = {"sample": draw(1, 4, 8, 8), "encoder_hidden_states": draw(1, 5, 16)}
+        case "sdxl":
+            inputs = {"sample": draw(1, 4, 8, 8), "encoder_hidden_states": draw(1, 5, 32)}
+            inputs["added_cond_kwargs"] = {"text_embeds": draw(1, 16), "time_ids": torch.ones(1, 6)}
         case "sd3":
             inputs = {"hidden_states": draw(1, 4, 8, 8), "encoder_hidden_states": draw(1, 5, 32)}
             inputs["pooled_projections"] = draw(1, 32)
