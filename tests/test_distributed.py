@@ -241,10 +241,11 @@ def test_a_launcher_trains_on_cpus_what_one_process_does(teacher, tmp_path):  # 
     assert (tmp_path / "two" / "export" / "model_index.json").is_file()
 
 
-def test_processes_that_cannot_join_are_refused(monkeypatch):
+@pytest.mark.parametrize("launcher", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_that_cannot_join_are_refused(launcher, monkeypatch):
     monkeypatch.setattr("stepdistill.distributed.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"expected the 2 processes that the launcher has started .*, found 1"):
+    monkeypatch.setenv(launcher, "2")
+    with pytest.raises(InputError, match=r"expected the 2 processes that the launcher has started, found 1"):
         join()
 
 

@@ -143,6 +143,7 @@ def test_safe_holds_for_a_run_folder_too(code, teacher, tmp_path):
     recipe = recipe_with(f"{code}:Mine", teacher, tmp_path)
     (tmp_path / "run").mkdir()
     recipe.rename(tmp_path / "run" / "recipe.yaml")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")  # a run that has begun
     with pytest.raises(InputError, match="which safe forbids"):
         export(tmp_path / "run", tmp_path / "out", safe=True)
     plain = recipe_with("sfd", teacher, tmp_path)
