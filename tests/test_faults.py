@@ -187,7 +187,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_first_step(t
     with bare():
         line = fails(make_recipe(teacher, tmp_path / "run", SFD), capsys, 2)
     assert line.startswith("error: output: 3 checkpoints (train.keep_checkpoints + 1) of ")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["recipe.yaml"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["grid.json", "recipe.yaml"]
 
 
 @pytest.fixture

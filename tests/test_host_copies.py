@@ -92,6 +92,9 @@ class MetaBatch(Batch):
         rows = whole[self.first : self.first + self.size]
         return torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
 
+    def integers(self, name: str, high: int) -> Tensor:
+        return torch.empty(self.size, dtype=torch.int64, device=self.device)
+
 
 def on_meta(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, device="meta")
