@@ -61,7 +61,9 @@ def stored(recipe: Recipe, drawn: Blueprint) -> Stored:
 def _conditions(recipe: Recipe, drawn: Blueprint) -> int:
     """How many conditions the data has; of a data set on the hub ``data.limit``."""
     data = recipe.data
-    source = data.images if data.conditions == "captions" else str(data.conditions)
+    if isinstance(data.conditions, list):
+        return len(data.conditions)
+    source = data.images if data.conditions == "captions" else data.conditions
     if form(source) == "hub":
         return data.limit
     if data.arguments:
