@@ -121,7 +121,6 @@ def test_the_command(teacher, tmp_path, capsys):  # noqa: F811
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--seconds", "2"], "--seconds: expected --gpus"),
         (["--gpus", "0"], "--gpus: expected numbers separated by commas, found '0'"),
         (["--gpus", "8", "--links", "1,2"], "--links: expected GB/s inside a node"),
         (["--gpus", "8", "--gpu", "80", "--fit"], "--fit: expected --gpu without --gpus"),
