@@ -52,13 +52,18 @@ def caption(draw: random.Random) -> str:
     return f"{draw.choice(KINDS)} {article} {adjective} {draw.choice(THINGS)} {place} {draw.choice(LIGHTS)}"
 
 
+def captions(count: int, seed: int = 0) -> list[str]:
+    """``count`` different captions, the same for the same seed."""
+    draw, found = random.Random(seed), dict[str, None]()
+    while len(found) < count:
+        found[caption(draw)] = None
+    return list(found)
+
+
 def main() -> None:
     """Write the file."""
-    draw, captions = random.Random(0), dict[str, None]()
-    while len(captions) < COUNT:
-        captions[caption(draw)] = None
     FILE.parent.mkdir(parents=True, exist_ok=True)
-    FILE.write_text("".join(f"{line}\n" for line in captions), encoding="utf-8")
+    FILE.write_text("".join(f"{line}\n" for line in captions(COUNT)), encoding="utf-8")
 
 
 if __name__ == "__main__":
