@@ -188,20 +188,22 @@ def prepare_captions(run: RealRun) -> tuple[int, int]:
 
 
 def timed_steps(recipe: Recipe) -> tuple[float, float]:
-    """(seconds of a training step, student updates in a step), over one round of the method's turns after a warm-up."""
+    """(seconds of a training step, student updates in a step), from one update of the student to the next."""
     accelerator = join()
     trainer = Trainer(build(recipe, accelerator.device, cache=cache_folder()), accelerator, Path(recipe.output))
     turns = trainer.method.turns
-    period = next(n for n in range(1, 1000) if sum("student" in turns(step) for step in range(n)))
-    for step in range(period):
+    # Late steps: the first ones may belong to a warm-up of some players.
+    first, last = [step for step in range(recipe.train.steps) if "student" in turns(step)][-2:]
+    period = last - first
+    for step in range(max(0, first - period), first):
         trainer.step(step)
     _wait(accelerator.device)
     start = time.perf_counter()
-    for step in range(period, 2 * period):
+    for step in range(first, last):
         trainer.step(step)
     _wait(accelerator.device)
     seconds = (time.perf_counter() - start) / period
-    updates = sum(turn == "student" for step in range(period, 2 * period) for turn in turns(step)) / period
+    updates = sum(turn == "student" for step in range(first, last) for turn in turns(step)) / period
     return seconds, updates
 
 

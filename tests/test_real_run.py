@@ -54,8 +54,9 @@ def protocol(tmp_path):
 
 def small(real_run, run):
     """The command line's choices that make the recipes of ``run`` small enough for a test."""
-    sizes = "train={steps: 20, batch_size: 2, lr: 1.0e-4, checkpoint_every: 10, precision: fp32, tracker: none}"
-    return ["--set", sizes, "--set", "teacher.precision=fp32", "--samples", "16", "--hours", "1", "--offline", "--cpu"]
+    sizes = "train={steps: 22, batch_size: 2, lr: 1.0e-4, checkpoint_every: 10, precision: fp32, tracker: none}"
+    few = ["--set", "method.real_rows=8", "--set", "method.real_steps=2"]
+    return ["--set", sizes, *few, "--set", "teacher.precision=fp32", "--samples", "16", "--hours", "1", "--offline", "--cpu"]
 
 
 @pytest.mark.parametrize("base", TINY)
