@@ -281,8 +281,8 @@ def train_all(run: RealRun, sizes: Sequence[Size], changes: dict[str, list[str]]
     """Train every student; facts of each, or None if it was interrupted."""
     facts = []
     for student, size in zip(STUDENTS[run.base], sizes, strict=True):
-        every = max(1, min(500, size.steps // 10))
-        steps = [f"train.steps={size.steps}", f"train.checkpoint_every={every}", f"train.preview_every={every}"]
+        saves, previews = (max(1, min(500, size.steps // 10)), max(1, size.steps // 4))
+        steps = [f"train.steps={size.steps}", f"train.checkpoint_every={saves}", f"train.preview_every={previews}"]
         recipe = run.recipe(student, [*changes[student.name], *run.overrides, *steps])
         done = run.work / f"{student.name}.json"
         if not done.is_file():

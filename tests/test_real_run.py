@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
-from pipeline.tiny import tiny_flux, tiny_sd, tiny_sd3
+from pipeline.tiny import tiny_sd, tiny_sd3
 
 ROOT = Path(__file__).parents[1]
-TINY = {"sd15": tiny_sd, "sd35-medium": tiny_sd3, "flux": tiny_flux}
+TINY = {"sd15": tiny_sd, "sd35-medium": tiny_sd3}
 
 
 @pytest.fixture
@@ -56,7 +56,19 @@ def small(real_run, run):
     """The command line's choices that make the recipes of ``run`` small enough for a test."""
     sizes = "train={steps: 22, batch_size: 2, lr: 1.0e-4, checkpoint_every: 10, precision: fp32, tracker: none}"
     few = ["--set", "method.real_rows=8", "--set", "method.real_steps=2"]
-    return ["--set", sizes, *few, "--set", "teacher.precision=fp32", "--samples", "16", "--hours", "1", "--offline", "--cpu"]
+    return [
+        "--set",
+        sizes,
+        *few,
+        "--set",
+        "teacher.precision=fp32",
+        "--samples",
+        "16",
+        "--hours",
+        "1",
+        "--offline",
+        "--cpu",
+    ]
 
 
 @pytest.mark.parametrize("base", TINY)
