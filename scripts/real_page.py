@@ -82,10 +82,16 @@ def _table(folder: Path) -> str:
     return "\n".join([*lines, *(f"\n{entry.text}" for entry in report.verdict)])
 
 
-def picture(
-    file: Path, teacher: str, guidance: float, runs: Sequence[Path], steps: int, prompts: Sequence[str]
-) -> None:
-    """Teacher at 50 steps, teacher in the students' steps, students: the same prompts and noise in every column."""
+def picture(file: Path, facts: dict[str, Any], runs: Sequence[Path], prompts: Sequence[str]) -> None:
+    """Teacher at 50 steps, teacher in the students' steps, students: the same prompts and noise in every column.
+
+    Args:
+        file: where to write the PNG.
+        facts: a student's stepdistill.json, which names the teacher, its guidance and the number of steps.
+        runs: the students' run folders.
+        prompts: one for each column.
+    """
+    teacher, guidance, steps = facts["teacher"], facts["guidance"], facts["steps"]
     few = {"count": len(prompts), "conditions": list(prompts)}
     rows = [(f"teacher, 50 steps, guidance {guidance:g}", sample(teacher, steps=50, guidance=guidance, **few))]
     rows += [(f"teacher, {steps} steps, guidance {guidance:g}", sample(teacher, steps=steps, guidance=guidance, **few))]
@@ -109,7 +115,7 @@ def section(base: str, result: dict[str, Any] | None, shown: bool) -> str:
     lines = [f"## {BASES[base]}", "", f"{result['device']}. {versions}.", "", "```bash", result["command"], "```", ""]
     lines += ["| student | recipe | steps | of the recipe | samples seen | hours | peak memory |", "|---" * 7 + "|"]
     for one in result["students"]:
-        peak = "–" if one["peak_bytes"] is None else f"{one['peak_bytes'] / GIB:.1f} GiB"
+        peak = "–" if not one["peak_bytes"] else f"{one['peak_bytes'] / GIB:.1f} GiB"
         share = f"{one['steps'] / one['full_steps']:.0%}"
         seen = f"{one['updates'] * one['batch']:,}"
         cells = (one["name"], f"`{one['recipe']}`", one["steps"], share, seen, f"{one['hours']:.2f}", peak)

@@ -50,6 +50,8 @@ MEASURING, SPARE = 0.25, 0.05
 """Shares of the hours for measuring, and for starting, exporting and checking; training gets the rest."""
 ROWS = 1.35
 """Images of all rows and repeats, in those of the teacher's row: solvers and students take few steps."""
+LOADED = ("teacher", planning.AUTOENCODER, planning.ENCODERS)
+"""What is on the device when images are drawn."""
 FEWEST = 20
 """Student updates below which nothing is learned and the run is refused."""
 
@@ -114,9 +116,9 @@ class RealRun:
     data: Path
     captions: Path | None = None
     teacher: str | None = None
-    overrides: tuple[str, ...] = ()
+    overrides: Sequence[str] = ()
     samples: int | None = None
-    protocols: tuple[str, ...] = PROTOCOLS
+    protocols: Sequence[str] = PROTOCOLS
     offline: bool = False
     cpu: bool = False
 
@@ -152,6 +154,12 @@ def check_machine(run: RealRun) -> dict[str, list[str]]:
             raise InputError(
                 f"--base: {run.base} needs {last.peak / GIB + planning.RESERVE:.1f} GiB for {student.name}, "
                 f"this GPU has {gpu:.1f} GiB"
+            )
+        whole = 4 * sum(line.parameters for line in [*first.lines, first.encoders] if line.name in LOADED)
+        if gpu and whole / GIB + planning.RESERVE > gpu:
+            need = whole / GIB + planning.RESERVE
+            raise InputError(
+                f"--base: measuring {run.base} in float32 needs {need:.1f} GiB, this GPU has {gpu:.1f} GiB"
             )
         changes[student.name] = [f"{change.key}={yaml_lines.scalar(change.value)}" for change in found]
         weights = max(weights, sum(line.weights for line in [*first.lines, first.encoders]))
@@ -197,17 +205,17 @@ def timed_steps(recipe: Recipe) -> tuple[float, float]:
     period = last - first
     for step in range(max(0, first - period), first):
         trainer.step(step)
-    _wait(accelerator.device)
+    _finished()
     start = time.perf_counter()
     for step in range(first, last):
         trainer.step(step)
-    _wait(accelerator.device)
+    _finished()
     seconds = (time.perf_counter() - start) / period
     updates = sum(turn == "student" for step in range(first, last) for turn in turns(step)) / period
     return seconds, updates
 
 
-def decide(run: RealRun, changes: dict[str, list[str]]) -> tuple[int, list[Size]]:
+def decide(run: RealRun, changes: dict[str, list[str]], began: float) -> tuple[int, list[Size]]:
     """The number of measured images, and each student's size, within the hours; kept in work/sizes.json.
 
     Raises:
@@ -217,17 +225,20 @@ def decide(run: RealRun, changes: dict[str, list[str]]) -> tuple[int, list[Size]
     if file.is_file():
         kept = read_json(file)
         return kept["samples"], [Size(**one) for one in kept["students"]]
-    sizes, budget = [], run.hours * 3600
+    sizes, timed, budget = [], [], run.hours * 3600
     for student in STUDENTS[run.base]:
         say(f"timing updates of {student.name}")
         recipe = run.recipe(student, [*changes[student.name], *run.overrides])
-        seconds, updates = timed_steps(recipe)
+        timed.append((student, recipe, *timed_steps(recipe)))
         _release()
+    # Conditions are encoded and the teacher's samples made by now; they are kept for the training.
+    left = budget * (1 - MEASURING - SPARE) - (time.perf_counter() - began)
+    for student, recipe, seconds, updates in timed:
         full = recipe.train.steps
-        steps = min(full, int(budget * (1 - MEASURING - SPARE) / len(STUDENTS[run.base]) / seconds))
+        steps = min(full, max(0, int(left / len(timed) / seconds)))
         least = FEWEST / updates
         if steps < min(least, full):
-            hours = run.hours * least / max(steps, 1)
+            hours = run.hours - left / 3600 + least * seconds * len(timed) / 3600
             raise InputError(
                 f"--hours: expected {hours:.2g} or more for {run.base} on this machine, found {run.hours:g}"
             )
@@ -266,8 +277,9 @@ def costs(run: RealRun, samples: int, sizes: Sequence[Size]) -> str:
     return "\n".join([*lines, line])
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+def _finished() -> None:
+    """Wait for the GPU."""
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
@@ -285,16 +297,19 @@ def train_all(run: RealRun, sizes: Sequence[Size], changes: dict[str, list[str]]
         steps = [f"train.steps={size.steps}", f"train.checkpoint_every={saves}", f"train.preview_every={previews}"]
         recipe = run.recipe(student, [*changes[student.name], *run.overrides, *steps])
         done = run.work / f"{student.name}.json"
-        if not done.is_file():
+        kept = read_json(done) if done.is_file() else {"hours": 0.0, "peak_bytes": 0, "finished": False}
+        if not kept["finished"]:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             result = stepdistill.train(recipe)
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+            hours = kept["hours"] + (time.perf_counter() - start) / 3600  # of all parts of an interrupted run
+            kept = {"hours": hours, "peak_bytes": max(peak, kept["peak_bytes"]), "finished": not result.interrupted}
+            write_json(done, kept)
             if result.interrupted:
                 return None
-            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-            write_json(done, {"hours": (time.perf_counter() - start) / 3600, "peak_bytes": peak})
-        facts.append(read_json(done) | asdict(size) | {"recipe": student.recipe, "run": str(run.work / student.name)})
+        facts.append(kept | asdict(size) | {"recipe": student.recipe, "run": str(run.work / student.name)})
         _release()
     return facts
 
@@ -331,9 +346,10 @@ def go(run: RealRun, page: Path) -> Path | None:
     Raises:
         InputError: the machine, the captions or the hours do not suffice.
     """
+    began = time.perf_counter()
     changes = check_machine(run)
     prepare_captions(run)
-    samples, sizes = decide(run, changes)
+    samples, sizes = decide(run, changes, began)
     print(costs(run, samples, sizes), file=sys.stderr)
     facts = train_all(run, sizes, changes)
     if facts is None:
@@ -354,7 +370,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hours", required=True, type=float, help="of this machine, for everything")
     parser.add_argument("--captions", type=Path, help="a text file with a caption a line")
     parser.add_argument("--teacher", help="a folder or hub id in place of the recipe's base, of the same kind")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides of both recipes")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of both recipes"
+    )
     parser.add_argument("--samples", type=int, help="images of each row; default: what the hours allow")
     parser.add_argument("--protocols", nargs="+", default=PROTOCOLS)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of captions and measuring networks")
@@ -365,22 +383,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.hours <= 0:
         parser.error(f"--hours: expected a number above 0, found {given.hours:g}")
-    run = RealRun(
-        base=given.base,
-        hours=given.hours,
-        work=given.work or Path("runs") / f"real_{given.base}",
-        data=given.data,
-        captions=given.captions,
-        teacher=given.teacher,
-        overrides=tuple(given.set),
-        samples=given.samples,
-        protocols=tuple(given.protocols),
-        offline=given.offline,
-        cpu=given.cpu,
-    )
+    given.work = given.work or Path("runs") / f"real_{given.base}"
+    page, run = given.page, RealRun(**{name: value for name, value in vars(given).items() if name != "page"})
     try:
-        page = go(run, given.page)
-    except (InputError, RunError) as error:
+        page = go(run, page)
+    except (InputError, RunError, torch.OutOfMemoryError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     print(page or run.work)

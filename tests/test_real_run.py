@@ -99,16 +99,17 @@ def test_the_hours_cut_the_steps(scripts, tmp_path, monkeypatch, capsys):
     run = real_run.RealRun("sdxl", 1.0, tmp_path / "work", tmp_path, cpu=True)
     real_run.prepare_captions(run)
     changes = {student.name: [] for student in real_run.STUDENTS["sdxl"]}
-    samples, sizes = real_run.decide(run, changes)
-    # 70 % of an hour for two students, at two seconds a step.
-    assert samples == 500 and [size.steps for size in sizes] == [630, 630]
-    assert [size.updates for size in sizes] == [126, 126]
+    began = real_run.time.perf_counter()
+    samples, sizes = real_run.decide(run, changes, began)
+    # 70 % of an hour, less the moment since its start, for two students at two seconds a step.
+    assert samples == 500 and [size.steps for size in sizes] == [629, 629]
+    assert [size.updates for size in sizes] == [125, 125]
     assert "expect a worse student than the recipe's" in real_run.costs(run, samples, sizes)
-    assert real_run.decide(run, {}) == (samples, sizes), "kept for a run that goes on"
+    assert real_run.decide(run, {}, began) == (samples, sizes), "kept for a run that goes on"
     short = real_run.RealRun("sdxl", 0.01, tmp_path / "short", tmp_path, cpu=True)
     real_run.prepare_captions(short)
     with pytest.raises(real_run.InputError, match=r"--hours: expected 0\.\d+ or more"):
-        real_run.decide(short, changes)
+        real_run.decide(short, changes, real_run.time.perf_counter())
 
 
 def test_a_machine_without_gpu_is_refused(scripts, tmp_path, capsys):
