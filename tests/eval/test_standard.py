@@ -32,6 +32,7 @@ FROZEN = {
     "edm50k-v1/ffhq": "f438c9697d2ad04c",
     "edm50k-v1/afhq": "4db630e3257fb7f3",
     "mjhq30k-v1": "c180b928893250b7",
+    "teacher-clip-5k-v1": "da24a6056553e28c",
     "teacher-fid-5k-v1": "e98d40b526c08917",
 }
 
