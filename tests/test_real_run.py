@@ -71,6 +71,7 @@ def small(real_run, run):
     ]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("base", TINY)
 def test_a_real_run_on_a_tiny_pipeline(scripts, base, tmp_path, protocol, monkeypatch):
     real_run, _ = scripts
