@@ -47,7 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # What is called in the phase of that name.
 PHASES = {"step": (trainer.Trainer, "step"), "checkpoint": (checkpoint, "save")}
-PHASES |= {"export": (trainer, "export"), "benchmark": (trainer, "_write_report")}
+PHASES |= {"export": (trainer, "export"), "benchmark": (trainer, "write_report")}
 PATIENCE = 300
 """Seconds after which a run that neither ends nor begins a phase counts as hanging."""
 

@@ -27,6 +27,7 @@ SHORTER = {
         "train.steps=1",
         "train.batch_size=4",
         "train.accumulation=1",
+        "train.lr_warmup=0",
         "train.preview_every=9",
         "report.samples=0",
         "train.tracker=none",

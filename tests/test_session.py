@@ -91,7 +91,7 @@ def test_shards_of_images_with_class_numbers(folder, tmp_path, conditions, capsy
         with pytest.raises(InputError, match=r"more than data\.max_rejected, 0\.1"):
             build(load(recipe), torch.device("cpu"))
     else:
-        assert plan.plan(recipe).lines[-1].weights > 3 * latents[0].numel() * 4
+        assert plan.plan(recipe).stored > 3 * latents[0].numel() * 4
 
 
 def test_prompts_of_a_jsonl(tmp_path):

@@ -325,7 +325,7 @@ def test_a_pipeline_that_the_report_cannot_measure_has_none_and_is_told_so_first
     recipe = make_recipe(tmp_path / "text", tmp_path / "run", {"name": "sfd", "substeps": 1}, steps=1)
     recipe = recipe | {"data": {"conditions": ["a cat", "rain"]}, "report": {"samples": 50}}
     said = []
-    monkeypatch.setattr(sys.modules["stepdistill.trainer"], "say", said.append)
+    monkeypatch.setattr(sys.modules["stepdistill.final_report"], "say", said.append)
     result = train(recipe)
     assert result.report is None and (tmp_path / "run" / "export" / "README.md").is_file()
     assert said[0].startswith("no report at the end:") and "--protocol teacher-fid-5k-v1" in said[0]
