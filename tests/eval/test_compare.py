@@ -149,7 +149,7 @@ def test_seeds_failures_and_changed_recipes(run, place, script, monkeypatch):
             "error": "NonFiniteError: student loss term 'dm' is nan at step 2",
         }
     ]
-    assert len([row for row in content["rows"] if row["role"] == "student"]) == 6
+    assert len([row for row in content["rows"] if row["role"] == "student"]) == 8
     assert "student loss term 'dm' is nan" in page(content)
     path.write_text(path.read_text().replace("lr: 9.0", "lr: 0.002"))
     monkeypatch.setattr(script, "train", original)
