@@ -42,11 +42,6 @@ def rms_change(lr: float, fan_in: int, rank: int | None = None, alpha: float | N
     return (rank if alpha is None else alpha) / rank * lr * math.sqrt(rank / (3 * fan_in))
 
 
-def same_speed(lr: float, fan_in: int, rank: int, alpha: float | None = None) -> float:
-    """The rate at which an adapter moves a matrix as fast as ``lr`` moves the whole of it."""
-    return lr / rms_change(1.0, fan_in, rank, alpha)
-
-
 def speed(network: nn.Module, lr: float, adapter: str | None = None) -> Speed:
     """The change of a role's network by one update at rate ``lr``.
 
