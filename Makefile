@@ -24,17 +24,21 @@ test: $(STAMP)
 # About half an hour: runs killed at random moments, then 10,000 examples of every kind of damaged file.
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py $(ARGUMENTS)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py --encode --kills 10
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py --hypothesis-profile soak --timeout 0
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_distributed.py tests/test_zero.py -m slow --timeout 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/training/test_distributed.py -m slow --timeout 0
 
 docs: $(STAMP)
 	$(BIN)/python scripts/recipe_reference.py
+	$(BIN)/python scripts/methods_table.py
 	$(BIN)/python -m mkdocs build --strict
-	@echo "Open build/site/index.html in a browser."
+	@echo "$(BIN)/python -m http.server --directory build/site shows it, with search, at http://127.0.0.1:8000; no network is needed."
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/type_tree.py
+	$(BIN)/ty check --python $(BIN)/python
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || python3 -m venv $(VENV)

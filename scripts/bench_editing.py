@@ -20,11 +20,15 @@ import torch
 from torch import Tensor
 
 from stepdistill import assets
+from stepdistill.diffusion.guidance import guided
+from stepdistill.eval.bench.sources import device_name, library_versions
 from stepdistill.eval.lite import LitScorer, lit_scorer
-from stepdistill.eval.pictures import image_grid
 from stepdistill.eval.report import between_markers
-from stepdistill.eval.row_cache import write_json
-from stepdistill.generation.editing import (
+from stepdistill.files import write_json
+from stepdistill.pipeline.conditioning import Conditioning, encode
+from stepdistill.pipeline.decode import decode
+from stepdistill.pipeline.latents import encode_images
+from stepdistill.sampling.editing import (
     Editor,
     dynamic_guidance,
     invert,
@@ -33,12 +37,9 @@ from stepdistill.generation.editing import (
     read_square,
     redraw,
 )
-from stepdistill.generation.generate import decode, noise
-from stepdistill.generation.latents import encode_images
-from stepdistill.generation.sampling import inspect
-from stepdistill.guidance import guided
-from stepdistill.pipeline.conditioning import Conditioning, encode
-from stepdistill.sources import device_name, library_versions
+from stepdistill.sampling.generate import noise
+from stepdistill.sampling.image_grid import image_grid
+from stepdistill.sampling.sample import inspect
 
 OUT = assets.root() / "assets" / "benchmarks" / "editing_emoji.json"
 PAGE = assets.root() / "docs" / "editing.md"

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from stepdistill.eval.bench.sources import device_name
 from stepdistill.eval.networks import clip, feature_pass, inception
-from stepdistill.sources import device_name
 
 
 @torch.no_grad()

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from stepdistill.eval.cost import metered
-from stepdistill.eval.metrics import Moments, frechet_distance
-from stepdistill.eval.moments import MomentSum
+from stepdistill.eval.metrics import Moments, MomentSum, frechet_distance
 from stepdistill.eval.shards import SHARD
+from stepdistill.sampling.meter import metered
 
 
 def blocks(samples: int, features: int, seed: int) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stepdistill import kernels
-from stepdistill.bench import device_name, library_versions
+from stepdistill.eval.bench.sources import device_name, library_versions
 from stepdistill.kernels import Rule, Update
 from stepdistill.kernels.dispatch import fusible
 
@@ -38,14 +38,13 @@ def kernel_cases(
 ) -> dict[str, tuple[Any, Any, tuple, int]]:
     """(the function, its reference, arguments, how many tensors of that shape it must move) by name."""
     cond, uncond, x_t, noise = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
-    w, a, b, c, d = (torch.rand(len(cond), device=device) for _ in range(5))
-    step, renoise = Update(x_t, a, b), Update(x_t, a, b, d=d, noise=noise)
+    w, a, b, c = (torch.rand(len(cond), device=device) for _ in range(4))
+    step, keeping = Update(x_t, a, b), Update(x_t, a, b, c)
     guide, plain = (kernels.guide, kernels.guide_reference), (cond, uncond, w)
     return {
         "cfg": (*guide, plain, 3),
-        "cfg + x0 + update": (*guide, (*plain, Rule(), None, None, step), 4),
-        "cfg + x0 + re-noise": (*guide, (*plain, Rule(), None, None, renoise), 5),
-        "cfg++ update": (*guide, (*plain, Rule(), None, None, Update(x_t, a, b, c)), 4),
+        "cfg + step": (*guide, (*plain, Rule(), None, None, step), 4),
+        "cfg++ + step": (*guide, (*plain, Rule(), None, None, keeping), 4),
         "cfg, rescale": (*guide, (*plain, Rule(rescale=0.7)), 3),
         "apg": (*guide, (*plain, Rule(parallel=0.0, max_norm=15.0)), 3),
         "add_noise": (kernels.add_noise, kernels.add_noise_reference, (x_t, noise, a, b), 3),

@@ -21,22 +21,25 @@ from bench_rules import REFINED, ROLLBACK, RULES, WEIGHT, chosen, how_made, repl
 from torch import Tensor
 
 from stepdistill import assets
+from stepdistill.eval.files import read_prompts
+from stepdistill.eval.measure import load_view
 from stepdistill.eval.metrics import Moments, clip_score, frechet_distance, kid, prompt_diversity
 from stepdistill.eval.names import metric_text
 from stepdistill.eval.networks import feature_pass
+from stepdistill.eval.protocol import load_protocol
+from stepdistill.eval.references import stored_rows
 from stepdistill.eval.report import between_markers
-from stepdistill.eval.row_cache import write_json
-from stepdistill.eval.standard import load_standard, read_prompts
-from stepdistill.eval.standard_measure import load_view, stored_rows
-from stepdistill.generation.collaboration import collaborate
-from stepdistill.generation.generate import decode, generate
-from stepdistill.generation.inference_guidance import StepRule, classifier_free
-from stepdistill.generation.named_rules import rule_for
-from stepdistill.generation.negative import away_from
-from stepdistill.generation.sampling import inspect
-from stepdistill.generation.teacher_rules import teacher_first, teacher_refined
+from stepdistill.files import write_json
 from stepdistill.pipeline.conditioning import encode
+from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.trace import Trace
+from stepdistill.sampling.collaboration import collaborate
+from stepdistill.sampling.generate import generate
+from stepdistill.sampling.rules.names import rule_for
+from stepdistill.sampling.rules.nasa import away_from
+from stepdistill.sampling.rules.steps import StepRule, classifier_free
+from stepdistill.sampling.rules.teacher import teacher_first, teacher_refined
+from stepdistill.sampling.sample import inspect
 
 TEACHER, STUDENT, SEED = "emoji", "students/emoji", 0
 BEGIN = "<!-- rules on prompts: written by scripts/bench_prompt_rules.py -->"
@@ -52,7 +55,7 @@ class Judge:
     """The networks of emoji-v1, its prompts, and what real pictures give."""
 
     def __init__(self, samples: int):
-        spec, data = load_standard("emoji-v1"), Path("data")
+        spec, data = load_protocol("emoji-v1"), Path("data")
         self.kid = spec.kid.model_dump()
         self.networks = {name: load_view(spec.views[name], data, "cpu") for name in ("enet", "lit")}
         self.real = stored_rows(spec.reference.path(data), "enet")

@@ -15,6 +15,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,24 @@ import torch
 from torch import Tensor
 
 from stepdistill import assets
-from stepdistill.bench import device_name, library_versions
-from stepdistill.denoiser import Denoiser
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.eval.bench.rows import Bench, open_bench
+from stepdistill.eval.bench.settings import Settings
+from stepdistill.eval.bench.sources import device_name, library_versions
+from stepdistill.eval.measure import measure_classes
 from stepdistill.eval.names import metric_name, metric_text
-from stepdistill.eval.protocol import Instruments, load_instruments, measure
+from stepdistill.eval.networks import feature_pass
 from stepdistill.eval.report import between_markers
-from stepdistill.eval.row_cache import write_json
-from stepdistill.fitting import Model, fit
-from stepdistill.generation.collaboration import collaborate
-from stepdistill.generation.generate import decode, generate
-from stepdistill.generation.inference_guidance import StepRule, classifier_free
-from stepdistill.generation.named_rules import rule_for
-from stepdistill.generation.sampling import inspect
-from stepdistill.generation.teacher_rules import teacher_first, teacher_refined
+from stepdistill.files import write_json
+from stepdistill.pipeline.conditioning import Conditioning, encode
+from stepdistill.pipeline.decode import decode
+from stepdistill.pipeline.trace import Trace
+from stepdistill.sampling.collaboration import collaborate
+from stepdistill.sampling.generate import generate
+from stepdistill.sampling.rules.names import rule_for
+from stepdistill.sampling.rules.steps import StepRule, classifier_free
+from stepdistill.sampling.rules.teacher import teacher_first, teacher_refined
+from stepdistill.sampling.sample import inspect
 
 TEACHER, SCALE, SEED = "fashion-dit", 1.5, 0
 BEGIN, END = "<!-- rules: written by scripts/bench_rules.py -->", "<!-- end of rules -->"
@@ -58,6 +64,14 @@ STUDENT_STEPS, WEIGHT = 2, 0.3
 REFINED, ROLLBACK = 0.3, 0.5
 
 
+@dataclass(frozen=True)
+class Model:
+    """A traced pipeline with the protocol's classes encoded."""
+
+    trace: Trace
+    conditioning: Conditioning
+
+
 def chosen(only: Sequence[str]) -> list[tuple[str, str, float, tuple[float, float] | None]]:
     """The rules of these rows, of all where none is named."""
     return [one for one in RULES if not only or one[0] in only]
@@ -75,10 +89,10 @@ def how_made(script: str) -> dict[str, Any]:
     return {"command": command, "versions": library_versions(), "device": device_name(torch.device("cpu"))}
 
 
-def row(name: str, steps: int, w: float, nfe: float, images: Tensor, instruments: Instruments) -> dict[str, Any]:
+def row(name: str, steps: int, w: float, nfe: float, images: Tensor, bench: Bench) -> dict[str, Any]:
     """The facts of one row; image i is of class i modulo their number."""
-    labels = torch.arange(len(images)) % len(instruments.protocol.labels)
-    found = measure(instruments, images.cpu(), labels)
+    labels = torch.arange(len(images)) % len(bench.protocol.classes)
+    found = measure_classes(bench.protocol, bench.networks, bench.real, images.cpu(), labels)
     print(name, round(nfe, 2), {key: round(value, 3) for key, value in found.metrics.items()}, flush=True)
     facts = {"name": name, "steps": steps, "guidance": w, "nfe": nfe}
     return facts | {"metrics": found.metrics, "diagnostics": found.diagnostics}
@@ -91,12 +105,12 @@ def drawn(
     before = sum(one.evaluations for one in denoisers)
     index = torch.arange(samples) % len(model.conditioning)
     settings = {"steps": steps, "guidance": 1.0, "seed": SEED, "rule": make}
-    latents = generate(model.trace, model.scheduler, model.conditioning, index, **settings)
+    latents = generate(model.trace, model.trace.pipeline.scheduler, model.conditioning, index, **settings)
     return (sum(one.evaluations for one in denoisers) - before) / samples, decode(model.trace, latents)
 
 
 def teachers_rows(
-    teacher: Model, instruments: Instruments, steps: int, samples: int, only: Sequence[str] = ()
+    teacher: Model, bench: Bench, steps: int, samples: int, only: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """The teacher under each rule, or under those of the rows ``only``."""
     rows = []
@@ -104,13 +118,11 @@ def teachers_rows(
         settings = {"steps": steps, "guidance": w, "seed": SEED, "interval": interval}
         make = rule_for(teacher.trace, teacher.conditioning, rule, **settings)
         nfe, images = drawn(teacher, make, steps, samples, [teacher.trace.denoiser])
-        rows.append(row(name, steps, w, nfe, images, instruments))
+        rows.append(row(name, steps, w, nfe, images, bench))
     return rows
 
 
-def students_rows(
-    student: Model, teacher: Model, instruments: Instruments, steps: int, samples: int
-) -> list[dict[str, Any]]:
+def students_rows(student: Model, teacher: Model, bench: Bench, steps: int, samples: int) -> list[dict[str, Any]]:
     """The student alone, and with its teacher at the first step, correcting it, and refining the weak drafts."""
     helper, rows = teacher.trace.denoiser, []
     cases = [
@@ -120,12 +132,12 @@ def students_rows(
     ]
     for name, w, make in cases:
         nfe, images = drawn(student, make, STUDENT_STEPS, samples, [student.trace.denoiser, helper])
-        rows.append(row(name, STUDENT_STEPS, w, nfe, images, instruments))
-    classifier, labels = instruments.networks["classifier"], list(instruments.protocol.labels)
+        rows.append(row(name, STUDENT_STEPS, w, nfe, images, bench))
+    classifier, labels = bench.networks["classifier"], list(bench.protocol.classes)
 
     def oracle(images: Tensor, asked: Sequence[str]) -> Tensor:
         numbers = torch.tensor([labels.index(name) for name in asked])
-        return classifier.logits(images).cpu().log_softmax(1).gather(1, numbers[:, None])[:, 0]
+        return feature_pass(classifier, images.cpu())["logits"].log_softmax(1).gather(1, numbers[:, None])[:, 0]
 
     together = functools.partial(collaborate, student.trace, teacher.trace, range(len(labels)), oracle, count=samples)
     together = functools.partial(together, steps=STUDENT_STEPS, teacher_steps=steps, rollback=ROLLBACK, guidance=SCALE)
@@ -133,7 +145,7 @@ def students_rows(
     threshold = float(together(threshold=-math.inf, seed=SEED + 1).scores.quantile(REFINED))
     found = together(threshold=threshold, seed=SEED)
     name = f"collaboration, {found.refined.float().mean():.0%} refined"
-    return [*rows, row(name, STUDENT_STEPS, SCALE, found.nfe, found.images, instruments)]
+    return [*rows, row(name, STUDENT_STEPS, SCALE, found.nfe, found.images, bench)]
 
 
 def table(content: dict[str, Any]) -> str:
@@ -165,23 +177,24 @@ def main() -> None:
     arguments = parser.parse_args()
     out = assets.root() / "assets" / "benchmarks" / "guidance_rules.json"
     if not arguments.table_only:
-        instruments = load_instruments()
+        bench = open_bench(Settings(device="cpu", alone=True))
         paths = {"teacher": TEACHER} | ({} if arguments.only else {"student": arguments.student})
-        models = {role: fit(inspect(path), instruments.protocol, path, "cpu") for role, path in paths.items()}
+        traced, classes = {role: inspect(path) for role, path in paths.items()}, range(len(bench.protocol.classes))
+        models = {role: Model(one, encode(one, classes)) for role, one in traced.items()}
         settings, made = {"steps": arguments.steps, "samples": arguments.samples}, how_made("bench_rules")
-        rows = teachers_rows(models["teacher"], instruments, **settings, only=arguments.only)
+        rows = teachers_rows(models["teacher"], bench, **settings, only=arguments.only)
         if arguments.only:
             content = replaced(json.loads(out.read_text(encoding="utf-8")), rows, made)
         else:
             content = {
                 "schema": 1,
-                "protocol": instruments.protocol.id,
+                "protocol": bench.protocol.id,
                 **settings,
                 "seed": SEED,
                 **made,
                 "rows": rows,
                 "student": Path(arguments.student).name,
-                "student_rows": students_rows(models["student"], models["teacher"], instruments, **settings),
+                "student_rows": students_rows(models["student"], models["teacher"], bench, **settings),
             }
         write_json(out, content)
     content = json.loads(out.read_text(encoding="utf-8"))

@@ -7,9 +7,9 @@
 
 Runs lie in --runs, one folder for each recipe and seed; a finished one is not trained again, an interrupted one goes
 on, one of an earlier version of the recipe is moved aside. Rows are merged into --out as soon as they are known, so the
-comparison can be made in pieces and by several processes. With the default --out, the table between the markers in
-README.md, docs/comparison.md and the plot beside --out are written as well; seeds of files like comparison_x10.json
-beside it get tables of their own there. docs/contracts.md describes the JSON.
+comparison can be made in pieces and by several processes. With the default --out, what stands between the markers in
+README.md and docs/comparison.md and the plot beside --out are written as well; seeds of files like comparison_x10.json
+beside it get tables of their own there. --tables-only writes them from --out alone. docs/contracts.md has the JSON.
 
 A student is named after its method, or after its recipe (without "fashion_") where a method has several. What there is
 to say about a student, such as why it misses a bar, is read from comparison_notes.yaml beside --out: NAME@STEPS: text.
@@ -24,28 +24,35 @@ import queue
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from comparison import NFES, PHASES, base, conclude, first_table, page, plot
 from safetensors import safe_open
 
-from stepdistill import assets, checkpoint, recipe
-from stepdistill.bench import TEACHER_STEPS, Bench, Sampling, device_name, library_versions, solver_samplings
+from stepdistill import assets, recipe
+from stepdistill.diffusion.devices import best_device
 from stepdistill.errors import InputError
-from stepdistill.eval.comparison import NFES, PHASES, base, conclude, page, plot, short_table
-from stepdistill.eval.cost import metered
-from stepdistill.eval.protocol import NETWORKS, load_instruments, load_protocol
+from stepdistill.eval.bench.drawing import Sampler
+from stepdistill.eval.bench.real_rows import floor
+from stepdistill.eval.bench.rows import Bench, open_bench
+from stepdistill.eval.bench.run import solver_samplers
+from stepdistill.eval.bench.settings import Settings
+from stepdistill.eval.bench.sources import device_name, library_versions
+from stepdistill.eval.protocol import load_protocol
 from stepdistill.eval.report import between_markers
-from stepdistill.eval.row_cache import RowCache, cache_folder, write_json
-from stepdistill.finite import NonFiniteError
-from stepdistill.generation.generate import can_run
-from stepdistill.trainer import train
+from stepdistill.files import write_json
+from stepdistill.pipeline.set_up import can_run
+from stepdistill.run import train
+from stepdistill.sampling.meter import metered
+from stepdistill.training import checkpoint
+from stepdistill.training.finite import NonFiniteError
 
 # Students of more steps keep the teacher's and save its guidance: half the passes.
 ADAPTER_STEPS = (25, 50)
@@ -159,7 +166,7 @@ def same(task: Task) -> bool:
 def distil(task: Task) -> bool:
     """Train and export; False when that was interrupted. What it cost is kept in the run's cost.json."""
     other = (task.run / "recipe.yaml").is_file() and not same(task)
-    with metered("cuda" if torch.cuda.is_available() else "cpu") as cost:
+    with metered(best_device()) as cost:
         result = train(task.recipe, ["resume=never"] if other else [])
     path = task.run / "cost.json"
     before = json.loads(path.read_text()) if path.is_file() else {"seconds": 0.0, "peak_memory_mib": 0.0}
@@ -192,36 +199,32 @@ def training(task: Task, device: torch.device) -> dict[str, Any]:
 
 def instruments(arguments: argparse.Namespace) -> Bench:
     """A benchmark under the comparison's protocol; stored rows must have every metric."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_instruments(arguments.protocol, arguments.networks, device)
-    shipped = assets.root() / "assets" / loaded.protocol.measurements
-    cache = RowCache(cache_folder(), shipped, loaded.protocol.digest)
-    return Bench(loaded, cache, arguments.samples, seed=0, device=device, complete=True)
+    settings = Settings(protocol=arguments.protocol, networks=arguments.networks, complete=True, alone=True)
+    return open_bench(settings, arguments.samples, seed=0)
 
 
 def measured(bench: Bench, task: Task) -> list[dict[str, Any]]:
     """Rows of a run's export at every number of steps that it is compared at and its scheduler allows."""
     trained = task.recipe.student.steps
-    model = bench.model(str(task.run / "export"))
+    student = bench.sampler(str(task.run / "export"), name=task.name, role="student", steps=trained, guidance=1.0)
     wanted = {trained, *(NFES if trained <= max(NFES) else ADAPTER_STEPS)}
-    samplings = [
-        Sampling(f"{task.name}@{steps}", "student", model, model.scheduler, steps)
-        for steps in sorted(wanted)
-        if steps == trained or can_run(model.trace, steps)
-    ]
-    return [asdict(bench.row(sampling)) for sampling in samplings]
+    able = [steps for steps in sorted(wanted) if steps == trained or can_run(student.trace, steps)]
+    return rows_of(bench, [replace(student, name=f"{task.name}@{steps}", steps=steps) for steps in able])
 
 
 def references(bench: Bench, teacher: str, scale: float) -> list[dict[str, Any]]:
     """The teacher's rows with and without guidance, and those of the stock solvers at every NFE."""
-    model = bench.model(teacher)
-    name = Path(teacher).name
-    samplings = [
-        Sampling(f"{name} w={w:g}", "teacher", model, model.scheduler, TEACHER_STEPS, w)
-        for w in dict.fromkeys((scale, 1.0))
+    steps = bench.protocol.teacher.steps
+    guided = bench.sampler(teacher, name=Path(teacher).name, role="teacher", steps=steps, guidance=scale)
+    samplers = [
+        replace(guided, name=f"{guided.name} w={w:g}", guidance=w) for w in dict.fromkeys((guided.guidance, 1.0))
     ]
-    samplings += [one for nfe in NFES for one in solver_samplings(model, scale, nfe)]
-    return [asdict(bench.row(sampling)) for sampling in samplings]
+    return rows_of(bench, [*samplers, *(one for nfe in NFES for one in solver_samplers(guided, nfe))])
+
+
+def rows_of(bench: Bench, samplers: Sequence[Sampler]) -> list[dict[str, Any]]:
+    """Rows as the comparison keeps them."""
+    return [asdict(bench.row(sampler, bench.real)) for sampler in samplers]
 
 
 @contextmanager
@@ -242,7 +245,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         fcntl.flock(held, fcntl.LOCK_EX)
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         if content is None:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            device = best_device()
             content = {"schema": 1, **stated, "seed": 0, "command": "make compare"}
             content |= {"versions": library_versions(), "device": device_name(device), "floor": {}, "rows": []}
             content |= {"failures": []}
@@ -262,13 +265,12 @@ def publish(content: dict[str, Any], arguments: argparse.Namespace) -> None:
     plot(content).save(arguments.out.with_suffix(".png"), optimize=True)
     if arguments.out != default_out():
         return
-    root = assets.root()
-    picture = "![FD against NFE, rings: the steps trained for](assets/benchmarks/comparison.png)"
-    more = "Every row, and what there is to say about it, is in [docs/comparison.md](docs/comparison.md)."
-    between_markers(root / "README.md", BEGIN, END, "\n\n".join([short_table(content), more, picture]))
     beside = sorted(arguments.out.parent.glob(f"{arguments.out.stem}_x*.json"))
     others = [json.loads(path.read_text(encoding="utf-8")) for path in beside]
-    (root / "docs" / "comparison.md").write_text(page(content, others), encoding="utf-8")
+    every = argparse.Namespace(**vars(arguments) | {"methods": []})
+    names = list(dict.fromkeys(task.name for task in planned(every)))
+    between_markers(assets.root() / "README.md", BEGIN, END, first_table(content))
+    between_markers(assets.root() / "docs" / "comparison.md", BEGIN, END, page(content, others, names))
 
 
 def default_out() -> Path:
@@ -304,25 +306,24 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), help="folder of the run folders")
     parser.add_argument("--samples", type=int, default=1000, help="images per row")
     parser.add_argument("--protocol", default="fashion-v1")
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
-    parser.add_argument("--tables-only", action="store_true", help="train no student, write tables and plot")
+    parser.add_argument("--networks", nargs="+", default=["classifier", "enet"])
+    parser.add_argument("--tables-only", action="store_true", help="train and measure nothing, write tables and plot")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out, arguments.runs = arguments.out.resolve(), arguments.runs.resolve()
     if arguments.child:
         return 0 if all([work(task, arguments) for task in planned(arguments)]) else 1
-    tasks, bench = planned(arguments), instruments(arguments)
-    teacher = tasks[0].recipe.teacher
-    rows, floor = references(bench, teacher.pipeline, teacher.guidance.scale), bench.floor()
-    with opened(arguments) as content:
-        content["rows"] = rows + [row for row in content["rows"] if row["role"] == "student"]
-        content["floor"] = floor
+    tasks = [] if arguments.tables_only else planned(arguments)
+    if tasks:
+        bench, teacher = instruments(arguments), tasks[0].recipe.teacher
+        rows, real = references(bench, teacher.pipeline, teacher.guidance.scale), floor(bench)
+        with opened(arguments) as content:
+            content["rows"] = rows + [row for row in content["rows"] if row["role"] == "student"]
+            content["floor"] = real
     cores: queue.Queue = queue.Queue()
     available = sorted(os.sched_getaffinity(0))
     for job in range(arguments.jobs):
         cores.put(available[job % len(available)] if arguments.jobs > 1 else None)
-    if arguments.tables_only:
-        tasks = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for task, code in zip(tasks, pool.map(lambda task: spawn(task, arguments, cores), tasks), strict=True):
             result = f"stopped with exit code {code}, see {task.run}.log" if code else "done"

@@ -16,8 +16,8 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from stepdistill import assets
-from stepdistill.demo import load_demo
-from stepdistill.demo_page import launch, page
+from stepdistill.demo.content import load_demo
+from stepdistill.demo.page import launch, page
 
 PROMPTS = (
     "3d emoji of red heart",
@@ -35,7 +35,7 @@ def type_prompt(browser: Page, prompt: str, samplers: int, picture: Path) -> str
     """What the page says below the pictures and beside the prompt, once all of them are drawn."""
     browser.get_by_label("Prompt", exact=True).fill(prompt)
     browser.get_by_role("button", name="Draw", exact=True).click()
-    browser.locator(".asked", has_text=prompt).wait_for(timeout=PATIENCE)
+    browser.locator(".title", has_text=prompt).wait_for(timeout=PATIENCE)
     browser.wait_for_function(
         f"document.querySelectorAll('.shelf:not(.busy) img').length == {samplers}", timeout=PATIENCE
     )

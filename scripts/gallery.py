@@ -16,15 +16,14 @@ from pathlib import Path
 from PIL import Image
 
 from stepdistill import assets
-from stepdistill.bench import TEACHER_STEPS
 from stepdistill.errors import InputError
-from stepdistill.eval.pictures import image_grid
-from stepdistill.generation.drawing import Sampler, draw
-from stepdistill.generation.sampling import inspect
-from stepdistill.generation.solvers import stock_solvers
+from stepdistill.eval.bench.drawing import TEACHER_STEPS, Sampler, draw
+from stepdistill.eval.bench.sources import Source, read_source
 from stepdistill.pipeline.conditioning import class_names, entries
 from stepdistill.pipeline.trace import Trace
-from stepdistill.sources import Source, read_source
+from stepdistill.sampling.image_grid import image_grid
+from stepdistill.sampling.sample import inspect
+from stepdistill.sampling.solvers import stock_solvers
 
 PASSES = 4
 ROWS, ZOOM = 2, 2
@@ -64,10 +63,10 @@ class Entry:
         return "\n".join([*lines, *(["```bash", self.command, "```", ""] if self.command else [])])
 
 
-def best_solver(comparison: Path) -> tuple[str, int, float]:
+def best_solver(comparison: Path, nfe: int = PASSES) -> tuple[str, int, float]:
     """(name, steps, w) of the stock solver with the lowest FD at so many passes."""
     rows = json.loads(comparison.read_text(encoding="utf-8"))["rows"]
-    rows = [row for row in rows if row["role"] == "solver" and row["nfe"] == PASSES]
+    rows = [row for row in rows if row["role"] == "solver" and row["nfe"] == nfe]
     best = min(rows, key=lambda row: row["metrics"][METRIC])
     return best["name"].partition(" w=")[0], best["steps"], best["guidance"]
 
@@ -81,12 +80,12 @@ def planned(students: list[Source], seed: int) -> list[Entry]:
     for one in students:
         if one.facts is None:
             raise InputError(f"{one.pipeline}: expected a run or an export of a student, found no stepdistill.json")
-        if (one.facts["teacher"], one.facts["guidance"]) != (
-            students[0].facts["teacher"],
-            students[0].facts["guidance"],
+        if (one.facts.teacher, one.facts.guidance) != (
+            students[0].facts.teacher,
+            students[0].facts.guidance,
         ):
             raise InputError(f"{one.pipeline}: has another teacher or guidance than {students[0].pipeline}")
-    teacher, w = students[0].facts["teacher"], students[0].facts["guidance"]
+    teacher, w = students[0].facts.teacher, students[0].facts.guidance
     traced = inspect(teacher)
     wanted, shown = tuple(entries(traced, "classes")), Path(teacher).name
     name, steps, scale = best_solver(assets.find("benchmarks/comparison.json"))
@@ -108,7 +107,7 @@ def planned(students: list[Source], seed: int) -> list[Entry]:
         Entry(sampler(f"The teacher under {name}, its best stock solver", traced, steps, scale, solver), "solver"),
     ]
     for one in students:
-        run, trained = folder_of(one), one.facts["steps"]
+        run, trained = folder_of(one), one.facts.steps
         file = run.removesuffix("-seed0")
         redo = command(f"runs/comparison/{run}", trained, "", file)
         found.append(Entry(sampler(file, inspect(one.pipeline), trained), file, redo))
@@ -122,7 +121,7 @@ def folder_of(student: Source) -> str:
 
 def picture(entry: Entry, seed: int) -> Image.Image:
     """The entry's pictures, a class a column, enlarged without blur."""
-    classes = len(entry.sampler.wanted)
+    classes = len(entry.sampler.entries)
     count = ROWS * classes
     grid = image_grid(draw(entry.sampler, range(count), 0, seed=seed, batch=count), classes)
     return grid.resize((grid.width * ZOOM, grid.height * ZOOM), Image.Resampling.NEAREST)

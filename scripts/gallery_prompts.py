@@ -15,20 +15,19 @@ from gallery import Entry
 from PIL import Image
 
 from stepdistill import assets
-from stepdistill.bench import TEACHER_STEPS
 from stepdistill.errors import InputError
-from stepdistill.eval.pictures import image_grid
-from stepdistill.generation.drawing import Sampler, draw
-from stepdistill.generation.sampling import inspect
-from stepdistill.generation.solvers import stock_solvers
-from stepdistill.sources import Source, read_source
+from stepdistill.eval.bench.drawing import TEACHER_STEPS, Sampler, draw
+from stepdistill.eval.bench.sources import Source, read_source
+from stepdistill.sampling.image_grid import image_grid
+from stepdistill.sampling.sample import inspect
+from stepdistill.sampling.solvers import stock_solvers
 
 METRIC, STEPS = "fd_enet", (4, 2, 1)
 HEAD = """# Gallery of prompts
 
 Written by `scripts/gallery_prompts.py`. In all rows the pictures in one place are of one prompt and start from the same
-noise (seed {seed}); prompts were chosen, pictures were not. What the rows are worth in numbers is in the
-[README](../README.md).
+noise (seed {seed}); prompts were chosen, pictures were not. What the rows are worth in numbers is in
+[the comparison](comparison.md#the-shipped-recipes-on-more-samples).
 
 Prompts, line by line; the teacher was trained on pictures of the first two lines', and on none of the third's, whose
 things it knows in other styles:
@@ -53,7 +52,7 @@ def planned(student: Source, report: Path, prompts: list[str], prompts_file: str
     """
     if student.facts is None:
         raise InputError(f"{student.pipeline}: expected a student, found no stepdistill.json")
-    teacher, w, trained = (student.facts[key] for key in ("teacher", "guidance", "steps"))
+    teacher, w, trained = (student.facts.teacher, student.facts.guidance, student.facts.steps)
     traced, distilled, wanted = inspect(teacher), inspect(student.pipeline), tuple(prompts)
     name, steps, scale = best_solver(report, trained)
     solver = stock_solvers(traced.pipeline.scheduler)[name]
@@ -78,7 +77,7 @@ def planned(student: Source, report: Path, prompts: list[str], prompts_file: str
 
 
 def picture(sampler: Sampler, seed: int, columns: int) -> Image.Image:
-    count = len(sampler.wanted)
+    count = len(sampler.entries)
     return image_grid(draw(sampler, range(count), 0, seed=seed, batch=count), columns)
 
 
@@ -99,7 +98,7 @@ def main() -> None:
     for entry in found:
         picture(entry.sampler, arguments.seed, arguments.columns).save(folder / f"{entry.file}.png", optimize=True)
     lines = [prompts[i : i + arguments.columns] for i in range(0, len(prompts), arguments.columns)]
-    page = [HEAD.format(seed=arguments.seed, prompts="\n".join(f"- {', '.join(line)}" for line in lines))]
+    page = [HEAD.format(seed=arguments.seed, prompts="\n".join(f"- {' · '.join(line)}" for line in lines))]
     page += [entry.markdown(2).replace("pictures/gallery/", "pictures/gallery_emoji/") for entry in found]
     (arguments.docs / "gallery_emoji.md").write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
 

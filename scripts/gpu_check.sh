@@ -27,7 +27,7 @@ if ! "$python" -c 'import stepdistill.kernels' 2>/dev/null; then
     "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation -e . || exit 1
 fi
 
-if ! "$python" -c 'import stepdistill.trainer'; then
+if ! "$python" -c 'import stepdistill.training.trainer'; then
     echo "put the wheel of the missing library into a folder and name it: WHEELS=FOLDER $0 $1" >&2
     exit 1
 fi
@@ -53,7 +53,7 @@ if [[ -n $dry ]]; then
             --precision bf16 --json "$out/step-$network.json"
     done
 else
-    part tests 90 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/test_memory_options.py \
+    part tests 90 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/recipe/test_memory_options.py \
         tests/pipeline/test_conditioning.py
     part kernels 100 "$python" scripts/bench_kernels.py --json "$out/kernels.json"
     part step-sd15 60 "${step[@]}" --networks sd15 --batch-size 4 --precision bf16 --json "$out/step-sd15.json"

@@ -6,35 +6,31 @@ Writes, beside the teacher, the protocol's reference (and pins its SHA-256 and t
 where they are still null) and measurements.json, from which ``stepdistill bench`` takes rows instead of measuring
 them again. Every row is stored as soon as it is known; run the same command again to go on. Rows and floors of these
 --samples that lack a metric which is younger than they are get it added; what they hold already stays as it is. After
-a change of teacher or classifier set the two SHA-256 in the protocol file back to null and delete both files.
+a change of teacher or classifier set the two SHA-256 in the protocol file back to null, take out its key, and delete
+both files.
 """
 
 import argparse
-import hashlib
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from stepdistill import assets
-from stepdistill.bench import TEACHER_STEPS, Bench, Sampling, real_images, solver_samplings
 from stepdistill.data import fashion_mnist
 from stepdistill.errors import InputError
+from stepdistill.eval.bench.real_rows import test_images
+from stepdistill.eval.bench.rows import Bench, open_bench
+from stepdistill.eval.bench.run import solver_samplers
+from stepdistill.eval.bench.settings import Settings
+from stepdistill.eval.measure import load_view, measure_classes
 from stepdistill.eval.names import metric_text
-from stepdistill.eval.protocol import (
-    Instruments,
-    Protocol,
-    build_reference,
-    floor,
-    load_instruments,
-    load_networks,
-    load_protocol,
-    locate,
-    measure,
-    pin,
-)
-from stepdistill.eval.row_cache import RowCache, read_measurements, write_json
+from stepdistill.eval.protocol import Protocol, load_protocol, pin
+from stepdistill.eval.references import build_reference
+from stepdistill.eval.row_cache import read_measurements
+from stepdistill.files import sha256, write_json
 
 FLOORS = (1000, 2000, 10_000)
 
@@ -43,38 +39,38 @@ def say(message: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {message}", flush=True)
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def make_reference(protocol_name: str, device: torch.device) -> Protocol:
     """Build and pin the reference where there is none; returns the pinned protocol."""
     protocol = load_protocol(protocol_name)
-    out = assets.root() / "assets" / protocol.reference.file
+    out = protocol.reference.path()
     if not out.exists():
         images, labels = fashion_mnist.load("train")
-        say(f"{out}: {protocol.reference.rows} images")
-        build_reference(images, labels, out, protocol=protocol, networks=load_networks(protocol, device=device))
-    pin(
-        protocol_name, {"reference": sha256(out), "classifier": sha256(locate(protocol.networks["classifier"].weights))}
-    )
+        say(f"{out}: {protocol.reference.count} images")
+        networks = {name: load_view(view, Path(), device) for name, view in protocol.views.items()}
+        build_reference(images, labels, out, protocol=protocol, networks=networks)
+    pin(protocol_name, {"reference": sha256(out), "classifier": sha256(protocol.views["classifier"].weights.path())})
     return load_protocol(protocol_name)
 
 
 @torch.no_grad()
-def reconstructions(vae, images, labels, count: int, instruments) -> dict[str, float]:
+def reconstructions(vae, images: Tensor, labels: Tensor, bench: Bench) -> dict[str, float]:
     """The metrics of real images after encoding and decoding: what no denoiser on these latents can beat by much."""
     device = next(vae.parameters()).device
     parts = []
-    for x in images[:count].split(250):
+    for x in images.split(250):
         decoded = vae.decode(vae.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean).sample
         parts.append(((decoded + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).cpu())
-    return measure(instruments, torch.cat(parts), labels[:count]).metrics
+    return real_row(bench, torch.cat(parts), labels)
 
 
-def lacking(metrics: dict[str, float], instruments: Instruments) -> set[str]:
+def real_row(bench: Bench, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """The metrics of images in memory."""
+    return measure_classes(bench.protocol, bench.networks, bench.real, images, labels, errors=False).metrics
+
+
+def lacking(metrics: dict[str, float], protocol: Protocol) -> set[str]:
     """The metrics that a stored row does not have."""
-    return set(instruments.metric_names) - set(metrics)
+    return set(protocol.metrics) - set(metrics)
 
 
 def added(known: dict[str, float], found: dict[str, float]) -> dict[str, float]:
@@ -106,38 +102,37 @@ def main() -> None:
     device = torch.device(arguments.device)
 
     protocol = make_reference(arguments.protocol, device)
-    instruments = load_instruments(arguments.protocol, device=device)
+    bench = open_bench(Settings(protocol=arguments.protocol, device=device, alone=True), seed=arguments.seed)
     path = assets.root() / "assets" / protocol.measurements
     stored = read_measurements(path, protocol.digest)
-    real = real_images(protocol)
-    for samples in FLOORS:
+    real = test_images(protocol)
+    for samples in FLOORS if real is not None else ():
         known = stored["floors"].get(str(samples), {})
-        whole = lacking(known, instruments) == set() if samples in arguments.samples else bool(known)
-        if not whole and real is not None:
-            stored["floors"][str(samples)] = added(known, floor(instruments, *real, samples).metrics)
+        whole = lacking(known, protocol) == set() if samples in arguments.samples else bool(known)
+        if not whole:
+            found = real_row(bench, *(part[:samples] for part in real))
+            stored["floors"][str(samples)] = added(known, found)
             write_json(path, stored)
             say(f"real images, N = {samples}: {line(stored['floors'][str(samples)])}")
 
-    bench = Bench(instruments, RowCache(path.parent, path, protocol.digest), 0, arguments.seed, device)
-    model = bench.model(arguments.teacher)
+    name = Path(arguments.teacher).name
+    teacher = bench.sampler(arguments.teacher, name=name, role="teacher", steps=protocol.teacher.steps, guidance=1.0)
     if "autoencoder" not in stored and real is not None:
-        stored["autoencoder"] = {"1000": reconstructions(model.trace.pipeline.vae, *real, 1000, instruments)}
+        found = reconstructions(teacher.trace.pipeline.vae, *(part[:1000] for part in real), bench)
+        stored["autoencoder"] = {"1000": found}
         write_json(path, stored)
         say(f"real images through the autoencoder, N = 1000: {line(stored['autoencoder']['1000'])}")
-    samplings = [
-        Sampling(f"{Path(arguments.teacher).name} w={w:g}", "teacher", model, model.scheduler, TEACHER_STEPS, w)
-        for w in (*arguments.guidance, 1.0)
-    ]
+    samplers = [replace(teacher, name=f"{name} w={w:g}", guidance=w) for w in (*arguments.guidance, 1.0)]
     for w in arguments.guidance or [1.0]:
-        samplings += [one for nfe in arguments.nfe for one in solver_samplings(model, w, nfe)]
+        samplers += [one for nfe in arguments.nfe for one in solver_samplers(replace(teacher, guidance=w), nfe)]
     for samples in arguments.samples:
-        at_size = replace(bench, samples=samples, rows={})
-        for sampling in samplings:
-            key = at_size.key(sampling)
+        at_size = replace(bench, samples=samples)
+        for sampler in samplers:
+            key = at_size.key(sampler)
             known = stored["rows"].get(key, {"metrics": {}})
-            if not lacking(known["metrics"], instruments):
+            if not lacking(known["metrics"], protocol):
                 continue
-            row = at_size.measured(sampling)
+            row = at_size.measured(sampler, at_size.views(sampler, at_size.real))
             # Read again: another process may have stored rows of its own in the meantime.
             stored = read_measurements(path, protocol.digest)
             stored["rows"][key] = asdict(row) | known | {"metrics": added(known["metrics"], row.metrics)}

@@ -27,13 +27,13 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTokenizer, Gemma2Config, T5Config, T5TokenizerFast
 
-from stepdistill import plan
-from stepdistill.blueprint import from_configs
 from stepdistill.pipeline import observe
-from stepdistill.pipeline.load import save_pipeline
+from stepdistill.pipeline.folder import save_pipeline
+from stepdistill.planning import plan
+from stepdistill.planning.fake_pipeline import from_configs
 from stepdistill.recipe import load
-from stepdistill.session import build
-from stepdistill.trainer import Trainer
+from stepdistill.training.session import build
+from stepdistill.training.trainer import Trainer
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}

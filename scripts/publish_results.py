@@ -1,10 +1,11 @@
-"""Publish finished runs: copy their reports to assets/benchmarks, draw the README's picture, write its table.
+"""Publish finished runs: copy their reports to assets/benchmarks, draw a picture, write docs/comparison.md's tables.
 
     python scripts/publish_results.py runs/fashion_dmd2 runs/fashion_tcd runs/quickstart
     python scripts/publish_results.py runs/emoji_dmd2
 
-The picture shows the first run's student. The tables between the markers in README.md, one for each protocol, are
-written from the stored reports with the most samples, so ``--table-only`` repeats them without the runs.
+The picture of the example report shows the first run's student, where that draws clothes. The tables between the
+markers in docs/comparison.md, one for each protocol, are written from the stored reports with the most samples, so
+``--table-only`` repeats them without the runs.
 """
 
 import argparse
@@ -18,13 +19,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stepdistill import assets
 from stepdistill.eval.names import metric_name, metric_text
-from stepdistill.eval.pictures import image_grid
 from stepdistill.eval.report import between_markers
-from stepdistill.generation.sampling import sample
+from stepdistill.sampling.image_grid import image_grid
+from stepdistill.sampling.sample import sample
 
 BEGIN, END = "<!-- results: written by scripts/publish_results.py -->", "<!-- end of results -->"
 ZOOM = 2
-# Columns and picture of a protocol; the pictures are of all classes twice, or of these prompts in each style.
+# Columns of a protocol.
 SHOWN = {
     "fashion-v1": ("fd_classifier", "fd_enet", "kid_enet", "precision", "recall", "accuracy"),
     "emoji-v1": (
@@ -37,25 +38,22 @@ SHOWN = {
         "diversity",
     ),
 }
-PICTURES = {"fashion-v1": "four_steps.png", "emoji-v1": "emoji.png"}
+PICTURE = "four_steps.png"
 REAL = {"fashion-v1": "real test images (the floor)", "emoji-v1": "real pictures of the captions"}
-STYLES = ("flat", "shaded", "3d")
-THINGS = ("red heart", "grinning face", "red apple", "umbrella")
 
 
-def picture(run: Path, protocol: str, out: Path) -> None:
-    """Teacher at 4 steps, student at 4, teacher at 50: the same seeds in every column."""
+def picture(run: Path, out: Path) -> None:
+    """Teacher at 4 steps, student at 4, teacher at 50: every class twice, the same seeds in every column."""
     facts = json.loads((run / "export" / "stepdistill.json").read_text())
     teacher, w, n = facts["teacher"], facts["guidance"], facts["steps"]
-    prompts = [f"{style} emoji of {thing}" for thing in THINGS for style in STYLES]
-    wanted = {"count": 20} if protocol == "fashion-v1" else {"count": len(prompts), "conditions": prompts}
+    count = 20
     rows = [
-        (f"teacher, {n} steps, no guidance: {n} NFE", sample(teacher, steps=n, **wanted)),
-        (f"student, {n} steps: {n} NFE", sample(run, steps=n, **wanted)),
-        (f"teacher, 50 steps, guidance {w:g}: 100 NFE", sample(teacher, steps=50, guidance=w, **wanted)),
+        (f"teacher, {n} steps, no guidance: {n} NFE", sample(teacher, steps=n, count=count)),
+        (f"student, {n} steps: {n} NFE", sample(run, steps=n, count=count)),
+        (f"teacher, 50 steps, guidance {w:g}: 100 NFE", sample(teacher, steps=50, guidance=w, count=count)),
     ]
     font = ImageFont.load_default(18)
-    strips = [(text, image_grid(result.images, columns=wanted["count"])) for text, result in rows]
+    strips = [(text, image_grid(result.images, columns=count)) for text, result in rows]
     width = strips[0][1].width * ZOOM
     height = sum(strip.height * ZOOM + 30 for _, strip in strips)
     canvas, y = Image.new("RGB", (width, height), "white"), 0
@@ -122,9 +120,9 @@ def main() -> None:
     if not arguments.table_only:
         for run in arguments.runs:
             shutil.copy(run / "report" / "report.json", benchmarks / f"{run.name}.json")
-        protocol = json.loads((benchmarks / f"{arguments.runs[0].name}.json").read_text())["protocol"]
-        picture(arguments.runs[0], protocol, assets.root() / "assets" / "pictures" / PICTURES[protocol])
-    between_markers(assets.root() / "README.md", BEGIN, END, "\n\n".join(tables(benchmarks)))
+        if json.loads((benchmarks / f"{arguments.runs[0].name}.json").read_text())["protocol"] == "fashion-v1":
+            picture(arguments.runs[0], assets.root() / "assets" / "pictures" / PICTURE)
+    between_markers(assets.root() / "docs" / "comparison.md", BEGIN, END, "\n\n".join(tables(benchmarks)))
 
 
 if __name__ == "__main__":

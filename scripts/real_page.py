@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from stepdistill.eval.pictures import image_grid, shrunk
+from stepdistill.eval.bench.sources import command_line, device_name, library_versions
+from stepdistill.eval.pictures import shrunk
 from stepdistill.eval.render import table_of
 from stepdistill.eval.report import read_report
-from stepdistill.eval.row_cache import write_json
-from stepdistill.generation.sampling import sample
-from stepdistill.sources import command_line, device_name, library_versions
-from stepdistill.text_files import read_json, write_text
+from stepdistill.files import read_json, write_json, write_text
+from stepdistill.sampling.image_grid import image_grid
+from stepdistill.sampling.sample import sample
 
 PAGE = Path(__file__).parents[1] / "docs" / "real_results.md"
 BASES = {

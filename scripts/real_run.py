@@ -29,16 +29,14 @@ from make_prompts import captions as made_captions
 from real_page import SHOWN, picture, result_of, write_page
 
 import stepdistill
-from stepdistill import plan as planning
-from stepdistill import yaml_lines
-from stepdistill.distributed import join
 from stepdistill.errors import InputError, RunError
-from stepdistill.eval.row_cache import cache_folder, write_json
+from stepdistill.files import cache_folder, read_json, read_text, write_json, write_text
+from stepdistill.planning import plan as planning
 from stepdistill.progress import WorkProgress, say
-from stepdistill.recipe import Recipe, load
-from stepdistill.session import build
-from stepdistill.text_files import read_json, read_text, write_text
-from stepdistill.trainer import Trainer
+from stepdistill.recipe import Recipe, load, yaml_lines
+from stepdistill.training.distributed import join
+from stepdistill.training.session import build
+from stepdistill.training.trainer import Trainer
 
 GIB = 2**30
 PROTOCOLS = ("teacher-fid-5k-v1", "teacher-clip-5k-v1")

@@ -1,20 +1,25 @@
-"""Write docs/recipe.md: every key of a recipe and of each method's own settings, from the schema itself.
+"""Write docs/recipe.md and assets/methods.json: every key of a recipe and of each method, from the schema itself.
 
 python scripts/recipe_reference.py            # --check: only say whether the page is up to date
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from stepdistill.methods import METHODS
+from stepdistill.errors import found
+from stepdistill.methods import METHODS, DistillMethod
 from stepdistill.recipe import Recipe
-from stepdistill.recipe_errors import expected, found
+from stepdistill.recipe.messages import expected
+from stepdistill.recipe.shipped import METHODS_FILE
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
+LIST = PAGE.parents[1] / "assets" / METHODS_FILE
 HEAD = """# Recipe reference
 
 Written by `python scripts/recipe_reference.py` from the schema that checks recipes. A recipe is one YAML file; keys are
@@ -65,16 +70,40 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def methods() -> str:
+    """What ``stepdistill methods`` lists, as JSON."""
+    return json.dumps({"methods": [listed(method) for method in METHODS.values()]}, indent=1) + "\n"
+
+
+def listed(method: type[DistillMethod]) -> dict[str, Any]:
+    """Name, family, summary, whether it trains on images (by default, as an option, no), its critic and its keys."""
+    config = method.Config
+    needed = method.data_needs(config()).images
+    option = "gan_weight" in config.model_fields and method.data_needs(config(gan_weight=1e-3)).images
+    return {
+        "name": method.name,
+        "family": method.family,
+        "summary": method.summary,
+        "images": "yes" if needed else "can" if option else "no",
+        "critic": "critic" in method.extra_roles,
+        "keys": {
+            key: {"default": field.get_default(call_default_factory=True), "description": field.description}
+            for key, field in config.model_fields.items()
+        },
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is out of date")
-    written, wanted = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else "", page()
-    if parser.parse_args().check:
-        if written != wanted:
-            print(f"{PAGE} is out of date: run python scripts/recipe_reference.py", file=sys.stderr)
-        return int(written != wanted)
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    check, stale = parser.parse_args().check, False
+    for file, wanted in ((PAGE, page()), (LIST, methods())):
+        if not check:
+            file.write_text(wanted, encoding="utf-8")
+        elif not file.is_file() or file.read_text(encoding="utf-8") != wanted:
+            print(f"{file} is out of date: run python scripts/recipe_reference.py", file=sys.stderr)
+            stale = True
+    return int(stale)
 
 
 if __name__ == "__main__":

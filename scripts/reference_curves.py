@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import stepdistill
-from stepdistill.bench import device_name, library_versions
+from stepdistill.eval.bench.sources import device_name, library_versions
 from stepdistill.eval.pictures import training_plot
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +34,9 @@ CASES = {
     "no_start": (
         "From the teacher's own weights",
         ("method.regression_steps=0", "train.steps=150"),
-        """What most runs on other pipelines look like: without the first phase the student begins blurred (spread below
-        the teacher's), gains contrast, goes past the teacher and levels off a tenth above it: oversaturated, and it
-        shows in the score. A start by regression, as above, is one remedy.""",
+        """What most runs on other pipelines look like: without the first phase the student begins blurred, its spread
+        below the teacher's. It gains contrast, goes past the teacher and levels off a tenth above it. That is
+        oversaturated, and it shows in the score. A start by regression, as above, is one remedy.""",
     ),
     "high_rate": (
         "The student's rate is twenty times too high",
@@ -60,7 +60,7 @@ CASES = {
         `train.critic_lr` or `method.critic_steps`, and give the critic a warm-up.""",
     ),
 }
-HEAD = """# What the curves look like
+HEAD = """# Loss curves: what good and bad runs look like
 
 Written by `scripts/reference_curves.py`: recipes/quickstart.yaml (DMD2, 4 steps) as it is, and spoilt on purpose; one
 seed each. Every run's `metrics.jsonl` holds such numbers, and its report draws them like this. On other pipelines

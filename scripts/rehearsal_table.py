@@ -19,20 +19,21 @@ import diffusers
 import torch
 from PIL import Image
 
-from stepdistill import assets, audit, plan
-from stepdistill.data.conditions import wanted
-from stepdistill.denoiser import CallSpec, Denoiser
+from stepdistill import assets
+from stepdistill.data.images import conditions
+from stepdistill.diffusion.denoiser import CallSpec, Denoiser
+from stepdistill.diffusion.schedule import FlowSchedule, from_scheduler
 from stepdistill.methods.base import DistillMethod
+from stepdistill.planning import audit, plan
 from stepdistill.recipe import Recipe, load
-from stepdistill.schedule import FlowSchedule, from_scheduler
-from stepdistill.session import make_method, make_sampler
+from stepdistill.training.make_method import make_method, make_sampler
 
 ROOT = Path(__file__).parents[1]
 MODELS = runpy.run_path(str(ROOT / "tests" / "published.py"))["MODELS"]
 NAMES = {facts.hub: name for name, facts in MODELS.items()}
 PAGE, MEMORY = ROOT / "docs" / "rehearsal.md", ROOT / "docs" / "rehearsal_memory.json"
 MARKS = {"ok": "", "warning": " (!)", "error": " (**cannot work**)"}
-HEAD = """# The rehearsal of every recipe
+HEAD = """# Audit of every recipe for a real model
 
 `stepdistill plan RECIPE` audits a run before a weight is loaded, and `stepdistill train` prints the same table before
 its first step ([what it shows](plan.md#the-audit)). This is what it says of the shipped recipes of real models, made by
@@ -43,8 +44,8 @@ Grid: timesteps of the student's steps. Amplification: how far x_0 moves with th
 last of them. Noise: what rounding in the run's precision puts into x_0 at worst; .05 is the limit. Speed: rms change of
 the weights by one update, relative to weights of a fresh network, and how many times the published run's; of student
 and critic (or heads). Samples: student updates times batch, and the share of the published run's. GiB: on the device
-while prompts are encoded / (where the teacher makes trajectories first: then) / in training / in the host's memory at
-the export; "not counted": `python scripts/rehearsal_table.py --memory RECIPE` was not run for that recipe.
+while prompts are encoded / while the teacher makes trajectories, where it does / in training / in the host's memory at
+the export. A recipe is "not counted" where `python scripts/rehearsal_table.py --memory RECIPE` was not run.
 
 Left out: the warning of recipes with `data.conditions: everyday`, whose 400 prompts are seen far more than 50 times
 each in most of them; name a list of your own.
@@ -96,7 +97,7 @@ def method_of(recipe: Recipe) -> tuple[DistillMethod, Denoiser]:
 def checks_of(recipe: Recipe) -> dict[str, audit.Check]:
     """The audit by the names of its lines; that of the user's own images has no number of conditions."""
     method, teacher = method_of(recipe)
-    entries = 1000 if recipe.data.conditions == "classes" else len(wanted(recipe.data, aloud=False)[0])
+    entries = 1000 if recipe.data.conditions == "classes" else len(conditions(recipe.data, log=False)[0])
     checks = {check.name: check for check in audit.audit(recipe, method, teacher.kind, entries)}
     if recipe.data.conditions == "captions":
         del checks["conditions"]

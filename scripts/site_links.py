@@ -1,6 +1,6 @@
-"""A hook of mkdocs: what the pages link to outside docs/ is in the repository, and not on the site.
+"""Hooks of mkdocs: what the pages link to outside docs/ is in the repository, and not on the site.
 
-Links become text with the file's place; pictures are taken along.
+Links become text with the file's place; pictures are taken along. Roles of Sphinx in docstrings become code.
 """
 
 import os
@@ -36,6 +36,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return found[2] if found[2] == str(place) else f"{found[2]} (`{place}` in the repository)"
 
     return LINK.sub(replaced, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Drop the roles of docstrings (``:func:`train```), and the dots and modules before a name."""
+    return re.sub(r":\w+:<code>(?:[\w.]*\.)?(\w+)</code>", r"<code>\1</code>", html)
 
 
 def _outside(page: str, target: str, files: Files) -> PurePosixPath | None:

@@ -2,6 +2,7 @@
 
     python scripts/soak.py                           # 15 minutes over every method x precision; make soak
     python scripts/soak.py --kills 4 --methods sfd   # one short round
+    python scripts/soak.py --encode --kills 10       # of stepdistill encode, while it writes shards
 
 A run is killed in a training step, while a checkpoint is written, in the export and in the benchmark, so many
 microseconds after that phase began as a random number says. After every kill all that has its final name must be whole;
@@ -28,9 +29,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from stepdistill import bench, checkpoint, trainer
-from stepdistill.exporting import export
-from stepdistill.generation import preview
+from stepdistill import run
+from stepdistill.data import shards
+from stepdistill.eval.bench import rows
+from stepdistill.eval.protocol import TeacherSpec, load_protocol
+from stepdistill.exporting import check
+from stepdistill.pipeline import latents
+from stepdistill.training import checkpoint, run_samples, trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pipeline.tiny import save_dit, tiny_dit
@@ -47,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # What is called in the phase of that name.
 PHASES = {"step": (trainer.Trainer, "step"), "checkpoint": (checkpoint, "save")}
-PHASES |= {"export": (trainer, "export"), "benchmark": (trainer, "write_report")}
+PHASES |= {"export": (run, "export_trained"), "benchmark": (run, "write_report")}
 PATIENCE = 300
 """Seconds after which a run that neither ends nor begins a phase counts as hanging."""
 
@@ -88,9 +93,29 @@ def child(stated: dict[str, Any], marks: int, log: Path, cache: Path) -> None:
         for name, (owner, attribute) in PHASES.items():
             setattr(owner, attribute, marked(getattr(owner, attribute), name, marks))
         # Starting a Python for the stock call and the teacher's many steps would take most of the time.
-        export.call_elsewhere = call_here
-        preview.TEACHER_STEPS = bench.TEACHER_STEPS = 4
-        trainer.train(stated)
+        check.call_elsewhere = call_here
+        run_samples.TEACHER_STEPS = 4
+        few = {"teacher": TeacherSpec(steps=4, guidance=None)}
+        rows.load_protocol = lambda name: load_protocol(name).model_copy(update=few)
+        run.train(stated)
+        code = 0
+    finally:
+        if code:
+            sys.excepthook(*sys.exc_info())
+        os._exit(code)
+
+
+def encoding(stated: dict[str, Any], marks: int, log: Path, cache: Path) -> None:
+    """Fill the recipe's stores, in shards of a few images, and mark each shard; never returns."""
+    code = 1
+    try:
+        with open(log, "ab", buffering=0) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.environ["STEPDISTILL_CACHE"] = str(cache)
+        shards.SHARD, latents._together = 2**10, lambda _shape: 2
+        shards._Part.write = marked(shards._Part.write, "shard", marks)
+        run.encode(stated)
         code = 0
     finally:
         if code:
@@ -110,17 +135,18 @@ def marked(function: Any, name: str, marks: int) -> Any:
 
 
 def launch(
-    stated: dict[str, Any], log: Path, cache: Path, aim: tuple[str, int, float] | None = None
+    stated: dict[str, Any], log: Path, cache: Path, aim: tuple[str, int, float] | None = None, work: Any = child
 ) -> tuple[int, list[tuple[str, float]]]:
     """Run a recipe to its end, or kill it: (exit code, the phases that began and how many seconds each took).
 
     Args:
         aim: (phase, which of them, seconds after it began). The last phase of a killed run took what it had.
+        work: what runs it: :func:`child` or :func:`encoding`.
     """
     read, write = os.pipe()
     if not (process := os.fork()):
         os.close(read)
-        child(stated, write, log, cache)
+        work(stated, write, log, cache)
     os.close(write)
     phases: list[list[Any]] = []
     hanging = signal.signal(signal.SIGALRM, lambda *_: os.kill(process, signal.SIGABRT))
@@ -222,6 +248,29 @@ def soak(place: Path, method: str, precision: str, kills: int, draws: random.Ran
     return done
 
 
+def soak_encode(place: Path, kills: int, draws: random.Random) -> Round:
+    """Kill ``kills`` times what fills one store, then let it end; the files must be those of an undisturbed one."""
+    place.mkdir()
+    done, log, stated = Round("encode"), place / "log.txt", recipe(place, "lcm", "fp32", "run")
+    code, phases = launch(stated, log, place / "whole", work=encoding)
+    if code:
+        done.problems.append(f"the undisturbed command ended with {code}, see {log}")
+        return done
+    took = max(seconds for _, seconds in phases)
+    for _ in range(kills):
+        code, phases = launch(stated, log, place / "killed", ("shard", 0, draws.random() * took), encoding)
+        done.kills[phases[-1][0] if phases and phases[-1][1] == 0 else "between"] += code == -signal.SIGKILL
+        done.missed += code == 0
+    code, _ = launch(stated, log, place / "killed", work=encoding)
+    stores = [
+        {path.relative_to(cache): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+        for cache in (place / "whole", place / "killed")
+    ]
+    names = [name for name in stores[0].keys() | stores[1].keys() if stores[0].get(name) != stores[1].get(name)]
+    done.problems += [f"differs from the undisturbed store: {name}" for name in sorted(names)]
+    return done
+
+
 def make_data(place: Path) -> None:
     save_dit(tiny_dit(), place / "teacher")
     (place / "pictures").mkdir()
@@ -242,6 +291,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="over methods x precisions; default: until the time is over")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--encode", action="store_true", help="kill stepdistill encode instead of runs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -251,6 +301,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         tempfile.tempdir = folder
         make_data(Path(folder))
+        if options.encode:
+            done = soak_encode(Path(folder) / "place", options.kills, draws)
+            print(f"encode: {counts(done.kills)}, {done.missed} missed: {'; '.join(done.problems) or 'the same bytes'}")
+            return 1 if done.problems else 0
         while time.monotonic() < ends and (options.rounds is None or runs < options.rounds * len(cases)):
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 done = soak(Path(place), *cases[runs % len(cases)], options.kills, draws, ends)

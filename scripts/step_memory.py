@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.forward import Again, pack, unpack
-from stepdistill.memory import LiveBytes
+from stepdistill.recipe.memory import LiveBytes
+from stepdistill.training.recompute import Again, pack, unpack
 
 
 def kept_mib(loss: Callable[[], Tensor], elementwise: bool) -> float:

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from teacher_training import Averaged, batches, log, new_scheduler, normalise_latents, one_cycle, train
 
 from stepdistill.data import fashion_mnist
+from stepdistill.diffusion.schedule import from_scheduler
 from stepdistill.eval.features import Classifier
-from stepdistill.pipeline.load import save_pipeline
-from stepdistill.schedule import from_scheduler
+from stepdistill.pipeline.folder import save_pipeline
 
 LATENT = (4, 8, 8)
 NULL_CLASS = 1000

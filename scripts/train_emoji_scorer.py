@@ -28,17 +28,18 @@ from teacher_training import batches, log, one_cycle
 from torch import Tensor, nn
 from train_emoji_teacher import read
 
-from stepdistill.eval.features import ENET_SHA256, extract
+from stepdistill.eval.features import ENET_SHA256
 from stepdistill.eval.lite import (
     MINILM_PACKAGE,
     MINILM_SHA256,
     LitScorer,
     Thumbnail,
     lit_scorer,
-    lite_backbone,
+    lite,
     new_head,
     sentence_rows,
 )
+from stepdistill.eval.networks import feature_pass
 
 TESTS = ("styles", "concepts")
 HEADS = {"hidden": 256, "out": 128, "epochs": 40, "batch": 1024, "rate": 1e-3, "dropout": 0.2, "decay": 0.05}
@@ -55,10 +56,10 @@ def rows_of_all(data: Path, work: Path) -> dict[str, Tensor]:
     kept = work / "rows.safetensors"
     if kept.exists():
         return load_file(kept)
-    network, found = lite_backbone(), {}
+    network, found = lite(), {}
     for split in ("train", *TESTS):
         images, facts = read(data, split)
-        found[f"{split}/enet"] = extract(network, images)
+        found[f"{split}/enet"] = feature_pass(network, images, batch=250)["rows"]
         found[f"{split}/thumbnail"] = torch.stack([Thumbnail().prepare(image) for image in images]).flatten(1)
         found[f"{split}/texts"] = sentence_rows([text for one in facts for text in names(one)])
         log("features", f"{split}: {len(images)} images")
@@ -75,7 +76,8 @@ def train_heads(images: Tensor, texts: list[Tensor], captions: list[list[str]], 
     """Symmetric InfoNCE (Radford et al. 2021) where pictures of equal captions are positives of each other.
 
     Args:
-        images: EfficientNet's rows (N, 1280). texts: sentence rows (names, 384) of each picture's ``captions``.
+        images: EfficientNet's rows (N, 1280).
+        texts: sentence rows (names, 384) of each picture's ``captions``.
     """
     torch.manual_seed(seed)
     dice, drop = random.Random(seed), HEADS["dropout"]

@@ -33,10 +33,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from stepdistill.demo import VOCABULARY as VOCABULARY_FILE
-from stepdistill.demo import words_of
-from stepdistill.pipeline.load import save_pipeline
-from stepdistill.schedule import from_scheduler
+from stepdistill.demo.content import VOCABULARY as VOCABULARY_FILE
+from stepdistill.demo.content import words_of
+from stepdistill.diffusion.schedule import from_scheduler
+from stepdistill.pipeline.folder import save_pipeline
 
 CHANNELS, SIZE, TOKENS, WIDTH = 16, 8, 16, 192
 VOCABULARY = 2400

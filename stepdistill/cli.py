@@ -15,30 +15,65 @@ import typer
 
 import stepdistill
 from stepdistill import assets
-from stepdistill.cli_facts import AsJson, convert, doctor, inspect, methods, print_facts, recipes
+from stepdistill.cli_facts import (
+    AsJson,
+    RecipeName,
+    clean,
+    compare,
+    convert,
+    doctor,
+    encode,
+    init,
+    inspect,
+    methods,
+    print_facts,
+    print_result,
+    recipes,
+    runs,
+    watch,
+)
 from stepdistill.errors import InputError, RunError
 from stepdistill.progress import WorkProgress
 
 app = typer.Typer(
     name="stepdistill",
     help="Distil a diffusers pipeline to 1-8 steps without guidance, in stock format.",
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Safe = Annotated[bool, typer.Option("--safe", help="Refuse a recipe that names Python code (FILE.py:CLASS).")]
-Seed = Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")]
+PictureSize = Annotated[str | None, typer.Option("--size", metavar="HEIGHTxWIDTH", help="In pixels: 832x1216.")]
+Seed = Annotated[int, typer.Option(help="Image i depends on (seed, i) only.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"stepdistill {stepdistill.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    recipe: RecipeName,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.steps=20 output=runs/mine.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
     profile: Annotated[
-        int, typer.Option(min=0, help="Instead: profile so many steps; a Chrome trace and a table in the run folder.")
+        int,
+        typer.Option(
+            min=0, help="Instead: profile this many steps; writes a Chrome trace and a table into the run folder."
+        ),
     ] = 0,
     safe: Safe = False,
     as_json: AsJson = False,
@@ -52,31 +87,41 @@ def train(
         print(json.dumps(resolved.model_dump(mode="json"), indent=2) if as_json else resolved.to_yaml().rstrip())
         return
     if profile:
-        from stepdistill.profiling import profile_training, table
+        from stepdistill.training.profiling import profile_training, table
 
         folder, facts = profile_training(resolved, profile)
         print(json.dumps(facts, indent=2) if as_json else f"{table(facts)}\n{folder / 'trace.json'}")
         return
-    from stepdistill.distributed import launch, leave, processes_wanted
+    from stepdistill.training.distributed import launch, leave, process_count
 
-    if (processes := processes_wanted(resolved.distributed.processes)) > 1:
+    if (processes := process_count(resolved.distributed.processes)) > 1:
         options = [name for name, given in (("--safe", safe), ("--json", as_json)) if given]
         raise typer.Exit(launch(["train", recipe, *(overrides or ()), *options], processes))
     result = stepdistill.train(resolved, safe=safe)
     leave()
     if int(os.environ.get("RANK", 0)) > 0:
-        return  # the first of several processes speaks for all
-    facts = {"run": str(result.folder), "step": result.step, "interrupted": result.interrupted}
-    print_facts(facts | {"report": result.report and str(result.report)}, as_json)
+        return  # only rank 0 prints
+    print_result(result, as_json)
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    fuse: Annotated[bool | None, typer.Option(help="A LoRA student as a whole pipeline, or as a LoRA.")] = None,
-    keys: Annotated[str | None, typer.Option(help="Names in a LoRA's file: diffusers, or kohya for ComfyUI.")] = None,
+    fuse: Annotated[
+        bool | None, typer.Option(help="Merge a LoRA student into a whole pipeline, or write LoRA weights.")
+    ] = None,
+    keys: Annotated[
+        str | None, typer.Option(help="Key names in the LoRA file: diffusers, or kohya for ComfyUI.")
+    ] = None,
     half: Annotated[bool | None, typer.Option(help="The student's weights in float16: half the size.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the student's weights: fp32, fp16 or bf16.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="comfyui: add one file for ComfyUI, Forge and kohya's scripts, and a workflow.")
+    ] = None,
+    check: Annotated[
+        str | None, typer.Option(help="Compare it with the training-time sampler on the cpu or device; off: nowhere.")
+    ] = None,
     hub: Annotated[str | None, typer.Option(help="Then upload it to OWNER/NAME on the Hugging Face hub.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     safe: Safe = False,
@@ -85,11 +130,17 @@ def export(
     """Write a run's student as a stock diffusers pipeline or LoRA, checked against the training-time sampler."""
     if keys not in (None, "diffusers", "kohya"):
         raise InputError(f"--keys: expected diffusers or kohya, found '{keys}'")
+    if dtype not in (None, "fp32", "fp16", "bf16"):
+        raise InputError(f"--dtype: expected fp32, fp16 or bf16, found '{dtype}'")
+    if to not in (None, "diffusers", "comfyui"):
+        raise InputError(f"--to: expected diffusers or comfyui, found '{to}'")
+    if check not in (None, "cpu", "device", "off"):
+        raise InputError(f"--check: expected cpu, device or off, found '{check}'")
     if hub is not None:
         from stepdistill.exporting.hub import check_name, push
 
         check_name(hub)
-    result = stepdistill.export(run, out, fuse, keys, half, safe)
+    result = stepdistill.export(run, out, fuse, keys, half, safe, dtype, to, check)
     facts = {result.form: str(result.folder), "max_error": result.max_error}
     if hub is not None:
         facts["hub"] = push(result.folder, hub, private=not public)
@@ -98,19 +149,14 @@ def export(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    recipe: RecipeName,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")] = None,
     gpu: Annotated[float | None, typer.Option(min=1, help="Memory of the device in GiB: propose what fits.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Write the proposals into the recipe.")] = False,
-    gpus: Annotated[
-        str | None, typer.Option(help="Numbers of GPUs, separated by commas: memory, traffic, time of each.")
-    ] = None,
+    gpus: Annotated[str | None, typer.Option(help="Numbers of GPUs, separated by commas: memory of each.")] = None,
     seconds: Annotated[
         str | None, typer.Option(help="Of a training step on one GPU: a number, or a run folder that has measured it.")
     ] = None,
-    links: Annotated[
-        str, typer.Option(help="GB/s of a GPU inside its node, GB/s of a node to the others, GPUs of a node.")
-    ] = "450,400,8",
     as_json: AsJson = False,
 ) -> None:
     """Audit a recipe's run and say what memory it will need, before any weight is loaded."""
@@ -119,19 +165,15 @@ def plan(
     if fit and overrides:
         raise InputError("--fit: expected the recipe alone, found overrides; they are not in its file")
     if gpus is not None:
-        if fit:
-            raise InputError("--fit: expected --gpu without --gpus")
+        if fit or seconds:
+            raise InputError(f"{'--fit' if fit else '--seconds'}: expected it without --gpus")
         # torch is not needed for --help.
-        from stepdistill import plan_scale
+        from stepdistill.planning import scale
 
-        counts, between = _numbers("--gpus", gpus), plan_scale.links_of(links)
-        estimates = plan_scale.scale(recipe, overrides or (), counts, between, seconds)
-        if as_json:
-            print(json.dumps(plan_scale.as_dict(estimates, between, gpu), indent=2))
-        else:
-            print(plan_scale.as_text(estimates, between, gpu))
+        estimates = scale.scale(recipe, overrides or (), _numbers("--gpus", gpus))
+        print(json.dumps(scale.as_dict(estimates, gpu), indent=2) if as_json else scale.as_text(estimates, gpu))
         return
-    from stepdistill import plan as planning
+    from stepdistill.planning import plan as planning
 
     taken = overrides or ()
     if gpu:
@@ -154,24 +196,28 @@ def sample(
     guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond); 1 is off.")] = 1.0,
     seed: Seed = 0,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 40,
+    size: PictureSize = None,
     classes: Annotated[str | None, typer.Option(help="Class names or numbers, separated by commas.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Instead, a file with a prompt or class a line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Instead: a file with one prompt or class per line.")] = None,
     rule: Annotated[
-        str, typer.Option(help="cfg, cfg++, adaptive, linear, icg, tsg, sag, s2; with a number: s2:0.25.")
+        str, typer.Option(help="cfg, cfg++, apg, adaptive, linear, icg, tsg, sag, s2; with numbers: apg:0,15,-0.5.")
     ] = "cfg",
     interval: Annotated[
-        str | None, typer.Option(help="LOW,HIGH: guidance at these times only, of which 1 is noise and 0 data.")
+        str | None, typer.Option(help="LOW,HIGH: guidance only at these times (1 is noise, 0 is data).")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="A pipeline for the first steps, under --guidance.")] = None,
-    teacher_steps: Annotated[int, typer.Option(min=1, help="How many steps are the teacher's.")] = 1,
+    teacher: Annotated[str | None, typer.Option(help="A pipeline that runs the first steps, with --guidance.")] = None,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="Number of first steps that the teacher runs.")] = 1,
     refine: Annotated[
-        float | None, typer.Option(help="Instead, moves the student's x0 by this weight to the teacher's.")
+        float | None,
+        typer.Option(
+            help="Instead: blend the x0 of these steps with the teacher's by this weight (0-1, Distillation++)."
+        ),
     ] = None,
     negative: Annotated[
-        str | None, typer.Option(help="A prompt that cross-attention steers away from, without guidance.")
+        str | None, typer.Option(help="Negative prompt without guidance, inside the cross-attention (NASA).")
     ] = None,
-    negative_scale: Annotated[float, typer.Option(help="How far from it.")] = 0.2,
+    negative_scale: Annotated[float, typer.Option(help="Strength of --negative.")] = 0.2,
     out: Annotated[Path, typer.Option(help="The grid to write.")] = Path("grid.png"),
     as_json: AsJson = False,
 ) -> None:
@@ -187,6 +233,7 @@ def sample(
         "refine": refine,
         "negative": negative,
         "negative_scale": negative_scale,
+        "size": _size(size),
         "conditions": prompts or [*named, *(prompt or ())],
     }
     result = stepdistill.sample(path, steps=steps, guidance=guidance, seed=seed, count=count, out=out, **settings)
@@ -199,8 +246,10 @@ def sample(
 def edit(
     path: Annotated[str, typer.Argument(help="A run or an export of method icd.")],
     image: Annotated[Path, typer.Option(help="A picture; its middle square is scaled to the pipeline's size.")],
-    source: Annotated[str, typer.Option("--from", help="What it shows: a prompt, or a class.")],
-    target: Annotated[str | None, typer.Option("--to", help="What it should show; default: reconstruct it.")] = None,
+    source: Annotated[str, typer.Option("--from", help="Prompt or class of the picture.")],
+    target: Annotated[
+        str | None, typer.Option("--to", help="Prompt or class of the edit; default: only reconstruct.")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="w below tau; default: that of the export.")] = None,
     tau: Annotated[float, typer.Option(help="Time below which guidance is on, of which 1 is noise.")] = 0.7,
     tau_high: Annotated[float | None, typer.Option(help="Time above which it is off; default: tau.")] = None,
@@ -220,16 +269,17 @@ def demo(
     student: Annotated[
         str | None, typer.Argument(help="A run or an exported student; default: the one of emoji that is shipped.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Its teacher, if it is not where the export says.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The teacher, if it is not at the path in the export.")] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 up.")
     ] = None,
+    size: PictureSize = None,
 ) -> None:
     """Open a local page that draws with a student beside its teacher, from the same noise."""
     # gradio takes seconds to import, and is an extra.
-    from stepdistill.demo_page import serve
+    from stepdistill.demo.page import serve
 
-    serve(student or assets.find("students/emoji"), teacher, port)
+    serve(student or assets.find("students/emoji"), teacher, port, _size(size))
 
 
 @app.command()
@@ -244,14 +294,15 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
     protocol: Annotated[str, typer.Option(help="fashion-v1, coco30k-gigagan-v1, ... or a YAML file.")] = "fashion-v1",
     data: Annotated[Path, typer.Option(help="Folder of a protocol's prompts, images and weights.")] = Path("data"),
-    offline: Annotated[bool, typer.Option("--offline", help="Download nothing; say what is missing.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once; decides no result.")] = 16,
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing; report missing files.")] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per batch; default 16; changes last digits.")] = None,
     also: Annotated[
         str | None, typer.Option(help="More metrics: lpips, imagereward, hpsv2, pickscore, separated by commas.")
     ] = None,
     solvers: Annotated[bool, typer.Option(help="Rows of the teacher under stock solvers.")] = True,
     cost: Annotated[bool, typer.Option("--cost", help="Measure latency and operations of every row now.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Merge finished reports into one table.")] = False,
+    single_file: Annotated[bool, typer.Option("--single-file", help="Embed the pictures in the HTML page.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure quality and cost: students, their teacher, and the teacher under stock fast solvers."""
@@ -259,31 +310,44 @@ def bench(
         # The report needs matplotlib, which --help must not wait for.
         from stepdistill.eval.report import compare as merged
 
-        report = merged(sources, out)
+        report = merged(sources, out, single_file)
         print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
         return
-    numbers = _numbers("--steps", steps)
     with WorkProgress() as progress:
-        settings = {"guidance": guidance, "protocol": protocol, "data": data, "offline": offline, "batch": batch}
-        settings |= {"also": [one.strip() for one in also.split(",")] if also else [], "solvers": solvers}
-        report = stepdistill.bench(sources, numbers, samples, seed, out, cost=cost, progress=progress, **settings)
+        report = stepdistill.bench(
+            sources,
+            _numbers("--steps", steps),
+            samples,
+            seed,
+            out,
+            guidance=guidance,
+            protocol=protocol,
+            data=data,
+            offline=offline,
+            batch=batch,
+            also=[one.strip() for one in also.split(",")] if also else [],
+            solvers=solvers,
+            cost=cost,
+            single_file=single_file,
+            progress=progress,
+        )
     if os.environ.get("RANK", "0") != "0":
         return
     print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
 
 
-for command in (inspect, convert, methods, recipes, doctor):
+for command in (encode, inspect, convert, methods, recipes, init, runs, watch, compare, clean, doctor):
     app.command()(command)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code instead of raising."""
-    wrong_input = (InputError, typer.BadParameter.__base__)  # its base is the usage error of click and of typer alike
+    usage = typer.BadParameter.__base__  # the usage error of click and of typer alike
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="stepdistill", standalone_mode=False)
         return int(code or 0)
-    except wrong_input as error:
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
+    except (InputError, usage) as error:  # ty: ignore[invalid-exception-caught]
+        message = getattr(error, "format_message", error.__str__)()
         if int(os.environ.get("RANK", 0)) == 0:
             print("error:", " ".join(message.split()), file=sys.stderr)
         return 2
@@ -312,6 +376,16 @@ def _numbers(option: str, text: str) -> list[int]:
     if not all(one.strip().isdecimal() and int(one) for one in text.split(",")):
         raise InputError(f"{option}: expected numbers separated by commas, found '{text}'")
     return [int(one) for one in text.split(",")]
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """HEIGHTxWIDTH as two numbers."""
+    if text is None:
+        return None
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise InputError(f"--size: expected HEIGHTxWIDTH in pixels, such as 832x1216, found '{text}'")
+    return int(height), int(width)
 
 
 def _interval(text: str) -> tuple[float, float]:

@@ -1,6 +1,8 @@
-"""The commands that look and list: inspect, convert, methods, recipes, doctor; and how facts are printed."""
+"""Commands beside the verbs: they show what there is, copy, compare and clean; how facts are printed."""
 
 import json
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,13 +10,58 @@ from typing import Annotated, Any
 import typer
 
 import stepdistill
-from stepdistill import assets, yaml_lines
+from stepdistill import assets
+from stepdistill.errors import InputError
+from stepdistill.files import cache_folder, write_text
+from stepdistill.recipe import shipped, yaml_lines
 
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """What a shell proposes for a recipe, beside files."""
+    return [name for name in assets.recipes() if name.startswith(incomplete)]
+
+
+Config = Annotated[
+    str | None, typer.Option(help="Of a checkpoint file: folder or hub id of a pipeline with the same configs.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RecipeName = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of a shipped one.", autocompletion=complete_recipe)
+]
+
+
+def encode(
+    recipe: RecipeName,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")] = None,
+    safe: Annotated[
+        bool, typer.Option("--safe", help="Refuse a recipe that names Python code (FILE.py:CLASS).")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Encode a recipe's conditions and images ahead of its run, on all processes. Goes on where it was interrupted."""
+    from stepdistill.recipe import load
+
+    resolved = load(recipe, overrides or (), safe)
+    from stepdistill.training.distributed import launch, leave, process_count
+
+    if (processes := process_count(resolved.distributed.processes)) > 1:
+        options = [name for name, given in (("--safe", safe), ("--json", as_json)) if given]
+        raise typer.Exit(launch(["encode", recipe, *(overrides or ()), *options], processes))
+    try:
+        stores = stepdistill.encode(resolved, safe=safe)
+    except KeyboardInterrupt:
+        print(f"stopped; all shards so far are whole; go on with: stepdistill encode {recipe}", file=sys.stderr)
+        return
+    leave()
+    if int(os.environ.get("RANK", 0)) > 0:
+        return  # only rank 0 prints
+    facts = {name: {"rows": len(one), "bytes": one.bytes, "folder": str(one.folder)} for name, one in stores.items()}
+    sizes = {name: f"{len(one)} rows, {one.bytes / 2**20:.1f} MiB in {one.folder}" for name, one in stores.items()}
+    print_facts(facts if as_json else sizes, as_json)
 
 
 def inspect(
-    pipeline: Annotated[str, typer.Argument(help="An embedded teacher, a folder, a run or a hub id.")],
+    pipeline: Annotated[str, typer.Argument(help="A teacher's name, a folder, a run, a checkpoint file or a hub id.")],
     arguments: Annotated[
         list[str] | None,
         typer.Option(
@@ -22,51 +69,173 @@ def inspect(
         ),
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Of its weights' files, such as fp16.")] = None,
+    config: Config = None,
     as_json: AsJson = False,
 ) -> None:
     """Trace a pipeline and print how its denoiser is driven."""
     named = dict(argument.partition("=")[::2] for argument in arguments or ())
     values = {name: yaml_lines.read(value, f"--argument {name}")[0] for name, value in named.items()}
-    print_facts(stepdistill.inspect(pipeline, arguments=values or None, variant=variant).summary(), as_json)
+    traced = stepdistill.inspect(pipeline, arguments=values or None, variant=variant, config=config)
+    facts = traced.summary()
+    if "experts" in facts and not as_json:
+        from stepdistill.diffusion.experts import in_words
+
+        facts["experts"] = in_words(traced.denoiser.spec.experts)
+    print_facts(facts, as_json)
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A diffusers folder with pickled weights (.bin), or a hub id of one.")],
+    source: Annotated[
+        str, typer.Argument(help="A diffusers folder or hub id with pickled weights (.bin), or a checkpoint file.")
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    config: Config = None,
 ) -> None:
-    """Copy a pipeline with its pickled weights as safetensors; nothing in the pickles runs."""
-    from stepdistill.convert import convert as rewritten  # torch is not needed for --help
+    """Write a pipeline as a folder with safetensors: of pickled weights, of which nothing runs, or of a single file."""
+    from stepdistill.pipeline.convert import convert as rewritten  # torch is not needed for --help
 
-    print("\n".join([*rewritten(source, out, revision), f"written: {out}"]))
+    print("\n".join([*rewritten(source, out, revision, config), f"written: {out}"]))
 
 
-def methods(as_json: AsJson = False) -> None:
+def methods(
+    family: Annotated[str | None, typer.Option(help="A part of its name, such as consistency.")] = None,
+    images: Annotated[
+        bool | None, typer.Option("--images/--no-images", help="Those that can train on images; those that need none.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """List the distillation methods; with --json also their recipe keys."""
-    # Methods import torch, which --help must not wait for.
-    from stepdistill.methods import METHODS
-
-    rows = [
-        {
-            "name": name,
-            "summary": method.summary,
-            "keys": {
-                key: {"default": field.get_default(call_default_factory=True), "description": field.description}
-                for key, field in method.Config.model_fields.items()
-            },
-        }
-        for name, method in METHODS.items()
+    rows = shipped.shipped_methods(family, images)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    header = ("method", "family", "images", "critic", "what it is")
+    cells = [
+        (row["name"], row["family"], row["images"], "yes" if row["critic"] else "-", row["summary"]) for row in rows
     ]
-    _print_list(rows, as_json)
+    print(shipped.as_table(header, cells))
 
 
-def recipes(as_json: AsJson = False) -> None:
-    """List the shipped recipes."""
-    rows = [
-        {"name": name, "summary": _headline(assets.recipe(name)), "path": str(assets.recipe(name))}
-        for name in assets.recipes()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one's file, as in NAME > mine.yaml.")] = None,
+    base: Annotated[str | None, typer.Option(help="A part of its teacher's name, such as sdxl or flux.")] = None,
+    method: Annotated[str | None, typer.Option(help="The method's name, such as dmd2.")] = None,
+    gpu: Annotated[float | None, typer.Option(min=0, help="Memory of the GPU in GB; 0: a CPU.")] = None,
+    images: Annotated[bool | None, typer.Option("--images/--no-images", help="Whether it trains on images.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the student.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the shipped recipes, or print one with its comments."""
+    if name is not None:
+        text = assets.recipe(name).read_text(encoding="utf-8")
+        print(json.dumps({"name": name, "text": text}, indent=2) if as_json else text.rstrip())
+        return
+    rows = shipped.shipped_recipes(base, method, gpu, images, steps)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    header = ("recipe", "base", "method", "student", "steps", "images", "GPU")
+    cells = [
+        (
+            *(row.name, row.base, row.method, row.student, str(row.steps), "yes" if row.images else "-"),
+            f"{row.gpu} GB" if row.gpu else "-",
+        )
+        for row in rows
     ]
-    _print_list(rows, as_json)
+    print(shipped.as_table(header, cells) if rows else "no recipe fits")
+
+
+def init(
+    name: Annotated[
+        str, typer.Argument(help="A shipped recipe, as `recipes` lists them.", autocompletion=complete_recipe)
+    ],
+    file: Annotated[Path | None, typer.Argument(help="The file to write; default: NAME.yaml.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a shipped recipe with its comments, to be edited."""
+    source = assets.recipe(name)
+    target = file or Path(source.name)
+    if target.exists():
+        raise InputError(f"{target}: expected a new file, found one that exists; name another: init {name} FILE")
+    try:
+        write_text(target, source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror}") from None
+    print_facts({"recipe": str(target), "next": f"stepdistill plan {target}"}, as_json)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where runs are looked for, up to three folders down.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List runs: method, state, step, best metric, and the time since the last sign of life."""
+    from stepdistill.training.runs import runs as standings  # --help need not wait for psutil
+
+    rows = standings(folder)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    table = [("run", "method", "state", "step", "best", "age")]
+    for row in rows:
+        best = "-" if row.best is None else f"{row.metric} {row.best:.4g}"
+        table.append((row.run, row.method, row.state, f"{row.step}/{row.steps}", best, _age(row.seconds)))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table if rows else [(f"no runs in {folder}",)]:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=False)).rstrip())
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run folder, of a run in progress or of one that has ended.")],
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 up.")
+    ] = None,
+) -> None:
+    """Open a local page on a run: its state, newest preview, curves and last numbers, renewed while it trains."""
+    from stepdistill.demo.page import watch as open_page  # gradio takes seconds to import, and is an extra
+
+    open_page(run, port)
+
+
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two run folders or more.")],
+    as_json: AsJson = False,
+) -> None:
+    """Runs side by side: settings that differ, last metrics, and what their reports measured."""
+    from stepdistill.training.compare_runs import as_rows, compare_runs  # --help need not wait for psutil
+
+    compared = compare_runs(folders)
+    if as_json:
+        print(json.dumps(compared, indent=2))
+        return
+    rows = as_rows(compared)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def clean(
+    older: Annotated[float, typer.Option(min=0, help="Days: keep what was used since.")] = 0,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it without a question.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in the cache (encoded data, trajectories, samples) and remove it; runs make it again."""
+    from stepdistill.training.clean_cache import kept, remove, totals
+
+    entries, folder = kept(cache_folder(), older), cache_folder()
+    rows = [(kind, str(count), f"{size / 2**20:,.1f} MiB") for kind, count, size in totals(entries)]
+    if not as_json:
+        print(shipped.as_table((str(folder), "entries", "size"), rows) if rows else f"{folder}: nothing to remove")
+    freed = sum(one.bytes for one in entries)
+    # Without a terminal nobody can answer, and nothing is removed.
+    in_terminal = not (yes or as_json) and entries and sys.stdin.isatty()
+    if yes or (in_terminal and typer.confirm(f"Remove {freed / 2**20:,.1f} MiB?")):
+        remove(entries)
+    elif rows and not as_json:
+        print("nothing was removed; --yes removes it")
+    if as_json:
+        sizes = [{"path": str(one.path), "kind": one.kind, "bytes": one.bytes} for one in entries]
+        print(json.dumps({"folder": str(folder), "entries": sizes, "removed": yes}, indent=2))
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -83,10 +252,25 @@ def doctor(as_json: AsJson = False) -> None:
             print(f"{'':37} {row['advice']}")
 
 
-def _headline(recipe: Path) -> str:
-    """The first comment of a recipe."""
-    first = recipe.read_text(encoding="utf-8").partition("\n")[0]
-    return first.lstrip("# ").strip() if first.startswith("#") else ""
+def _age(seconds: float) -> str:
+    """A time in its largest whole unit: 45 s, 12 min, 3 h, 5 d."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def print_result(result: Any, as_json: bool) -> None:
+    """What ``train`` prints at its end: where things are, and what a person does next."""
+    facts = {"run": str(result.folder), "step": result.step, "interrupted": result.interrupted}
+    if as_json or result.interrupted:
+        print_facts(facts | {"report": result.report and str(result.report)}, as_json)
+        return
+    from stepdistill.exporting.afterwards import afterwards  # the command has loaded torch by now
+
+    page = result.report and str(result.report / "index.html")
+    print_facts({"run": facts["run"], "export": str(result.folder / "export"), "report": page}, as_json=False)
+    print(f"\n{afterwards(result.folder)}")
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:
@@ -96,12 +280,3 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:{width}}  {'-' if value is None else value}")
-
-
-def _print_list(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    width = max((len(row["name"]) for row in rows), default=0)
-    for row in rows:
-        print(f"{row['name']:{width}}  {row['summary']}")

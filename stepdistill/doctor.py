@@ -1,4 +1,4 @@
-"""What works on this machine: versions, devices, embedded assets, data. Nothing is downloaded."""
+"""Checks of this machine: versions, devices, embedded assets, data. Nothing is downloaded."""
 
 import importlib.metadata
 import importlib.util
@@ -54,15 +54,27 @@ def _devices() -> list[Finding]:
     # torch takes seconds to import and `stepdistill --help` need not wait for it.
     import torch
 
+    from stepdistill.diffusion.devices import has_float64, torch_of
+
     findings = [Finding("cpu", True, f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use by torch")]
-    if not torch.cuda.is_available():
-        advice = "not needed for the quickstart; a CUDA build of torch and a driver are needed for larger teachers"
-        return [*findings, Finding("cuda", False, "no device", advice)]
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
-        memory = f"{device.total_memory / 2**30:.0f} GiB"
-        findings.append(Finding(f"cuda:{index}", True, f"{device.name}, {memory}, CUDA {torch.version.cuda}, {bf16}"))
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind is None:
+        advice = "not needed for the quickstart; a GPU's build of torch and a driver are needed for larger teachers"
+        return [*findings, Finding("accelerator", False, "no device", advice)]
+    for index in range(torch.accelerator.device_count()):
+        if not has_float64(torch.device(kind.type, index)):
+            advice = "runs are on the CPU: times are float64, which this device lacks"
+            findings.append(Finding(f"{kind.type}:{index}", False, "found, and not used", advice))
+            continue
+        device, runtime = torch_of(kind).get_device_properties(index), torch_of(kind)
+        bf16 = "bf16" if runtime.is_bf16_supported() else "no bf16"
+        software = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        advice = ""
+        if kind.type != "cuda":
+            software = kind.type.upper()
+            advice = "PyTorch expressions in place of the kernels, and no train.compile: cuda-graphs: both need CUDA"
+        found = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, {software}, {bf16}"
+        findings.append(Finding(f"{kind.type}:{index}", True, found, advice))
     return findings
 
 

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 # Before any test imports these libraries.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,12 +13,15 @@ import hypothesis
 import pytest
 import torch
 
-from stepdistill.exporting import export
+import short_samples
+from stepdistill.exporting import check
 from stock_here import call_here
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.register_profile("soak", deadline=None, max_examples=10_000)
 hypothesis.settings.load_profile("suite")
+short_samples.shorten()
+CALL_ELSEWHERE = check.call_elsewhere
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,10 +31,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _called_here() -> Iterator[None]:
+    """Also for exports that fixtures of a module or of the session make."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "call_elsewhere", call_here)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _called_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not request.node.get_closest_marker("own_process"):
-        monkeypatch.setattr(export, "call_elsewhere", call_here)
+def _as_for_users(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("own_process"):
+        monkeypatch.setattr(check, "call_elsewhere", CALL_ELSEWHERE)
+    if request.node.get_closest_marker("true_samples"):
+        for place, value in short_samples.TRUE.items():
+            monkeypatch.setattr(*place, value)
 
 
 @pytest.fixture(autouse=True)

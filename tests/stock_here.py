@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from stepdistill.exporting import stock_call
+from stepdistill.pipeline import stock_call
 
 
 def call_here(request: dict) -> dict[str, torch.Tensor]:
-    """In the place of stepdistill.exporting.export.call_elsewhere."""
+    """In the place of stepdistill.exporting.check.call_elsewhere."""
     with tempfile.TemporaryDirectory() as place:
         asked, answered = Path(place) / "request.json", Path(place) / "result.safetensors"
         asked.write_text(json.dumps(request))

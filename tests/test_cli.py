@@ -1,6 +1,7 @@
 """The commands, on a tiny pipeline: what they print, what they leave, how they exit."""
 
-import importlib
+import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -14,9 +15,9 @@ from PIL import Image
 
 import stepdistill
 from pipeline.tiny import INSPECT_KEYS, save_dit, tiny_dit
-from stepdistill import assets, cli, yaml_lines
+from stepdistill import assets, cli
 from stepdistill.methods import METHODS
-from stepdistill.recipe import load
+from stepdistill.recipe import load, yaml_lines
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,6 +103,7 @@ def test_samples_depend_on_seed_index_and_class_alone(teacher: Path) -> None:
     assert few.labels == ("Bag", "Sneaker") and many.labels == ("Bag", "Sneaker", "Bag")
     assert (few.images == many.images[:2]).all()
     assert (few.images[0] != many.images[2]).any()
+    assert Image.open(io.BytesIO(few._repr_png_())).size == (2 * 34 - 2, 32)  # in a notebook
 
 
 def test_methods_and_recipes(capsys: pytest.CaptureFixture) -> None:
@@ -110,7 +112,101 @@ def test_methods_and_recipes(capsys: pytest.CaptureFixture) -> None:
     assert all(row["summary"] and all(key["description"] for key in row["keys"].values()) for row in listed)
     assert {"quickstart", "fashion_dmd2", "fashion_tcd"} <= {row["name"] for row in printed_json(["recipes"], capsys)}
     assert cli.run(["methods"]) == 0 and cli.run(["recipes"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(METHODS) + len(assets.recipes())
+    shown = capsys.readouterr().out
+    assert all(f"\n{name} " in shown or shown.startswith(name) for name in (*METHODS, *assets.recipes()))
+
+
+def test_clean_removes_nothing_without_yes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
+    (tmp_path / "latents-ab").write_text("x" * 2**20)
+    assert cli.run(["clean"]) == 0 and (tmp_path / "latents-ab").exists()
+    assert "encoded images" in (shown := capsys.readouterr().out) and "1.0 MiB" in shown
+    assert printed_json(["clean", "--yes"], capsys)["removed"] and not (tmp_path / "latents-ab").exists()
+
+
+LIGHT = (["-h"], ["methods"], ["recipes"], ["runs", "."], ["clean"], ["train", "sdxl"], ["recipes", "quickstart"])
+
+
+def test_commands_without_weights_load_no_torch() -> None:
+    """They answer at once: torch alone takes seconds."""
+    program = "import sys\nfrom stepdistill import cli\n"
+    program += f"for one in {LIGHT}:\n    cli.run(one)\n    assert 'torch' not in sys.modules, one"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT / "docs")
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_recipes_are_filtered(capsys: pytest.CaptureFixture) -> None:
+    def names(*options: str) -> set[str]:
+        return {row["name"] for row in printed_json(["recipes", *options], capsys)}
+
+    sdxl = names("--base", "SDXL")
+    assert "sdxl_dmd2_lora" in sdxl and all(name.startswith("sdxl") for name in sdxl)
+    assert "sdxl_dmd2_lora" not in names("--gpu", "24") and "sdxl_dmd2_lora_24gb" in names("--gpu", "24")
+    assert "sdxl_tcd_lora" not in names("--no-images", "--base", "sdxl") and names("--method", "tdm") == {"fashion_tdm"}
+    assert names("--steps", "1", "--base", "sd15") == {"sd15_dmd2", "sd15_sid", "sd15_swiftbrush"}
+    assert all(name.startswith(("fashion", "emoji", "quickstart")) for name in names("--gpu", "0"))
+    in_need = {row["name"] for row in printed_json(["methods", "--no-images"], capsys)}
+    assert "dmd2" in in_need and "tcd" not in in_need
+
+
+def test_a_recipe_is_printed_with_its_comments(capsys: pytest.CaptureFixture) -> None:
+    text = assets.recipe("quickstart").read_text(encoding="utf-8")
+    assert cli.run(["recipes", "quickstart"]) == 0
+    assert capsys.readouterr().out == text and text.startswith("#")
+    assert printed_json(["recipes", "quickstart"], capsys)["text"] == text
+    assert cli.run(["recipes", "quickstrat"]) == 2
+
+
+def test_init_copies_a_recipe_with_its_comments_and_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = assets.recipe("quickstart").read_text(encoding="utf-8")
+    facts = printed_json(["init", "quickstart"], capsys)
+    assert facts == {"recipe": "quickstart.yaml", "next": "stepdistill plan quickstart.yaml"}
+    assert cli.run(["init", "quickstart", "deep/mine.yaml"]) == 0
+    assert (tmp_path / "quickstart.yaml").read_text() == text == (tmp_path / "deep" / "mine.yaml").read_text()
+    assert load("deep/mine.yaml").output == "runs/mine"
+    (tmp_path / "quickstart.yaml").write_text("mine")
+    for words, message in (
+        (["quickstart"], "quickstart.yaml: expected a new file"),
+        (["nope"], "or the name of a shipped recipe"),
+    ):
+        assert cli.run(["init", *words]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "quickstart.yaml").read_text() == "mine"
+
+
+def test_runs_are_listed(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (row,) = printed_json(["runs", str(run_folder.parent)], capsys)
+    assert row["run"] == str(run_folder) and row["method"] == "sfd" and row["state"] == "finished"
+    assert row["step"] == row["steps"] == 2 and row["best"] is None and 0 <= row["seconds"] < 600
+    assert cli.run(["runs", str(run_folder.parent)]) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "method", "state", "step", "best", "age"]
+    assert line.split()[:5] == [str(run_folder), "sfd", "finished", "2/2", "-"]
+    assert cli.run(["runs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
+    assert cli.run(["runs", str(tmp_path / "no")]) == 2
+
+
+def test_version_and_short_help(capsys: pytest.CaptureFixture) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"stepdistill {stepdistill.__version__}\n"
+    assert cli.run(["-h"]) == 0 and cli.run(["train", "-h"]) == 0
+    assert "--dry-run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "proposed"), [("stepdistill ini", "init"), ("stepdistill train sdxl_tc", "sdxl_tcd_lora")]
+)
+def test_a_shell_completes_commands_and_recipes(words: str, proposed: str) -> None:
+    variables = {"_STEPDISTILL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    script = Path(sys.executable).with_name("stepdistill")
+    done = subprocess.run([str(script)], capture_output=True, text=True, env=os.environ | variables)
+    assert done.stdout.split() == [proposed]
 
 
 def test_doctor(capsys: pytest.CaptureFixture) -> None:
@@ -128,6 +224,8 @@ def test_doctor(capsys: pytest.CaptureFixture) -> None:
         (["train", "x.yaml", "--fast"], "No such option"),
         (["sample", "x", "--count", "0"], "--count"),
         (["sample", "not-a-teacher"], "not-a-teacher"),
+        (["sample", "{teacher}", "--size", "64"], "--size: expected HEIGHTxWIDTH in pixels, such as 832x1216, found"),
+        (["sample", "{teacher}", "--size", "64x64"], "size: DiTPipeline takes no height"),
         (["sample", "{teacher}", "--classes", "Bagg"], "did you mean 'Bag'?"),
         (["sample", "{teacher}", "--classes", "10"], "from 0 to 9"),
         (["inspect", "{here}"], "model_index.json"),
@@ -157,16 +255,17 @@ def test_anything_else_is_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_verbs_are_functions_also_after_modules_of_their_name_were_imported() -> None:
-    importlib.import_module("stepdistill.bench")
-
+def test_no_module_is_called_like_a_verb() -> None:
+    assert not any(importlib.util.find_spec(f"stepdistill.{verb}") for verb in stepdistill.__all__)
     assert all(callable(getattr(stepdistill, verb)) for verb in stepdistill.__all__)
     with pytest.raises(AttributeError, match="no attribute 'distil'"):
         _ = stepdistill.distil
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    program = "import sys\nfrom stepdistill import cli\nassert cli.run([]) == 0\nassert 'torch' not in sys.modules"
+def test_what_only_looks_does_not_wait_for_torch(tmp_path: Path) -> None:
+    commands = [[], ["--version"], ["init", "quickstart", str(tmp_path / "mine.yaml")], ["runs", str(tmp_path)]]
+    program = f"import sys\nfrom stepdistill import cli\nassert [cli.run(one) for one in {commands}] == [0] * 4\n"
+    program += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "doctor" in done.stdout

@@ -11,15 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill import assets, cli
-from stepdistill.methods import METHODS
-from stepdistill.recipe import load
-from stepdistill.session import build
-from stepdistill.trainer import train
+from stepdistill.data.sources import FORMS
+from stepdistill.methods import FAMILIES, METHODS
+from stepdistill.run import train
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -27,33 +25,26 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLE = ROOT / "docs" / "examples" / "my_method.py"
 
 
-def listed() -> dict[str, list[str]]:
-    """The table's rows by method."""
-    lines = [line.strip("|") for line in PAGE.splitlines() if line.startswith("| `")]
-    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
-    return {row[0].strip("`"): row[1:] for row in rows}
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_table_lists_every_method_once():
-    assert list(listed()) == list(dict.fromkeys(listed())) and set(listed()) == set(METHODS)
-    assert PAGE.count("| `") == len(METHODS)
+def test_the_methods_are_counted_and_listed_as_their_classes_say():
+    written = script("methods_table")
+    assert written.PAGE.read_text(encoding="utf-8") == written.page(), "run python scripts/methods_table.py"
+    assert written.README.read_text(encoding="utf-8") == written.readme(), "run python scripts/methods_table.py"
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_table_says_what_a_method_is(name):
-    """Paper, data, networks, steps and sampler, as its comparison recipes set it up."""
-    method, shipped = METHODS[name], [load(one) for one in assets.recipes() if one.startswith("fashion_")]
-    recipes = [recipe for recipe in shipped if recipe.method.name == name]
-    assert recipes, f"{name} has no recipe fashion_*.yaml"
-    needs = [method.data_needs(recipe.method.config) for recipe in recipes]
-    wanted = {"images": any(need.images for need in needs), "trajectories": any(need.paths for need in needs)}
-    data = ["conditions", *(kind for kind, does in wanted.items() if does)]
-    networks = sorted({*method.extra_roles, *method.players} - {"student"})
-    steps = sorted({recipe.student.steps for recipe in recipes})
-    samplers = dict.fromkeys(method.sampler_of(recipe.method.config) for recipe in recipes)
-    paper, *facts = listed()[name]
-    assert re.search(r"\b20\d\d\b", paper)
-    assert facts == [", ".join(data), ", ".join(networks) or "–", ", ".join(map(str, steps)), ", ".join(samplers)]
+def test_a_method_names_its_paper_and_family(name):
+    method = METHODS[name]
+    assert re.search(r"\b20\d\d\b", method.paper) and name in FAMILIES[method.family]
+    inherited = [vars(base) for base in method.__mro__[1:]]
+    assert all(vars(method)[key] for key in ("name", "paper", "summary"))
+    assert not any(base.get("name") == name for base in inherited)
 
 
 def test_every_check_that_tracing_can_fail_is_explained():
@@ -115,10 +106,18 @@ def test_links_within_the_repository_lead_somewhere(page):
 
 
 def test_the_recipe_reference_is_that_of_the_schema():
-    spec = importlib.util.spec_from_file_location("recipe_reference", ROOT / "scripts" / "recipe_reference.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run python scripts/recipe_reference.py"
+    written = script("recipe_reference")
+    assert written.PAGE.read_text(encoding="utf-8") == written.page(), "run python scripts/recipe_reference.py"
+    assert written.LIST.read_text(encoding="utf-8") == written.methods(), "run python scripts/recipe_reference.py"
+
+
+def test_every_form_of_input_is_listed_with_a_test_that_exists():
+    written = script("inputs_table")
+    assert written.PAGE.read_text(encoding="utf-8") == written.page(), "run python scripts/inputs_table.py"
+    assert list(written.missing()) == []
+    rows = [cells for section in written.ROWS.values() for cells in section]
+    listed = " ".join(form for form, _, _ in rows)
+    assert all(f"`{ending}`" in listed or ending == ".tar" for ending in FORMS)
 
 
 def built(root: Path, site: Path) -> subprocess.CompletedProcess:
@@ -139,25 +138,19 @@ def test_the_site_builds_without_a_warning(tmp_path):
             assert not dead, f"{page}: {target}"
 
 
-@pytest.mark.parametrize(
-    ("line", "fails"),
-    [
-        ("", 0),
-        ("[lost](lost.md)", 1),
-        ("![lost](pictures/lost.png)", 1),
-        ("[lost](data.md#lost)", 1),
-        ("[l](../lo/)", 1),
-    ],
-)
-def test_a_dead_link_stops_the_site(line, fails, tmp_path):
-    root = tmp_path / "root"
+def test_dead_links_stop_the_site(tmp_path):
+    """Each kind is a warning of its own: a page, a picture, a heading, and what names no file."""
+    root, targets = tmp_path / "root", ("lost.md", "pictures/lost.png", "data.md#lost", "../lo/")
     shutil.copytree(ROOT / "docs", root / "docs")
     for path in ROOT.iterdir():
         if path.name != "docs":
             (root / path.name).symlink_to(path)
     with open(root / "docs" / "faq.md", "a", encoding="utf-8") as page:
-        page.write(f"\n{line}\n")
-    assert built(root, tmp_path / "site").returncode == fails
+        page.write("\n[lost](lost.md) ![lost](pictures/lost.png) [lost](data.md#lost) [l](../lo/)\n")
+    done = built(root, tmp_path / "site")
+    warnings = [line for line in done.stderr.splitlines() if "WARNING" in line]
+    assert done.returncode == 1 and len(warnings) == len(targets)
+    assert [target for target in targets if not any(f"'{target}'" in line for line in warnings)] == []
 
 
 @pytest.fixture(scope="module")
@@ -194,14 +187,3 @@ def test_the_page_shows_the_file_as_it_is():
     lines = [line for line in block.splitlines() if line.strip()]
     assert lines and all(f"{line}\n" in source for line in lines)
     assert len(source.splitlines()) < 60
-
-
-def test_the_example_method_is_right_where_the_teacher_is(teacher, tmp_path):
-    """With one teacher step for one of the student, a student that is the unguided teacher has nothing to learn."""
-    stated = recipe_of(teacher, tmp_path / "run", f"{EXAMPLE}:MyMethod")
-    stated["teacher"]["guidance"]["scale"] = 1.0
-    for substeps, zero in ((1, True), (2, False)):
-        stated["method"]["substeps"] = substeps
-        session = build(load(stated), torch.device("cpu"))
-        loss = session.method.losses("student", session.batch(0, 0, 4))["match"].item()
-        assert (loss < 1e-10) == zero

@@ -16,15 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from stepdistill import checkpoint, yaml_lines
+from data.loaded import loaded
 from stepdistill.data import images
 from stepdistill.errors import InputError
+from stepdistill.eval.bench.sources import read_source
 from stepdistill.eval.report import read_report
 from stepdistill.methods import METHODS
 from stepdistill.pipeline import conditioning
-from stepdistill.recipe import Data, Recipe, load
-from stepdistill.run_folder import keep_lines_before
-from stepdistill.sources import read_source
+from stepdistill.recipe import Data, Recipe, load, yaml_lines
+from stepdistill.training import checkpoint
+from stepdistill.training.run_folder import keep_lines_before
 
 GOOD = {
     "teacher": {"pipeline": "fashion-dit", "guidance": {"scale": 1.5}},
@@ -199,7 +200,7 @@ PICTURES = {kind: encoded(kind) for kind in ("PNG", "JPEG", "BMP", "WEBP", "GIF"
 def usable(source: Path) -> None:
     """What is usable of a source of images is as it should be, the rest is said."""
     data = Data(images=str(source), max_rejected=1.0)
-    found = reads(lambda: images.load(data, 3, 8))
+    found = reads(lambda: loaded(data, 3, 8))
     assert found is None or (found[0].shape[1:] == (3, 8, 8) and len(found[0]) == len(found[1]))
     reads(lambda: images.captions(data))
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill.errors import InputError
-from stepdistill.optimizer import only_moving
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.recipe import load
-from stepdistill.session import build
-from stepdistill.trainer import train
+from stepdistill.run import train
+from stepdistill.training.optimizer import only_moving
+from stepdistill.training.session import build
 
 CPU = torch.device("cpu")
 
@@ -57,8 +57,10 @@ def test_linear_layers_are_in_eight_bits(teacher, tmp_path):
 
 def test_a_run_on_eight_bits_ends_in_a_plain_export(teacher, tmp_path, monkeypatch):
     pytest.importorskip("torchao")
-    monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
-    monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
+    monkeypatch.setattr(
+        "stepdistill.training.between_steps.Preview",
+        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
+    )
     run = train(recipe_of(teacher, tmp_path / "run"))
     exported = load_pipeline(run.folder / "export")
     assert {p.dtype for p in exported.transformer.parameters()} == {torch.float32}

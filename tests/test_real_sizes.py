@@ -11,11 +11,11 @@ from PIL import Image
 
 from pipeline.real_sizes import REAL_SIZES
 from stepdistill import assets
-from stepdistill.forward import forward_passes
-from stepdistill.optimizer import only_moving
-from stepdistill.pipeline.load import save_pipeline
+from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.recipe import Recipe, load
-from stepdistill.session import Session, build
+from stepdistill.training.optimizer import only_moving
+from stepdistill.training.recompute import forward_passes
+from stepdistill.training.session import Session, build
 
 CAPTIONS = ("a red shoe", "rain")
 STATED = {name: yaml.safe_load(assets.recipe(name).read_text(encoding="utf-8")) for name in assets.recipes()}

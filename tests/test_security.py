@@ -12,14 +12,15 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from pipeline.tiny import save_dit, tiny_dit
-from stepdistill import checkpoint, cli, yaml_lines
-from stepdistill.convert import convert
+from stepdistill import cli
 from stepdistill.errors import InputError
 from stepdistill.eval.pictures import training_plot
 from stepdistill.eval.report import Report, Row
 from stepdistill.exporting.export import export
+from stepdistill.pipeline.convert import convert
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.recipe import load
+from stepdistill.recipe import load, yaml_lines
+from stepdistill.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("stepdistill", "kernels", "eval", "scripts")
@@ -27,7 +28,7 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "tempfile.mktemp", "torch.hub.load"}
 # Each calls code of the user's that the recipe names, and says so before.
-ALLOWED = {("method_lookup.py", "exec_module")}
+ALLOWED = {("find_method.py", "exec_module")}
 
 
 def violations(source: str, name: str = "") -> list[str]:
@@ -205,7 +206,7 @@ def test_a_hub_id_is_loaded_at_the_recipes_revision(teacher, tmp_path, monkeypat
     monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: [])
     recipe = load(recipe_with("sfd", teacher, tmp_path), ["teacher.pipeline=owner/name", "teacher.revision=0a1b2c"])
     with pytest.raises(InputError):
-        load_pipeline(recipe.teacher.pipeline, recipe.teacher.revision)
+        load_pipeline(recipe.teacher)
     assert asked == {"place": "owner/name", "revision": "0a1b2c", "variant": None, "use_safetensors": True}
 
 

@@ -10,9 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepdistill.data.batch import Batch
-from stepdistill.methods import DistillMethod, MethodConfig
-from stepdistill.samplers import Step
+from stepdistill.methods import Batch, DistillMethod, MethodConfig, Step
 
 
 class MyConfig(MethodConfig):

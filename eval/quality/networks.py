@@ -66,8 +66,8 @@ class Inception(nn.Module):
 
     Args:
         network: torch-fidelity's FeatureExtractorInceptionV3.
-        crop: see :func:`stepdistill.eval.preprocess.crop`. resize: ``clean``, ``tf1``, or ``none`` for crops that
-            are 299 px already (patch-FID).
+        crop: see :func:`stepdistill.eval.preprocess.crop`.
+        resize: ``clean``, ``tf1``, or ``none`` for crops that are 299 px already (patch-FID).
     """
 
     features = 2048
@@ -124,8 +124,11 @@ class Clip(nn.Module):
     """An OpenCLIP model: image rows and text rows, float32, not normalised.
 
     Args:
-        model, tokenizer: of open_clip. transform: its evaluation transform, PIL image -> (3, h, w).
-        prefix: put before every prompt, such as ``"A photo depicts "``. crop: done before the transform.
+        model: of open_clip.
+        tokenizer: of open_clip.
+        transform: its evaluation transform, PIL image -> (3, h, w).
+        prefix: put before every prompt, such as ``"A photo depicts "``.
+        crop: done before the transform.
     """
 
     def __init__(
@@ -270,6 +273,6 @@ def feature_pass(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         prepared = threads.map(lambda image: network.prepare(load(image) if load else image), images)
         while waiting := list(itertools.islice(prepared, batch)):
-            found = network.rows(torch.stack(waiting).to(device))
-            parts.append({name: value.cpu() for name, value in found.items()})
+            rows = network.rows(torch.stack(waiting).to(device))
+            parts.append({name: value.cpu() for name, value in rows.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}

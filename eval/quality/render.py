@@ -1,16 +1,16 @@
-"""The report as people read it: the table, the notes under it, Markdown and one page of HTML."""
+"""Render a report: the table, the notes under it, Markdown and one page of HTML."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from PIL import Image
 
-from stepdistill.eval.names import metric_text
-from stepdistill.eval.pictures import png_data_uri, quality_plot
-from stepdistill.eval.protocol import DIVERSITY
+from stepdistill.eval.names import DIVERSITY, explained, metric_text
+from stepdistill.eval.pictures import Pictures, png_data_uri, quality_plot
+from stepdistill.eval.summary import sentences
 
 if TYPE_CHECKING:
     from stepdistill.eval.report import Report, Row
@@ -18,8 +18,18 @@ if TYPE_CHECKING:
 
 def notes(report: "Report") -> list[str]:
     """What a reader must know to read the table rightly."""
-    if report.labels:
-        return [*_standard_notes(report), *report.remarks]
+    lines = _prompt_notes(report) if report.labels else _class_notes(report)
+    if any(row.cached for row in report.rows):
+        lines.append("The metrics of rows marked ° were measured before.")
+    if not all(map(report.timed, report.rows)):
+        lines.append("Rows without seconds were timed on another machine, whose seconds do not compare.")
+    if any(key.endswith("_error") for row in report.rows for key in row.diagnostics):
+        lines.append("± is half of a 95 % interval over other samples of the same model, by bootstrap.")
+    return [*lines, *report.remarks]
+
+
+def _class_notes(report: "Report") -> list[str]:
+    """Of a protocol of classes."""
     lines = [
         f"Protocol {report.protocol}, N = {report.samples} images a row, seed {report.seed}: image i is of class i "
         "modulo the number of classes, and its noise depends on the seed and i alone.",
@@ -40,27 +50,20 @@ def notes(report: "Report") -> list[str]:
         )
     if not report.floor:
         lines.append("Real images were not measured at this N: the data set is not installed here.")
-    if any(row.cached for row in report.rows):
-        lines.append("The metrics of rows marked ° were measured before.")
-    if not all(map(report.timed, report.rows)):
-        lines.append("Rows without seconds were timed on another machine, whose seconds do not compare.")
-    if any(key.endswith("_error") for row in report.rows for key in row.diagnostics):
-        lines.append(_INTERVALS)
-    return [*lines, *report.remarks]
+    return lines
 
 
 PREFERENCES = ("image_reward", "hpsv2", "pick_score")
-_INTERVALS = "± is half of a 95 % interval over other samples of the same model, by bootstrap."
 
 
-def _standard_notes(report: "Report") -> list[str]:
+def _prompt_notes(report: "Report") -> list[str]:
+    """Of every other protocol."""
     lines = [
         f"Protocol {report.protocol}, N = {report.samples:,} images a row, seed {report.seed}: the noise of image i "
         "depends on the seed and i alone, and teacher and students see the same prompts and noise.",
         "Numbers of another protocol, or measured with other files than those whose SHA-256 report.json states, must "
         "not be compared with these.",
         "NFE counts network evaluations per image, guidance's second pass included.",
-        _INTERVALS,
     ]
     if any(metric.startswith("lpips_") for metric in report.metric_names):
         lines.append(
@@ -97,7 +100,8 @@ def _standard_notes(report: "Report") -> list[str]:
 def markdown(report: "Report") -> str:
     """The report as GitHub-flavoured Markdown."""
     table = table_of(report)
-    lines = ["# Benchmark", ""]
+    lines = [f"# {report.heading}", ""]
+    lines += [" ".join(said), ""] if (said := sentences(report)) else []
     lines += [line for entry in report.verdict for line in (f"**{entry.text}**", "")]
     lines.append("| " + " | ".join(table.header) + " |")
     lines.append("|" + "|".join(" :--- " if index < 1 else " ---: " for index in range(len(table.header))) + "|")
@@ -109,10 +113,14 @@ def markdown(report: "Report") -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Text cells under ``header``; every row comes with its role, ``floor`` for real images."""
+    """Text cells under ``header``; every row comes with its role, ``floor`` for real images.
+
+    ``meanings``: of each column, "" where nobody has described it.
+    """
 
     header: list[str]
     rows: list[tuple[str, list[str]]]
+    meanings: list[str]
 
 
 def table_of(report: "Report") -> Table:
@@ -122,10 +130,10 @@ def table_of(report: "Report") -> Table:
     header = ["Sampler", "Steps", "NFE", *(report.title(metric) for metric in metrics), *(cost.title for cost in costs)]
     rows: list[tuple[str, list[str]]] = []
     if report.floor:
-        cells = [metric_text(metric, report.shown(report.floor, metric)) for metric in metrics]
+        cells = [metric_text(metric, report.displayed(report.floor, metric)) for metric in metrics]
         rows.append(("floor", ["real images", "–", "–", *cells, *("–" for _ in costs)]))
-    for name, found in report.controls.items():
-        cells = [metric_text(metric, found.get(metric)) for metric in metrics]
+    for name, values in report.controls.items():
+        cells = [metric_text(metric, values.get(metric)) for metric in metrics]
         rows.append(("floor", [name, "–", "–", *cells, *("–" for _ in costs)]))
     order = {"teacher": 0, "student": 1, "solver": 2}
     for row in sorted(report.rows, key=lambda row: order[row.role]):
@@ -133,7 +141,8 @@ def table_of(report: "Report") -> Table:
         cells = [_with_interval(report, row, metric) for metric in metrics]
         cost = row.cost if report.timed(row) else {}
         rows.append((row.role, [name, str(row.steps), str(row.nfe), *cells, *(column.text(cost) for column in costs)]))
-    return Table(header, rows)
+    columns = ["Sampler", "Steps", "NFE", *metrics, *(cost.key for cost in costs)]
+    return Table(header, rows, [explained(column) for column in columns])
 
 
 @dataclass(frozen=True)
@@ -163,38 +172,91 @@ COSTS = (
 
 
 def _with_interval(report: "Report", row: "Row", metric: str) -> str:
-    text, error = metric_text(metric, report.shown(row.metrics, metric)), row.diagnostics.get(f"{metric}_error")
+    text, error = metric_text(metric, report.displayed(row.metrics, metric)), row.diagnostics.get(f"{metric}_error")
     return text if error is None or text == "–" else f"{text} ± {metric_text(metric, 1.96 * error)}"
 
 
-def html(report: "Report") -> str:
-    """The report as one self-contained page: no script, no request, pictures inside."""
+def html(report: "Report", drawn: Pictures, places: Mapping[str, list[str]] | None = None) -> str:
+    """The report as one page without scripts.
+
+    Args:
+        drawn: its plots.
+        places: where the page finds the pictures of each section, and its ``plots``; None: inside.
+    """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html.j2")
-    plots = []
+    sections = [
+        {"name": name, "title": title, "what": what, "words": words, "figures": _figures(name, pictures, places)}
+        for name, (title, what, words) in SECTIONS.items()
+        if name != "first" and (pictures := getattr(report, name))
+    ]
+    return template.render(
+        report=report,
+        summary=sentences(report),
+        table=table_of(report),
+        notes=notes(report),
+        first=_figures("first", report.first, places),
+        plots=_figures("plots", drawn, places),
+        sections=sections,
+    )
+
+
+def notebook_html(report: "Report") -> str:
+    """What a notebook shows of a report: its first pictures, its sentences, its table."""
+    table = table_of(report)
+    pictures = [
+        f"<figure style='display:inline-block;margin:0 1em 1em 0'><img src='{png_data_uri(picture)}' "
+        f"style='height:128px;image-rendering:pixelated'><figcaption>{escape('; '.join(caption.splitlines()))}"
+        "</figcaption></figure>"
+        for caption, picture in report.first
+    ]
+    lines = [f"<li>{escape(sentence)}</li>" for sentence in sentences(report)]
+    header = "".join(
+        f'<th title="{escape(meaning)}">{escape(cell)}</th>'
+        for cell, meaning in zip(table.header, table.meanings, strict=True)
+    )
+    rows = ["".join(f"<td>{escape(cell)}</td>" for cell in cells) for _, cells in table.rows]
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return (
+        f"<h4>{escape(report.heading)}</h4><div>{''.join(pictures)}</div><ul>{''.join(lines)}</ul>"
+        f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def plots(report: "Report") -> Pictures:
+    """Every distance against NFE and against time."""
+    drawn = []
     for metric in (m for m in report.metric_names if m.startswith("fd_") or m == "fid"):
         for axis in ("nfe", "seconds"):
             rows = report.rows if axis == "nfe" else [row for row in report.rows if report.timed(row)]
             if not rows:
                 continue
             picture = quality_plot(rows, metric, report.title(metric), report.floor.get(metric), axis)
-            plots.append((f"{report.title(metric)} against {axis}", png_data_uri(picture)))
-    sections = [
-        {"name": name, "title": title, "what": what, "figures": [_figure(*pair) for pair in pictures]}
-        for name, (title, what) in SECTIONS.items()
-        if (pictures := getattr(report, name))
-    ]
-    return template.render(report=report, table=table_of(report), notes=notes(report), plots=plots, sections=sections)
+            drawn.append((f"{report.title(metric)} against {axis}", picture))
+    return drawn
 
 
 SECTIONS = {
-    "pictures": ("The same seeds, side by side", "samples"),
-    "strips": ("One prompt a row, several seeds", "samples"),
-    "worst": ("The worst of its samples", "samples"),
-    "training": ("Training", "losses, gradient norms and drift against the training step"),
+    "first": ("", "samples", ""),
+    "pictures": ("The same seeds, side by side", "samples", "Image for image the same condition and the same noise."),
+    "strips": ("One prompt a row, several seeds", "samples", "Rows of one prompt that look alike mean little variety."),
+    "worst": ("The worst of its samples", "samples", "Averages hide them: look here before you publish a student."),
+    "training": (
+        "Training",
+        "losses, gradient norms and drift against the training step",
+        "Losses are of single batches, so they jump. With a critic or a discriminator a falling loss is no "
+        "sign of quality. Drift compares the latents of student and teacher: the difference of their means, and the "
+        "ratio of their deviations minus 1. Both should end near 0.",
+    ),
 }
-"""A report's lists of pictures, in the page's order: heading, and what a picture shows."""
+"""A report's lists of pictures, in the page's order: heading, what a picture shows, and how to read it."""
 
 
-def _figure(caption: str, picture: Image.Image) -> dict[str, Any]:
-    return {"caption": caption, "source": png_data_uri(picture), "width": picture.width}
+def _figures(name: str, pictures: Pictures, places: Mapping[str, list[str]] | None) -> list[dict[str, Any]]:
+    """What the template needs of a section's pictures."""
+    inside = places is None
+    sources = [png_data_uri(picture) for _, picture in pictures] if inside else places.get(name, [])
+    return [
+        {"caption": caption, "lines": caption.splitlines(), "source": source, "width": picture.width}
+        for (caption, picture), source in zip(pictures, sources, strict=True)
+    ]

@@ -9,27 +9,26 @@ from typing import Any, Literal
 from PIL import Image
 
 from stepdistill.errors import InputError
-from stepdistill.eval.also import ALSO, also_files
-from stepdistill.eval.names import metric_name
-from stepdistill.eval.protocol import DIVERSITY, METRICS
-from stepdistill.eval.render import SECTIONS, html, markdown
-from stepdistill.eval.row_cache import write_json
-from stepdistill.eval.stored_pictures import stored_pictures
+from stepdistill.eval.names import DIVERSITY, METRICS, metric_name
+from stepdistill.eval.perceptual import ALSO, also_files
+from stepdistill.eval.pictures import read_pictures, write_pictures
+from stepdistill.eval.render import SECTIONS, html, markdown, notebook_html, plots
 from stepdistill.eval.verdict import GAP_TARGET, RATIO_TARGET, Verdict, verdict_metric
-from stepdistill.text_files import read_json, write_text
+from stepdistill.files import read_json, write_json, write_text
 
 SCHEMA = 1
+ORDER = ("teacher", "student", "solver")
 
 Role = Literal["teacher", "student", "solver"]
 
 _STATED = ("protocol", "seed", "command", "versions", "device", "floor")
-_OPTIONAL = ("controls", "labels", "files", "remarks")
+_OPTIONAL = ("controls", "labels", "files", "remarks", "trained")
 
 
 @dataclass
 class Row:
     """One sampler of one pipeline, measured. ``cost``: seconds_per_image, peak_memory_mib, parameters; where it was
-    asked for also latency_seconds, batch and flops. ``diagnostics`` hold a standard error ``<metric>_error`` where one
+    requested also latency_seconds, batch and flops. ``diagnostics`` hold a standard error ``<metric>_error`` where one
     was estimated.
 
     ``cached`` says that the metrics were measured before. ``machine``: what the cost was measured on; "" where that is
@@ -54,9 +53,12 @@ class Report:
     """Everything a benchmark found. ``floor``: the metrics of real images at the same number of samples.
 
     ``controls``: those of other images that no sampler made, by what they are. ``labels``: metrics' names under a
-    standard protocol. ``files``: SHA-256 of what it stands on. ``remarks``: notes for the reader. (caption, picture) go
-    into the page, not into report.json: ``pictures`` (grids of the same seeds),
-    ``strips`` (images of one prompt a row), ``worst``, and ``training`` (curves of the runs).
+    protocol of prompts. ``files``: SHA-256 of what it stands on. ``remarks``: notes for the reader. ``trained``: of
+    students whose run is here ``student_steps``, ``steps``, ``seconds`` (of all updates, from those that were logged)
+    and ``evaluations``. (caption, picture)
+    stand in the page, not in report.json: ``first`` (who draws beside each other, one condition a picture: its caption
+    has the condition, then a line for each), ``pictures`` (grids of the same seeds), ``strips`` (images of one prompt a
+    row), ``worst``, and ``training`` (curves of the runs).
     """
 
     protocol: str
@@ -71,6 +73,8 @@ class Report:
     labels: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    trained: dict[str, dict[str, float]] = field(default_factory=dict)
+    first: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
     pictures: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
     strips: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
     worst: list[tuple[str, Image.Image]] = field(default_factory=list, repr=False)
@@ -81,16 +85,26 @@ class Report:
         return self.rows[0].samples if self.rows else 0
 
     @property
+    def heading(self) -> str:
+        """What the report is about: its students and their teachers."""
+        of = {role: list(dict.fromkeys(row.name for row in self.rows if row.role == role)) for role in ORDER}
+        students, teachers = of["student"], of["teacher"]
+        if not students or len(students) > 3:
+            return f"{len(students)} students" if students else ", ".join(teachers) or self.protocol
+        named = dict.fromkeys(name.partition(" w=")[0] for name in teachers)
+        return f"{', '.join(students)} beside {', '.join(named)}" if named else ", ".join(students)
+
+    @property
     def metric_names(self) -> list[str]:
         """The metrics to show, in the report's order; a diversity only where the teacher's is known."""
-        found = [metric for metric in self.labels or METRICS if any(metric in row.metrics for row in self.rows)]
-        return [metric for metric in found if metric not in DIVERSITY or self._teachers(metric) is not None]
+        present = [metric for metric in self.labels or METRICS if any(metric in row.metrics for row in self.rows)]
+        return [metric for metric in present if metric not in DIVERSITY or self._teachers(metric) is not None]
 
-    def title(self, metric: str) -> str:
-        """A metric's name as people are shown it."""
-        return self.labels.get(metric) or metric_name(metric, self.samples)
+    def title(self, metric: str, samples: int | None = None) -> str:
+        """A metric's name as people are shown it; ``samples`` None: those of the report's rows."""
+        return self.labels.get(metric) or metric_name(metric, samples or self.samples)
 
-    def shown(self, metrics: Mapping[str, float], metric: str) -> float | None:
+    def displayed(self, metrics: Mapping[str, float], metric: str) -> float | None:
         """A row's value of a metric as people are shown it: a diversity as the ratio to the first teacher's."""
         value = metrics.get(metric)
         if value is None or metric not in DIVERSITY:
@@ -123,10 +137,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json, schema 1."""
-        stated = {name: getattr(self, name) for name in _STATED}
-        stated |= {name: value for name in _OPTIONAL if (value := getattr(self, name))}
+        content = {name: getattr(self, name) for name in _STATED}
+        content |= {name: value for name in _OPTIONAL if (value := getattr(self, name))}
         rows, verdicts = [asdict(row) for row in self.rows], [asdict(verdict) for verdict in self.verdict]
-        return _finite({"schema": SCHEMA, **stated, "rows": rows, "verdict": verdicts})
+        return _finite({"schema": SCHEMA, **content, "rows": rows, "verdict": verdicts})
 
     def to_markdown(self) -> str:
         """The report as GitHub-flavoured Markdown."""
@@ -134,15 +148,25 @@ class Report:
 
     def to_html(self) -> str:
         """The report as one self-contained page: no script, no request, pictures inside."""
-        return html(self)
+        return html(self, plots(self))
 
-    def write(self, folder: str | Path) -> Path:
-        """Write report.json, report.md and index.html into ``folder``; returns the page's path."""
+    def _repr_html_(self) -> str:
+        return notebook_html(self)
+
+    def write(self, folder: str | Path, single_file: bool = False) -> Path:
+        """Write report.json, report.md, index.html and pictures/ into ``folder``; returns the page's path.
+
+        Args:
+            single_file: the page holds its pictures itself; those in pictures/ are there to be merged.
+        """
         folder = Path(folder)
+        drawn = plots(self)
+        sections = {name: getattr(self, name) for name in SECTIONS} | {"plots": drawn}
+        places = write_pictures(folder / "pictures", sections)
         write_json(folder / "report.json", self.to_dict())
         write_text(folder / "report.md", self.to_markdown())
         page = folder / "index.html"
-        write_text(page, self.to_html())
+        write_text(page, html(self, drawn, None if single_file else places))
         return page
 
 
@@ -162,10 +186,12 @@ def read_report(path: str | Path) -> Report:
     try:
         rows = [Row(**_known(Row, row)) for row in stored["rows"]]
         verdicts = [Verdict(**_known(Verdict, entry)) for entry in stored.get("verdict", [])]
-        kept = {name: stored[name] for name in _STATED} | {name: stored[name] for name in _OPTIONAL if name in stored}
+        content = {name: stored[name] for name in _STATED} | {
+            name: stored[name] for name in _OPTIONAL if name in stored
+        }
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: expected a report of schema {SCHEMA}, found another content: {error}") from None
-    return Report(**kept, rows=rows, verdict=verdicts)
+    return Report(**content, rows=rows, verdict=verdicts)
 
 
 def merge(reports: Sequence[Report]) -> Report:
@@ -185,24 +211,25 @@ def merge(reports: Sequence[Report]) -> Report:
         if differ := _differing(first.files, other.files):
             raise InputError(f"rows measured with different {', '.join(differ)} cannot stand in one table")
     rows: list[Row] = []
-    stated_machine = lambda report, row: report.device if report.timed(row) else row.machine  # noqa: E731
-    for row in (replace(row, machine=stated_machine(report, row)) for report in reports for row in report.rows):
-        if not any((row.name, row.steps, row.metrics) == (kept.name, kept.steps, kept.metrics) for kept in rows):
+    machine_of = lambda report, row: report.device if report.timed(row) else row.machine  # noqa: E731
+    for row in (replace(row, machine=machine_of(report, row)) for report in reports for row in report.rows):
+        if not any((row.name, row.steps, row.metrics) == (other.name, other.steps, other.metrics) for other in rows):
             rows.append(row)
     merged = {(e.student, e.steps, e.teacher, e.text): e for report in reports for e in report.verdict}
-    stated = {name: getattr(first, name) for name in (*_STATED, *_OPTIONAL)}
-    stated["controls"] = {name: found for report in reports for name, found in report.controls.items()}
-    stated["labels"] = {metric: label for report in reports for metric, label in report.labels.items()}
-    stated["files"] = {name: sha256 for report in reports for name, sha256 in report.files.items()}
-    stated["remarks"] = list(dict.fromkeys(remark for report in reports for remark in report.remarks))
+    content = {name: getattr(first, name) for name in (*_STATED, *_OPTIONAL)}
+    content["controls"] = {name: control for report in reports for name, control in report.controls.items()}
+    content["labels"] = {metric: label for report in reports for metric, label in report.labels.items()}
+    content["trained"] = {name: facts for report in reports for name, facts in report.trained.items()}
+    content["files"] = {name: sha256 for report in reports for name, sha256 in report.files.items()}
+    content["remarks"] = list(dict.fromkeys(remark for report in reports for remark in report.remarks))
     devices, seeds = (list(dict.fromkeys(getattr(report, name) for report in reports)) for name in ("device", "seed"))
     if len(devices) > 1:
         several = f"Rows come from several devices ({'; '.join(devices)})"
-        stated["remarks"].append(f"{several}: seconds and memory are shown of those from {devices[0]}.")
+        content["remarks"].append(f"{several}: seconds and memory are shown of those from {devices[0]}.")
     if len(seeds) > 1:
-        stated["remarks"].append(f"Rows and pictures come from several seeds ({', '.join(map(str, seeds))}).")
+        content["remarks"].append(f"Rows and pictures come from several seeds ({', '.join(map(str, seeds))}).")
     pictures = {name: _once(pair for report in reports for pair in getattr(report, name)) for name in SECTIONS}
-    return Report(**stated, **pictures, rows=rows, verdict=list(merged.values()))
+    return Report(**content, **pictures, rows=rows, verdict=list(merged.values()))
 
 
 def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
@@ -213,24 +240,24 @@ def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
 
 
 def _once(pairs: Iterable[tuple[str, Image.Image]]) -> list[tuple[str, Image.Image]]:
-    kept = {(caption, picture.size, picture.convert("RGB").tobytes()): (caption, picture) for caption, picture in pairs}
-    return list(kept.values())
+    unique = {(caption, one.size, one.convert("RGB").tobytes()): (caption, one) for caption, one in pairs}
+    return list(unique.values())
 
 
-def compare(paths: Sequence[str | Path], out: str | Path | None = None) -> Report:
-    """Merge finished reports into one, written into ``out``, with the pictures of the pages beside them.
+def compare(paths: Sequence[str | Path], out: str | Path | None = None, single_file: bool = False) -> Report:
+    """Merge finished reports into one, written into ``out``, with the pictures beside them.
 
     Raises:
         InputError: see :func:`read_report` and :func:`merge`.
     """
     reports = [read_report(path) for path in paths]
     for path, report in zip(map(Path, paths), reports, strict=True):
-        found = stored_pictures((path if path.is_dir() else path.parent) / "index.html")
+        pictures = read_pictures((path if path.is_dir() else path.parent) / "pictures")
         for name in SECTIONS:
-            getattr(report, name).extend(found.get(name, []))
+            getattr(report, name).extend(pictures.get(name, []))
     merged = merge(reports)
     if out is not None:
-        merged.write(out)
+        merged.write(out, single_file)
     return merged
 
 
@@ -240,9 +267,9 @@ def between_markers(path: Path, begin: str, end: str, text: str) -> None:
     Raises:
         InputError: the file does not have them.
     """
-    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
+    before, has_begin, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not has_begin or not has_end:
         raise InputError(f"{path}: expected the lines {begin} and {end}, found no such place for a table")
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 

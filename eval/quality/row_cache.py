@@ -1,8 +1,7 @@
-"""Measured rows kept on disk, under a key that names everything a row depends on."""
+"""Measured rows cached on disk under a key of everything that a row depends on."""
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,7 @@ import torch
 from torch import nn
 
 from stepdistill.errors import InputError
-from stepdistill.text_files import write_text
-
-
-def cache_folder() -> Path:
-    """$STEPDISTILL_CACHE, or ~/.cache/stepdistill."""
-    return Path(os.environ.get("STEPDISTILL_CACHE") or Path.home() / ".cache" / "stepdistill")
+from stepdistill.files import write_json
 
 
 def weights_digest(pipeline: Any) -> str:
@@ -38,7 +32,7 @@ def row_key(
     *, weights: str, scheduler: Any, steps: int, guidance: float, seed: int, samples: int, protocol: str, rule: str = ""
 ) -> str:
     """SHA-256 over what decides a row's metrics. ``weights`` and ``protocol`` are digests; ``rule`` is guidance's."""
-    stated = {
+    content = {
         "weights": weights,
         "scheduler": [type(scheduler).__name__, _plain(scheduler.config)],
         "steps": steps,
@@ -47,8 +41,8 @@ def row_key(
         "samples": samples,
         "protocol": protocol,
     }
-    stated |= {"rule": rule} if rule else {}
-    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+    content |= {"rule": rule} if rule else {}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -66,8 +60,9 @@ class RowCache:
     """Rows by key: JSON files in a folder, and read-only rows that were shipped with the protocol.
 
     Args:
-        folder: made on the first write. shipped: a measurements.json, or None. protocol: digest; shipped rows
-            of another protocol are ignored.
+        folder: made on the first write.
+        shipped: a measurements.json, or None.
+        protocol: digest; shipped rows of another protocol are ignored.
     """
 
     def __init__(self, folder: Path, shipped: Path | None, protocol: str):
@@ -110,9 +105,3 @@ def read_measurements(path: Path, protocol: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: expected JSON, found {error.msg}") from error
     return stored if stored.get("protocol") == protocol else empty_measurements(protocol)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON beside ``path`` and move it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=1))

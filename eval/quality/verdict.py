@@ -1,4 +1,4 @@
-"""Whether a student replaces its teacher, and when the samples are too few to say."""
+"""Verdict: whether a student replaces its teacher, or the samples are too few to decide."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -59,7 +59,7 @@ def verdict(
     """The verdict on one student row; None when the rows lack the metric that it is about.
 
     Args:
-        labels: the metrics' names under a standard protocol, whose verdicts are by FID or its own distance.
+        labels: the metrics' names under a protocol without classes, whose verdicts are by FID or its own distance.
     """
     metric = verdict_metric(labels)
     if any(metric not in row.metrics for row in (student, teacher, *solvers)):
@@ -80,7 +80,7 @@ def verdict(
         passed = False
     else:
         passed = None if certainty[False] or any(value < 1 for value in certainty[True]) else True
-    found = Verdict(
+    result = Verdict(
         student=student.name,
         teacher=teacher.name,
         solver=best.name if best else None,
@@ -90,11 +90,11 @@ def verdict(
         passed=passed,
         text="",
     )
-    found.text = f"{found.word}: {_words(metric, labels, student, teacher, best, found)}"
+    result.text = f"{result.word}: {_words(metric, labels, student, teacher, best, result)}"
     if passed is None:
         lowest = min(value for values in certainty.values() for value in values)
-        found.text += f" The samples are too few to be 95 % sure{_enough(student.samples, lowest)}."
-    return found
+        result.text += f" The samples are too few to be 95 % sure{_enough(student.samples, lowest)}."
+    return result
 
 
 def certain(metric: str, weighted: Sequence[tuple["Row", float]]) -> float:
@@ -108,7 +108,7 @@ def certain(metric: str, weighted: Sequence[tuple["Row", float]]) -> float:
 
 
 def verdict_metric(labels: Mapping[str, str] | None) -> str:
-    """What a verdict is about: FID under a standard protocol that has it; ``labels`` as for :func:`verdict`."""
+    """What a verdict is about: FID under a protocol that has it; ``labels`` as for :func:`verdict`."""
     if not labels:
         return VERDICT_METRIC
     return "fd_enet" if "fd_enet" in labels else "fid"
@@ -120,18 +120,18 @@ def _words(
     student: "Row",
     teacher: "Row",
     best: "Row | None",
-    found: Verdict,
+    result: Verdict,
 ) -> str:
     """The numbers behind a verdict as one sentence."""
     name = labels[metric] if labels else metric_name(metric, student.samples)
     text = (
         f"{student.name} in {_steps(student.steps)} (NFE {student.nfe}) has {name} {_value(student, metric)}, "
-        f"{found.ratio:.2f}× that of its teacher ({_value(teacher, metric)}, {teacher.steps} steps, "
+        f"{result.ratio:.2f}× that of its teacher ({_value(teacher, metric)}, {teacher.steps} steps, "
         f"w = {teacher.guidance:g}, NFE {teacher.nfe}; target at most {RATIO_TARGET:g}×)"
     )
-    if found.gap_closed is not None:
+    if result.gap_closed is not None:
         return (
-            f"{text}, and closes {100 * found.gap_closed:.0f} % of the gap to the teacher that the best stock solver "
+            f"{text}, and closes {100 * result.gap_closed:.0f} % of the gap to the teacher that the best stock solver "
             f"at NFE {best.nfe} leaves ({best.name}, {_value(best, metric)}; target at least {100 * GAP_TARGET:.0f} %)."
         )
     if best is None:
@@ -149,11 +149,11 @@ def _value(row: "Row", metric: str) -> str:
 
 def _enough(samples: int, certainty: float) -> str:
     """How many samples would decide, where errors fall with the root of their number."""
-    wanted = samples / certainty**2 if certainty > 0 else math.inf
-    if wanted > MOST_SAMPLES:
+    needed = samples / certainty**2 if certainty > 0 else math.inf
+    if needed > MOST_SAMPLES:
         return f"; it would take more than {MOST_SAMPLES:,}"
-    step = 10 ** max(1, math.floor(math.log10(wanted)) - 1)
-    return f"; about {math.ceil(wanted / step) * step:,} would decide"
+    step = 10 ** max(1, math.floor(math.log10(needed)) - 1)
+    return f"; about {math.ceil(needed / step) * step:,} would decide"
 
 
 def _steps(number: int) -> str:

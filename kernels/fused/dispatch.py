@@ -1,16 +1,19 @@
-"""Where a fused kernel runs and where its PyTorch reference does: decided here, for every operation."""
+"""Dispatch: whether an operation runs its fused kernel or its PyTorch reference."""
 
+from collections.abc import Callable
 from functools import reduce
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-# Triton is an optional dependency and has no wheels for some systems.
-HAS_TRITON = find_spec("triton") is not None
+try:  # an optional dependency, without wheels for some systems
+    import triton  # noqa: F401
+except ImportError:
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,15 +32,23 @@ def differentiated(*values: Tensor | float | None) -> bool:
     return torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
 
 
-def on_cuda(op: CustomOpDef, module: str, name: str) -> None:
-    """Give ``op``, whose body is the reference, its Triton kernel on CUDA: ``name`` of ``module`` of this package."""
-    if HAS_TRITON:
+def operation(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Makes a function the operation ``torch.ops.stepdistill.NAME``; torch.compile sees the kernels inside."""
 
-        @op.register_kernel("cuda")
-        def launch(*arguments: Any) -> Any:
-            # Triton launches on the current device, wherever the tensors lie.
-            with torch.cuda.device(next(value.device for value in arguments if isinstance(value, Tensor))):
-                return getattr(import_module(f"stepdistill.kernels.{module}"), name)(*arguments)
+    def made(function: Callable[..., Any]) -> CustomOpDef:
+        if HAS_TRITON:
+            return torch.library.triton_op(f"stepdistill::{name}", function, mutates_args=mutates_args)
+        # triton_op would say on every import that there is no Triton.
+        op = torch.library.custom_op(f"stepdistill::{name}", function, mutates_args=mutates_args)
+        op.register_fake(function)
+        return op
+
+    return made
+
+
+def launches(sample: Tensor) -> bool:
+    """Whether an operation on ``sample`` launches its Triton kernel; elsewhere it is the reference."""
+    return HAS_TRITON and sample.is_cuda
 
 
 def broadcast(value: Coefficient, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 from stepdistill.kernels.dispatch import common_type
 from stepdistill.kernels.layout import empty_result, rows
@@ -69,28 +70,24 @@ def sums_kernel(
 def guide_kernel(
     cond,
     uncond,
-    x_t,
-    noise,
+    x,
     running,
     t,
     w,
     a,
     b,
     c,
-    d,
     sums,
     out,
     s_cond,
     s_uncond,
     s_x,
-    s_noise,
     s_run,
     s_t,
     s_w,
     s_a,
     s_b,
     s_c,
-    s_d,
     elements,
     parts,
     low,
@@ -100,7 +97,6 @@ def guide_kernel(
     max_norm,
     UPDATE: tl.constexpr,
     PLUS: tl.constexpr,
-    NOISE: tl.constexpr,
     LIMITED: tl.constexpr,
     PROJECTS: tl.constexpr,
     CLIPS: tl.constexpr,
@@ -129,7 +125,7 @@ def guide_kernel(
         cd = sum_of_parts(at + 4 * PARTS, parts, PARTS)
         if PROJECTS:
             if CLIPS:
-                lin_d *= tl.minimum(max_norm / tl.sqrt(dd), 1.0)
+                lin_d *= max_norm / tl.maximum(tl.sqrt(dd), max_norm)
             lin_c += lin_d * (parallel - 1.0) * cd / cc
         if RESCALE:
             # g is linear in c and d, and so its variance follows from their moments.
@@ -149,88 +145,48 @@ def guide_kernel(
     else:
         guided = value_u + scale * (value_c - value_u)
     if UPDATE:
-        x = tl.load(x_t + sample * s_x + column, mask=inside, other=0.0).to(tl.float32)
-        guided = tl.load(a + sample * s_a) * x + tl.load(b + sample * s_b) * guided
+        value_x = tl.load(x + sample * s_x + column, mask=inside, other=0.0).to(tl.float32)
+        guided = tl.load(a + sample * s_a) * value_x + tl.load(b + sample * s_b) * guided
     if PLUS:
         guided += tl.load(c + sample * s_c) * value_u
-    if NOISE:
-        fresh = tl.load(noise + sample * s_noise + column, mask=inside, other=0.0).to(tl.float32)
-        guided += tl.load(d + sample * s_d) * fresh
     tl.store(out + sample * elements + column, guided.to(out.dtype.element_ty), mask=inside)
 
 
 def guide_triton(
     cond: Tensor,
     uncond: Tensor,
-    x_t: Tensor | None,
-    noise: Tensor | None,
-    running: Tensor | None,
-    t: Tensor | None,
     w: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    c: Tensor | None,
-    d: Tensor | None,
-    low: float,
-    high: float,
-    rescale: float,
-    parallel: float,
-    max_norm: float,
-    momentum: float,
+    t: Tensor | None,
+    running: Tensor | None,
+    step: list[Tensor],
+    numbers: list[float],
 ) -> Tensor:
-    """``torch.ops.stepdistill.guide`` by the kernels; arguments as there, coefficients (B,) float32 of any stride.
+    """``torch.ops.stepdistill.guide`` by the kernels; arguments as there, coefficients of any stride.
 
     Raises:
         ValueError: the samples differ in shape.
     """
-    dtype = common_type(cond, uncond, x_t, noise)
-    out = empty_result(cond, dtype)
+    x, a, b, c = [*step, *[None] * (4 - len(step))]
+    low, high, rescale, parallel, max_norm, momentum = numbers
+    out = empty_result(cond, common_type(cond, uncond, x))
     if out.numel() == 0:
         return out
-    (cond, uncond, x_t, noise, state), (*strides, s_run) = rows(out, cond, uncond, x_t, noise, running)
+    (cond, uncond, x, state), strides = rows(out, cond, uncond, x, running)
     batch, elements = len(cond), cond[0].numel()
     projects, sums = parallel != 1 or max_norm > 0 or momentum != 0, None
     chunk, parts = chunks(elements)
+    columns = (t, w, a, b, c)
+    places = [*strides, *(0 if column is None else column.stride(0) for column in columns)]
     if projects or rescale:
         sums = torch.empty(batch, SUMS, PARTS, dtype=torch.float32, device=cond.device)
+        summed = (cond, uncond, state, sums, *strides[:2], strides[3], elements, momentum)
         # Samples lie on the second grid axis, which CUDA limits to 65535: far more than a batch of latents.
-        sums_kernel[(parts, batch)](
-            cond,
-            uncond,
-            state,
-            sums,
-            *strides[:2],
-            s_run,
-            elements,
-            momentum,
-            MOMENTUM=momentum != 0,
-            CHUNK=chunk,
-            PARTS=PARTS,
-            BLOCK=BLOCK,
-        )
-    columns = (t, w, a, b, c, d)
-    guide_kernel[(triton.cdiv(elements, BLOCK), batch)](
-        cond,
-        uncond,
-        x_t,
-        noise,
-        state,
-        *columns,
-        sums,
-        out,
-        *strides,
-        s_run,
-        *(0 if column is None else column.stride(0) for column in columns),
-        elements,
-        parts,
-        low,
-        high,
-        rescale,
-        parallel,
-        max_norm,
-        UPDATE=x_t is not None,
+        wrap_triton(sums_kernel)[(parts, batch)](*summed, MOMENTUM=momentum != 0, CHUNK=chunk, PARTS=PARTS, BLOCK=BLOCK)
+    scalars = (elements, parts, low, high, rescale, parallel, max_norm)
+    wrap_triton(guide_kernel)[(triton.cdiv(elements, BLOCK), batch)](
+        *(cond, uncond, x, state, *columns, sums, out, *places, *scalars),
+        UPDATE=x is not None,
         PLUS=c is not None,
-        NOISE=noise is not None,
         LIMITED=t is not None,
         PROJECTS=projects,
         CLIPS=max_norm > 0,

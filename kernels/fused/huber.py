@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
-from stepdistill.kernels.dispatch import fusible, on_cuda
+from stepdistill.kernels.dispatch import HAS_TRITON, fusible, launches, operation
 from stepdistill.kernels.layout import empty_result
+
+if HAS_TRITON:
+    from stepdistill.kernels.training_triton import pseudo_huber_backward_triton, pseudo_huber_triton
 
 
 def pseudo_huber(difference: Tensor, c: float) -> Tensor:
@@ -21,28 +24,24 @@ def pseudo_huber_reference(difference: Tensor, c: float) -> Tensor:
     return ((wide.square() + c**2).sqrt() - c).mean()
 
 
-@torch.library.custom_op("stepdistill::pseudo_huber", mutates_args=())
+@operation("pseudo_huber")
 def pseudo_huber_op(difference: Tensor, c: float) -> Tensor:
     """:func:`pseudo_huber` as one operation, float32, whatever the device."""
+    if launches(difference):
+        with torch.cuda.device_of(difference):  # Triton launches on the current one
+            return pseudo_huber_triton(difference, c)
     return pseudo_huber_reference(difference, c).float()
 
 
-@pseudo_huber_op.register_fake
-def _(difference, c):
-    return difference.new_empty((), dtype=torch.float32)
-
-
-@torch.library.custom_op("stepdistill::pseudo_huber_backward", mutates_args=())
+@operation("pseudo_huber_backward")
 def pseudo_huber_backward_op(difference: Tensor, gradient: Tensor, c: float) -> Tensor:
     """The gradient of :func:`pseudo_huber` in ``difference``; ``gradient`` is that of the loss, 0-d."""
+    if launches(difference):
+        with torch.cuda.device_of(difference):  # Triton launches on the current one
+            return pseudo_huber_backward_triton(difference, gradient, c)
     wide = difference.float()
     value = wide / (wide.square() + c**2).sqrt() * (gradient / difference.numel())
     return empty_result(difference, difference.dtype).copy_(value)
-
-
-@pseudo_huber_backward_op.register_fake
-def _(difference, gradient, c):
-    return empty_result(difference, difference.dtype)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -56,5 +55,3 @@ def _backward(ctx, gradient):
 
 
 pseudo_huber_op.register_autograd(_backward, setup_context=_setup)
-on_cuda(pseudo_huber_op, "training_triton", "pseudo_huber_triton")
-on_cuda(pseudo_huber_backward_op, "training_triton", "pseudo_huber_backward_triton")

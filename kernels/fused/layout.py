@@ -1,4 +1,4 @@
-"""How tensors of any stride become what the kernels read: one flat row per sample, in memory order."""
+"""Layout: tensors of any stride as one flat row per sample, in memory order, as the kernels read them."""
 
 import torch
 from torch import Tensor

@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepdistill.kernels.dispatch import common_type, differentiated, fusible, on_cuda
+from stepdistill.kernels.dispatch import HAS_TRITON, common_type, differentiated, fusible, launches, operation
 from stepdistill.kernels.layout import empty_result
+
+if HAS_TRITON:
+    from stepdistill.kernels.training_triton import dmd_gradient_triton, sid_loss_backward_triton, sid_loss_triton
 
 
 def mean_per_sample(value: Tensor) -> Tensor:
@@ -35,15 +38,13 @@ def dmd_gradient_reference(x: Tensor, real: Tensor, fake: Tensor, floor: float =
     return ((fake - real) / (weight.clamp_min(floor) if floor else weight)).to(dtype)
 
 
-@torch.library.custom_op("stepdistill::dmd_gradient", mutates_args=())
+@operation("dmd_gradient")
 def dmd_gradient_op(x: Tensor, real: Tensor, fake: Tensor, floor: float) -> Tensor:
     """:func:`dmd_gradient` as one operation, whatever the device."""
+    if launches(x):
+        with torch.cuda.device_of(x):  # Triton launches on the current one
+            return dmd_gradient_triton(x, real, fake, floor)
     return empty_result(x, common_type(x, real, fake)).copy_(dmd_gradient_reference(x, real, fake, floor))
-
-
-@dmd_gradient_op.register_fake
-def _(x, real, fake, floor):
-    return empty_result(x, common_type(x, real, fake))
 
 
 def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
@@ -76,8 +77,9 @@ def identity_loss(x: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor
     """(r - f) (r - x - alpha (r - f)), elementwise: SiD's estimate of (1 - alpha) (r - f)^2 (Zhou et al. 2024, eq. 23).
 
     Args:
-        x: the student's samples (B, ...). real, fake: r and f, denoised x_t by teacher and critic, with their graph
-            back to ``x``.
+        x: the student's samples (B, ...).
+        real: r, x_t denoised by the teacher, with its graph back to ``x``.
+        fake: f, x_t denoised by the critic, with its graph back to ``x``.
     """
     return (real - fake) * (real - x - alpha * (real - fake))
 
@@ -100,33 +102,29 @@ def sid_loss_reference(x: Tensor, real: Tensor, fake: Tensor, alpha: float, floo
     return (identity_loss(x, real, fake, alpha) / weight).mean()
 
 
-@torch.library.custom_op("stepdistill::sid_loss", mutates_args=())
+@operation("sid_loss")
 def sid_loss_op(x: Tensor, real: Tensor, fake: Tensor, alpha: float, floor: float) -> tuple[Tensor, Tensor]:
     """(:func:`sid_loss`, the weights (B,)), float32, whatever the device."""
+    if launches(x):
+        with torch.cuda.device_of(x):  # Triton launches on the current one
+            return sid_loss_triton(x, real, fake, alpha, floor)
     weight = mean_per_sample((x.float() - real.float()).abs()).clamp_min(floor)
     return sid_loss_reference(x, real, fake, alpha, floor).float(), weight.flatten()
 
 
-@sid_loss_op.register_fake
-def _(x, real, fake, alpha, floor):
-    return x.new_empty((), dtype=torch.float32), x.new_empty(len(x), dtype=torch.float32)
-
-
-@torch.library.custom_op("stepdistill::sid_loss_backward", mutates_args=())
+@operation("sid_loss_backward")
 def sid_loss_backward_op(
     x: Tensor, real: Tensor, fake: Tensor, weight: Tensor, gradient: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`sid_loss` in x, real and fake; ``gradient`` is that of the loss, 0-d."""
+    if launches(x):
+        with torch.cuda.device_of(x):  # Triton launches on the current one
+            return sid_loss_backward_triton(x, real, fake, weight, gradient, alpha)
     difference, gap = real.float() - fake.float(), real.float() - x.float()
     scale = (gradient / (x.numel() * weight)).reshape(-1, *[1] * (x.ndim - 1))
     along_fake = 2 * alpha * difference - gap
-    found = (-difference * scale, (difference - along_fake) * scale, along_fake * scale)
-    return tuple(empty_result(x, of.dtype).copy_(value) for of, value in zip((x, real, fake), found, strict=True))
-
-
-@sid_loss_backward_op.register_fake
-def _(x, real, fake, weight, gradient, alpha):
-    return tuple(empty_result(x, of.dtype) for of in (x, real, fake))
+    gradients = (-difference * scale, (difference - along_fake) * scale, along_fake * scale)
+    return tuple(empty_result(x, of.dtype).copy_(value) for of, value in zip((x, real, fake), gradients, strict=True))
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -139,6 +137,3 @@ def _backward(ctx, gradient, _):
 
 
 sid_loss_op.register_autograd(_backward, setup_context=_setup)
-on_cuda(dmd_gradient_op, "training_triton", "dmd_gradient_triton")
-on_cuda(sid_loss_op, "training_triton", "sid_loss_triton")
-on_cuda(sid_loss_backward_op, "training_triton", "sid_loss_backward_triton")

@@ -3,8 +3,20 @@
 import torch
 from torch import Tensor
 
-from stepdistill.kernels.dispatch import broadcast, common_type, differentiated, fusible, on_cuda, per_row
+from stepdistill.kernels.dispatch import (
+    HAS_TRITON,
+    broadcast,
+    common_type,
+    differentiated,
+    fusible,
+    launches,
+    operation,
+    per_row,
+)
 from stepdistill.kernels.layout import empty_result
+
+if HAS_TRITON:
+    from stepdistill.kernels.training_triton import add_noise_triton
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -25,15 +37,13 @@ def add_noise_reference(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -
     return (alpha * x0.to(compute) + sigma * eps.to(compute)).to(dtype)
 
 
-@torch.library.custom_op("stepdistill::add_noise", mutates_args=())
+@operation("add_noise")
 def add_noise_op(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """:func:`add_noise` as one operation, whatever the device; coefficients float32."""
+    if launches(x0):
+        with torch.cuda.device_of(x0):  # Triton launches on the current one
+            return add_noise_triton(x0, eps, alpha, sigma)
     return empty_result(x0, common_type(x0, eps)).copy_(add_noise_reference(x0, eps, alpha, sigma))
-
-
-@add_noise_op.register_fake
-def _(x0, eps, alpha, sigma):
-    return empty_result(x0, common_type(x0, eps))
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -44,12 +54,11 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, gradient):
     wide = gradient.float()
-    found = [
+    gradients = [
         (broadcast(factor, wide, torch.float32) * wide).to(dtype) if needed else None
         for factor, dtype, needed in zip(ctx.saved_tensors, ctx.types, ctx.needs_input_grad[:2], strict=True)
     ]
-    return *found, None, None
+    return *gradients, None, None
 
 
 add_noise_op.register_autograd(_backward, setup_context=_setup)
-on_cuda(add_noise_op, "training_triton", "add_noise_triton")

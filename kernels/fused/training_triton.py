@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 from stepdistill.kernels.dispatch import common_type
 from stepdistill.kernels.layout import empty_result, rows
@@ -166,7 +167,7 @@ def _chunks(like: Tensor) -> tuple[int, int, tuple[int, int], Tensor]:
 def _gaps(x: Tensor, real: Tensor, strides: list[int]) -> tuple[Tensor, int]:
     """(partial sums of |x - real|, how many of them a sample has)."""
     elements, chunk, grid, sums = _chunks(x)
-    gap_sums_kernel[grid](x, real, sums, *strides, elements, CHUNK=chunk, PARTS=PARTS, BLOCK=BLOCK)
+    wrap_triton(gap_sums_kernel)[grid](x, real, sums, *strides, elements, CHUNK=chunk, PARTS=PARTS, BLOCK=BLOCK)
     return sums, grid[0]
 
 
@@ -177,7 +178,7 @@ def add_noise_triton(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> T
         (x0, eps), strides = rows(out, x0, eps)
         elements, grid = _blocks(out)
         strides += [alpha.stride(0), sigma.stride(0)]
-        add_noise_kernel[grid](x0, eps, alpha, sigma, out, *strides, elements, BLOCK=BLOCK)
+        wrap_triton(add_noise_kernel)[grid](x0, eps, alpha, sigma, out, *strides, elements, BLOCK=BLOCK)
     return out
 
 
@@ -188,7 +189,9 @@ def dmd_gradient_triton(x: Tensor, real: Tensor, fake: Tensor, floor: float) -> 
         (x, real, fake), strides = rows(out, x, real, fake)
         sums, parts = _gaps(x, real, strides[:2])
         elements, grid = _blocks(out)
-        dmd_gradient_kernel[grid](real, fake, sums, out, *strides[1:], elements, parts, floor, PARTS=PARTS, BLOCK=BLOCK)
+        wrap_triton(dmd_gradient_kernel)[grid](
+            real, fake, sums, out, *strides[1:], elements, parts, floor, PARTS=PARTS, BLOCK=BLOCK
+        )
     return out
 
 
@@ -198,7 +201,7 @@ def sid_loss_triton(x: Tensor, real: Tensor, fake: Tensor, alpha: float, floor: 
     gaps, parts = _gaps(x, real, strides[:2])
     elements, chunk, grid, sums = _chunks(x)
     weights = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    sid_sums_kernel[grid](
+    wrap_triton(sid_sums_kernel)[grid](
         x, real, fake, gaps, sums, weights, *strides, elements, alpha, floor, CHUNK=chunk, PARTS=PARTS, BLOCK=BLOCK
     )
     return sums[:, :parts].sum() / x.numel(), weights
@@ -208,20 +211,20 @@ def sid_loss_backward_triton(
     x: Tensor, real: Tensor, fake: Tensor, weight: Tensor, gradient: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.ops.stepdistill.sid_loss_backward``."""
-    found = tuple(empty_result(x, of.dtype) for of in (x, real, fake))
-    (x, real, fake), strides = rows(found[0], x, real, fake)
+    gradients = tuple(empty_result(x, of.dtype) for of in (x, real, fake))
+    (x, real, fake), strides = rows(gradients[0], x, real, fake)
     elements, grid = _blocks(x)
-    sid_backward_kernel[grid](
-        x, real, fake, weight, gradient, *found, *strides, elements, x.numel(), alpha, BLOCK=BLOCK
+    wrap_triton(sid_backward_kernel)[grid](
+        x, real, fake, weight, gradient, *gradients, *strides, elements, x.numel(), alpha, BLOCK=BLOCK
     )
-    return found
+    return gradients
 
 
 def pseudo_huber_triton(difference: Tensor, c: float) -> Tensor:
     """``torch.ops.stepdistill.pseudo_huber``."""
     (difference,), (stride,) = rows(empty_result(difference, difference.dtype), difference)
     elements, chunk, grid, sums = _chunks(difference)
-    huber_sums_kernel[grid](difference, sums, stride, elements, c, CHUNK=chunk, PARTS=PARTS, BLOCK=BLOCK)
+    wrap_triton(huber_sums_kernel)[grid](difference, sums, stride, elements, c, CHUNK=chunk, PARTS=PARTS, BLOCK=BLOCK)
     return sums[:, : grid[0]].sum() / difference.numel()
 
 
@@ -230,5 +233,5 @@ def pseudo_huber_backward_triton(difference: Tensor, gradient: Tensor, c: float)
     out = empty_result(difference, difference.dtype)
     (difference,), (stride,) = rows(out, difference)
     elements, grid = _blocks(out)
-    huber_backward_kernel[grid](difference, gradient, out, stride, elements, out.numel(), c, BLOCK=BLOCK)
+    wrap_triton(huber_backward_kernel)[grid](difference, gradient, out, stride, elements, out.numel(), c, BLOCK=BLOCK)
     return out

@@ -21,6 +21,9 @@ CLASS_NAMES = (
     "Ankle boot",
 )
 
+COUNT = 60_000
+"""Training images."""
+
 # MD5 of the decompressed files: packagers re-compress them, so the .gz differ.
 _MD5 = {
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
@@ -52,8 +55,8 @@ def find_folder(folder: str | Path | None = None) -> Path:
 def _read_idx(folder: Path, name: str) -> np.ndarray:
     packed, plain = folder / f"{name}.gz", folder / name
     raw = gzip.decompress(packed.read_bytes()) if packed.exists() else plain.read_bytes()
-    if (found := hashlib.md5(raw).hexdigest()) != _MD5[name]:
-        raise ValueError(f"{folder / name}: MD5 of the decompressed file is {found}, expected {_MD5[name]}")
+    if (md5 := hashlib.md5(raw).hexdigest()) != _MD5[name]:
+        raise ValueError(f"{folder / name}: MD5 of the decompressed file is {md5}, expected {_MD5[name]}")
     dims = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(dims)
 

@@ -1,113 +1,254 @@
-"""Real images for the methods that need them, and their captions: Fashion-MNIST, or any source of samples."""
+"""What ``data.images`` and ``data.conditions`` stand for: Fashion-MNIST, a shipped list, or any source of samples."""
 
-import torch
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
 from torch import Tensor
 
+from stepdistill import assets
 from stepdistill.data import fashion_mnist, picture
-from stepdistill.data.forms import samples
-from stepdistill.data.sample import UNREADABLE, Pictures, Sample
-from stepdistill.data.tally import Tally
+from stepdistill.data.buckets import Bucket, Size, nearest
+from stepdistill.data.identity import identity
+from stepdistill.data.sample import UNREADABLE, Data, Pictures, Sample, Tally
+from stepdistill.data.sources import count, form, samples
 from stepdistill.errors import InputError
-from stepdistill.recipe import Data
+from stepdistill.files import digest, read_json, write_json
 
 
-def load(data: Data, channels: int, size: int) -> tuple[Tensor, list[str], list[Pictures]]:
-    """Images uint8 (N, channels, size, size) of ``data.images``, and the condition of each: a class name or a caption,
-    and the pictures that ``data.arguments`` names.
+@dataclass(frozen=True)
+class Item:
+    """A usable sample of ``data.images``.
 
-    Images are cut to their middle square, and with them those pictures that have the same proportions. Samples that
-    cannot be used are left out, counted and said.
+    Args:
+        name: where it is, for messages.
+        image: uint8 (C, size, size).
+        condition: a class name or a caption.
+        own: the pictures that ``data.arguments`` names.
+    """
 
-    Raises:
-        InputError: more than ``data.max_rejected`` of them cannot be used, or there are none.
+    name: str
+    image: Tensor
+    condition: str
+    own: Pictures
+
+
+def stream(
+    data: Data,
+    channels: int,
+    size: int,
+    tally: Tally,
+    first: int = 0,
+    last: int | None = None,
+    bucket: Bucket | None = None,
+) -> Iterator[Item | None]:
+    """The samples ``first`` .. ``last`` of ``data.images``, each in its turn; None for one that cannot be used.
+
+    Images are cut to their middle square, and with them those pictures that have the same proportions. ``tally`` counts
+    what cannot be used. With a ``bucket`` None also stands for images of other buckets, and its size is theirs.
     """
     if data.images == "fashion-mnist":
-        try:
-            images, labels = fashion_mnist.load("train")
-        except FileNotFoundError as error:
-            raise InputError(str(error)) from None
-        if images.shape[1:] != (channels, size, size):
-            raise InputError(f"fashion-mnist has 1x32x32 images, this pipeline wants {channels}x{size}x{size}")
-        return images, [fashion_mnist.CLASS_NAMES[label] for label in labels.tolist()], []
-    tally, pictures, conditions, inputs = Tally("data.images", data.max_rejected), [], [], []
-    for sample in samples(data.images, data.caption_key, data.image_key, data.limit):
-        if not tally.accepts(sample):
+        images, labels = _fashion_mnist(channels, size)
+        for number, (image, label) in enumerate(
+            zip(images[first:last], labels[first:last].tolist(), strict=True), first
+        ):
+            tally.read += 1
+            yield Item(f"image {number}", image, fashion_mnist.CLASS_NAMES[label], {})
+        return
+    for row, (sample, own, notes) in enumerate(_usable(data, "images", tally, first, last), first):
+        if own is None:
+            yield None
             continue
         if sample.image is None:
             tally.reject(sample, "no image")
+            yield None
             continue
         try:
+            if bucket is not None and not bucket.holds(_upright_size(sample.image)):
+                yield None
+                continue
             with sample.image() as file:
-                image, notes = picture.read(file, "L" if channels == 1 else "RGB")
-            own, more = _own_pictures(sample, data)
+                image, more = picture.read(file, "L" if channels == 1 else "RGB")
         except UNREADABLE as error:
             tally.reject(sample, f"unreadable image: {error}")
-        except KeyError as error:
-            tally.reject(sample, f"no picture {error.args[0]}")
-        else:
-            tally.note(sample, *dict.fromkeys([*notes, *more]))
-            pictures.append(picture.scaled(picture.middle(image), channels, size))
-            conditions.append(sample.caption)
-            inputs.append({name: picture.middle(one, image.size) for name, one in own.items()})
-    tally.close()
-    if not pictures:
+            yield None
+            continue
+        tally.note(sample, *dict.fromkeys([*more, *notes]))
+        cut = {name: picture.middle(one, image.size) for name, one in own.items()}
+        part = picture.middle(image) if bucket is None else bucket.cut(image, row)
+        sides = (size, size) if bucket is None else bucket.size
+        yield Item(sample.name, picture.scaled(part, channels, *sides), sample.caption or "", cut)
+
+
+def bucket_counts(data: Data, sizes: Sequence[Size]) -> list[int]:
+    """How many of the images of ``data.images`` are nearest in proportions to each of the sizes."""
+    counts = [0] * len(sizes)
+    for sample, own, _ in _usable(data, "images", Tally("data.images", 1.0)):
+        try:
+            if own is not None and sample.image is not None:
+                counts[nearest(*_upright_size(sample.image), sizes)] += 1
+        except UNREADABLE:
+            continue  # which stream() counts
+    return counts
+
+
+def _upright_size(image: Callable[[], BinaryIO]) -> tuple[int, int]:
+    with image() as file:
+        return picture.upright_size(file)
+
+
+def _fashion_mnist(channels: int, size: int) -> tuple[Tensor, Tensor]:
+    try:
+        images, labels = fashion_mnist.load("train")
+    except FileNotFoundError as error:
+        raise InputError(str(error)) from None
+    if images.shape[1:] != (channels, size, size):
+        raise InputError(f"fashion-mnist has 1x32x32 images, this pipeline wants {channels}x{size}x{size}")
+    return images, labels
+
+
+def own_pictures(data: Data, channels: int, size: int, count: int, identity: str) -> "OwnPictures":
+    """The pictures of the ``count`` usable samples of ``data.images``, which ``identity`` stands for."""
+
+    def read() -> Iterator[Pictures]:
+        items = stream(data, channels, size, Tally("data.images", 1.0))
+        return (item.own for item in items if item is not None)
+
+    return OwnPictures(read, count, identity)
+
+
+def image_count(data: Data) -> int:
+    """How many samples ``data.images`` has, usable or not."""
+    return fashion_mnist.COUNT if data.images == "fashion-mnist" else count(data.images or "", data.limit)
+
+
+def close_tally(tally: Tally, data: Data, log: bool = True) -> None:
+    """Log what was rejected, with ``log``.
+
+    Raises:
+        InputError: more than ``data.max_rejected`` of the samples cannot be used, or all of them.
+    """
+    tally.close(log)
+    if sum(tally.reasons.values()) == tally.read:
         raise InputError(f"data.images: expected images in {data.images}, found none")
-    return torch.stack(pictures), conditions, inputs
 
 
-def captions(data: Data, key: str = "images", aloud: bool = True) -> list[str]:
-    """The captions of the source that ``data.images`` or ``data.conditions`` names, each once, in order.
+def conditions(data: Data, log: bool = True, cache: Path | None = None) -> tuple[str | list[str], "OwnPictures | None"]:
+    """ "classes", a file with a prompt a line, or a list: captions each once; of a shipped list its file.
+
+    Where ``data.arguments`` gives each sample pictures of its own: every caption, and the pictures of each.
 
     Args:
-        aloud: say how many samples were rejected.
+        data: of the recipe; checked there.
+        log: say how many samples were rejected.
+        cache: as for :func:`requests`.
 
     Raises:
         InputError: more than ``data.max_rejected`` samples have none, or there are no samples.
     """
-    source = getattr(data, key)
-    if source == "fashion-mnist":
+    source = data.conditions
+    key = "images" if source == "captions" else "conditions"
+    if data.arguments:
+        return requests(data, key, log, cache)
+    if isinstance(source, list) or source == "classes":
+        return source, None
+    if source in assets.prompt_lists():
+        return str(assets.prompts(source)), None
+    if source != "captions" and form(source) == "text":
+        return source, None
+    return captions(data, key, log), None
+
+
+def captions(data: Data, key: str = "images", log: bool = True) -> list[str]:
+    """The captions of the source that ``data.images`` or ``data.conditions`` (``key``) names, each once, in order."""
+    if getattr(data, key) == "fashion-mnist":
         return list(fashion_mnist.CLASS_NAMES)
-    tally, found = Tally(f"data.{key}", data.max_rejected), {}
-    for sample in samples(source, data.caption_key, data.image_key, data.limit):
-        if tally.accepts(sample):
-            found[sample.caption] = None
-    tally.close(aloud)
-    if not found:
-        raise InputError(f"data.{key}: expected captions in {source}, found none")
-    return list(found)
+    return list(dict.fromkeys(caption for caption, _ in _requests(data, key, log)))
 
 
-def requests(data: Data, key: str = "images", aloud: bool = True) -> tuple[list[str], list[Pictures]]:
-    """Every caption of the source that ``data.images`` or ``data.conditions`` names, with its own pictures.
+def requests(
+    data: Data, key: str = "images", log: bool = True, cache: Path | None = None
+) -> tuple[list[str], "OwnPictures"]:
+    """Every caption of the source that ``data.images`` or ``data.conditions`` (``key``) names, with its pictures.
 
-    Raises:
-        InputError: more than ``data.max_rejected`` samples lack one or the other, or there are no samples.
+    Args:
+        cache: folder in which it is kept which samples can be used, so that they are not read again to find out.
     """
-    tally, captions, pictures = Tally(f"data.{key}", data.max_rejected), [], []
-    for sample in samples(getattr(data, key), data.caption_key, data.image_key, data.limit):
+    source = identity(getattr(data, key))
+    name = digest(source, key, data.caption_key, data.image_key, data.arguments, data.limit, data.max_rejected)
+    file = cache / f"captions-{name}.json" if cache is not None else None
+    if file is not None and file.is_file():
+        found = read_json(file)["captions"]
+    else:
+        found = [caption for caption, _ in _requests(data, key, log)]
+        if file is not None:
+            write_json(file, {"captions": found})
+    return found, OwnPictures(lambda: (own for _, own in _requests(data, key, log=False)), len(found), name)
+
+
+class OwnPictures:
+    """The pictures of ``count`` samples, read one after the other whenever they are needed.
+
+    Args:
+        read: the pictures of each, in order.
+        count: how many.
+        identity: says which pictures these are.
+    """
+
+    def __init__(self, read: Callable[[], Iterator[Pictures]], count: int, identity: str):
+        self.read, self.count, self.identity = read, count, identity
+        self._next, self._stream = 0, iter(())
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Pictures]:
+        return self.read()
+
+    def __getitem__(self, number: int | slice) -> Any:
+        """Of a sample, quick in order, else they are read from the first one on; of several as a list."""
+        if isinstance(number, slice):
+            return list(islice(self.read(), *number.indices(self.count)))
+        if number < self._next or not self._next:
+            self._next, self._stream = 0, self.read()
+        skipped = number - self._next
+        self._next = number + 1
+        return next(islice(self._stream, skipped, None))
+
+
+def _requests(data: Data, key: str, log: bool) -> Iterator[tuple[str, Pictures]]:
+    tally, found = Tally(f"data.{key}", data.max_rejected), 0
+    for sample, own, notes in _usable(data, key, tally):
+        if own is not None:
+            tally.note(sample, *notes)
+            found += 1
+            yield sample.caption, own  # ty: ignore[invalid-yield], accepted samples have a caption
+    tally.close(log)
+    if not found:
+        raise InputError(f"data.{key}: expected captions in {getattr(data, key)}, found none")
+
+
+def _usable(
+    data: Data, key: str, tally: Tally, first: int = 0, last: int | None = None
+) -> Iterator[tuple[Sample, Pictures | None, list[str]]]:
+    """The samples ``first`` .. ``last`` of a source, each with the pictures that ``data.arguments`` names and what was
+    changed of them; None for the pictures of those that are rejected, as they have not all of these or no caption."""
+    for sample in islice(samples(getattr(data, key), data.caption_key, data.image_key, data.limit), first, last):
         if not tally.accepts(sample):
+            yield sample, None, []
             continue
+        own, notes = {}, {}
         try:
-            own, notes = _own_pictures(sample, data)
+            for argument, name in data.arguments.items():
+                with sample.other(name) as file:
+                    own[argument], changed = picture.read(file)
+                notes |= dict.fromkeys(changed)
         except UNREADABLE as error:
             tally.reject(sample, f"unreadable picture: {error}")
+            own = None
         except KeyError as error:
             tally.reject(sample, f"no picture {error.args[0]}")
-        else:
-            tally.note(sample, *notes)
-            pictures.append(own)
-            captions.append(sample.caption)
-    tally.close(aloud)
-    if not captions:
-        raise InputError(f"data.{key}: expected captions with pictures in {getattr(data, key)}, found none")
-    return captions, pictures
-
-
-def _own_pictures(sample: Sample, data: Data) -> tuple[Pictures, list[str]]:
-    """The pictures that ``data.arguments`` names, and what was changed of them."""
-    found, notes = {}, {}
-    for argument, key in data.arguments.items():
-        with sample.other(key) as file:
-            found[argument], changed = picture.read(file)
-        notes |= dict.fromkeys(changed)
-    return found, list(notes)
+            own = None
+        yield sample, own, list(notes)

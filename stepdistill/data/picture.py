@@ -1,14 +1,15 @@
 """One way to read a picture file: for real images, for pictures of the samples' own, and for examples in a recipe."""
 
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
-import torch
-from PIL import Image, ImageChops, ImageOps
-from torch import Tensor
+from PIL import ExifTags, Image, ImageChops, ImageOps
 
 from stepdistill.data.sample import UNREADABLE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ON_WHITE = "transparent parts are put on white"
 FROM_16_BITS = "16 bits a channel are scaled to 8"
@@ -40,7 +41,7 @@ def read(file: BinaryIO | Path, mode: Literal["RGB", "L"] = "RGB") -> tuple[Imag
         notes.append(FROM_16_BITS)
     if image.mode in _ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             notes.append(ON_WHITE)
     return image.convert(mode), notes
@@ -67,12 +68,38 @@ def middle(image: Image.Image, like: tuple[int, int] | None = None) -> Image.Ima
     """The middle square of a picture; of one with other proportions than a size ``like`` the whole picture."""
     if like is not None and abs(image.width * like[1] - image.height * like[0]) > max(*image.size, *like):
         return image
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    return cut(image)
 
 
-def scaled(square: Image.Image, channels: int, size: int) -> Tensor:
-    """A square picture as uint8 (channels, size, size)."""
-    image = square.resize((size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
+def cut(image: Image.Image, size: tuple[int, int] = (1, 1), place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """The largest part of a picture with the proportions of ``size`` (height, width).
+
+    Args:
+        place: where the part lies across and down, 0 to 1; the default is the middle.
+    """
+    height, width = size
+    if image.width * height >= image.height * width:
+        part = round(image.height * width / height), image.height
+    else:
+        part = image.width, round(image.width * height / width)
+    left, top = (int(at * (whole - of)) for at, whole, of in zip(place, image.size, part, strict=True))
+    return image.crop((left, top, left + part[0], top + part[1]))
+
+
+def scaled(image: Image.Image, channels: int, height: int, width: int) -> "Tensor":
+    """A picture as uint8 (channels, height, width)."""
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    import torch  # seconds, which a recipe with a wrong key must not wait for
+
+    return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1)
+
+
+def upright_size(file: BinaryIO | Path) -> tuple[int, int]:
+    """Width and height of a picture as :func:`read` gives it, without its pixels.
+
+    Raises:
+        One of UNREADABLE: it is no picture.
+    """
+    with Image.open(file) as opened:
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return opened.size[::-1] if turned else opened.size

@@ -1,93 +1,306 @@
-"""webdataset shards: .tar files in which neighbours of one name, but for the ending, are a sample.
+"""The files of a store (:mod:`stepdistill.data.store`), written one after the other with nothing else in memory.
 
-Read member by member, never unpacked. A member that is no plain file, or whose name leads out of the archive, is
-refused.
+An item (a prompt, a sample of a source) makes one row, or none where it is rejected. Items are divided into blocks of a
+fixed number; a shard ends with its block, or sooner once it has ``SHARD`` bytes, and its name holds a hash of its
+content. So the files depend neither on where writing was interrupted nor on how many processes share it.
+
+Of each name a shard has all rows one behind the other, and NAME.lengths: zeros at the end of dimension 1 are left out.
 """
 
-import io
-import tarfile
-from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import groupby
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from stepdistill.data.sample import SUFFIXES, Sample, decoded, first_key, json_sample
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepdistill.data.sample import Tally
 from stepdistill.errors import InputError
+from stepdistill.files import atomic, publish, sha256, write_json
+from stepdistill.progress import WorkProgress, say
 
-TEXTS = ("txt", "caption")
-LARGEST = 2**28
-"""Bytes; what is larger is no picture and no caption."""
+SHARD = 2**26
+"""Bytes from which on a shard ends; they are in memory until it is written."""
+SCHEMA = 1
+CONSTANTS, INDEX, LENGTHS = "constants.safetensors", "index.json", ".lengths"
+GIB = 2**30
 
 
-def read(files: Sequence[Path], caption_key: str | None, image_key: str | None) -> Iterator[Sample]:
-    """The samples of all shards in order; an image can be opened until the next sample is asked for.
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work this process does: ``rank`` of ``count``.
 
     Args:
-        caption_key: an ending, such as txt, or a key of the .json members. image_key: an ending, such as jpg.
+        any: whether the flag is set in any process; returns when all of them have called it.
+    """
+
+    rank: int = 0
+    count: int = 1
+    any: Callable[[bool], bool] = bool
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.any(False)
+
+    @contextmanager
+    def after_the_first(self) -> Iterator[None]:
+        """The block runs in the first process, then in the others: they find what it has left on the disk."""
+        if self.rank:
+            self.wait()
+        yield
+        if not self.rank:
+            self.wait()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``count`` rows (count, ...) by name, the number of items that they were made of, and a tally's facts of these."""
+
+    rows: Mapping[str, Tensor]
+    count: int
+    items: int
+    tally: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a store is to hold, and how it is made.
+
+    Args:
+        what: for people, such as "prompts".
+        items: how many there are.
+        chunk: items that are encoded together; a block is a multiple of it.
+        row_bytes: of one row, by :func:`row_bytes` of the first chunk.
+        make: the chunks of the items ``first`` .. ``last``, in order; ``first`` is a multiple of ``chunk``.
+        constants: rows (1, ...) by name. Rows of these names that are all equal to them are not stored.
+        alike: a name, and another whose rows may be the same one by one; then only the other's are stored. Both are
+            padded to one length.
+    """
+
+    what: str
+    items: int
+    chunk: int
+    row_bytes: int
+    make: Callable[[int, int], Iterator[Chunk]]
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    alike: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def block(self) -> int:
+        """Items of a block."""
+        return max(1, SHARD // max(1, self.row_bytes) // self.chunk) * self.chunk
+
+
+def row_bytes(rows: Mapping[str, Tensor]) -> int:
+    """Bytes that a row of a chunk takes in a shard, on average."""
+    pieces = [piece for name, value in rows.items() for piece in _ragged(name, value).values()]
+    return sum(piece.nbytes for piece in pieces) // max(1, *(len(value) for value in rows.values()), 1)
+
+
+def fill(folder: Path, key: str, content: Content, share: Share) -> None:
+    """Write the shards of this process's blocks that are not there.
 
     Raises:
-        InputError: a shard is no .tar file, or is cut short.
+        InputError: the disk has too little space.
     """
-    for file in files:
-        try:
-            with tarfile.open(file) as archive:
-                members = (member for member in archive if not member.isdir())
-                for key, group in groupby(members, _key):
-                    yield from _samples(f"{file}:{key}", archive, list(group), caption_key, image_key)
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise InputError(f"{file}: not a whole .tar file ({error})") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks = -(-content.items // content.block)
+    first, last = (
+        min(blocks * rank // share.count * content.block, content.items) for rank in (share.rank, share.rank + 1)
+    )
+    gaps = list(_gaps(folder, key, first, last))
+    missing, done = sum(stop - start for start, stop in gaps), 0
+    if not missing:
+        return
+    _check_space(folder, content, missing)
+    with WorkProgress() as progress:
+        for start, stop in gaps:
+            part = _Part(start)
+            for chunk in content.make(start, stop):
+                part.add(chunk)
+                done += chunk.items
+                progress(f"encoding {content.what}", done, missing)
+                if part.last % content.block == 0 or part.last == stop or part.bytes >= SHARD:
+                    part.write(folder, key, content)
+                    part = _Part(part.last)
+            # A source may have fewer than it says: the hub's have at most data.limit.
+            while part.last < stop:
+                end = min(part.last - part.last % content.block + content.block, stop)
+                part.add(Chunk({}, 0, end - part.last))
+                part.write(folder, key, content)
+                part = _Part(part.last)
 
 
-def _key(member: tarfile.TarInfo) -> str:
-    folder, slash, name = member.name.rpartition("/")
-    return folder + slash + name.partition(".")[0]
+def finish(folder: Path, key: str, content: Content) -> None:
+    """Write constants and index of a store whose shards are all there, and remove what killed processes have left."""
+    shards, names = list(_shards(folder, key, 0, content.items).values()), {}
+    if (found := sum(shard["items"] for shard in shards)) != content.items:
+        raise InputError(
+            f"{folder}: expected the shards of {content.items} {content.what}, found those of {found}; processes of "
+            "several machines need a folder that all of them see: set STEPDISTILL_CACHE"
+        )
+    for name, row in content.constants.items():
+        _note(names, name, row)
+    for shard in shards:
+        for name, form in shard.pop("names").items():
+            _note(names, name, torch.empty(0, *form["shape"], dtype=getattr(torch, form["dtype"]), device="meta"))
+    for pair in content.alike.items():
+        if set(pair) <= names.keys():
+            names[pair[0]]["shape"] = names[pair[1]]["shape"] = _longest(*(names[name]["shape"] for name in pair))
+    constants = []
+    if content.constants:
+        with atomic(folder / CONSTANTS) as draft:
+            save_file({name: row.cpu().contiguous() for name, row in content.constants.items()}, draft)
+        constants.append(_file_facts(folder / CONSTANTS))
+    for draft in folder.glob(".*.partial"):
+        if not _runs(int(draft.name.split(".")[-2])):
+            draft.unlink(missing_ok=True)
+    facts = {"schema": SCHEMA, "key": key, "items": content.items, "names": dict(sorted(names.items()))}
+    write_json(folder / INDEX, facts | {"constants": constants, "shards": shards})
 
 
-def _samples(
-    name: str,
-    archive: tarfile.TarFile,
-    members: list[tarfile.TarInfo],
-    caption_key: str | None,
-    image_key: str | None,
-) -> Iterator[Sample]:
-    files: dict[str, tarfile.TarInfo] = {}
-    for member in members:
-        if problem := _refused(member):
-            yield Sample(f"{name} {member.name!r}", problem=problem)
-        else:
-            files[member.name.rpartition("/")[2].partition(".")[2].lower()] = member
-    picture = first_key(image_key, [suffix.removeprefix(".") for suffix in sorted(SUFFIXES)], files)
-    text = first_key(caption_key, TEXTS, files)
-    image = partial(_opened, archive, files[picture]) if picture else None
-
-    def other(key: str) -> BinaryIO:
-        return _opened(archive, files[key.lower()])
-
-    if text:
-        caption, problem = decoded(archive.extractfile(files[text]).read())
-        yield Sample(name, caption, image, problem, other)
-    elif "json" in files:
-        entry = json_sample(archive.extractfile(files["json"]).read(), name, caption_key)
-        yield Sample(name, entry.caption, image, entry.problem, other)
-    elif "cls" in files and caption_key is None:  # a class number
-        yield Sample(name, *decoded(archive.extractfile(files["cls"]).read())[:1], image, other=other)
-    elif files:
-        yield Sample(name, problem=f"no caption beside {', '.join(sorted(files))}")
-
-
-def _opened(archive: tarfile.TarFile, member: tarfile.TarInfo) -> BinaryIO:
+def _runs(process: int) -> bool:
     try:
-        return io.BytesIO(archive.extractfile(member).read())
-    except tarfile.TarError as error:
-        raise OSError(str(error)) from None
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
-def _refused(member: tarfile.TarInfo) -> str:
-    """Why a member is left alone; nothing for a file inside the archive."""
-    path = PurePosixPath(member.name.replace("\\", "/"))
-    if not member.isreg():
-        return "refused: no plain file but a link or device"
-    if path.is_absolute() or ".." in path.parts:
-        return "refused: a name that leads out of the archive"
-    return "refused: larger than 256 MiB" if member.size > LARGEST else ""
+def _check_space(folder: Path, content: Content, missing: int) -> None:
+    """Say how large the store will be, before it is made."""
+    size, free = missing * content.row_bytes, shutil.disk_usage(folder).free
+    if size > free:
+        raise InputError(
+            f"{folder}: expected {size / GIB:.2f} GiB of free disk for {missing} {content.what}, found "
+            f"{free / GIB:.2f}; name a larger disk in STEPDISTILL_CACHE, or use fewer"
+        )
+    if size >= SHARD:
+        say(f"{missing} {content.what} take about {size / GIB:.2f} GiB in {folder}; {free / GIB:.0f} GiB are free")
+
+
+def _gaps(folder: Path, key: str, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """The items from ``first`` to ``last`` of which there is no whole shard."""
+    for start, facts in _shards(folder, key, first, last).items():
+        if start > first:
+            yield first, start
+        first = start + facts["items"]
+    if first < last:
+        yield first, last
+
+
+def _shards(folder: Path, key: str, first: int, last: int) -> dict[int, dict[str, Any]]:
+    """The facts of the whole shards whose items begin from ``first`` to ``last``, in order; others are removed."""
+    found = {}
+    for file in sorted(folder.glob("[0-9]*-*.safetensors")):
+        start, content = file.stem.split("-")
+        if not first <= int(start) < last:
+            continue
+        known = _file_facts(file)
+        inside = _facts_inside(file) if known["sha256"].startswith(content) else {"key": None}
+        if inside.pop("key") != key:
+            say(f"{file}: damaged, or of another pipeline or other data; it is made again")
+            file.unlink()
+            continue
+        found[int(start)] = known | inside
+    return found
+
+
+def _file_facts(file: Path) -> dict[str, Any]:
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def _facts_inside(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    return json.loads(header["__metadata__"]["stepdistill"])
+
+
+class _Part:
+    """A shard in the making, from item ``first`` on."""
+
+    def __init__(self, first: int):
+        self.first, self.last, self.rows, self.bytes = first, first, 0, 0
+        self.names: dict[str, dict[str, Any]] = {}
+        self.pieces: dict[str, list[Tensor]] = {}
+        self.tally = Tally("", 1.0)
+
+    def add(self, chunk: Chunk) -> None:
+        self.last += chunk.items
+        self.rows += chunk.count
+        if chunk.tally is not None:
+            self.tally.add(chunk.tally)
+        for name, rows in chunk.rows.items():
+            _note(self.names, name, rows)
+            for key, piece in _ragged(name, rows).items():
+                self.pieces.setdefault(key, []).append(piece)
+                self.bytes += piece.nbytes
+
+    def write(self, folder: Path, key: str, content: Content) -> None:
+        """Write the file, and rename it once the disk holds it."""
+        tensors = {name: torch.cat(self.pieces.pop(name)) for name in list(self.pieces)}
+        constant = [name for name, row in content.constants.items() if _all_are(tensors, name, row)]
+        alike = {a: b for a, b in content.alike.items() if a in tensors and a not in constant and _same(tensors, a, b)}
+        for name in (*constant, *alike):
+            tensors.pop(name, None), tensors.pop(name + LENGTHS, None)
+        facts: dict[str, Any] = {"key": key, "items": self.last - self.first, "rows": self.rows, "names": self.names}
+        facts |= {"constant": constant, "alike": alike, "tally": self.tally.facts()}
+        draft = folder / f".{self.first:010d}.{os.getpid()}.partial"
+        try:
+            # All under one key: safetensors writes several in no fixed order.
+            save_file(tensors, draft, {"stepdistill": json.dumps(facts, sort_keys=True)})
+            publish(draft, folder / f"{self.first:010d}-{sha256(draft)[:16]}.safetensors")
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+def _note(names: dict[str, dict[str, Any]], name: str, rows: Tensor) -> None:
+    """Keep dtype and longest shape of the rows of ``name``."""
+    known = names.setdefault(name, {"dtype": str(rows.dtype).removeprefix("torch."), "shape": list(rows.shape[1:])})
+    known["shape"] = _longest(known["shape"], list(rows.shape[1:]))
+
+
+def _longest(a: list[int], b: list[int]) -> list[int]:
+    """The shape that has the longer first dimension."""
+    return max(a, b, key=lambda shape: shape[:1])
+
+
+def _ragged(name: str, rows: Tensor) -> dict[str, Tensor]:
+    """Rows (n, L, ...) one behind the other without the zeros at their ends (sum of all L_i, ...), and L_i (n,).
+
+    Copies in the host's memory, so that nothing holds on to the chunk; of rank 1 the rows alone.
+    """
+    rows = rows.detach().to("cpu", copy=True).contiguous()
+    if rows.ndim == 1:
+        return {name: rows}
+    count, length = rows.shape[:2]
+    used = rows.reshape(count, length, -1).view(torch.uint8).any(-1)  # by bits: a negative zero is kept
+    place = torch.arange(1, length + 1)
+    lengths = (used * place).amax(1)
+    return {name: rows[place <= lengths[:, None]], name + LENGTHS: lengths.int()}
+
+
+def _all_are(tensors: Mapping[str, Tensor], name: str, row: Tensor) -> bool:
+    """Whether all rows of ``name`` that there are are ``row`` (1, ...)."""
+    if name not in tensors:
+        return True
+    own, count = _ragged(name, row), len(tensors.get(name + LENGTHS, tensors[name]))
+    return all(torch.equal(tensors[key], one.repeat(count, *[1] * (one.ndim - 1))) for key, one in own.items())
+
+
+def _same(tensors: Mapping[str, Tensor], name: str, other: str) -> bool:
+    """Whether the rows of two names are equal one by one."""
+    return all(torch.equal(tensors[key], tensors[key.replace(name, other)]) for key in _keys(tensors, name))
+
+
+def _keys(tensors: Mapping[str, Tensor], name: str) -> list[str]:
+    return [key for key in (name, name + LENGTHS) if key in tensors]

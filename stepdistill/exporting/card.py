@@ -1,125 +1,189 @@
 """The model card of an exported pipeline: README.md with the metadata the hub reads and a snippet that runs."""
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from jinja2 import Environment, StrictUndefined
+
 from stepdistill import assets
-from stepdistill.exporting.stock_call import declared
-from stepdistill.guidance import rule_text, stated_rule
+from stepdistill.diffusion.guidance import rule_text
+from stepdistill.files import read_text, write_text
+from stepdistill.pipeline.call import guidance_argument
+from stepdistill.pipeline.exports import ExportFacts, into, lora_files
+from stepdistill.pipeline.guiders import guiders
 from stepdistill.pipeline.ip_adapter import stock_arguments
-from stepdistill.pipeline.observe import guidance_argument
+from stepdistill.pipeline.stock_call import declared, pictures_in
 from stepdistill.pipeline.trace import Trace
-from stepdistill.recipe import IPAdapter
-from stepdistill.text_files import read_text, write_text
 
 PLACE = "PATH_OF_THIS_FOLDER"
 """Where the card's snippets name the folder; an upload puts the repository there."""
+TEACHER = "PATH_OF_THE_TEACHER"
+"""Where they name a teacher that is a folder or file of this machine."""
 NOT_MEASURED = (
     "Not measured yet: `stepdistill bench PATH_OF_THIS_FOLDER --protocol teacher-fid-5k-v1` compares it with "
     "its teacher (where it takes prompts, on those in `data/prompts.txt`)."
 )
 
 
-def model_card(facts: dict[str, Any], trace: Trace, error: float, half: bool = False) -> str:
+def model_card(
+    facts: ExportFacts,
+    trace: Trace,
+    error: float | None,
+    half: bool = False,
+    others: str = "",
+    checked_in: torch.dtype = torch.float32,
+) -> str:
     """The card's text.
 
     Args:
-        facts: the export's stepdistill.json. error: the verified difference to the training-time sampler.
+        facts: of the export.
+        trace: the traced pipeline with the student's scheduler.
+        error: the verified difference to the training-time sampler, relative; None: it was not measured.
         half: whether some of its files are in half precision, which not all versions of the libraries load as float32.
+        others: the section about its files for other programs, in Markdown.
+        checked_in: the precision in which it was measured.
     """
-    steps, name, scheduler = facts["steps"], type(trace.pipeline).__name__, type(trace.pipeline.scheduler).__name__
-    asked = {
+    template = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    scheduler = trace.pipeline.scheduler
+    return environment.from_string(template).render(
+        facts=facts,
+        teacher=Path(facts.teacher).name if is_local(facts.teacher) else facts.teacher,
+        metadata=_metadata(facts, trace),
+        pipeline=type(trace.pipeline).__name__,
+        scheduler=type(scheduler).__name__,
+        stretched=bool(scheduler.config.get("shift_terminal")),
+        guidance=f"{facts.guidance:g}{rule_text(facts.teacher_guidance.combination)}",
+        place=_place(facts),
+        parts=_parts(facts),
+        snippet=_snippet(facts, trace, half),
+        checked=_checked(facts, error, checked_in),
+        others=others,
+        quality=NOT_MEASURED,
+    )
+
+
+def is_local(place: str) -> bool:
+    """Whether a teacher or an autoencoder is a folder or a file here: a path that means nothing to anybody else."""
+    return place not in assets.teachers() and (Path(place).exists() or place.startswith(("/", "~", ".")))
+
+
+def _checked(facts: ExportFacts, error: float | None, dtype: torch.dtype) -> str:
+    """What is known of a stock call."""
+    if error is None:
+        return "not checked (`export.check: off`): nobody has called this export yet"
+    how = "the adapter attached" if facts.adapter else "with plain diffusers"
+    precision = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
+    how = f"and {how}" if facts.adapter else how
+    return f"reloaded {how}{precision}, differs from the training-time sampler by {error:.1e}"
+
+
+def _metadata(facts: ExportFacts, trace: Trace) -> list[str]:
+    """What the hub reads: a base model must be one of its own, and the kind of result finds the page."""
+    lora, lines = facts.form == "lora", []
+    if "/" in facts.teacher and not is_local(facts.teacher):
+        lines = [f"base_model: {facts.teacher}", f"base_model_relation: {'adapter' if lora else 'finetune'}"]
+    if trace.entry == "prompt":
+        lines.append(f"pipeline_tag: text-to-{'video' if _is_video(trace) else 'image'}")
+    tags = ["diffusion", "distillation", "few-step", facts.method, *(["lora"] if lora else [])]
+    return [*lines, f"tags: [{', '.join(tags)}]"]
+
+
+def _place(facts: ExportFacts) -> str:
+    """Where the teacher's guidance is."""
+    if facts.form == "lora":
+        return "inside the LoRA"
+    if facts.adapter:
+        return "in the adapter beside them (`guidance_adapter.safetensors`); without it they are the unguided model"
+    return "inside the weights"
+
+
+def _parts(facts: ExportFacts) -> str:
+    """What was put into the teacher before it was distilled, in a line; "" for nothing."""
+    teacher = facts.origin
+    named = [f"{Path(one.file).name} (scale {one.scale:g})" for one in teacher.loras]
+    parts = [f"LoRA {', '.join(named)}"] if named else []
+    if teacher.vae:
+        parts.append(f"autoencoder {Path(teacher.vae).name if is_local(teacher.vae) else teacher.vae}")
+    words = [f"{Path(one.file).name}{f' (`{one.token}`)' if one.token else ''}" for one in teacher.embeddings]
+    return "; ".join([*parts, *([f"textual inversion {', '.join(words)}"] if words else [])])
+
+
+def _snippet(facts: ExportFacts, trace: Trace, half: bool) -> str:
+    """Python that loads the export and draws from it."""
+    name, scheduler = type(trace.pipeline).__name__, type(trace.pipeline.scheduler).__name__
+    lora, embedded = facts.form == "lora", facts.teacher in assets.teachers()
+    imports = ["import torch"] if half else []
+    imports += ["from diffusers.utils import load_image"] if trace.pictures else []
+    base, lines = f'"{PLACE}"', []
+    if lora:
+        base = f'assets.find("teachers/{facts.teacher}")' if embedded else _base(facts)
+        lines.append(f'pipe.load_lora_weights("{PLACE}")  # at scale 1.0, the default')
+        for component, file in list(lora_files(trace.components).items())[1:]:
+            lines.append(f'pipe.load_lora_weights("{PLACE}"{_keywords({"weight_name": file} | into(component))})')
+        lines.append(f'pipe.scheduler = {scheduler}.from_pretrained("{PLACE}", subfolder="scheduler")')
+        lines += [f"pipe.{name} = pipe.{name}.new(enabled=False)" for name in guiders(trace.pipeline)]
+    elif facts.adapter:
+        lines.append(f'stepdistill.attach(pipe, "{PLACE}", scale={facts.guidance:g})')
+    if lora and embedded:
+        imports.append("from stepdistill import assets")
+    elif facts.adapter:
+        imports.append("import stepdistill")
+    if (adapter := facts.ip_adapter) is not None:
+        stock = stock_arguments(adapter)
+        origin = stock.pop("pretrained_model_name_or_path_or_dict")
+        origin = "PATH_OF_THE_IP_ADAPTER" if is_local(origin) else origin
+        lines.append(f"pipe.load_ip_adapter({origin!r}{_keywords(stock)})")
+        lines.append(f"pipe.set_ip_adapter_scale({adapter.scale:g})")
+    imports.append(f"from diffusers import {f'{scheduler}, {name}' if lora else name}")
+    result = "frames" if _is_video(trace) else "images"
+    load = f"pipe = {name}.from_pretrained({base}){'.to(torch.float32)' if half else ''}"
+    return "\n".join([*imports, "", load, *lines, f"{result} = pipe({_call(facts, trace)}).{result}"])
+
+
+def _base(facts: ExportFacts) -> str:
+    """The teacher's arguments of ``from_pretrained``."""
+    revision = f', revision="{facts.revision}"' if facts.revision else ""
+    variant = f', variant="{facts.variant}"' if facts.variant else ""
+    return f'"{TEACHER if is_local(facts.teacher) else facts.teacher}"{revision}{variant}'
+
+
+def _call(facts: ExportFacts, trace: Trace) -> str:
+    """The arguments of a plain call."""
+    guidance, pictures = guidance_argument(trace.pipeline), trace.pictures
+    arguments = declared(trace.pipeline, dict(trace.arguments))
+    first = {
         "prompt": f"prompt={json.dumps(_example(facts), ensure_ascii=False)}",
         "class_labels": "class_labels=[0, 1, 2, 3]",
         "batch_size": "batch_size=4",
     }
-    argument, result = asked[trace.entry], "frames" if len(trace.latent_shape) == 4 else "images"
-    place, imported, attached, reloaded = "inside the weights", "", "", "with plain diffusers"
-    if facts["adapter"]:
-        place = "in the adapter beside them (`guidance_adapter.safetensors`); without it they are the unguided model"
-        imported = "import stepdistill\n"
-        attached = f'stepdistill.attach(pipe, "PATH_OF_THIS_FOLDER", scale={facts["guidance"]:g})\n'
-        reloaded = "and the adapter attached"
-    base, classes = '"PATH_OF_THIS_FOLDER"', name
-    if facts["form"] == "lora":
-        base, classes = f'"{facts["teacher"]}"', f"{scheduler}, {name}"
-        if facts.get("revision"):
-            base += f', revision="{facts["revision"]}"'
-        if variant := facts["recipe"]["teacher"].get("variant"):
-            base += f', variant="{variant}"'
-        if facts["teacher"] in assets.teachers():
-            base, imported = f'assets.find("teachers/{facts["teacher"]}")', "from stepdistill import assets\n"
-        place = "inside the LoRA"
-        attached = f"""pipe.load_lora_weights("PATH_OF_THIS_FOLDER")  # at scale 1.0, the default
-pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
-"""
-    if adapter := facts["recipe"]["teacher"].get("ip_adapter"):
-        how = stock_arguments(IPAdapter(**adapter))
-        origin = how.pop("pretrained_model_name_or_path_or_dict")
-        settings = "".join(f", {name}={value!r}" for name, value in how.items())
-        attached += f"pipe.load_ip_adapter({origin!r}{settings})\npipe.set_ip_adapter_scale({adapter['scale']:g})\n"
-    # The hub reads these: a base model must be one of its own, and the kind of result finds the page.
-    known = (
-        [] if Path(facts["teacher"]).exists() or "/" not in facts["teacher"] else [f"base_model: {facts['teacher']}"]
-    )
-    if known:
-        known.append(f"base_model_relation: {'adapter' if facts['form'] == 'lora' else 'finetune'}")
-    if trace.entry == "prompt":
-        known.append(f"pipeline_tag: text-to-{'video' if result == 'frames' else 'image'}")
-    metadata = "".join(f"{line}\n" for line in known)
-    tags = ", ".join(
-        ["diffusion", "distillation", "few-step", facts["method"], *(["lora"] * (facts["form"] == "lora"))]
-    )
-    kept = "its config holds the step grid; keep it"
-    if trace.pipeline.scheduler.config.get("shift_terminal"):
-        kept += "; it makes no grid of a single step"
-    guidance = guidance_argument(trace.pipeline)
-    settings = "" if guidance is None else f", {guidance.name}={facts['call_guidance']:g}"
-    pictures = trace.pictures
-    stated = declared(trace.pipeline, dict(trace.arguments))
-    settings += "".join(f", {name}={value!r}" for name, value in stated.items() if name not in pictures)
-    settings += "".join(f', {name}=load_image("{Path(trace.arguments[name]).name}")' for name in pictures)
-    imported = ("from diffusers.utils import load_image\n" if pictures else "") + imported
-    return f"""---
-library_name: diffusers
-license: other
-license_name: as-the-teacher
-{metadata}tags: [{tags}]
----
-
-# {facts["teacher"]} in {steps} step{"s" if steps > 1 else ""}
-
-A {steps}-step {name}, distilled from `{facts["teacher"]}` with stepdistill. One network pass per step, no
-classifier-free guidance: guidance {facts["guidance"]:g}{rule_text(stated_rule(facts))} of the teacher is {place}.
-
-```python
-{"import torch" + chr(10) if half else ""}{imported}from diffusers import {classes}
-
-pipe = {name}.from_pretrained({base}){".to(torch.float32)" if half else ""}
-{attached}{result} = pipe({argument}, num_inference_steps={steps}{settings}).{result}
-```
-
-| | |
-|---|---|
-| NFE per image | {steps} |
-| method | {facts["method"]}, {facts["trained_steps"]} training steps |
-| scheduler | {scheduler}, {kept} |
-| teacher | {facts["teacher"]}, guidance scale {facts["guidance"]:g}{rule_text(stated_rule(facts))} |
-| licence | that of the teacher: the student is a derivative of its weights |
-| checked | reloaded {reloaded}, differs from the training-time sampler by {error:.1e} |
-
-## Quality
-
-{NOT_MEASURED}
-
-The complete recipe and the library versions are in `stepdistill.json`.
-"""
+    scale = "" if guidance is None else f", {guidance.name}={facts.call_guidance:g}"
+    plain = _keywords({name: value for name, value in arguments.items() if name not in pictures})
+    loaded = "".join(f", {name}={_loaded(trace.arguments[name])}" for name in pictures)
+    return f"{first[trace.entry]}, num_inference_steps={facts.steps}{scale}{plain}{loaded}"
 
 
-def _example(facts: dict[str, Any]) -> str:
+def _loaded(pictures: str | list[str]) -> str:
+    """The code that loads a picture, or a list of several; a list of one stands for a picture for each prompt."""
+    each = [f'load_image("{Path(file).name}")' for file in pictures_in(pictures)]
+    return f"[{', '.join(each)}]" if len(each) > 1 else each[0]
+
+
+def _keywords(arguments: Mapping[str, Any]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in arguments.items())
+
+
+def _is_video(trace: Trace) -> bool:
+    return len(trace.latent_shape) == 4
+
+
+def _example(facts: ExportFacts) -> str:
     """A prompt of those that the student was trained with, where the recipe lists them."""
-    conditions = facts["recipe"].get("data", {}).get("conditions")
+    conditions = facts.conditions
     if conditions in assets.prompt_lists():
         conditions = read_text(assets.prompts(conditions)).splitlines()
     return conditions[len(conditions) // 2] if isinstance(conditions, list) else "a photo of a cat"
@@ -128,4 +192,5 @@ def _example(facts: dict[str, Any]) -> str:
 def fill_in_quality(card: Path, report: str) -> None:
     """Put a report's Markdown where the card says that nothing was measured yet."""
     body = report.partition("\n")[2].strip()
+    body = re.sub(r"\n\n {4}[^\n]*$", "", body)  # the command, which names folders of this machine
     write_text(card, card.read_text(encoding="utf-8").replace(NOT_MEASURED, body))

@@ -6,46 +6,59 @@ writes again is in the format of the libraries that are installed here, and earl
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from stepdistill.files import weight_file
 from stepdistill.pipeline.complete import components
-from stepdistill.pipeline.load import adapter_apart, save_pipeline
-from stepdistill.weight_files import weight_file
+from stepdistill.pipeline.folder import adapter_apart, save_pipeline
+from stepdistill.pipeline.guiders import guiders, switched_off
 
 INDEX = "model_index.json"
 FOREIGN = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml")
 """Endings of weights for other programs and of pickles."""
 
 
-def save_student(pipeline: Any, component: str, out: Path) -> None:
-    """A stock pipeline folder: ``component`` and the scheduler are written, the others copied as they are.
+def save_student(pipeline: Any, trained: Sequence[str], out: Path) -> None:
+    """A stock pipeline folder: the trained components, the scheduler and guiders are written, the others copied.
 
     A pipeline that was not loaded from a folder is written whole.
 
     Args:
-        pipeline: with the trained network as its ``component``, and the student's scheduler.
+        pipeline: with the trained networks, and the student's scheduler.
+        trained: names of these networks.
     """
     loaded_from = getattr(pipeline, "loaded_from", None)
     if loaded_from is None:
         save_pipeline(pipeline, out)
+        _switch_off(pipeline, out)
         return
     folder, variant = loaded_from
     out.mkdir(parents=True, exist_ok=True)
     for name, _ in components(folder):
-        if name not in (component, "scheduler") and (folder / name).is_dir():
+        if name not in (*trained, "scheduler") and (folder / name).is_dir():
             _copy(folder / name, out / name, variant)
-    network, scheduler = getattr(pipeline, component), pipeline.scheduler
-    with adapter_apart(component, network, out):
-        network.save_pretrained(out / component, safe_serialization=True)
+    scheduler = pipeline.scheduler
+    for name in trained:
+        network = getattr(pipeline, name)
+        with adapter_apart(name, network, out):
+            network.save_pretrained(out / name, safe_serialization=True)
     scheduler.save_pretrained(out / "scheduler")
+    _switch_off(pipeline, out)
     shutil.copyfile(folder / INDEX, out / INDEX)
     facts = json.loads((out / INDEX).read_text(encoding="utf-8"))
     if facts["scheduler"] != (entry := ["diffusers", type(scheduler).__name__]):
         text = json.dumps(facts | {"scheduler": entry}, indent=2, ensure_ascii=False)
         (out / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _switch_off(pipeline: Any, out: Path) -> None:
+    """Write the pipeline's guiders anew, for one pass per step."""
+    for name, guider in guiders(pipeline).items():
+        switched_off(guider).save_pretrained(out / name)
 
 
 def holds_half(folder: Path) -> bool:

@@ -1,22 +1,19 @@
 """LoRA students as files that a stock ``load_lora_weights`` takes, and pipelines with such a student in them."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
-from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from stepdistill.adapters import AdapterView
+from stepdistill.diffusion.experts import Experts
 from stepdistill.errors import InputError
-
-WEIGHTS = "pytorch_lora_weights.safetensors"
-"""diffusers' own name: ``load_lora_weights(folder)`` finds it."""
+from stepdistill.pipeline.exports import WEIGHTS, lora_files
+from stepdistill.pipeline.trace import Trace
+from stepdistill.roles.views import AdapterView, adapter_layers
 
 KOHYA = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}
 """Layers of SDXL that diffusers reads only under the names of kohya's own UNet, which ComfyUI knows as well."""
@@ -24,24 +21,27 @@ KOHYA = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "l
 Keys = Literal["diffusers", "kohya"]
 
 
-def why_not_lora(pipeline: Any, component: str, student: nn.Module) -> str | None:
+def why_not_lora(trace: Trace, student: nn.Module) -> str | None:
     """Why the student cannot be written as LoRA weights for this class of pipeline; None where it can."""
+    pipeline = trace.pipeline
     if not isinstance(student, AdapterView):
         return "it is more than a LoRA on the teacher's weights"
-    if component not in getattr(pipeline, "_lora_loadable_modules", ()):
-        return f"{type(pipeline).__name__} loads no LoRA for its {component}"
+    if len(trace.components) > 1 and not isinstance(student.backbone, Experts):
+        return f"one network is all of {', '.join(trace.components)}, which have weights of their own"
+    loadable = getattr(pipeline, "_lora_loadable_modules", ())
+    if lacking := [name for name in trace.components if name not in loadable]:
+        return f"{type(pipeline).__name__} loads no LoRA for its {lacking[0]}"
     return None
 
 
 def save_lora(
-    pipeline: Any,
-    component: str,
+    trace: Trace,
     student: AdapterView,
     folder: Path,
     keys: Keys = "diffusers",
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the student's adapter and the pipeline's scheduler into ``folder``.
+    """Write the student's adapter and the pipeline's scheduler into ``folder``; of experts a file for each.
 
     The adapter's scale is 1 (:func:`fold_scale`): alpha is the rank in the file, which is what a reader that finds no
     alpha takes.
@@ -49,19 +49,29 @@ def save_lora(
     Raises:
         InputError: kohya's key names for a network that is no UNet; ComfyUI reads diffusers' names of those.
     """
-    weights = get_peft_model_state_dict(student.backbone, adapter_name=student.adapter)
-    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in weights.items()}
+    pipeline, components = trace.pipeline, trace.components
+    weights = adapter_weights(student, dtype)
     if keys == "diffusers":
-        type(pipeline).save_lora_weights(folder, **{f"{component}_lora_layers": weights})
-    elif component == "unet":
+        for name, file in lora_files(components).items():
+            # Each file names the first component, which is how diffusers reads one for another.
+            own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+            layers = {f"{components[0]}_lora_layers": own if len(components) > 1 else weights}
+            type(pipeline).save_lora_weights(folder, weight_name=file, **layers)
+    elif components == ("unet",):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(kohya_keys(weights), folder / WEIGHTS)
     else:
-        network = type(student.backbone).__name__
+        network = type(trace.network).__name__
         raise InputError(
             f"export.keys: expected 'diffusers' for {network}, found 'kohya', which names UNets' layers only"
         )
     pipeline.scheduler.save_pretrained(folder / "scheduler")
+
+
+def adapter_weights(student: AdapterView, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """peft's state dict of the student's adapter, on the CPU."""
+    weights = get_peft_model_state_dict(student.backbone, adapter_name=student.adapter)
+    return {name: value.detach().cpu().to(dtype).contiguous() for name, value in weights.items()}
 
 
 def kohya_keys(weights: dict[str, Any]) -> dict[str, Any]:
@@ -76,56 +86,6 @@ def kohya_keys(weights: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def fold_scale(student: AdapterView) -> None:
     """Move alpha / rank of the student's adapter into its B, in place: the same function, at scale 1."""
-    for layer in _layers(student):
+    for layer in adapter_layers(student):
         layer.lora_B[student.adapter].weight.mul_(layer.scaling[student.adapter])
         layer.scaling[student.adapter] = 1.0
-
-
-def _layers(student: AdapterView) -> list[BaseTunerLayer]:
-    """The layers that have the student's adapter."""
-    layers = (module for module in student.backbone.modules() if isinstance(module, BaseTunerLayer))
-    return [layer for layer in layers if student.adapter in layer.scaling]
-
-
-def load_adapter(pipeline: Any, component: str, folder: Path, student: AdapterView) -> None:
-    """Copy the LoRA in ``folder`` into the student's adapter: its delta, whatever the student's alpha.
-
-    Raises:
-        InputError: its layers or ranks are not the student's.
-    """
-    state = type(pipeline).lora_state_dict(folder, use_safetensors=True)
-    state = state[0] if isinstance(state, tuple) else state
-    # Of kohya's names diffusers makes its own of earlier years.
-    state = convert_unet_state_dict_to_peft(state)
-    weights = {name.removeprefix(f"{component}."): value for name, value in state.items()}
-    expected = get_peft_model_state_dict(student.backbone, adapter_name=student.adapter)
-    different = sorted(weights.keys() ^ expected.keys())
-    different += [name for name, value in expected.items() if name in weights and weights[name].shape != value.shape]
-    if different:
-        raise InputError(f"student.init: the LoRA in {folder} has other layers or another rank: {different[0]}")
-    set_peft_model_state_dict(student.backbone, weights, adapter_name=student.adapter)
-    with torch.no_grad():
-        for layer in _layers(student):
-            layer.lora_B[student.adapter].weight.div_(layer.scaling[student.adapter])
-
-
-def is_lora(folder: Path) -> bool:
-    """Whether ``folder`` is a LoRA that this package has exported."""
-    return (folder / WEIGHTS).is_file() and (folder / "stepdistill.json").is_file()
-
-
-def teacher_of(folder: Path) -> dict[str, Any]:
-    """``path``, ``revision`` and ``variant`` of the pipeline that the LoRA in ``folder`` belongs to."""
-    facts = json.loads((folder / "stepdistill.json").read_text(encoding="utf-8"))
-    variant = facts.get("recipe", {}).get("teacher", {}).get("variant")
-    return {"path": facts["teacher"], "revision": facts.get("revision"), "variant": variant}
-
-
-def fuse(pipeline: Any, folder: Path) -> Any:
-    """The pipeline with the LoRA in ``folder`` in its weights, and the scheduler that lies beside it."""
-    pipeline.load_lora_weights(folder, use_safetensors=True)
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    pipeline.register_modules(scheduler=getattr(diffusers, config["_class_name"]).from_config(config))
-    return pipeline

@@ -21,7 +21,8 @@ alpha = .068) would leave each image's brightness readable: the mean over 128 x 
 alone. Samples of one batch may have different student times where they start from data; a rollout has one for all.
 """
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -29,11 +30,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
-from stepdistill.methods.base import DataNeeds, DistillMethod, RealConfig, Roles
-from stepdistill.methods.gan import Discriminator, LatentDiscriminator, PixelDiscriminator
-from stepdistill.methods.losses import GanLoss
-from stepdistill.methods.times import normal_log_snr_times, uniform_times
-from stepdistill.samplers import Sampler
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.methods.base import DataNeeds, DistillMethod, RealConfig
+from stepdistill.methods.parts.gan import Discriminator, LatentDiscriminator, PixelDiscriminator
+from stepdistill.methods.parts.losses import GanLoss
+from stepdistill.methods.parts.times import normal_log_snr_times, uniform_times
+from stepdistill.roles import Roles
 
 
 class AdversarialConfig(RealConfig):
@@ -78,13 +81,43 @@ class ADDConfig(AdversarialConfig):
     resolution: int = Field(224, gt=0, description="side in pixels to which images are resized for it")
 
 
-class LADD(DistillMethod):
+class StudentAndHeads(DistillMethod):
+    """A student, and heads of a discriminator as a player of their own, which look at the student's last samples.
+
+    ``gan`` is the discriminator; the student's turn leaves its samples in ``batch.state["x"]``.
+    """
+
+    players = ("student", "discriminator")
+    gan: Discriminator
+
+    def prepare(self, batch: Batch) -> None:
+        self.gan.build(batch)
+
+    def modules(self, player: str) -> list[nn.Module]:
+        return super().modules(player) if player == "student" else [self.gan.heads]
+
+    def extra_modules(self) -> dict[str, nn.Module]:
+        return {"heads": self.gan.heads}
+
+    def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
+        if player == "student":
+            return self.student_losses(batch)
+        return {"gan": self.gan.loss_of_heads(batch.state["x"], batch.latents, batch)}
+
+    @abstractmethod
+    def student_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The student's loss terms."""
+
+
+class LADD(StudentAndHeads):
     """Latent adversarial diffusion distillation: the teacher itself, frozen, is the discriminator's eye."""
 
     Config = LADDConfig
     config: LADDConfig
+    name = "ladd"
+    family = "Adversarial"
+    paper = "LADD, Sauer et al. 2024"
     summary = "LADD: adversarial distillation, discriminator heads on the frozen teacher's features"
-    players = ("student", "discriminator")
 
     def __init__(self, config: LADDConfig, roles: Roles, sampler: Sampler):
         super().__init__(config, roles, sampler)
@@ -118,18 +151,7 @@ class LADD(DistillMethod):
     def turns(self, step: int) -> Sequence[str]:
         return ("student",) + ("discriminator",) * self.config.discriminator_steps
 
-    def prepare(self, batch: Batch) -> None:
-        self.gan.build(batch)
-
-    def modules(self, player: str) -> list[nn.Module]:
-        return super().modules(player) if player == "student" else [self.gan.heads]
-
-    def extra_modules(self) -> dict[str, nn.Module]:
-        return {"heads": self.gan.heads}
-
-    def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
-        if player == "discriminator":
-            return {"gan": self.gan.loss_of_heads(batch.state["x"], batch.latents, batch)}
+    def student_losses(self, batch: Batch) -> dict[str, Tensor]:
         x = self.continue_rollout(batch) if self.config.inputs == "rollout" else self.denoise_data(batch)
         batch.state["x"] = x.detach()
         losses = {"gan": self.config.gan_weight * self.gan.student_loss(x, batch)}
@@ -172,8 +194,16 @@ class ADD(LADD):
 
     Config = ADDConfig
     config: ADDConfig
+    gan: PixelDiscriminator
+    name = "add"
+    family = "Adversarial"
+    paper = "ADD, Sauer et al. 2023"
     summary = "ADD: adversarial distillation in pixels, with a distance to the teacher's guess"
 
-    def discriminator(self) -> Discriminator:
+    def discriminator(self) -> PixelDiscriminator:
         config = self.config
         return PixelDiscriminator(self.roles.decode, config.features, config.resolution, config.gan, config.r1, True)
+
+    def at_size(self, sampler: Sampler, call: Denoiser, decode: Callable[[Tensor], Tensor] | None) -> None:
+        super().at_size(sampler, call, decode)
+        self.gan.decode = decode

@@ -7,22 +7,24 @@ every step:
     TCD:  f(x, t, s) = alpha_s x_0(x, t) + sigma_s eps(x, t),   s ~ U{grid[0..n-1]}
     minimise Huber( f_student(x_t, t) - f_target(x_r, r) );   target <- moving average of the student
 
-With ``w_min`` and ``w_max`` the guidance of every row is w ~ U[w_min, w_max], and student and target are told it, as in
+With ``w_min`` and ``w_max`` the guidance of every row is w ~ U[w_min, w_max], an input of student and target, as in
 LCM's full training; the export keeps the recipe's own w. Its convention: LCM's w is this w minus 1.
 """
+
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stepdistill.adapters import GuidanceEmbedded
 from stepdistill.data.batch import Batch
-from stepdistill.denoiser import Conditions, Denoiser
+from stepdistill.diffusion.denoiser import Conditions, Denoiser
+from stepdistill.diffusion.samplers import solver_grid
+from stepdistill.diffusion.schedule import Prediction, Schedule, per_sample
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DataNeeds, DistillMethod, RealConfig
-from stepdistill.methods.losses import pseudo_huber
-from stepdistill.samplers import solver_grid
-from stepdistill.schedule import Prediction, Schedule, per_sample
+from stepdistill.methods.parts.losses import pseudo_huber
+from stepdistill.roles.added import GuidanceEmbedded
 
 
 class SolverConfig(RealConfig):
@@ -30,8 +32,10 @@ class SolverConfig(RealConfig):
 
     solver_steps: int = Field(50, ge=2, description="N: length of the teacher's DDIM grid")
     huber: float = Field(1e-3, gt=0, description="c of the pseudo-Huber loss sqrt(d^2 + c^2) - c")
-    w_min: float | None = Field(None, ge=0, description="lowest guidance scale the student is told; null: a fixed one")
-    w_max: float | None = Field(None, ge=0, description="highest guidance scale the student is told")
+    w_min: float | None = Field(
+        None, ge=0, description="lowest guidance scale w that the student takes as an input; null: w is fixed"
+    )
+    w_max: float | None = Field(None, ge=0, description="highest guidance scale w that the student takes as an input")
 
     @model_validator(mode="after")
     def _range_of_w(self) -> "SolverConfig":
@@ -53,7 +57,8 @@ def boundary(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     On EDM in sigma beyond its smallest, as Song et al. 2023, app. C, for a network that means x_0; x_t is scaled there.
     """
     if schedule.name == "edm":
-        levels, variance = getattr(schedule, "levels", schedule), schedule.data_std**2
+        levels: Any = getattr(schedule, "levels", schedule)
+        variance = schedule.data_std**2
         beyond = levels.sigma(t) - levels.sigma_min
         root = (beyond**2 + variance).sqrt()
         return variance / root**2 / schedule.alpha(t), beyond / root
@@ -66,6 +71,9 @@ class LCM(DistillMethod):
 
     Config = ConsistencyConfig
     config: ConsistencyConfig
+    name = "lcm"
+    family = "Consistency"
+    paper = "LCM, Luo et al. 2023"
     summary = "LCM: consistency distillation, re-noising sampler"
     sampler_name = "renoise"
     extra_roles = ("target",)
@@ -77,13 +85,13 @@ class LCM(DistillMethod):
 
     @classmethod
     def adapt(cls, config: SolverConfig, role: str, network: nn.Module, scale: float) -> nn.Module:
-        if config.w_min is None:
+        if config.w_min is None or config.w_max is None:
             return network
         if not config.w_min <= scale <= config.w_max:
-            found = f"expected from method.w_min ({config.w_min}) to method.w_max ({config.w_max}), found {scale}"
+            problem = f"expected from method.w_min ({config.w_min}) to method.w_max ({config.w_max}), found {scale}"
             # What the recipe says of a network with such an input is handed to the network.
             embedded = "; a teacher that takes guidance as an input needs method.w_min: null" if scale == 1 else ""
-            raise InputError(f"teacher.guidance.scale: {found}{embedded}")
+            raise InputError(f"teacher.guidance.scale: {problem}{embedded}")
         return GuidanceEmbedded(network, scale)
 
     def prepare(self, batch: Batch) -> None:
@@ -115,9 +123,10 @@ class LCM(DistillMethod):
 
     def guidance(self, batch: Batch, mine: Denoiser | None = None) -> tuple[float | Tensor, Conditions]:
         """The teacher's w for the loss of ``mine`` (the student), and the conditions of networks with w as an input."""
-        if self.config.w_min is None:
+        low, high = self.config.w_min, self.config.w_max
+        if low is None or high is None:
             return self.roles.scale, batch.cond
-        w = batch.uniform("w", self.config.w_min, self.config.w_max)
+        w = batch.uniform("w", low, high)
         return w, batch.cond | {"guidance_scale": w}
 
     def solver_step(self, teacher: Prediction, r: Tensor) -> Tensor:
@@ -141,6 +150,9 @@ class LCM(DistillMethod):
 class TCD(LCM):
     """Trajectory consistency distillation: every point maps to every earlier time of its trajectory."""
 
+    name = "tcd"
+    family = "Consistency"
+    paper = "TCD, Zheng et al. 2024"
     summary = "TCD: trajectory consistency distillation, strategic stochastic sampling"
     sampler_name = "tcd"
     # A jump from grid[0] has nowhere to go, and some predictions have no eps at sigma = 0.

@@ -25,17 +25,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stepdistill.adapters import SlowTime
 from stepdistill.data.batch import Batch
-from stepdistill.denoiser import Conditions
+from stepdistill.diffusion.denoiser import Conditions
+from stepdistill.diffusion.float32 import exact, is_exact
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedule import Prediction, per_sample
 from stepdistill.errors import InputError
-from stepdistill.float32 import exact, is_exact
-from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, RealConfig, Roles
-from stepdistill.methods.times import T_FLOOR, normal_log_snr_times, time_of_ratio
-from stepdistill.methods.trigflow import LogVariance, TrigFlow, derivative
-from stepdistill.progress import say
-from stepdistill.samplers import Sampler
-from stepdistill.schedule import Prediction, per_sample
+from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, RealConfig
+from stepdistill.methods.parts.times import T_FLOOR, normal_log_snr_times, time_of_ratio
+from stepdistill.methods.parts.trigflow import LogVariance, TrigFlow, derivative
+from stepdistill.roles import Roles
+from stepdistill.roles.added import SlowTime
 
 
 class ContinuousConfig(MethodConfig):
@@ -96,6 +96,8 @@ class ContinuousConsistency(DistillMethod):
             problem = f"the student has no forward-mode derivative ({str(error).splitlines()[0]})"
             if self.config.jvp == "forward":
                 raise InputError(f"method.jvp: expected finite, as {problem}; found forward") from error
+            from stepdistill.progress import say  # rich is slow to import
+
             say(f"{problem}; using finite differences")
             self.forward_mode = False
 
@@ -111,16 +113,22 @@ class ContinuousConsistency(DistillMethod):
         student = self.roles.student(teacher.x_t, teacher.t, cond)
         velocity = trig.velocity(student)
         with torch.no_grad():
-            r = min(1.0, batch.step / self.config.tangent_warmup) if self.config.tangent_warmup else 1.0
-            pull = per_sample(trig.cos**2, velocity) * (trig.velocity(teacher) - velocity)
             along_flow = self.forward_tangent if self.forward_mode else self.finite_tangent
             tangent = along_flow(trig, teacher, student, cond)
             batch.signals["tangent"] = tangent.flatten(1).norm(dim=1).mean()
-            g = (1 - r) * pull + r * tangent
+            g = self.direction(trig, teacher, velocity, tangent, self.warmth(batch.step))
             target = velocity + g / per_sample(g.flatten(1).norm(dim=1) + 0.1, g)
         log_variance = self.log_variance(trig.angle)
         distance = (velocity - target).square().flatten(1).sum(1)
         return {"consistency": ((-log_variance).exp() * distance + log_variance).mean()}
+
+    def warmth(self, step: int) -> float:
+        """r: how far the tangent counts at a training step."""
+        return min(1.0, step / self.config.tangent_warmup) if self.config.tangent_warmup else 1.0
+
+    def direction(self, trig: TrigFlow, teacher: Prediction, velocity: Tensor, tangent: Tensor, r: float) -> Tensor:
+        """g (B, ...) before it is normalised, from the student's velocity F and cos a df/da."""
+        return (1 - r) * per_sample(trig.cos**2, velocity) * (trig.velocity(teacher) - velocity) + r * tangent
 
     def forward_tangent(self, trig: TrigFlow, teacher: Prediction, student: Prediction, cond: Conditions) -> Tensor:
         """cos a df/da along the teacher's flow (B, ...), in forward mode; called without graph."""
@@ -156,6 +164,9 @@ class SCM(ContinuousConsistency):
 
     Config = SCMConfig
     config: SCMConfig
+    name = "scm"
+    family = "Consistency"
+    paper = "sCM, Lu & Song 2024"
     summary = "sCM: continuous-time consistency distillation, 1-2 steps"
 
     @classmethod
@@ -173,6 +184,9 @@ class TBCM(ContinuousConsistency):
 
     Config = TBCMConfig
     config: TBCMConfig
+    name = "tbcm"
+    family = "Consistency"
+    paper = "TBCM (hustvl), 2025"
     summary = "TBCM: continuous-time consistency on the teacher's own trajectories (image-free), 1-2 steps"
 
     def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from stepdistill.data.batch import Batch
 from stepdistill.methods.base import DataNeeds, PathNeeds
-from stepdistill.methods.losses import dmd_gradient
-from stepdistill.methods.matching import DistributionMatching, MatchingConfig
+from stepdistill.methods.distribution_matching import DistributionMatching, MatchingConfig
 
 
 class DMDConfig(MatchingConfig):
@@ -35,6 +34,9 @@ class DMD(DistributionMatching):
 
     Config = DMDConfig
     config: DMDConfig
+    name = "dmd"
+    family = "Distribution matching"
+    paper = "DMD, Yin et al. 2023"
     summary = "DMD: distribution matching with regression on the teacher's noise-sample pairs, one step"
 
     @classmethod
@@ -49,10 +51,5 @@ class DMD(DistributionMatching):
         path = batch.path
         noise, end = path.points[:, 0], path.points[:, -1]
         start = self.sampler.grid()[0].t  # of the student; the pairs begin at t = 1
-        found = self.roles.student(noise, self.times(start, batch), path.cond).x0
-        return F.mse_loss(found, end)
-
-    def gradient(self, x: Tensor, batch: Batch) -> Tensor:
-        t = self.matching_times(batch)
-        x_t = self.schedule.add_noise(x, batch.noise("dm"), t)
-        return dmd_gradient(x, self.teacher(x_t, t, batch).x0, self.roles.critic(x_t, t, batch.cond).x0)
+        student = self.roles.student(noise, self.times(start, batch), path.cond).x0
+        return F.mse_loss(student, end)

@@ -1,4 +1,6 @@
-"""Guidance distillation: one pass says what classifier-free guidance says with two. The steps stay the teacher's.
+"""Guidance distillation: one pass predicts what classifier-free guidance predicts with two.
+
+The steps stay the teacher's.
 
     eps_w = eps(x_t, null) + w (eps(x_t, c) - eps(x_t, null))
     minimise | student(x_t, t, c, w) - eps_w |^2             (in whatever the network predicts)
@@ -20,22 +22,23 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from stepdistill.adapters import GuidanceEmbedded
 from stepdistill.data.batch import Batch
-from stepdistill.denoiser import Conditions
+from stepdistill.diffusion.denoiser import Conditions
+from stepdistill.diffusion.schedule import per_sample
 from stepdistill.errors import InputError
-from stepdistill.guidance_adapters import AttentionAdapter, GuidanceAdapter, OutputGuide, WithGuidanceAdapter
-from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, PathNeeds, RealConfig, RoleTraining
-from stepdistill.methods.losses import prediction_loss
-from stepdistill.methods.times import uniform_times
-from stepdistill.schedule import per_sample
+from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, PathNeeds, RealConfig
+from stepdistill.methods.parts.losses import prediction_loss
+from stepdistill.methods.parts.times import uniform_times
+from stepdistill.roles import RoleTraining
+from stepdistill.roles.added import GuidanceEmbedded
+from stepdistill.roles.guidance_adapters import AttentionAdapter, GuidanceAdapter, OutputGuide, WithGuidanceAdapter
 
 # The argument that tells an adapted network its w (B,).
 SCALE = "guidance_scale"
 
 
 class ScaleRange(MethodConfig):
-    """Keys of ``method`` for students that are told w."""
+    """Keys of ``method`` for students that take w as an input."""
 
     w_min: float = Field(1.0, gt=0, description="lowest guidance scale the student is trained at")
     w_max: float = Field(4.0, gt=0, description="highest one; teacher.guidance.scale lies between them")
@@ -43,8 +46,8 @@ class ScaleRange(MethodConfig):
     def check(self, scale: float) -> None:
         """Refuse to export at a scale that was never trained."""
         if not self.w_min <= scale <= self.w_max:
-            wanted = f"from method.w_min to method.w_max ({self.w_min:g} to {self.w_max:g})"
-            raise InputError(f"teacher.guidance.scale: expected a scale {wanted}, found {scale:g}")
+            expected = f"from method.w_min to method.w_max ({self.w_min:g} to {self.w_max:g})"
+            raise InputError(f"teacher.guidance.scale: expected a scale {expected}, found {scale:g}")
 
 
 class GuidanceMethod(DistillMethod):
@@ -66,6 +69,9 @@ class WEmbedding(GuidanceMethod):
 
     Config = EmbeddingConfig
     config: EmbeddingConfig
+    name = "w-embed"
+    family = "Guidance"
+    paper = "Meng et al. 2023, stage 1"
     summary = "guidance distillation with w as an input (Meng et al., stage 1); one pass per step instead of two"
 
     @classmethod
@@ -82,15 +88,15 @@ class WEmbedding(GuidanceMethod):
         x_t = self.schedule.add_noise(batch.latents, batch.noise("forward"), t)
         w = self.scales(batch)
         target = self.teacher(x_t, t, batch, w).raw
-        student = self.roles.student(x_t, t, batch.cond | self.told(w)).raw
+        student = self.roles.student(x_t, t, batch.cond | self.guidance_condition(w)).raw
         return {"guidance": F.mse_loss(student.to(target.dtype), target)}
 
     def scales(self, batch: Batch) -> Tensor:
         """w of each row, (B,)."""
         return batch.uniform("w", self.config.w_min, self.config.w_max)
 
-    def told(self, w: Tensor) -> Conditions:
-        """What the student's call says about w."""
+    def guidance_condition(self, w: Tensor) -> Conditions:
+        """The student's condition that carries w (B,)."""
         return {SCALE: w}
 
 
@@ -99,6 +105,9 @@ class LoRAGuidance(WEmbedding):
 
     Config = RealConfig
     config: RealConfig
+    name = "lora-guidance"
+    family = "Guidance"
+    paper = "Meng et al. 2023, as a LoRA"
     summary = "guidance distillation of one scale into a LoRA; merged into stock weights at export"
 
     @classmethod
@@ -112,7 +121,7 @@ class LoRAGuidance(WEmbedding):
     def scales(self, batch: Batch) -> Tensor:
         return torch.full((batch.size,), float(self.roles.scale), dtype=torch.float64, device=batch.device)
 
-    def told(self, w: Tensor) -> Conditions:
+    def guidance_condition(self, w: Tensor) -> Conditions:
         return {}
 
 
@@ -129,6 +138,9 @@ class AdapterGuidance(GuidanceMethod):
 
     Config = AdapterConfig
     config: AdapterConfig
+    name = "agd"
+    family = "Guidance"
+    paper = "AGD, Jensen & Sadat 2025"
     summary = "AGD: small adapters on a frozen network, from guided trajectories; w stays an input"
     adapter: ClassVar[type[GuidanceAdapter]] = AttentionAdapter
 
@@ -161,5 +173,8 @@ class AdapterGuidance(GuidanceMethod):
 class Guide(AdapterGuidance):
     """A guide beside the network: it never looks inside, so it also guides a fine-tune."""
 
+    name = "guide"
+    family = "Guidance"
+    paper = "Plug-and-Play guide, Hsiao et al. 2024"
     summary = "plug-and-play guide: a small network added to a frozen one's output; fits its fine-tunes too"
     adapter = OutputGuide

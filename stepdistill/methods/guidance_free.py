@@ -1,7 +1,7 @@
 """Training a guidance-free model on data: one pass that is what guidance would give, with no teacher to regress on.
 
 GFT (Chen et al. 2025, "Visual generation without guidance"): the conditional model is a mixture of a sharpened one,
-which is told beta, and the unconditional one.
+with beta as an input, and the unconditional one.
 
     beta ~ U[1 / w_max, 1];  with probability ``drop``: c = null, beta = 1
     minimise | beta eps(x_t, c, beta) + (1 - beta) sg eps(x_t, null, 1) - eps |^2
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from stepdistill.adapters import GuidanceEmbedded
 from stepdistill.data.batch import Batch
+from stepdistill.diffusion.schedule import per_sample
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DataNeeds, RealConfig
 from stepdistill.methods.guidance_distillation import SCALE, GuidanceMethod, ScaleRange
-from stepdistill.methods.times import uniform_times
-from stepdistill.schedule import per_sample
+from stepdistill.methods.parts.times import uniform_times
+from stepdistill.roles.added import GuidanceEmbedded
 
 
 class ModelGuidanceConfig(RealConfig):
@@ -40,6 +40,9 @@ class ModelGuidance(GuidanceMethod):
 
     Config = ModelGuidanceConfig
     config: ModelGuidanceConfig
+    name = "model-guidance"
+    family = "Guidance"
+    paper = "Model-guidance, Tang et al. 2025"
     summary = "model-guidance: fine-tuning on data towards guided targets of its own; no guidance at inference"
     guides_itself = True
 
@@ -60,7 +63,7 @@ class ModelGuidance(GuidanceMethod):
         w = 1 - 1 / self.roles.scale
         student = self.roles.student(x_t, t, batch.partly_empty("drop", self.config.drop)[0]).raw.to(target.dtype)
         with torch.no_grad():
-            target = target + w * (student - self.roles.student(x_t, t, batch.null).raw)
+            target = target + w * (student - self.roles.student(x_t, t, batch.empty).raw)
         return {"guidance": F.mse_loss(student, target)}
 
     def noised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,6 +82,9 @@ class GFT(ModelGuidance):
 
     Config = GFTConfig
     config: GFTConfig
+    name = "gft"
+    family = "Guidance"
+    paper = "GFT, Chen et al. 2025"
     summary = "GFT: guidance-free training on data with the sampling temperature as an input"
 
     @classmethod
@@ -91,7 +97,7 @@ class GFT(ModelGuidance):
         cond, drop = batch.partly_empty("drop", self.config.drop)
         beta = torch.where(drop, 1.0, batch.uniform("beta", 1 / self.config.w_max, 1 / self.config.w_min))
         with torch.no_grad():
-            null = self.roles.student(x_t, t, batch.null | {SCALE: torch.ones_like(beta)}).raw.to(target.dtype)
+            null = self.roles.student(x_t, t, batch.empty | {SCALE: torch.ones_like(beta)}).raw.to(target.dtype)
         student = self.roles.student(x_t, t, cond | {SCALE: 1 / beta}).raw.to(target.dtype)
         share = per_sample(beta, student)
         return {"guidance": F.mse_loss(share * student + (1 - share) * null, target)}

@@ -10,7 +10,7 @@
 
 The decoder takes w as an input. The encoder has no guidance, and both are inverses of each other at w = 1: guidance
 would move the code of a real image away from N(0, I). Editing raises w in the last steps
-(stepdistill.generation.editing). Without ``w_min`` both follow the trajectories of the recipe's own w, and are inverses
+(stepdistill.sampling.editing). Without ``w_min`` both follow the trajectories of the recipe's own w, and are inverses
 there. Each network is its own target.
 """
 
@@ -19,14 +19,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
-from stepdistill.denoiser import Conditions, Denoiser
-from stepdistill.methods.base import Roles
+from stepdistill.diffusion.denoiser import Conditions, Denoiser
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedule import Prediction
 from stepdistill.methods.consistency import SolverConfig
-from stepdistill.methods.losses import pseudo_huber
-from stepdistill.methods.segments import PCM, pick
-from stepdistill.methods.times import T_FLOOR
-from stepdistill.samplers import Sampler
-from stepdistill.schedule import Prediction
+from stepdistill.methods.parts.losses import pseudo_huber
+from stepdistill.methods.parts.times import T_FLOOR
+from stepdistill.methods.pcm import PCM, pick
+from stepdistill.roles import Roles
 
 
 class ICDConfig(SolverConfig):
@@ -46,6 +46,9 @@ class ICD(PCM):
 
     Config = ICDConfig
     config: ICDConfig
+    name = "icd"
+    family = "Consistency"
+    paper = "iCD, Starodubcev et al. 2024"
     summary = "iCD: a deterministic few-step student and an encoder that inverts it"
     players = ("student", "encoder")
     extra_roles = ("encoder",)

@@ -15,7 +15,7 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -23,9 +23,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
-from stepdistill.methods.base import DataNeeds, DistillMethod, RealConfig, Roles
-from stepdistill.samplers import Sampler, Step
-from stepdistill.schedule import Prediction, Schedule, per_sample
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.samplers import Sampler, Step
+from stepdistill.diffusion.schedule import Prediction, Schedule, per_sample
+from stepdistill.methods.base import DataNeeds, DistillMethod, RealConfig
+from stepdistill.roles import Roles
 
 
 class ProgressiveConfig(RealConfig):
@@ -42,6 +44,9 @@ class ProgressiveDistillation(DistillMethod):
 
     Config = ProgressiveConfig
     config: ProgressiveConfig
+    name = "pd"
+    family = "Trajectory regression"
+    paper = "Progressive distillation, Salimans & Ho 2022"
     summary = "Progressive distillation: half the steps again and again (deterministic sampler)"
     sampler_name = "ddim"
     extra_roles = ("target",)
@@ -49,12 +54,13 @@ class ProgressiveDistillation(DistillMethod):
 
     def __init__(self, config: ProgressiveConfig, roles: Roles, sampler: Sampler):
         super().__init__(config, roles, sampler)
-        self.slow = nn.ParameterList(p.detach().clone() for p in roles.student.network.parameters())
-        self.slow.requires_grad_(False)
-        # From the exported grid back to the finest: each holds every time of the one after it.
-        self.grids = [sampler.grid()]
-        while 2 * len(self.grids[0]) < config.start_steps:
-            self.grids.insert(0, halved(self.grids[0], self.schedule))
+        self.averages = nn.ParameterList(p.detach().clone() for p in roles.student.network.parameters())
+        self.averages.requires_grad_(False)
+        self.grids = phase_grids(sampler, config.start_steps)
+
+    def at_size(self, sampler: Sampler, call: Denoiser, decode: Callable[[Tensor], Tensor] | None) -> None:
+        super().at_size(sampler, call, decode)
+        self.grids = phase_grids(sampler, self.config.start_steps)
 
     @classmethod
     def data_needs(cls, config: ProgressiveConfig) -> DataNeeds:
@@ -64,8 +70,8 @@ class ProgressiveDistillation(DistillMethod):
     def problems(cls, config: ProgressiveConfig, student_steps: int, train_steps: int) -> Iterator[tuple[str, str]]:
         halvings = math.log2(config.start_steps / student_steps)
         if halvings < 1 or halvings % 1:
-            found = f"found {config.start_steps} for {student_steps} steps"
-            yield "method.start_steps", f"expected student.steps times 2, 4, 8, ..., {found}"
+            numbers = f"found {config.start_steps} for {student_steps} steps"
+            yield "method.start_steps", f"expected student.steps times 2, 4, 8, ..., {numbers}"
         elif train_steps <= (last := round(halvings - 1) * config.phase_steps):
             phases = f"which the phase of {student_steps} steps begins"
             yield "train.steps", f"expected more than {last}, at {phases} (method.phase_steps), found {train_steps}"
@@ -82,7 +88,7 @@ class ProgressiveDistillation(DistillMethod):
         if phase > 0 and batch.turn == 0 and batch.step == phase * self.config.phase_steps:
             # Nothing has moved since the phase before ended; micro-batches repeat the copies to no effect.
             for role in (self.roles.target, self.roles.student):
-                _copy(self.slow, role.network)
+                _copy(self.averages, role.network)
         grid, rollout = self.grids[phase], self.config.inputs == "rollout"
         turn = torch.full((batch.size,), batch.turn, device=batch.device)
         halves = self.halves(phase, turn if rollout else batch.integers("k", len(grid)))
@@ -101,10 +107,10 @@ class ProgressiveDistillation(DistillMethod):
     @torch.no_grad()
     def after_update(self, player: str) -> None:
         moving = [p.detach() for p in self.roles.student.network.parameters()]
-        torch._foreach_lerp_(list(self.slow), moving, 1 - self.config.average)
+        torch._foreach_lerp_(list(self.averages), moving, 1 - self.config.average)
 
     def extra_modules(self) -> dict[str, nn.Module]:
-        return {"average": self.slow}
+        return {"average": self.averages}
 
     def halves(self, phase: int, k: Tensor) -> Tensor:
         """(B, 4): t, m, r of the student's steps ``k`` (B,), and 1 where r is the clean end."""
@@ -135,6 +141,14 @@ class ProgressiveDistillation(DistillMethod):
 def _copy(values: nn.ParameterList, network: nn.Module) -> None:
     for parameter, value in zip(network.parameters(), values, strict=True):
         parameter.copy_(value)
+
+
+def phase_grids(sampler: Sampler, start_steps: int) -> list[list[Step]]:
+    """The grid of each phase, from the finest to the exported one; each holds every time of the one after it."""
+    grids = [sampler.grid()]
+    while 2 * len(grids[0]) < start_steps:
+        grids.insert(0, halved(grids[0], sampler.schedule))
+    return grids
 
 
 def halved(grid: Sequence[Step], schedule: Schedule) -> list[Step]:

@@ -20,7 +20,6 @@ itself says nothing about progress: for A = 1 its expectation is 0 for every stu
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -28,14 +27,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepdistill.data.batch import Batch
-from stepdistill.denoiser import Denoiser
-from stepdistill.guidance import guided
-from stepdistill.methods.base import CriticConfig, DataNeeds, DistillMethod, RealConfig, Roles
-from stepdistill.methods.gan import LatentDiscriminator
-from stepdistill.methods.losses import prediction_loss, sid_loss
-from stepdistill.methods.times import uniform_times
-from stepdistill.samplers import Sampler
-from stepdistill.schedule import Prediction
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.samplers import Sampler
+from stepdistill.diffusion.schedule import Prediction
+from stepdistill.methods.base import CriticConfig, DataNeeds, DistillMethod, RealConfig
+from stepdistill.methods.parts.gan import LatentDiscriminator
+from stepdistill.methods.parts.losses import prediction_loss, sid_loss
+from stepdistill.methods.parts.times import uniform_times
+from stepdistill.roles import Roles
 
 
 class SiDConfig(RealConfig, CriticConfig):
@@ -74,6 +74,9 @@ class SiD(DistillMethod):
 
     Config = SiDConfig
     config: SiDConfig
+    name = "sid"
+    family = "Score identity"
+    paper = "SiD, Zhou et al. 2024"
     summary = "SiD: score identity distillation, gradients through teacher and critic"
     players = ("critic", "student")
     extra_roles = ("critic",)
@@ -124,7 +127,7 @@ class SiD(DistillMethod):
         return losses
 
     def critic_losses(self, batch: Batch) -> dict[str, Tensor]:
-        batch = replace(batch, cond=batch.partly_empty("null", self.config.null_dropout)[0])
+        batch = batch.but(cond=batch.partly_empty("null", self.config.null_dropout)[0])
         with torch.no_grad():
             x = self.generate(batch)
         t = uniform_times(batch, "critic time", self.schedule, shift=self.config.time_shift)
@@ -144,6 +147,9 @@ class SiDLSG(SiD):
     """SiD with guidance in the teacher, the critic and the critic's training."""
 
     Config = LSGConfig
+    name = "sid-lsg"
+    family = "Score identity"
+    paper = "SiD-LSG, Zhou et al. 2024"
     summary = "SiD-LSG: score identity distillation with the critic guided too (long and short guidance)"
     guides_both = True
 
@@ -152,4 +158,7 @@ class SiDA(SiD):
     """SiD with a GAN term on the critic's features of real and generated samples."""
 
     Config = SiDAConfig
+    name = "sida"
+    family = "Score identity"
+    paper = "SiDA, Zhou et al. 2024"
     summary = "SiDA: score identity distillation with an adversarial term on the critic's features"

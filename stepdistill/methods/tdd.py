@@ -12,7 +12,6 @@ condition: for a share of the rows the prompt is the empty one, where every w gi
 student keeps an unconditional branch, and CFG still tunes it.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -20,9 +19,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
+from stepdistill.diffusion.samplers import Sampler
 from stepdistill.errors import InputError
 from stepdistill.methods.consistency import TCD, SolverConfig
-from stepdistill.samplers import Sampler
 
 
 class TDDConfig(SolverConfig):
@@ -46,6 +45,9 @@ class TDD(TCD):
 
     Config = TDDConfig
     config: TDDConfig
+    name = "tdd"
+    family = "Consistency"
+    paper = "TDD, Wang et al. 2024"
     summary = "TDD: trajectory consistency towards the times of 4- to 8-step schedules, CFG stays tunable"
     extra_roles = ()
 
@@ -59,7 +61,7 @@ class TDD(TCD):
             raise InputError(f"method.null_share: expected 0 without an empty prompt, found {self.config.null_share}")
 
     def losses(self, player: str, batch: Batch) -> dict[str, Tensor]:
-        batch = replace(batch, cond=batch.partly_empty("empty", self.config.null_share)[0])
+        batch = batch.but(cond=batch.partly_empty("empty", self.config.null_share)[0])
         student = self.roles.student
         return {"consistency": self.consistency(student, student, *self.draw(batch), batch)}
 

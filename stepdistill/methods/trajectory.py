@@ -17,7 +17,8 @@ noise and the guided teacher's endpoint, made once; the student's whole sampler,
 
     every step:
         (noise, y) ~ stored pairs
-        minimise d( student's sample from noise, y ),  d = L1, L2 or pseudo-Huber
+        minimise d( student's sample from noise, y ),  d = L1, L2, pseudo-Huber, or "features":
+            L1 + the distance of their states in the teacher's own layers, both noised alike to t ~ U[0.02, 0.3]
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,9 +29,12 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.data.batch import Batch, PathRows
+from stepdistill.diffusion.samplers import dpm_solver_step
 from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, PathNeeds
-from stepdistill.methods.losses import pseudo_huber
-from stepdistill.samplers import dpm_solver_step
+from stepdistill.methods.parts.losses import feature_distance, pseudo_huber
+from stepdistill.methods.parts.times import uniform_times
+
+FEATURE_TIMES = 0.02, 0.3
 
 
 class TrajectoryConfig(MethodConfig):
@@ -46,6 +50,9 @@ class TrajectoryRegression(DistillMethod):
 
     Config = TrajectoryConfig
     config: TrajectoryConfig
+    name = "sfd"
+    family = "Trajectory regression"
+    paper = "SFD, Zhou et al. 2024"
     summary = "SFD: regression of the student's own trajectory on the teacher's (deterministic sampler)"
     trains_grid = True
     sampler_name = "ddim"
@@ -85,7 +92,7 @@ class TrajectoryRegression(DistillMethod):
         x, previous, points = batch.noise("start"), None, []
         for step in self.sampler.grid():
             points.append(x)
-            # A stock grid may start a step beside where the last one ended (DDIM); the teacher just goes on.
+            # A stock grid may start a step beside where the last one ended (DDIM); the teacher then continues.
             shares = torch.linspace(0, 1, self.config.substeps + 1)
             ends = self.schedule.between(torch.tensor(step.t), torch.tensor(step.r or 0.0), shares).tolist()
             for t, r in zip(ends, [*ends[1:-1], step.r], strict=False):
@@ -100,7 +107,9 @@ class OdeConfig(MethodConfig):
 
     pairs: int = Field(2000, ge=1, description="pairs of noise and teacher's endpoint, made once")
     solver_steps: int = Field(12, ge=1, description="DPM-Solver++(2M) steps of the teacher for each pair")
-    metric: Literal["l1", "l2", "huber"] = Field("l1", description="distance between sample and endpoint")
+    metric: Literal["l1", "l2", "huber", "features"] = Field(
+        "l1", description="distance between sample and endpoint; features: l1, and that of the teacher's hidden states"
+    )
     huber: float = Field(0.1, gt=0, description="c of the pseudo-Huber metric sqrt(d^2 + c^2) - c")
 
 
@@ -109,6 +118,9 @@ class OdeRegression(DistillMethod):
 
     Config = OdeConfig
     config: OdeConfig
+    name = "ode-regression"
+    family = "Trajectory regression"
+    paper = "Luhman & Luhman 2021"
     summary = "Regression on stored pairs of noise and the teacher's ODE endpoint (deterministic sampler)"
     sampler_name = "ddim"
 
@@ -125,12 +137,17 @@ class OdeRegression(DistillMethod):
         for step in self.sampler.grid():
             prediction = self.roles.student(x, self.times(step.t, batch), batch.path.cond)
             x = self.sampler.advance(prediction, step, lambda: batch.noise("step"))
-        return {"regression": self.distance(x - end)}
+        losses = {"regression": self.distance(x - end)}
+        if self.config.metric == "features":
+            t = uniform_times(batch, "feature time", self.schedule, *FEATURE_TIMES)
+            noise = batch.noise("features")
+            losses["features"] = feature_distance(self.roles.teacher, x, end, t, noise, batch.path.cond)
+        return losses
 
     def distance(self, difference: Tensor) -> Tensor:
         """The mean over all elements of the chosen metric."""
         match self.config.metric:
-            case "l1":
+            case "l1" | "features":
                 return difference.abs().mean()
             case "l2":
                 return difference.square().mean()

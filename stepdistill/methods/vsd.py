@@ -20,13 +20,13 @@ from pydantic import Field, NonNegativeFloat, field_validator
 from torch import Tensor
 
 from stepdistill.data.batch import Batch
-from stepdistill.denoiser import Conditions
+from stepdistill.diffusion.denoiser import Conditions
+from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.schedule import per_sample
 from stepdistill.errors import InputError
-from stepdistill.guidance import guided
 from stepdistill.methods.base import CriticConfig
-from stepdistill.methods.matching import DistributionMatching, MatchingConfig
-from stepdistill.methods.times import normal_log_snr_times
-from stepdistill.schedule import per_sample
+from stepdistill.methods.distribution_matching import DistributionMatching, MatchingConfig
+from stepdistill.methods.parts.times import normal_log_snr_times
 
 
 class VSDConfig(MatchingConfig):
@@ -51,6 +51,9 @@ class VSD(DistributionMatching):
 
     Config = VSDConfig
     config: VSDConfig
+    name = "vsd"
+    family = "Distribution matching"
+    paper = "SwiftBrush, Nguyen & Tran 2023"
     summary = "VSD (SwiftBrush): guided score differences with a LoRA critic"
     guides_both = True
 
@@ -88,6 +91,9 @@ class PGSB(VSD):
     """VSD under random guidance, which broadens what the scores are compared at."""
 
     Config = PGSBConfig
+    name = "pg-sb"
+    family = "Distribution matching"
+    paper = "SNOOPI, Nguyen et al. 2024"
     summary = "PG-SB (SNOOPI): VSD under a random guidance scale"
 
 
@@ -103,6 +109,9 @@ class DiffInstruct(DistributionMatching):
 
     Config = DiffInstructConfig
     config: DiffInstructConfig
+    name = "diff-instruct"
+    family = "Distribution matching"
+    paper = "Diff-Instruct, Luo et al. 2023"
     summary = "Diff-Instruct: plain score differences at log-normal noise"
 
     def gradient(self, x: Tensor, batch: Batch) -> Tensor:

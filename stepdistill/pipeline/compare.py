@@ -1,4 +1,4 @@
-"""When two values seen in a run count as the same."""
+"""Tolerances: when two recorded values count as equal."""
 
 from typing import Any
 
@@ -11,20 +11,20 @@ def tolerance(dtype: torch.dtype) -> float:
     return max(1e-5, 8 * torch.finfo(dtype).eps) if dtype.is_floating_point else 1e-5
 
 
-def deviation(found: Tensor, expected: Tensor) -> float:
+def deviation(actual: Tensor, expected: Tensor) -> float:
     """Largest difference relative to the largest value; infinite for other shapes and for NaN."""
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return float("inf")
-    if not found.numel():
+    if not actual.numel():
         return 0.0
     expected = expected.double()
-    worst = (found.to(expected) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+    worst = (actual.to(expected) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
     return float("inf") if worst.isnan() else float(worst)
 
 
-def close(found: Tensor, expected: Tensor) -> bool:
+def close(actual: Tensor, expected: Tensor) -> bool:
     """Equal shapes, and values within :func:`tolerance`."""
-    return deviation(found, expected) <= tolerance(found.dtype)
+    return deviation(actual, expected) <= tolerance(actual.dtype)
 
 
 def same(a: Any, b: Any) -> bool:

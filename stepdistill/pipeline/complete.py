@@ -1,4 +1,4 @@
-"""Whether a pipeline's files fill its components: the libraries draw what is missing at random, and only warn."""
+"""Check that a pipeline's files hold all weights: the libraries initialise missing ones at random, and only warn."""
 
 import functools
 import json
@@ -57,12 +57,12 @@ def _reported(base: Any, faults: list[str]) -> Iterator[None]:
             options["ignore_mismatched_sizes"] = True
         folder = Path(place, options.get("subfolder") or "")
         try:
-            network, found = stock.__func__(cls, place, *arguments, **options)
+            network, report = stock.__func__(cls, place, *arguments, **options)
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split()).partition(" If you want to")[0]
             faults.append(f"{_files(folder)} cannot be loaded into the {cls.__name__}: {reason}")
             raise
-        if fault := _fault(found):
+        if fault := _fault(report):
             faults.append(f"{_files(folder)} does not fill the {cls.__name__}: {fault}")
         return network
 
@@ -79,22 +79,26 @@ def _files(folder: Path) -> str:
     return folder.name + (f"/{files[0]}" if files else "") + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
-def _fault(found: dict[str, Any]) -> str | None:
-    """What the library's report of loading says of weights that are not the file's; None where all are."""
-    missing, surplus = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    shapes = sorted(f"{key} of {list(wanted)}, found {list(held)}" for key, held, wanted in found["mismatched_keys"])
+def _fault(report: dict[str, Any]) -> str | None:
+    """Weights that the library's loading report does not find in the file, in words; None if all are there."""
+    missing, surplus = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    shapes = sorted(
+        f"{key} of {list(expected)}, found {list(held)}" for key, held, expected in report["mismatched_keys"]
+    )
     if not missing and not shapes:
         return None
-    said = []
+    problems = []
     if missing:
-        said.append(f"{len(missing)} weights are missing: {some(missing)}")
+        problems.append(f"{len(missing)} weights are missing: {some(missing)}")
     if shapes:
-        said.append(f"{len(shapes)} weights have another shape: expected {some(shapes)}")
+        problems.append(f"{len(shapes)} weights have another shape: expected {some(shapes)}")
     if surplus:
-        said.append(f"{len(surplus)} names are unknown: {some(surplus)}")
+        problems.append(f"{len(surplus)} names are unknown: {some(surplus)}")
     if any(".base_layer." in key for key in surplus):
-        said.append("it was saved with a LoRA attached: call fuse_lora(), then unload_lora_weights(), then save again")
-    return "; ".join(said)
+        problems.append(
+            "it was saved with a LoRA attached: call fuse_lora(), then unload_lora_weights(), then save again"
+        )
+    return "; ".join(problems)
 
 
 def some(names: Collection[str]) -> str:
@@ -117,11 +121,11 @@ def check_tokenizers(pipeline: str | Path, folder: Path) -> None:
         place = folder / name
         if not files or not place.is_dir() or (place / "tokenizer.json").is_file():
             continue
-        wanted = [file for key, file in files.items() if key != "tokenizer_file"]
-        if lacking := [file for file in wanted if not (place / file).is_file()]:
+        expected = [file for key, file in files.items() if key != "tokenizer_file"]
+        if lacking := [file for file in expected if not (place / file).is_file()]:
             raise InputError(
-                f"pipeline {pipeline}: {name} of class {kind} expected tokenizer.json or {' and '.join(wanted)}, found "
-                f"no {' and no '.join(lacking)}"
+                f"pipeline {pipeline}: {name} of class {kind} expected tokenizer.json or {' and '.join(expected)}, "
+                f"found no {' and no '.join(lacking)}"
             )
 
 

@@ -1,29 +1,29 @@
 """Prompts or classes -> conditioning batches: the pipeline's own encoding, caught at its denoiser, kept on disk."""
 
 import difflib
-import hashlib
-import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from stepdistill.data.host_rows import HostRows, pinned, to_device
+from stepdistill.data.lines import Lines
 from stepdistill.data.sample import Pictures
-from stepdistill.denoiser import Conditions
+from stepdistill.data.shards import Chunk, Content, Share, row_bytes
+from stepdistill.data.store import Rows, Store, ensure
+from stepdistill.diffusion.denoiser import Conditions
+from stepdistill.diffusion.passes import of_pass, plain_name
 from stepdistill.errors import InputError
-from stepdistill.host_rows import HostRows, to_device
-from stepdistill.pipeline.compare import close
-from stepdistill.pipeline.load import quiet
-from stepdistill.pipeline.observe import Call, Recording, calls_of, fewest_steps, modules, observe
+from stepdistill.files import digest, sha256
+from stepdistill.pipeline.compare import close, rows_equal, same
+from stepdistill.pipeline.folder import quiet
+from stepdistill.pipeline.observe import Call, Recording, calls_of, modules, observe
+from stepdistill.pipeline.stock_call import pictures_in
 from stepdistill.pipeline.trace import Trace
-from stepdistill.tensor_cache import cached
-from stepdistill.text_files import read_text
 
 CHUNK = 32
 # Names under which a diffusers network's config states how many classes it embeds.
@@ -32,44 +32,69 @@ CLASS_COUNTS = ("num_classes", "num_class_embeds", "num_embeds_ada_norm")
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told for each of N entries.
+    """The denoiser's conditions for each of N entries.
 
     Args:
-        labels: the entries for people: prompts or class names. cond: N rows.
+        labels: the entries for people: prompts or class names.
+        cond: N rows of each name, in the host's memory or in a store.
         null: the pipeline's own empty condition; None where it does not guide. One row, or N of what is not the same
             for all: the pictures of the entries.
         entries: what the pipeline is called with: prompts or class ids.
-        device: where batches go. The rows stay in the host's memory: thousands of them are too many for a GPU.
+        device: where batches go. Rows stay where they are: thousands of them are too many for a GPU.
+        store: the files that hold the rows, if any do.
+        encoder: makes the rows of entries (B,), where none are kept.
+        key: says what its rows depend on.
     """
 
-    labels: tuple[str, ...]
-    cond: Conditions
-    null: Conditions | None
-    entries: tuple[str | int, ...] = ()
+    labels: Sequence[str]
+    cond: dict[str, Tensor | Rows]
+    null: dict[str, Tensor | Rows] | None
+    entries: Sequence[str | int] = ()
     device: torch.device | str = "cpu"
+    store: Store | None = None
+    encoder: Callable[[Tensor], Conditions] | None = None
+    key: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def content(self) -> Any:
+        """What :func:`stepdistill.files.digest` takes for the values of all rows."""
+        sides = self.cond, self.null or {}
+        held = [{name: rows for name, rows in side.items() if isinstance(rows, Tensor)} for side in sides]
+        return self.key, self.store and self.store.content, held, self.null is None
+
+    def gathered(self, index: Tensor) -> tuple[Conditions, Conditions | None]:
+        """(cond, null) for entries ``index`` (B,), ready to be copied: B rows, or the one that all entries share."""
+
+        def taken(side: Mapping[str, Tensor | Rows]) -> Conditions:
+            return {n: rows if len(rows) == 1 else pinned(rows[index.cpu()], self.device) for n, rows in side.items()}
+
+        cond = taken(self.cond) if self.encoder is None else self.encoder(index)
+        return cond, None if self.null is None else taken(self.null)
+
     def batch(self, index: Tensor) -> tuple[Conditions, Conditions | None]:
         """(cond, null) for entries ``index`` (B,): B rows each, on the device."""
+        return self.on_device(self.gathered(index), len(index))
 
-        def taken(rows: Tensor) -> Tensor:
-            if len(rows) == 1:
-                return to_device(rows, self.device).expand(len(index), *rows.shape[1:])
-            return to_device(rows[index.to(rows.device)], self.device)
-
-        cond = {name: taken(rows) for name, rows in self.cond.items()}
-        return cond, None if self.null is None else {name: taken(rows) for name, rows in self.null.items()}
+    def on_device(
+        self, gathered: tuple[Conditions, Conditions | None], size: int
+    ) -> tuple[Conditions, Conditions | None]:
+        """What :meth:`gathered` returned, ``size`` rows each, on the device."""
+        cond, null = (
+            side and {name: to_device(rows, self.device).expand(size, *rows.shape[1:]) for name, rows in side.items()}
+            for side in gathered
+        )
+        return cond, null
 
     def to(self, device: torch.device | str) -> "Conditioning":
         """Batches on ``device``; what is one row for all entries is kept there."""
 
-        def moved(conditions: Conditions) -> Conditions:
-            return {name: rows.to(device) if len(rows) == 1 else rows for name, rows in conditions.items()}
+        def moved(side: Mapping[str, Tensor | Rows]) -> dict[str, Tensor | Rows]:
+            return {name: rows[:].to(device) if len(rows) == 1 else rows for name, rows in side.items()}
 
-        null = None if self.null is None else moved(self.null)
-        return replace(self, cond=moved(self.cond), null=null, device=device)
+        return replace(self, cond=moved(self.cond), null=self.null and moved(self.null), device=device)
 
 
 def class_names(trace: Trace) -> tuple[str, ...]:
@@ -85,7 +110,7 @@ def class_names(trace: Trace) -> tuple[str, ...]:
         for name, number in labels.items():
             by_id.setdefault(int(number), name)
         return tuple(by_id.get(i, str(i)) for i in range(max(by_id) + 1))
-    config = getattr(trace.denoiser.network, "config", {})
+    config = getattr(trace.network, "config", {})
     count = next((config[name] for name in CLASS_COUNTS if config.get(name)), 0)
     return tuple(str(i) for i in range(count))
 
@@ -95,148 +120,193 @@ def class_count(trace: Trace) -> int:
     return len(class_names(trace))
 
 
-def entries(trace: Trace, wanted: str | Sequence[str | int]) -> list[str | int]:
-    """What to call the pipeline with, from what a person wrote.
+def entries(trace: Trace, conditions: str | Sequence[str | int]) -> Sequence[str | int]:
+    """What to call the pipeline with, from what the user wrote.
 
     Args:
-        wanted: "classes" (all of them), a file with an entry a line, or a list; classes by name or number.
+        conditions: "classes" (all of them), a file with an entry a line, or a list; classes by name or number.
 
     Raises:
         InputError: "classes" of a pipeline without, no such file, an unknown class, nothing at all.
     """
     names = class_names(trace)
-    if wanted == "classes":
+    if conditions == "classes":
         if trace.entry == "batch_size":
             return [0]
         if not names:
             ways = "--prompt or --prompts; in a recipe data.conditions: a list, a file, everyday or captions"
             raise InputError(f"conditions: expected prompts for this pipeline ({ways}), found 'classes', the default")
         return list(range(len(names)))
-    if isinstance(wanted, str):
-        file = Path(wanted)
+    if isinstance(conditions, str):
+        file = Path(conditions)
         if not file.is_file():
-            raise InputError(f"conditions: expected 'classes', a list or a file, found no file {wanted}")
-        wanted = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    if not wanted:
+            raise InputError(f"conditions: expected 'classes', a list or a file, found no file {conditions}")
+        conditions = Lines(file)
+    if not conditions:
         raise InputError("conditions: expected at least one, found none")
     if trace.entry == "class_labels":
-        return [_class_id(entry, names) for entry in wanted]
-    return list(wanted)
+        return [_class_id(entry, names) for entry in conditions]
+    return conditions if isinstance(conditions, Lines) else list(conditions)
 
 
 def encode(
-    trace: Trace, entries: Sequence[str | int], cache: Path | None = None, pictures: Sequence[Pictures] | None = None
+    trace: Trace,
+    entries: Sequence[str | int],
+    cache: Path | None = None,
+    pictures: Sequence[Pictures] | None = None,
+    share: Share | None = None,
+    verify: bool = False,
 ) -> Conditioning:
     """The conditions of ``entries``, by running the pipeline up to its denoiser's first calls.
 
     Args:
         entries: prompts for a text pipeline, class ids for a class pipeline.
-        cache: folder for the result; the file's name is a hash of the pipeline, the entries and the pictures.
+        cache: folder for a store of them, whose name is a hash of the pipeline, the entries and the pictures; None:
+            they are kept in the host's memory.
         pictures: each entry's own arguments of the pipeline's call, in place of the trace's.
+        share: the processes that fill the store together; None: this one.
+        verify: compare the hashes of a store's files, however many there are.
 
     Raises:
         InputError: no entries, or entries of the wrong type or range; pictures of another size than the trace's.
     """
-    names = class_names(trace)
-    entries = tuple(entries)
-    _check(trace, entries, names)
-    labels = tuple(names[entry] if names else str(entry) for entry in entries)
-    file = cache / f"conditions-{_key(trace, entries, pictures)}.safetensors" if cache is not None else None
-    stored = cached(file, lambda: _encoded(trace, entries, pictures))
-    cond, null = _section(stored, "cond/"), _section(stored, "null/")
-    whole = {name: null.get(name, rows) for name, rows in cond.items()} if null else None
-    device = next(trace.denoiser.network.parameters()).device
-    return Conditioning(labels, cond, whole, entries).to(device)
+    entries, store = entries if isinstance(entries, Lines) else tuple(entries), None
+    labels = check_entries(trace, entries)
+    if cache is None:
+        stored = _encoded(trace, entries, pictures)
+        cond, null = _section(stored, "cond/"), _section(stored, "null/")
+    else:
+        key = identity(trace, entries, pictures)
+        store = ensure(cache / f"conditions-{key}", key, lambda: _content(trace, entries, pictures), share, verify)
+        cond, null = store.rows("cond/"), store.rows("null/")
+        if isinstance(entries, Lines):  # a run does not need the file, whatever becomes of it
+            labels = entries = entries.copied(store.folder / "prompts.txt")
+    count = max(1, len(trace.denoiser.spec.mix))
+    every = {name: rows for number in range(count) for name, rows in of_pass(cond, number).items()}
+    whole = {name: null.get(name, rows) for name, rows in every.items()} if null else None
+    device = next(trace.network.parameters()).device
+    return Conditioning(labels, cond, whole, entries, store=store).to(device)
 
 
-def rest_encoders(trace: Trace, device: torch.device) -> None:
-    """Move the networks that make conditions into the host's memory; called again, they work there.
+def _encoded(trace: Trace, entries: Sequence[str | int], pictures: Sequence[Pictures] | None) -> dict[str, Tensor]:
+    """All rows by name, in the host's memory; on the pipeline's device there is one chunk at a time.
 
-    A preview is decoded by the pipeline's own call, which encodes a prompt first: seconds on a CPU, for gigabytes that
-    training needs. ``device`` is the pipeline's, where the answers are sent.
-    """
-    for name in trace.encoders:
-        encoder = getattr(trace.pipeline, name).to("cpu")
-        encoder.register_forward_pre_hook(lambda _, *given: send_to_device(given, "cpu"), with_kwargs=True)
-        encoder.register_forward_hook(lambda _module, _inputs, output: send_to_device(output, device))
-
-
-def unread(trace: Trace, prompts: Sequence[str]) -> dict[str, str]:
-    """Of those prompts that none of the pipeline's tokenizers has room for, the end that none of them reads."""
-    tokenizers = [one for one in trace.pipeline.components.values() if isinstance(one, PreTrainedTokenizerBase)]
-    if not tokenizers or trace.entry != "prompt":
-        return {}
-    cut = [_cut(one, _room(trace, one), prompts) for one in tokenizers]
-    return {text: min((ends[text] for ends in cut), key=len) for text in cut[0] if all(text in ends for ends in cut)}
-
-
-def _room(trace: Trace, tokenizer: Any) -> int:
-    """How many tokens the pipeline takes of one tokenizer; those of CLIP have room for what they were trained on."""
-    limit = inspect.signature(trace.pipeline.__call__).parameters.get("max_sequence_length")
-    stated = trace.arguments.get("max_sequence_length", limit and limit.default)
-    if isinstance(stated, int) and "CLIP" not in type(tokenizer).__name__:
-        return min(stated, tokenizer.model_max_length)
-    return tokenizer.model_max_length
-
-
-def _cut(tokenizer: Any, room: int, prompts: Sequence[str]) -> dict[str, str]:
-    """Of those prompts that have more than ``room`` tokens, the end beyond it."""
-    with quiet():
-        whole = tokenizer(list(prompts)).input_ids
-    # The last token is a special one, and has its place in the room.
-    ends = {text: ids[room - 1 :] for text, ids in zip(prompts, whole, strict=True) if len(ids) > room}
-    return {text: tokenizer.decode(ids, skip_special_tokens=True) for text, ids in ends.items()}
-
-
-def _encoded(trace: Trace, entries: tuple[str | int, ...], pictures: Sequence[Pictures] | None) -> dict[str, Tensor]:
-    """The file's tensors, in the host's memory; on the pipeline's device there is one chunk at a time.
-
-    What the empty condition shares with the others, row by row, is stored once.
+    What the empty condition shares with the others, row by row, is there once.
     """
     count = len(entries)
     # Conditions, and behind them the empty ones, all padded to one length.
-    kept, guided = HostRows(2 * count if pictures else count + 1), False
-    # With pictures one at a time: what a pipeline makes of a list of pictures is its own affair.
-    size = CHUNK if pictures is None else 1
-    with quiet():  # or diffusers warns of every chunk with a prompt that is too long, and repeats the whole chunk
-        for start in range(0, count, size):
-            chunk = entries[start : start + size]
-            cond, null = _caught(trace, chunk, {} if pictures is None else pictures[start])
-            if pictures is not None:
-                _check_size(trace, chunk[0], cond)
-            kept.write(start, cond)
-            if null is not None and (pictures or start == 0):
-                guided = True
-                kept.write(count + start, {name: rows[:1] for name, rows in null.items()})
-    stored = {f"cond/{name}": rows[:count] for name, rows in kept.tensors.items()}
-    for name, rows in kept.tensors.items() if guided else ():
-        empty = rows[count:]
+    own = _null_of_each(trace, pictures)
+    storage = HostRows(2 * count if own else count + 1)
+    empties: set[str] = set()
+    for start, cond, null in _chunks(trace, entries, pictures, 0, count):
+        storage.write(start, cond)
+        if null is not None and (own or start == 0):
+            empties |= null.keys()
+            storage.write(count + start, null if own else {name: rows[:1] for name, rows in null.items()})
+    stored = {f"cond/{name}": rows[:count] for name, rows in storage.tensors.items() if name == plain_name(name)}
+    for name in (name for name in storage.tensors if name in empties):
+        rows, empty = storage.tensors[plain_name(name)][:count], storage.tensors[name][count:]
         if all(close(part, empty[:1].expand_as(part)) for part in empty.split(CHUNK)):
             stored[f"null/{name}"] = empty[:1]
-        elif not torch.equal(empty, rows[:count]):
+        elif not torch.equal(empty, rows):
             stored[f"null/{name}"] = empty
     return stored
 
 
+def _content(trace: Trace, entries: Sequence[str | int], pictures: Sequence[Pictures] | None) -> Content:
+    """The same for a store; the first chunk says how large the rows are."""
+    size, each = _chunk(trace, pictures), _null_of_each(trace, pictures)
+    ((_, cond, null),) = _chunks(trace, entries, pictures, 0, min(size, len(entries)))
+    first = {0: _rows(cond, null if each else None)}
+    # Copies: nothing of this chunk stays on the device for longer than its turn.
+    constants = {f"null/{name}": rows[:1].to("cpu", copy=True) for name, rows in (null or {}).items()}
+    kept = row_bytes(first[0])
+
+    def make(start: int, stop: int) -> Iterator[Chunk]:
+        rows = first.pop(0, None)
+        if start == 0 and rows is not None:
+            count = min(size, stop)
+            yield Chunk(rows, count, count)
+            start = count
+        del rows
+        for at, own, empty in _chunks(trace, entries, pictures, start, stop):
+            count = min(size, stop - at)
+            yield Chunk(_rows(own, empty if each else None), count, count)
+
+    what = "classes" if trace.entry == "class_labels" else "prompts"
+    alike = {f"null/{name}": f"cond/{plain_name(name)}" for name in null or ()}
+    return Content(what, len(entries), size, kept, make, constants, alike)
+
+
+def _rows(cond: Conditions, null: Conditions | None) -> dict[str, Tensor]:
+    rows = {f"cond/{name}": value for name, value in cond.items()}
+    return rows | {f"null/{name}": value for name, value in (null or {}).items()}
+
+
+def _chunks(
+    trace: Trace, entries: Sequence[str | int], pictures: Sequence[Pictures] | None, first: int, last: int
+) -> Iterator[tuple[int, Conditions, Conditions | None]]:
+    """(first entry, cond, null) of the entries ``first`` .. ``last``, CHUNK at a time.
+
+    With pictures one at a time: what a pipeline makes of a list of pictures is its own affair.
+    """
+    size = _chunk(trace, pictures)
+    for start in range(first, last, size):
+        chunk = entries[start : min(start + size, last)]
+        with quiet():  # or diffusers warns of every chunk with a prompt that is too long, and repeats the whole chunk
+            cond, null = caught(trace, chunk, {} if pictures is None else _laid_out(trace, pictures[start]))
+        if pictures is not None:
+            _check_size(trace, chunk[0], cond)
+        elif (
+            null is not None and start == 0 and not trace.guidance.drawn
+        ):  # the one chunk whose empty conditions are kept
+            # A picture that is drawn anew for each row is the same in both passes.
+            shared = {name: cond[plain_name(name)] for name in null}
+            null = {name: rows for name, rows in null.items() if rows_equal(rows) or not same(rows, shared[name])}
+        yield start, cond, null
+
+
+def _null_of_each(trace: Trace, pictures: Sequence[Pictures] | None) -> bool:
+    """Whether every entry has an empty condition of its own: with its picture, or with what is drawn for it."""
+    return bool(pictures) or bool(trace.guidance.drawn)
+
+
+def _chunk(trace: Trace, pictures: Sequence[Pictures] | None) -> int:
+    """How many entries are encoded at once."""
+    return trace.at_once(CHUNK) if pictures is None else 1
+
+
+def _laid_out(trace: Trace, pictures: Pictures) -> dict[str, Any]:
+    """An entry's own pictures, as lists where those of the trace are."""
+    lists = {name for name, value in trace.arguments.items() if isinstance(value, list)}
+    return {name: [picture] if name in lists else picture for name, picture in pictures.items()}
+
+
 def _check_size(trace: Trace, entry: str | int, cond: Conditions) -> None:
     for name, known in trace.conditioning.items():
-        found = tuple(cond[name].shape[1:])
-        if len(found) != len(known) or any(a not in (None, b) for a, b in zip(known, found, strict=True)):
+        shape = tuple(cond[name].shape[1:])
+        if len(shape) != len(known) or any(a not in (None, b) for a, b in zip(known, shape, strict=True)):
             raise InputError(
-                f"data.arguments: the pictures of {entry!r} give {name} the shape {found}, those in "
+                f"data.arguments: the pictures of {entry!r} give {name} the shape {shape}, those in "
                 f"teacher.arguments {known}; state height and width in teacher.arguments"
             )
 
 
-def _caught(trace: Trace, entries: Sequence[str | int], pictures: Pictures) -> tuple[Conditions, Conditions | None]:
-    calls = 2 if trace.guidance.kind == "two_calls" else 1
+def caught(
+    trace: Trace, entries: Sequence[str | int], pictures: Mapping[str, Any]
+) -> tuple[Conditions, Conditions | None]:
+    """(cond, null), a row for each entry, by running the pipeline up to its denoiser's first calls.
+
+    Args:
+        pictures: arguments of the call in place of the trace's.
+    """
     recording = observe(
         trace.pipeline,
-        entries,
+        trace.entries(entries),
         {**trace.arguments, **pictures},
-        steps=fewest_steps(trace.pipeline),
+        steps=trace.fewest_steps,
         guidance=trace.guidance.scale,
-        stop_calls=(trace.component, calls),
+        stop_calls=(trace.component, trace.guidance.calls),
     )
     return trace.guidance.split(_calls(trace, recording), trace.denoiser.spec, trace.conditioning, len(entries))
 
@@ -248,7 +318,7 @@ def plain_conditions(trace: Trace, entries: Sequence[str | int], steps: int) -> 
     """
     recording = observe(
         trace.pipeline,
-        entries,
+        trace.entries(entries),
         trace.arguments,
         steps=steps,
         guidance=trace.guidance.plain_scale,
@@ -262,7 +332,13 @@ def _calls(trace: Trace, recording: Recording) -> list[Call]:
     return calls_of(recording.calls, trace.component, [helper.name for helper in trace.denoiser.spec.helpers])
 
 
-def _check(trace: Trace, entries: tuple[str | int, ...], names: tuple[str, ...]) -> None:
+def check_entries(trace: Trace, entries: Sequence[str | int]) -> Sequence[str]:
+    """The entries for people.
+
+    Raises:
+        InputError: there are none, or one is of the wrong type or range.
+    """
+    names = class_names(trace)
     if not entries:
         raise InputError("conditions: expected at least one, found none")
     expected = str if trace.entry == "prompt" else int
@@ -272,6 +348,7 @@ def _check(trace: Trace, entries: tuple[str | int, ...], names: tuple[str, ...])
             raise InputError(f"conditions: expected {what}, found {entry!r}")
         if names and not 0 <= entry < len(names):
             raise InputError(f"conditions: expected a class from 0 to {len(names) - 1}, found {entry}")
+    return entries if isinstance(entries, Lines) else tuple(names[one] if names else str(one) for one in entries)
 
 
 def _class_id(entry: str | int, names: tuple[str, ...]) -> int:
@@ -288,28 +365,31 @@ def _section(stored: dict[str, Tensor], prefix: str) -> Conditions:
     return {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
 
 
-def _key(trace: Trace, entries: tuple[str | int, ...], pictures: Sequence[Pictures] | None) -> str:
+def identity(trace: Trace, entries: Sequence[str | int], pictures: Sequence[Pictures] | None) -> str:
     """A hash of everything the conditions depend on; of the encoders' weights a few values of each tensor."""
-    pipeline = trace.pipeline
-    digest = hashlib.sha256()
+    pipeline, guided = trace.pipeline, (trace.guidance.kind, trace.guidance.scale)
+    call = (type(pipeline).__name__, trace.component, guided, trace.arguments, trace.conditioning)
+    picture_hashes = [sha256(Path(file)) for name in trace.pictures for file in pictures_in(trace.arguments[name])]
+    own = getattr(pictures, "identity", None) or [
+        {name: (picture.size, picture.tobytes()) for name, picture in one.items()} for one in pictures or ()
+    ]
+    parts = {name: _settings(component) for name, component in pipeline.components.items()}
+    encoders = {name: module for name, module in modules(pipeline).items() if name not in trace.components}
+    weights = {name: {n: _some(p) for n, p in encoder.named_parameters()} for name, encoder in encoders.items()}
+    # A textual inversion may show in none of these.
+    made_of = [one] if (one := getattr(pipeline, "made_of", None)) else []
+    return digest(call, entries, picture_hashes, own, parts, weights, *made_of)
 
-    def add(*values: object) -> None:
-        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
 
-    add(type(pipeline).__name__, trace.component, trace.guidance.kind, trace.guidance.scale, entries, trace.arguments)
-    add({name: shape for name, shape in trace.conditioning.items()})
-    add([hashlib.sha256(Path(trace.arguments[name]).read_bytes()).hexdigest() for name in trace.pictures])
-    for name, picture in (item for own in pictures or () for item in own.items()):
-        add(name, picture.size, hashlib.sha256(picture.tobytes()).hexdigest())
-    for name, component in sorted(pipeline.components.items()):
-        config = getattr(component, "config", None)
-        config = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-        # Where the weights were loaded from is not what they are.
-        add(name, type(component).__name__, {key: value for key, value in config.items() if key[0] != "_"})
-        add(getattr(component, "model_max_length", None))
-    for name, module in sorted(modules(pipeline).items()):
-        if name != trace.component:
-            for parameter_name, value in module.named_parameters():
-                flat = value.detach().reshape(-1)
-                add(name, parameter_name, str(value.dtype), flat[:: max(1, len(flat) // 16)].double().tolist())
-    return digest.hexdigest()[:24]
+def _settings(component: Any) -> tuple[Any, ...]:
+    """What a pipeline's component is beside its weights; where those were loaded from is not what it is."""
+    config = getattr(component, "config", None)
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    settings = json.dumps({key: value for key, value in config.items() if key[0] != "_"}, sort_keys=True, default=str)
+    return type(component).__name__, settings, getattr(component, "model_max_length", None)
+
+
+def _some(weights: Tensor) -> Tensor:
+    """Sixteen values or a few more: hashing all of a text encoder's would take as long as a run's first steps."""
+    flat = weights.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // 16)]

@@ -1,4 +1,4 @@
-"""What recorded runs of a pipeline mean: each fact is read off the calls, verified on all of them, or refused by name.
+"""Infer facts about a pipeline from recorded runs: each fact is verified on all calls, or refused by name.
 
 Every function takes the recording of three images without guidance (``off``) and of two with it (``on``): what follows
 those numbers has a batch dimension.
@@ -14,20 +14,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stepdistill.denoiser import (
-    CallSpec,
-    Conditions,
-    Output,
-    is_list_of_rows,
-    joined,
-    tensors_in,
-    unflatten,
-)
-from stepdistill.guidance import with_norm_of
+from stepdistill.diffusion.denoiser import CallSpec, Conditions, Output, is_list_of_rows, joined, tensors_in
+from stepdistill.diffusion.guidance import with_norm_of
+from stepdistill.diffusion.nested import unflatten
+from stepdistill.diffusion.passes import of_pass, plain_name
+from stepdistill.diffusion.stock_schedulers import as_network_input
+from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import close, deviation, rows_equal, same, single_value, tolerance
-from stepdistill.pipeline.observe import Call, Recording, Step, TraceError, calls_of
+from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
 
 GUIDANCE_LIMIT = 1e-4
+PASSES = 3
+"""The most that a guided step takes: a conditional one, one without the text, one without text and picture."""
 
 GuidanceKind = Literal["none", "batched", "two_calls", "embedded"]
 
@@ -42,6 +40,9 @@ class Guidance:
         scale: the pipeline's own argument it was observed at: its default where that is above 1.
         shift: what the pipeline's argument lacks to be w: 1 where it computes cond + scale (cond - uncond).
         residual: the largest relative deviation from the rule.
+        order: which pass is the conditional one and which are the unconditional ones, where there are several of these.
+        drawn: the conditions whose unconditional rows are another's for each image and not the conditional ones either:
+            latents of a picture that are drawn for every row.
     """
 
     kind: GuidanceKind
@@ -49,6 +50,8 @@ class Guidance:
     scale: float = 1.0
     shift: float = 0.0
     residual: float = 0.0
+    order: tuple[int, ...] = ()
+    drawn: frozenset[str] = frozenset()
 
     @property
     def w(self) -> float:
@@ -67,21 +70,30 @@ class Guidance:
         parts = [spec.conditions(call.arguments, names) for call in calls]
         if self.kind not in ("batched", "two_calls"):
             return parts[0], None
-        both = joined(parts[:2] if self.kind == "two_calls" else parts[:1])
-        halves = ({n: v[:count] for n, v in both.items()}, {n: v[count:] for n, v in both.items()})
-        return halves if self.cond_first else (halves[1], halves[0])
+        whole = joined(parts[: self.calls])
+        passes = [{n: v[i * count : (i + 1) * count] for n, v in whole.items()} for i in self.passes]
+        null = {n: v for number, one in enumerate(passes[1:]) for n, v in of_pass(one, number).items()}
+        return passes[0], null
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """The places of the conditional pass and of each unconditional one among a step's."""
+        return self.order or ((0, 1) if self.cond_first else (1, 0))
+
+    @property
+    def calls(self) -> int:
+        """How often the network is called at a guided step."""
+        return len(self.passes) if self.kind == "two_calls" else 1
 
 
 def denoiser_component(off: Recording) -> str:
     """The network that is called for every scheduler step."""
     counts = [Counter(call.component for call in step.calls) for step in off.steps]
-    steady = {name for name in counts[-1] if all(count[name] == counts[-1][name] <= 2 for count in counts)}
+    steady = {name for name in counts[-1] if all(count[name] == counts[-1][name] <= PASSES for count in counts)}
     if not steady:
-        told = "; ".join(", ".join(f"{name} {n}" for name, n in count.items()) or "none" for count in counts)
-        if all(sum(count.values()) == 1 for count in counts[1:]):  # at the first step text encoders run too
-            told += " (denoisers that take turns are not supported)"
+        listing = "; ".join(", ".join(f"{name} {n}" for name, n in count.items()) or "none" for count in counts)
         raise TraceError(
-            "denoiser", f"no component is called once or twice at every scheduler step; calls per step: {told}"
+            "denoiser", f"no component is called once or twice at every scheduler step; calls per step: {listing}"
         )
     # A helper network that runs at every step feeds the denoiser, so the denoiser is called last.
     return [call.component for call in off.steps[-1].calls if call.component in steady][-1]
@@ -89,18 +101,20 @@ def denoiser_component(off: Recording) -> str:
 
 def feeding(off: Recording, on: Recording, component: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The networks whose outputs are arguments of the denoiser's at every step, with what a Helper calls feeds."""
-    found, steps = {}, [*off.steps, *on.steps]
+    feeds, steps = {}, [*off.steps, *on.steps]
     for name in names:
         counts = [[len(calls_of(step.calls, one)) for step in steps] for one in (name, component)]
-        if name != component and counts[0] == counts[1] and (fed := _feeds(steps, component, name)):
-            found[name] = fed
-    return found
+        often = all(own and passes % own == 0 for own, passes in zip(*counts, strict=True))
+        if name != component and often and (fed := _feeds(steps, component, name)):
+            feeds[name] = fed
+    return feeds
 
 
 def _feeds(steps: Sequence[Step], component: str, helper: str) -> dict[str, int | tuple[int, ...]]:
     common = None
     for step in steps:
-        for call, other in zip(calls_of(step.calls, component), calls_of(step.calls, helper), strict=True):
+        calls, others = calls_of(step.calls, component), calls_of(step.calls, helper)
+        for call, other in zip(calls, others * (len(calls) // len(others)), strict=True):
             fed = {}
             for name, value in call.arguments.items():
                 index = [_place(tensor, other.outputs) for tensor in tensors_in(value)]
@@ -127,20 +141,26 @@ def only(recording: Recording, component: str, helpers: Iterable[str] = ()) -> R
 
 
 def is_guided(recording: Recording) -> bool:
-    """Whether the denoiser sees every sample twice."""
+    """Whether the denoiser sees every sample more than once."""
     component, step = denoiser_component(recording), recording.steps[0]
     calls = [call for call in step.calls if call.component == component]
-    twice = torch.cat([scaled_sample(step)[: recording.count]] * 2)
-    seen = (as_latents(value, twice)[0] for value in calls[0].arguments.values())
-    return len(calls) == 2 or any(latents is not None and close(latents, twice) for latents in seen)
+    return len(calls) > 1 or any(
+        repeats(value, scaled_sample(step)[: recording.count]) > 1 for value in calls[0].arguments.values()
+    )
+
+
+def repeats(value: Any, sample: Tensor) -> int:
+    """How often an argument is the sample (B, ...), all its rows one after the other; 0: it is something else."""
+    latents, _ = as_latents(value, sample)
+    for count in range(1, PASSES + 1):
+        if latents is not None and close(latents, torch.cat([sample] * count)):
+            return count
+    return 0
 
 
 def scaled_sample(step: Step) -> Tensor:
     """The latents of a step as its scheduler scales them for the network."""
-    scheduler = copy.deepcopy(step.scheduler)
-    if not hasattr(scheduler, "scale_model_input"):
-        return step.sample
-    return scheduler.scale_model_input(step.sample, step.timestep)
+    return as_network_input(copy.deepcopy(step.scheduler), step.sample, step.timestep)
 
 
 def sample_argument(off: Recording, on: Recording, component: str) -> tuple[CallSpec, bool]:
@@ -151,15 +171,13 @@ def sample_argument(off: Recording, on: Recording, component: str) -> tuple[Call
         for step in recording.steps:
             scaled = scaled_sample(step)[: recording.count]
             for call in step.calls:
-                found = set()
+                layouts_here = set()
                 for name, value in call.arguments.items():
-                    latents, layout = as_latents(value, scaled)
-                    repeats = 0 if latents is None else len(latents) / len(scaled)
-                    if repeats in (1, 2) and close(latents, torch.cat([scaled] * int(repeats))):
-                        found.add((name, *layout))
+                    if often := repeats(value, scaled):
+                        layouts_here.add((name, *as_latents(value, scaled)[1]))
                         if recording is on:
-                            lengths.add(repeats)
-                layouts = found if layouts is None else layouts & found
+                            lengths.add(often)
+                layouts = layouts_here if layouts is None else layouts & layouts_here
     if not layouts or len(lengths) != 1:
         arguments = off.steps[0].calls[0].arguments
         tensors = ", ".join(f"{name} {list(v.shape)}" for name, v in arguments.items() if isinstance(v, Tensor))
@@ -170,7 +188,7 @@ def sample_argument(off: Recording, on: Recording, component: str) -> tuple[Call
         )
     name, axis, is_list, appended = min(layouts)
     spec = CallSpec(name, "", frame_axis=axis, lists=frozenset([name] if is_list else []), appended=appended)
-    return spec, lengths == {2}
+    return spec, lengths != {1}
 
 
 Layout = tuple[int | None, bool, tuple[int, int] | None]
@@ -203,26 +221,26 @@ def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Modu
         if name == spec.sample or any(value is None for value in values):
             continue
         dtype = values[0].dtype
-        told = torch.stack([value.double().cpu() for value in values])
+        received = torch.stack([value.double().cpu() for value in values])
         low, high = given.argmin(), given.argmax()
         if given[high] > given[low]:
-            if told[high] == told[low]:
+            if received[high] == received[low]:
                 continue
-            scale = _rounded((told[high] - told[low]) / (given[high] - given[low]), dtype)
-            offset = told[high] - scale * given[high]
-            offset = 0.0 if offset.abs() <= tolerance(dtype) * told.abs().max() else _rounded(offset, dtype)
+            scale = _rounded((received[high] - received[low]) / (given[high] - given[low]), dtype)
+            offset = received[high] - scale * given[high]
+            offset = 0.0 if offset.abs() <= tolerance(dtype) * received.abs().max() else _rounded(offset, dtype)
         else:
-            scale, offset = _rounded(told[0] / given[0], dtype), 0.0
-        residual = deviation(scale * given + offset, told)
+            scale, offset = _rounded(received[0] / given[0], dtype), 0.0
+        residual = deviation(scale * given + offset, received)
         if residual < closest:
-            best, closest, found = (name, scale, offset), residual, dtype
-    if best is None or closest > tolerance(found):
+            best, closest, dtype_of_time = (name, scale, offset), residual, dtype
+    if best is None or closest > tolerance(dtype_of_time):
         fit = f"; the closest, '{best[0]}', is off by {closest:.1e}" if best else ""
         raise TraceError("timestep", f"no argument is an affine function of the scheduler's timestep{fit}")
     name, scale, offset = best
-    if not found.is_floating_point and _takes_fractions(network, off.steps[0].calls[0], name):
-        found = torch.float32
-    return replace(spec, timestep=name, timestep_scale=scale, timestep_offset=offset, timestep_dtype=found)
+    if not dtype_of_time.is_floating_point and _takes_fractions(network, off.steps[0].calls[0], name):
+        dtype_of_time = torch.float32
+    return replace(spec, timestep=name, timestep_scale=scale, timestep_offset=offset, timestep_dtype=dtype_of_time)
 
 
 def _takes_fractions(network: nn.Module, call: Call, timestep: str) -> bool:
@@ -266,80 +284,6 @@ def output_map(off: Recording, spec: CallSpec, component: str) -> CallSpec:
     return replace(spec, output=best)
 
 
-def sort_arguments(off: Recording, on: Recording, spec: CallSpec) -> tuple[CallSpec, list[str]]:
-    """(the spec with its constants, lists and masks; the names of the conditions)."""
-    first_off, first_on = off.steps[0].calls[0].arguments, on.steps[0].calls[0].arguments
-    if first_off.keys() != first_on.keys():
-        raise TraceError(
-            "constants", f"guidance changes which arguments are passed: {sorted(first_off.keys() ^ first_on.keys())}"
-        )
-    fed = {name for helper in spec.helpers for name in helper.feeds}
-    rest = [name for name in first_off if name not in (spec.sample, spec.timestep) and name not in fed]
-    for name, recording in itertools.product(rest, (off, on)):
-        for step in recording.steps:
-            for call, first in zip(step.calls, recording.steps[0].calls, strict=True):
-                if not same(call.arguments.get(name), first.arguments[name]):
-                    raise TraceError("constants", f"'{name}' changes from step to step and is not the timestep")
-    if spec.extra is not None:
-        for recording in (off, on):
-            first, *later = [spec.conditions(step.calls[0].arguments, [spec.extra]) for step in recording.steps]
-            if not all(same(first[spec.extra], other[spec.extra]) for other in later):
-                raise TraceError("constants", f"what follows the sample in '{spec.sample}' changes from step to step")
-    calls = [*off.steps[0].calls, *on.steps[0].calls]
-    values = {name: [call.arguments[name] for call in calls] for name in rest}
-    sizes = [{off.count}] * len(off.steps[0].calls) + [{on.count, 2 * on.count}] * len(on.steps[0].calls)
-
-    def follows_batch(name: str, kind: type) -> bool:
-        """Whether the argument has a row for each image at every call."""
-        found = values[name]
-        if not all(isinstance(value, kind) for value in found) or (kind is Tensor and not all(v.ndim for v in found)):
-            return False
-        return all(len(value) in size for value, size in zip(found, sizes, strict=True))
-
-    lists, masks = set(spec.lists), {}
-    for name in rest:
-        if follows_batch(name, Tensor) and len({value.shape[1:] for value in values[name]}) > 1:
-            masks[name] = _mask_of(name, values)
-        elif follows_batch(name, list) and all(isinstance(row, Tensor) and row.ndim for row in values[name][0]):
-            lists.add(name)
-            masks[name] = (f"{name} mask", torch.bool)
-    conditions = [*masks, *(mask for mask, _ in masks.values()), *([spec.extra] if spec.extra else [])]
-    constants, expanded = {}, set()
-    for name in (name for name in rest if name not in conditions):
-        value, *others = values[name]
-        if follows_batch(name, Tensor):
-            if all(map(rows_equal, values[name])) and not same(value[0], others[0][0]):
-                # Nothing but the guidance scale differs between the runs and not between their rows.
-                constants[name] = others[0][:1]
-                expanded.add(name)
-            else:
-                conditions.append(name)
-        elif all(same(value, other) for other in others):
-            constants[name] = value
-        elif follows_batch(name, list) and all(same(row, value[0]) for rows in values[name] for row in rows):
-            constants[name] = value[:1]
-            expanded.add(name)
-        else:
-            raise TraceError("constants", f"'{name}' differs between two runs and has no batch dimension")
-    spec = replace(spec, constants=constants, expanded=frozenset(expanded), lists=frozenset(lists), masks=masks)
-    return spec, conditions
-
-
-def _mask_of(name: str, values: dict[str, list[Any]]) -> tuple[str, torch.dtype]:
-    """The argument that says which of the padded rows of ``name`` count (None where all do), and its dtype."""
-    shapes = [value.shape[:2] for value in values[name]]
-    for other, found in values.items():
-        given = [value for value in found if value is not None]
-        fits = (v is None or (isinstance(v, Tensor) and v.shape == s) for v, s in zip(found, shapes, strict=True))
-        if other != name and given and all(fits):
-            return other, given[0].dtype
-    raise TraceError(
-        "conditioning",
-        f"the rows of '{name}' change shape with the prompt, {' and '.join(str(list(s[1:])) for s in shapes)}, and no "
-        "argument is a mask of them; pad them to one length",
-    )
-
-
 def guidance_rule(
     off: Recording, on: Recording, spec: CallSpec, conditions: list[str], batched: bool, scale: float
 ) -> tuple[Guidance, CallSpec]:
@@ -348,8 +292,8 @@ def guidance_rule(
     if calls == 1 and not batched:
         embedded = any(isinstance(spec.constants[name], Tensor) for name in spec.expanded)
         return (Guidance("embedded", scale=scale) if embedded else Guidance("none")), spec
-    if calls not in (1, 2) or (calls == 2 and batched):
-        raise TraceError("guidance", f"{calls} calls per step on {'doubled' if batched else 'single'} batches")
+    if (calls > 1 and batched) or passes_of(on, spec) != 2:
+        raise TraceError("guidance", f"{calls} calls per step on {'repeated' if batched else 'single'} batches")
     residuals: dict[tuple[bool, float, bool], float] = {}
     apart = 0.0
     for step in on.steps:
@@ -361,12 +305,15 @@ def guidance_rule(
             for rule in itertools.product((True, False), (0.0, 1.0), (False, True)):
                 cond_first, shift, keeps_norm = rule
                 cond, uncond = (first, second) if cond_first else (second, first)
-                found = uncond + (scale + shift) * (cond - uncond)
-                found = with_norm_of(cond, found) if keeps_norm else found
-                residuals[rule] = max(residuals.get(rule, 0.0), deviation(found, half))
+                combined = uncond + (scale + shift) * (cond - uncond)
+                combined = with_norm_of(cond, combined) if keeps_norm else combined
+                residuals[rule] = max(residuals.get(rule, 0.0), deviation(combined, half))
     limit = max(GUIDANCE_LIMIT, tolerance(on.steps[0].model_output.dtype))
     if apart * scale <= limit:
-        raise TraceError("guidance", "the network says the same with and without its condition, so no rule can be told")
+        raise TraceError(
+            "guidance",
+            "the network's outputs are the same with and without its condition, so the guidance rule cannot be read",
+        )
     rule = min(residuals, key=lambda rule: residuals[rule])
     if residuals[rule] > limit:
         raise TraceError(
@@ -376,11 +323,20 @@ def guidance_rule(
         )
     cond_first, shift, keeps_norm = rule
     guidance = Guidance("batched" if batched else "two_calls", cond_first, scale, shift, residuals[rule])
-    null = guidance.split(on.steps[0].calls, spec, conditions, on.count)[1]
-    for name, rows in (null or {}).items():
-        if not rows_equal(rows):
-            raise TraceError("guidance", f"the unconditional rows of '{name}' differ from image to image")
-    return guidance, replace(spec, keeps_norm=keeps_norm)
+    return with_drawn(guidance, on, spec, conditions), replace(spec, keeps_norm=keeps_norm)
+
+
+def passes_of(on: Recording, spec: CallSpec) -> int:
+    """How often every image goes through the network at a guided step."""
+    return sum(len(call.arguments[spec.sample]) for call in on.steps[0].calls) // on.count
+
+
+def with_drawn(guidance: Guidance, on: Recording, spec: CallSpec, conditions: list[str]) -> Guidance:
+    """The guidance with what is drawn anew for every unconditional row."""
+    own, null = guidance.split(on.steps[0].calls, spec, conditions, on.count)
+    rows = (null or {}).items()
+    drawn = {name for name, value in rows if not rows_equal(value) and not same(value, own[plain_name(name)])}
+    return replace(guidance, drawn=frozenset(drawn))
 
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> float:

@@ -1,14 +1,23 @@
-"""Pipelines of the Hugging Face hub as local folders, and why one cannot be had, in one line."""
+"""Pipelines of the Hugging Face hub as local folders, with one-line errors for those that cannot be loaded."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from stepdistill.errors import InputError
-from stepdistill.weight_files import lacking
+from stepdistill.files import lacking
 
+FILES = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model"]
+"""All that a pipeline is, but its weights."""
 # The first that fits counts: a gated repository is one that was not found, to huggingface_hub.
 _REASONS = {
     GatedRepoError: "it is gated: accept the licence on its page, then hf auth login",
@@ -29,6 +38,21 @@ def download(name: str, revision: str | None = None, variant: str | None = None)
         raise InputError(f"pipeline {name}: {why_not(name, revision, variant, error)}") from error
 
 
+def configs(name: str, revision: str | None = None, patterns: Sequence[str] = FILES) -> Path:
+    """The folder of the hub's cache with the configs and tokenizers of the pipeline ``name``.
+
+    Args:
+        patterns: of other files to be there.
+
+    Raises:
+        InputError: it is not there, or the hub cannot be reached.
+    """
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"pipeline {name}: {why_not(name, revision, None, error)}") from error
+
+
 def why_not(name: str, revision: str | None, variant: str | None, error: Exception) -> str:
     """Why the hub did not give the pipeline ``name``, when it answered with ``error``."""
     for kind, words in _REASONS.items():
@@ -44,8 +68,8 @@ def why_not(name: str, revision: str | None, variant: str | None, error: Excepti
             f"cannot be loaded: there is no such folder here{_typo(name)}, the cache of the Hugging Face hub does not "
             f"hold it, and the hub cannot be reached ({reason}); with a network, once: hf download {name}"
         )
-    if (found := lacking(files, variant)) is not None:
-        key, problem = found
+    if (fault := lacking(files, variant)) is not None:
+        key, problem = fault
         return problem if key == "pipeline" else f"teacher.{key}: {problem}"
     return f"cannot be loaded from the hub: {' '.join(str(error).split())}"
 

@@ -34,18 +34,19 @@ def load_ip_adapter(pipeline: Any, adapter: IPAdapter) -> None:
     """
     if not hasattr(pipeline, "load_ip_adapter"):
         raise InputError(f"teacher.ip_adapter: {type(pipeline).__name__} takes none")
-    wanted = stock_arguments(adapter)
+    arguments = stock_arguments(adapter)
     networks = [value for value in pipeline.components.values() if isinstance(value, nn.Module)]
     before = [{name for name, _ in network.named_parameters()} for network in networks]
     # An encoder in a folder without a slash lies beside the weights, as diffusers has it.
-    folder = adapter.image_encoder if "/" in adapter.image_encoder else f"{wanted['subfolder']}/{adapter.image_encoder}"
+    own = adapter.image_encoder
+    folder = own if "/" in own else f"{arguments['subfolder']}/{own}"
     try:
         with all_weights_found(adapter.source):
             encoder = CLIPVisionModelWithProjection.from_pretrained(
                 adapter.source, subfolder=folder.strip("/"), use_safetensors=True
             )
         pipeline.register_modules(image_encoder=encoder.to(pipeline.device, pipeline.dtype).eval())
-        pipeline.load_ip_adapter(**wanted | {"image_encoder_folder": None})
+        pipeline.load_ip_adapter(**arguments | {"image_encoder_folder": None})
         pipeline.set_ip_adapter_scale(adapter.scale)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())

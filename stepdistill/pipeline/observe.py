@@ -1,34 +1,23 @@
-"""Run a pipeline and write down what its modules and its scheduler were asked, leaving no trace behind."""
+"""Run a pipeline and record the calls of its modules and its scheduler; all hooks are removed afterwards."""
 
 import copy
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from stepdistill.denoiser import first_tensor, flatten, tensors_in
+from stepdistill.diffusion.denoiser import first_tensor, tensors_in
+from stepdistill.diffusion.devices import torch_of
+from stepdistill.diffusion.nested import flatten
 from stepdistill.errors import InputError
-from stepdistill.exporting.stock_call import is_picture, ready
-
-ENTRY_ARGUMENTS = ("prompt", "class_labels", "batch_size")
-"""What a pipeline may be asked for: texts, class ids, or just a number of images."""
-
-GUIDANCE_ARGUMENTS = ("guidance_scale", "true_cfg_scale")
-
-SET_ELSEWHERE = {
-    "num_inference_steps": "student.steps sets it",
-    "generator": "train.seed sets it",
-    "output_type": "which every run sets itself",
-    "return_dict": "which every run sets itself",
-}
-"""Arguments of a pipeline's call that no recipe states beside its other arguments, and why."""
+from stepdistill.pipeline.call import TraceError, run
+from stepdistill.pipeline.stock_call import Replaced
 
 CLIP_SKIP = (
     "clip_skip of this pipeline needs transformers 4: it reads a part of the text encoder that transformers 5 has "
@@ -38,16 +27,8 @@ CLIP_SKIP = (
 _ABSENT = object()
 
 
-class TraceError(InputError):
-    """The pipeline does something that tracing cannot explain; ``check`` names what failed."""
-
-    def __init__(self, check: str, message: str):
-        super().__init__(f"trace: check '{check}' failed: {message}")
-        self.check = check
-
-
 class _Enough(Exception):
-    """Raised inside a pipeline's run once everything asked for has been seen."""
+    """Raised inside a pipeline's run to end it once everything requested has been recorded."""
 
 
 @dataclass
@@ -79,8 +60,8 @@ class Step:
         options = dict(self.options)
         with forked_random(self.sample.device):
             torch.set_rng_state(self.random_state["cpu"])
-            if "cuda" in self.random_state:
-                torch.cuda.set_rng_state(self.random_state["cuda"], self.sample.device)
+            if "device" in self.random_state:
+                torch_of(self.sample.device).set_rng_state(self.random_state["device"], self.sample.device)
             if "generator" in self.random_state:
                 options["generator"] = _cloned(self.random_state["generator"])
             return stepped(scheduler, model_output, self.timestep, self.sample, options)[0]
@@ -88,113 +69,35 @@ class Step:
 
 @dataclass
 class Recording:
-    """A run of ``count`` images: its steps, the calls after the last step, and the grid it asked for."""
+    """A run of ``count`` images: its steps, the calls after the last step, the grid it set, and the denoiser's network
+    at each step, where several take turns that are recorded as one (:mod:`stepdistill.pipeline.turns`)."""
 
     count: int
     steps: list[Step] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     grid: dict[str, Any] = field(default_factory=dict)
+    experts: list[str] = field(default_factory=list)
 
 
 def calls_of(calls: Sequence[Call], component: str, helpers: Iterable[str] = ()) -> list[Call]:
     """The calls of ``component``; the arguments of its helpers' calls are among theirs, named "helper/argument"."""
-    found = [call for call in calls if call.component == component]
+    joined = [call for call in calls if call.component == component]
     for helper in helpers:
         beside = [call.arguments for call in calls if call.component == helper]
-        told = [{f"{helper}/{name}": value for name, value in arguments.items()} for arguments in beside]
-        found = [replace(call, arguments=call.arguments | more) for call, more in zip(found, told, strict=True)]
-    return found
-
-
-def entry_argument(pipeline: Any) -> str:
-    """Which of ENTRY_ARGUMENTS the pipeline's call takes.
-
-    Raises:
-        TraceError: none of them.
-    """
-    accepted = inspect.signature(pipeline.__call__).parameters
-    for name in ENTRY_ARGUMENTS:
-        if name in accepted:
-            return name
-    raise TraceError(
-        "call", f"{type(pipeline).__name__} takes none of {', '.join(ENTRY_ARGUMENTS)}; it takes {', '.join(accepted)}"
-    )
-
-
-def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
-    """The parameter that sets the guidance scale, None when the pipeline has none.
-
-    Of several the first that is on by default: the others are for variants of the network.
-    """
-    accepted = inspect.signature(pipeline.__call__).parameters
-    found = [accepted[name] for name in GUIDANCE_ARGUMENTS if name in accepted]
-    on = [one for one in found if isinstance(one.default, int | float) and one.default > 1]
-    return next(iter([*on, *found]), None)
-
-
-def fewest_steps(pipeline: Any) -> int:
-    """The fewest steps that its scheduler has a grid of: 2 where it is stretched down to a ``shift_terminal``."""
-    return 2 if pipeline.scheduler.config.get("shift_terminal") else 1
-
-
-def run(pipeline: Any, entries: Sequence[Any], arguments: Mapping[str, Any] | None = None, **wishes: Any) -> Any:
-    """Call the pipeline with :func:`call_arguments`, pictures opened and lists made the tuples that it declares."""
-    return pipeline(**ready(pipeline, call_arguments(pipeline, entries, arguments, **wishes)))
-
-
-def call_arguments(
-    pipeline: Any,
-    entries: Sequence[Any],
-    arguments: Mapping[str, Any] | None = None,
-    *,
-    steps: int,
-    guidance: float,
-    **wishes: Any,
-) -> dict[str, Any]:
-    """What the pipeline is called with for ``entries`` at this guidance; of ``wishes`` what it accepts is passed.
-
-    Args:
-        arguments: further arguments of the call, such as height, num_frames, negative_prompt (one for all entries) or
-            image (the path of a picture).
-
-    Raises:
-        InputError: the pipeline takes no argument of such a name, or another key of the recipe sets it.
-    """
-    accepted = inspect.signature(pipeline.__call__).parameters
-    entry = entry_argument(pipeline)
-    scale = guidance_argument(pipeline)
-    elsewhere = SET_ELSEWHERE if scale is None else SET_ELSEWHERE | {scale.name: "teacher.guidance.scale sets it"}
-    for name in arguments or {}:
-        if name in elsewhere:
-            found = (arguments or {})[name]
-            raise InputError(f"arguments: expected no {name!r}, {elsewhere[name]}; found {found!r}")
-        if name not in accepted or name == entry:
-            close = difflib.get_close_matches(name, accepted, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"arguments: {type(pipeline).__name__} takes no argument {name!r}{hint}")
-        value = (arguments or {})[name]
-        if "image" in name and is_picture(value) and not Path(value).is_file():
-            raise InputError(f"arguments: {name}: expected a picture, found no file {value}")
-    wishes |= arguments or {}
-    call: dict[str, Any] = {entry: len(entries) if entry == "batch_size" else list(entries)}
-    if scale is not None:
-        call[scale.name] = guidance
-        if scale.name == "true_cfg_scale":
-            # Such pipelines guide only against a stated negative prompt; the others fill in their own default.
-            wishes = {"negative_prompt": "", **wishes}
-    if isinstance(wishes.get("negative_prompt"), str):
-        wishes["negative_prompt"] = [wishes["negative_prompt"]] * len(entries)
-    wishes |= {"num_inference_steps": steps, "return_dict": False}
-    return call | {name: value for name, value in wishes.items() if name in accepted}
+        beside *= len(joined) // max(len(beside), 1)  # one call may feed both passes
+        extra = [{f"{helper}/{name}": value for name, value in arguments.items()} for arguments in beside]
+        joined = [replace(call, arguments=call.arguments | more) for call, more in zip(joined, extra, strict=True)]
+    return joined
 
 
 def observe(
     pipeline: Any,
-    entries: Sequence[Any],
+    entries: Sequence[Any] | str,
     arguments: Mapping[str, Any] | None = None,
     *,
     steps: int,
     guidance: float,
+    seed: int = 0,
     stop_steps: int | None = None,
     stop_calls: tuple[str, int] | None = None,
     plain: bool = False,
@@ -202,10 +105,13 @@ def observe(
     """Run the pipeline and record it; everything hooked or replaced is restored, whatever happens.
 
     Args:
-        entries: prompts or class ids, one per image. arguments: further arguments of the call.
-        steps: the pipeline's num_inference_steps. guidance: its guidance scale.
-        stop_steps: end the run after that many scheduler steps. stop_calls: (component, n): end it just
-            before that component's n-th call does its work.
+        entries: prompts or class ids, one per image; a string is one prompt for a call that takes no list.
+        arguments: further arguments of the call.
+        steps: the pipeline's num_inference_steps.
+        guidance: its guidance scale.
+        seed: of all its random numbers.
+        stop_steps: end the run after that many scheduler steps.
+        stop_calls: (component, n): end it just before that component's n-th call does its work.
         plain: draw random numbers from torch's own generator, as a call that names none does.
 
     Raises:
@@ -214,16 +120,19 @@ def observe(
     scheduler = getattr(pipeline, "scheduler", None)
     if not callable(getattr(scheduler, "step", None)):
         raise TraceError("components", f"{type(pipeline).__name__} has no scheduler with a step() to observe")
-    record = Recording(count=len(entries))
+    record = Recording(count=1 if isinstance(entries, str) else len(entries))
     device = getattr(pipeline, "_execution_device", torch.device("cpu"))
     with ExitStack() as stack:
         stack.enter_context(forked_random(device))
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         for name, module in modules(pipeline).items():
             _listen(stack, record, name, module, stop_calls)
-        stack.enter_context(patched(scheduler, "step", _recording_step(record, scheduler, stop_steps)))
-        stack.enter_context(patched(scheduler, "set_timesteps", _recording_grid(record, scheduler)))
-        wishes = {} if plain else {"generator": torch.Generator().manual_seed(0)}
+        stack.enter_context(
+            patched(scheduler, "step", Replaced(scheduler, _recording_step(record, scheduler, stop_steps)))
+        )
+        grid = Replaced(scheduler, _recording_grid(record, scheduler))
+        stack.enter_context(patched(scheduler, "set_timesteps", grid))
+        wishes = {} if plain else {"generator": torch.Generator().manual_seed(seed)}
         try:
             run(pipeline, entries, arguments, steps=steps, guidance=guidance, output_type="latent", **wishes)
         except _Enough:
@@ -231,11 +140,47 @@ def observe(
         except InputError:
             raise
         except Exception as error:
+            entries = entries if isinstance(entries, str) else list(entries)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if "clip_skip" in (arguments or {}) and "'text_model'" in reason:
                 reason += f"; {CLIP_SKIP}"
-            raise TraceError("call", f"{type(pipeline).__name__} failed on {list(entries)!r}: {reason}") from error
+            raise TraceError("call", f"{type(pipeline).__name__} failed on {entries!r}: {reason}") from error
     return record
+
+
+def noise_shape(
+    pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], steps: int
+) -> torch.Size | None:
+    """The shape of the first noise of a run, before which only encoders work; None: it draws none, or fails."""
+    shape: list[torch.Size] = []
+
+    class Draws(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.randn:
+                shape.append(result.shape)
+                raise _Enough
+            return result
+
+    device = getattr(pipeline, "_execution_device", torch.device("cpu"))
+    with forked_random(device), Draws():
+        try:
+            run(pipeline, entries, arguments, steps=steps, guidance=1.0, output_type="latent")
+        except Exception:  # of any kind: the run that counts reports it
+            pipeline.maybe_free_model_hooks()
+    return shape[0] if shape else None
+
+
+class Answer(tuple):
+    """What stands in for the answer of a network or a scheduler: one tensor, readable as a tuple and by its names."""
+
+    @property
+    def sample(self) -> Tensor:
+        return self[0]
+
+    @property
+    def prev_sample(self) -> Tensor:
+        return self[0]
 
 
 def modules(pipeline: Any) -> dict[str, nn.Module]:
@@ -263,7 +208,9 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 def forked_random(device: torch.device) -> Any:
     """A block whose random numbers leave the global generators as they were."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def _listen(stack: ExitStack, record: Recording, name: str, module: nn.Module, stop: tuple[str, int] | None) -> None:
@@ -373,8 +320,8 @@ def _copied(value: Any) -> Any:
 
 def _random_state(device: torch.device, generator: Any) -> dict[str, Any]:
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type != "cpu":
+        state["device"] = torch_of(device).get_rng_state(device)
     if generator is not None:
         state["generator"] = _cloned(generator)
     return state

@@ -6,22 +6,25 @@ step with the learned description and compares it with the pipeline's own.
 """
 
 import copy
-import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from stepdistill.denoiser import Denoiser, Helper
+from stepdistill.diffusion.denoiser import Denoiser, Helper, innermost
+from stepdistill.diffusion.experts import Experts, Turn
+from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
+from stepdistill.diffusion.stock_schedulers import as_network_input
 from stepdistill.errors import InputError
-from stepdistill.exporting.stock_call import is_picture
-from stepdistill.guidance import guided, rule_text
-from stepdistill.kernels import Rule
-from stepdistill.pipeline import explain
+from stepdistill.files import sha256
+from stepdistill.pipeline import explain, turns
+from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps, guidance_argument, in_any_way
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.load import load_pipeline
@@ -29,16 +32,15 @@ from stepdistill.pipeline.observe import (
     CARRIED,
     Recording,
     Step,
-    TraceError,
-    entry_argument,
-    fewest_steps,
     forked_random,
-    guidance_argument,
     modules,
     observe,
     stepped,
 )
-from stepdistill.schedule import FlowSchedule, Kind, Schedule, from_scheduler
+from stepdistill.pipeline.several_passes import linear_rule
+from stepdistill.pipeline.singly import observe_each
+from stepdistill.pipeline.sorting import sort_arguments
+from stepdistill.pipeline.stock_call import pictures_in
 
 __all__ = ["Guidance", "Trace", "TraceError", "load_pipeline", "trace"]
 
@@ -50,6 +52,7 @@ PROBES: dict[str, tuple[Any, ...]] = {
     "batch_size": (0, 1, 2),
 }
 PROBE_STEPS = 3
+MOST_STEPS = 50
 PROBE_SCALE = 4.0
 SELF_TEST_LIMIT = 1e-5
 SCHEDULE_LIMIT = 0.1
@@ -60,13 +63,16 @@ class Trace:
     """What was learned about a pipeline.
 
     Args:
-        component: the denoiser's attribute, such as "transformer". entry: the argument that asks for images.
+        component: the denoiser's attribute, such as "transformer"; that of the noise end where several take turns.
+        entry: the argument that states the images: prompt, class_labels or batch_size.
         latent_shape: one sample as the scheduler sees it.
         conditioning: one row's shape by argument; None for the length of what grows with the prompt.
         arguments: what every call of the pipeline is given besides: height, num_frames, negative_prompt, ...
         self_test_error: the largest relative error of a replayed step.
+        alone: its call takes one prompt, and no list of them.
         encoders: the networks that work before the first step alone, and make conditions.
-        set_ups: how the pipeline sets up the schedulers that were run so far (filled by ``generate``).
+        fewest_steps: the fewest steps that its call takes.
+        set_ups: how the pipeline sets up the schedulers that were run so far (filled by :func:`.set_up.set_up`).
     """
 
     pipeline: Any
@@ -78,28 +84,61 @@ class Trace:
     conditioning: dict[str, tuple[int | None, ...]]
     self_test_error: float
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False
     encoders: tuple[str, ...] = ()
+    fewest_steps: int = 1
     set_ups: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def probe(self) -> Sequence[Any] | str:
+        """What a call for one image is given, whatever its condition."""
+        return self.entries(PROBES[self.entry][:1])
+
+    def entries(self, entries: Sequence[Any]) -> Sequence[Any] | str:
+        """What one call is given for ``entries``, of which there is one where the call takes one prompt alone."""
+        return entries[0] if self.alone else entries
+
+    def at_once(self, count: int) -> int:
+        """How many of ``count`` entries one call takes."""
+        return 1 if self.alone else count
+
+    @property
+    def network(self) -> nn.Module:
+        """The pipeline's own denoiser, of experts the first; the one of :attr:`denoiser` may be a role's view of it."""
+        return getattr(self.pipeline, self.component)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of all its networks that denoise: one, or several that take turns."""
+        network = innermost(self.denoiser.network)
+        return tuple(network) if isinstance(network, Experts) else (self.component,)
+
+    def denoiser_in(self, pipeline: Any) -> nn.Module:
+        """What denoises in a pipeline of the same kind: its network, or several that take turns."""
+        networks = {name: getattr(pipeline, name) for name in self.components}
+        return Experts(networks) if len(networks) > 1 else networks[self.component]
 
     @property
     def pictures(self) -> list[str]:
         """The arguments of its call that are pictures: what to paint in, what to follow."""
-        return [name for name, value in self.arguments.items() if is_picture(value)]
+        return [name for name, value in self.arguments.items() if pictures_in(value)]
 
     @property
-    def told(self) -> dict[str, Any]:
-        """What decides its pictures beside weights, entries and noise, as plain values; nothing for most pipelines."""
-        told = dict(self.arguments)
-        told |= {f"{name} sha256": hashlib.sha256(Path(told[name]).read_bytes()).hexdigest() for name in self.pictures}
-        return told | ({"guidance inside": self.guidance.scale} if self.guidance.kind == "embedded" else {})
+    def call_settings(self) -> dict[str, Any]:
+        """Settings of the call that change its images beside weights, entries and noise; empty for most pipelines."""
+        settings = dict(self.arguments)
+        for name in self.pictures:
+            hashes = [sha256(Path(file)) for file in pictures_in(settings[name])]
+            settings[f"{name} sha256"] = hashes if isinstance(settings[name], list) else hashes[0]
+        return settings | ({"guidance inside": self.guidance.scale} if self.guidance.kind == "embedded" else {})
 
     def summary(self) -> dict[str, Any]:
         """The facts as plain values, the contract of ``inspect --json``."""
-        network, spec = self.denoiser.network, self.denoiser.spec
+        spec = self.denoiser.spec
         return {
             "pipeline": type(self.pipeline).__name__,
-            "denoiser": type(network).__name__,
-            "parameters": sum(p.numel() for p in network.parameters()),
+            "denoiser": type(self.network).__name__,
+            "parameters": sum(p.numel() for p in self.denoiser.network.parameters()),
             "schedule": self.denoiser.schedule.name,
             "prediction": self.denoiser.kind,
             "timestep": {
@@ -113,7 +152,7 @@ class Trace:
             "conditioning": {name: list(shape) for name, shape in self.conditioning.items()},
             "latent_shape": list(self.latent_shape),
             "self_test_error": self.self_test_error,
-        }
+        } | ({"experts": {name: turn._asdict() for name, turn in spec.experts.items()}} if spec.experts else {})
 
 
 @torch.no_grad()
@@ -130,25 +169,13 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     """
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
     _check_strength(pipeline, arguments)
-    scale = _probe_scale(pipeline)
-    # Three images without guidance, two with it: an argument whose length follows is one with a batch dimension.
-    for unguided in (1.0, 0.0):
-        off = _few_steps(pipeline, PROBES[entry], arguments, unguided)
-        if not explain.is_guided(off):
-            break
-    else:
-        raise TraceError("guidance", "the denoiser is still called twice per step at guidance scales 1 and 0")
-    on = _few_steps(pipeline, PROBES[entry][:2], arguments, scale)
+    scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
+    watched = partial(_watched, pipeline, entry, scale)
+    (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=entry == "prompt")
     schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
     component = explain.denoiser_component(off)
-    networks = modules(pipeline)
     network = networks[component]
-    if twins := [name for name, other in networks.items() if type(other) is type(network) and other is not network]:
-        raise TraceError(
-            "denoiser",
-            f"{component} and {', '.join(twins)} are of one class; denoisers that take turns are not supported",
-        )
-    helpers, told = _helpers(off, on, component, networks, schedule, kind)
+    helpers, helper_conditions = _helpers(off, on, component, networks, schedule, kind)
     names = [helper.name for helper in helpers]
     whole, (off, on) = (off, on), (explain.only(off, component), explain.only(on, component))
     if len({len(step.calls) for step in on.steps}) > 1:
@@ -156,10 +183,19 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     spec, batched = explain.sample_argument(off, on, component)
     spec = explain.timestep_map(off, on, spec, network)
     spec = explain.output_map(off, spec, component)
-    spec, conditions = explain.sort_arguments(off, on, replace(spec, helpers=helpers))
-    conditions += told
+    spec, conditions = sort_arguments(off, on, replace(spec, helpers=helpers))
+    conditions += helper_conditions
     off, on = (explain.only(recording, component, names) for recording in whole)
-    guidance, spec = explain.guidance_rule(off, on, spec, conditions, batched, scale)
+    if explain.passes_of(on, spec) > 2:
+        again = _few_steps(pipeline, PROBES[entry][:2], arguments, scale + 1, alone)
+        runs = {scale: on, scale + 1: explain.only(again, component, names)}
+        guidance, spec = linear_rule(runs, spec, conditions, batched)
+    else:
+        first = turns.steps_of(component, on) if experts else on
+        guidance, spec = explain.guidance_rule(off, first, spec, conditions, batched, scale)
+    if experts:
+        spec = replace(spec, experts=turns.with_scales(experts, on, spec, guidance))
+        network = Experts({name: networks[name] for name in experts})
     denoiser = Denoiser(network, spec, schedule, kind)
     _check_schedule(off.steps[0], schedule, kind)
     padded = {name for owner, (mask, _) in spec.masks.items() for name in (owner, mask)}
@@ -175,8 +211,35 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         conditioning={name: (None, *shape[1:]) if name in padded else shape for name, shape in shapes.items()},
         self_test_error=_self_test(off, on, denoiser, guidance, conditions),
         arguments=arguments,
+        alone=alone,
         encoders=explain.encoders(whole[0].steps[0], component, names),
+        fewest_steps=_fewest_steps(pipeline, PROBES[entry][0] if alone else PROBES[entry][:1], arguments, component),
     )
+
+
+def _watched(
+    pipeline: Any, entry: str, scale: float, arguments: Mapping[str, Any], alone: bool
+) -> tuple[Recording, Recording, dict[str, Turn]]:
+    """Three images without guidance, two with it, and the turns of networks that take turns.
+
+    An argument whose length follows the number of images is one with rows for each.
+    """
+    three, two = PROBES[entry], PROBES[entry][:2]
+    for unguided in (1.0, 0.0):
+        off = _few_steps(pipeline, three, arguments, unguided, alone)
+        if not explain.is_guided(off):
+            break
+    else:
+        raise TraceError(
+            "guidance", f"the denoiser is still called twice per step at scales 1 and 0{_other_guidance(pipeline)}"
+        )
+    alike = turns.alike(off, modules(pipeline))
+    experts = turns.turns_of(pipeline, three[0] if alone else three[:1], arguments, alike, off, unguided)
+    steps = PROBE_STEPS
+    while experts.keys() - {*off.experts} and steps < MOST_STEPS:  # each is to be seen
+        steps *= 2
+        off = _few_steps(pipeline, three, arguments, unguided, alone, steps)
+    return off, _few_steps(pipeline, two, arguments, scale, alone, steps), experts
 
 
 def _helpers(
@@ -188,66 +251,10 @@ def _helpers(
         alone = [explain.only(recording, name) for recording in (off, on)]
         spec, _ = explain.sample_argument(*alone, name)
         spec = explain.timestep_map(*alone, spec, networks[name])
-        spec, conditions = explain.sort_arguments(*alone, spec)
+        spec, conditions = sort_arguments(*alone, spec)
         helpers.append(Helper(name, Denoiser(networks[name], spec, schedule, kind), feeds))
         names += [helpers[-1].prefix + condition for condition in conditions]
     return tuple(helpers), names
-
-
-@torch.no_grad()
-def at_guidance(trace: Trace, scale: float) -> Trace:
-    """The same pipeline with another guidance scale as its network's input; for embedded guidance only."""
-    recording = observe(
-        trace.pipeline,
-        PROBES[trace.entry][:1],
-        trace.arguments,
-        steps=fewest_steps(trace.pipeline),
-        guidance=scale,
-        stop_calls=(trace.component, 1),
-    )
-    call = next(call for call in recording.calls if call.component == trace.component)
-    spec = trace.denoiser.spec
-    told = {name: call.arguments[name][:1] for name in spec.expanded if isinstance(spec.constants[name], torch.Tensor)}
-    spec = replace(spec, constants={**spec.constants, **told})
-    denoiser = Denoiser(trace.denoiser.network, spec, trace.denoiser.schedule, trace.denoiser.kind)
-    return replace(trace, denoiser=denoiser, guidance=replace(trace.guidance, scale=scale), set_ups={})
-
-
-def asked_for(trace: Trace, scale: float) -> Trace:
-    """:func:`at_guidance` where that is how a pipeline guides and ``scale`` is not 1; any other as it is."""
-    return at_guidance(trace, scale) if trace.guidance.kind == "embedded" and scale != 1 else trace
-
-
-def under(trace: Trace, rule: Rule) -> Trace:
-    """The same pipeline with its guidance combined by ``rule``.
-
-    Raises:
-        InputError: it has no second pass for a rule to combine.
-    """
-    if rule == Rule():
-        return trace
-    if trace.guidance.kind in ("none", "embedded"):
-        raise InputError(
-            "teacher.guidance: expected neither interval nor rescale for a pipeline whose guidance is "
-            f"{trace.guidance.kind}, found{rule_text(rule)}"
-        )
-    old = trace.denoiser
-    return replace(trace, denoiser=Denoiser(old.network, replace(old.spec, rule=rule), old.schedule, old.kind))
-
-
-def sampled_at(trace: Trace, shift: float | None) -> Trace:
-    """The same pipeline with this shift of flow's sampling grids; None: its own.
-
-    Raises:
-        InputError: its schedule knows none.
-    """
-    old = trace.denoiser
-    if shift is None:
-        return trace
-    if old.schedule.name != "flow":
-        raise InputError(f"student.shift: expected null for a {old.schedule.name} schedule, found {shift:g}")
-    schedule = FlowSchedule(shift, old.schedule.train_timesteps)
-    return replace(trace, denoiser=Denoiser(old.network, old.spec, schedule, old.kind))
 
 
 def _check_strength(pipeline: Any, arguments: Mapping[str, Any]) -> None:
@@ -257,25 +264,56 @@ def _check_strength(pipeline: Any, arguments: Mapping[str, Any]) -> None:
         return
     strength = arguments.get("strength", parameter.default)
     if isinstance(strength, int | float) and strength != 1:
-        stated = "" if "strength" in arguments else ", its default"
+        origin = "" if "strength" in arguments else ", its default"
         raise InputError(
-            f"arguments: strength: expected 1.0 for {type(pipeline).__name__}, found {strength:g}{stated}; with less "
+            f"arguments: strength: expected 1.0 for {type(pipeline).__name__}, found {strength:g}{origin}; with less "
             "its first steps are left out, and the student is trained for all of them from pure noise (in a recipe: "
             "teacher.arguments.strength=1.0)"
         )
 
 
-def _probe_scale(pipeline: Any) -> float:
+def _probe_scale(pipeline: Any, arguments: Mapping[str, Any]) -> float:
+    """The default, where that is above 1; not a number that another argument has, the scale of an expert perhaps."""
     parameter = guidance_argument(pipeline)
     default = parameter.default if parameter is not None else None
-    return float(default) if isinstance(default, int | float) and default > 1 else PROBE_SCALE
+    scale = float(default) if isinstance(default, int | float) and default > 1 else PROBE_SCALE
+    while scale in arguments.values():
+        scale += 1
+    return scale
 
 
-def _few_steps(pipeline: Any, entries: Sequence[Any], arguments: Mapping[str, Any], scale: float) -> Recording:
-    # Schedulers of few-step pipelines refuse more steps than they were made for.
-    for steps in range(PROBE_STEPS, 0, -1):
+def _other_guidance(pipeline: Any) -> str:
+    """What switches off a guidance that has its own scale; may be empty."""
+    if "pag_scale" not in inspect.signature(pipeline.__call__).parameters:
+        return ""
+    return "; its perturbed attention is a further pass, which teacher.arguments.pag_scale=0 leaves out"
+
+
+def _fewest_steps(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], component: str) -> int:
+    """The fewest steps that the pipeline's call takes: some compute no grid of one."""
+    for steps in range(fewest_steps(pipeline), PROBE_STEPS):
         try:
-            recording = observe(pipeline, entries, arguments, steps=steps, guidance=scale, stop_steps=steps)
+            observe(pipeline, entries, arguments, steps=steps, guidance=1.0, stop_calls=(component, 1))
+        except TraceError:
+            continue
+        return steps
+    return PROBE_STEPS
+
+
+def _few_steps(
+    pipeline: Any,
+    entries: Sequence[Any],
+    arguments: Mapping[str, Any],
+    scale: float,
+    alone: bool,
+    most: int = PROBE_STEPS,
+) -> Recording:
+    """A run of ``most`` steps or fewer, in which networks that take turns are one."""
+    watch = observe_each if alone else observe
+    # Schedulers of few-step pipelines refuse more steps than they were made for.
+    for steps in range(most, 0, -1):
+        try:
+            recording = watch(pipeline, entries, arguments, steps=steps, guidance=scale, stop_steps=steps)
         except TraceError as error:
             if error.check != "call" or steps == 1:
                 raise
@@ -283,30 +321,34 @@ def _few_steps(pipeline: Any, entries: Sequence[Any], arguments: Mapping[str, An
             break
     if not recording.steps:
         raise TraceError("components", f"{type(pipeline).__name__} never called its scheduler's step()")
-    return recording
+    return turns.as_one(recording, turns.alike(recording, modules(pipeline)))
 
 
 def _check_schedule(step: Step, schedule: Schedule, kind: Kind) -> None:
-    """A scheduler that is told the exact outputs for a known image must arrive at that image."""
+    """A scheduler that gets exact outputs for a known image must arrive at that image."""
     scheduler = copy.deepcopy(step.scheduler)
     device = step.sample.device
+    if begin := getattr(scheduler, "begin_index", None):
+        raise TraceError(
+            "schedule",
+            f"the pipeline begins at step {begin + 1} of its grid; students are trained from pure noise",
+        )
     with forked_random(device):
         x0 = torch.rand(step.sample.shape, device=device) * 1.6 - 0.8
         eps = torch.randn(step.sample.shape, device=device)
         x, options = None, {name: None for name in step.options if name in CARRIED} | {"return_dict": False}
         for timestep in scheduler.timesteps:
             t = schedule.time(timestep.to(device)).expand(len(x0))
-            scales = hasattr(scheduler, "scale_model_input")
             if x is None:
                 unit = torch.ones_like(x0)
-                x = schedule.add_noise(x0, eps, t) / (scheduler.scale_model_input(unit, timestep) if scales else unit)
-            x_t = scheduler.scale_model_input(x, timestep) if scales else x
+                x = schedule.add_noise(x0, eps, t) / as_network_input(scheduler, unit, timestep)
+            x_t = as_network_input(scheduler, x, timestep)
             x, options = stepped(scheduler, schedule.from_x0(x0, x_t, t, kind), timestep, x, options)
     error = float((x - x0).square().mean().sqrt() / x0.square().mean().sqrt())
     if not error <= SCHEDULE_LIMIT:
         raise TraceError(
             "schedule",
-            f"{type(step.scheduler).__name__}, told exact {kind} predictions of an image, does not arrive at it "
+            f"{type(step.scheduler).__name__}, given exact {kind} predictions of an image, does not arrive at it "
             f"(off by {error:.1e})",
         )
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from stepdistill.data import folder, images
+from data.loaded import loaded
+from stepdistill.data import folders, images, sources
 from stepdistill.errors import InputError
-from stepdistill.eval.standard import read_prompts
+from stepdistill.eval.files import read_prompts
+from stepdistill.files import read_json, read_text
 from stepdistill.recipe import Data
-from stepdistill.text_files import read_json, read_text
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def place(tmp_path):
 @pytest.mark.parametrize("inside", ["", "10_mydog/"])
 def test_captions_lie_beside_their_pictures(name, text, inside, place):
     data = place({f"{inside}0.png": None, f"{inside}{name}": text})
-    assert images.load(data, 3, 8)[1] == images.captions(data) == ["a red shoe"]
+    assert loaded(data, 3, 8)[1] == images.captions(data) == ["a red shoe"]
 
 
 def test_the_first_ending_counts_unless_another_is_named(place):
@@ -57,18 +58,25 @@ def test_the_first_ending_counts_unless_another_is_named(place):
 
 
 def test_captions_from_folder_names_are_said(place, capsys):
-    data = place({"10_mydog/0.png": None, "10_mydog/1.png": None, "cat/0.png": None, "cat/0.json": '{"id": 3}'})
-    assert images.load(data, 3, 8)[1] == ["mydog", "mydog", "cat"]
+    data = place({"10_mydog/0.png": None, "10_mydog/1.png": None, "cats/0.png": None, "cats/0.json": '{"id": 3}'})
+    (Path(data.images) / "cats").rename(Path(data.images) / "10_cat")
+    assert loaded(data, 3, 8)[1] == ["cat", "mydog", "mydog"]
     said = capsys.readouterr().err
-    assert "data.images: captions come from folder names: 3 of 3 (10_mydog, cat)\n" in said
-    assert f"data.images: {folder.NO_REPEATS}: 2 of 3 (10_mydog)\n" in said
+    assert said == "data.images: captions come from folder names: 3 of 3 (10_cat, 10_mydog)\n"
 
 
-def test_repeats_are_said_where_captions_are_files_too(place, capsys):
-    images.captions(place({"3_a b/0.png": None, "3_a b/0.caption": "a red shoe", "0_c/0.png": None}))
-    said = capsys.readouterr().err
-    assert f"data.images: {folder.NO_REPEATS}: 1 of 2 (3_a b)" in said
-    assert "data.images: captions come from folder names: 1 of 2 (0_c)" in said
+def test_kohyas_repeats_are_proportions_of_the_pictures(place, capsys):
+    data = place({"6_a b/0.png": None, "6_a b/0.caption": "a shoe", "4_c/0.png": None, "4_c/1.png": None})
+    expected = ["c", "c", "a shoe", "c", "c", "a shoe", "a shoe"]
+    assert loaded(data, 3, 8)[1] == expected and sources.count(data.images, None) == 7
+    assert f"data.images: {folders.REPEATED}: 7 of 7 (4_c, 6_a b)" in capsys.readouterr().err
+    assert images.captions(data) == ["c", "a shoe"]
+    assert sources.count(data.images, 3) == 3
+
+
+def test_a_year_is_no_number_of_repeats(place):
+    data = place({"2024_photos/0.png": None, "1_cat/0.png": None, "0_dog/0.png": None, "1.png": None, "1.txt": "top"})
+    assert loaded(data, 3, 8)[1] == ["0_dog", "top", "cat", "2024_photos"]
 
 
 def test_a_folder_with_caption_files_names_no_caption(place, capsys):
@@ -83,7 +91,7 @@ def test_a_folder_with_caption_files_names_no_caption(place, capsys):
 
 def test_captions_in_a_folder_of_their_own(place, capsys):
     data = place({f"images/{i}.png": None for i in "abc"} | {"captions/a.txt": "A", "captions/b.caption": "B"})
-    assert images.load(data, 3, 8)[1] == images.captions(data) == ["A", "B"]
+    assert loaded(data, 3, 8)[1] == images.captions(data) == ["A", "B"]
     said = capsys.readouterr().err
     assert "data.images: captions come from another folder's files: 2 of 3 (captions)" in said
     assert "1 of 3 samples rejected (1 no caption file of its name" in said
@@ -99,7 +107,7 @@ def test_every_picture_is_read(ending, place):
     if ending == "avif" and not Image.registered_extensions().get(".avif"):
         pytest.skip("this Pillow has no AVIF")
     data = place({f"0.{ending}": None, "0.txt": "a red shoe"})
-    pixels, captions, _ = images.load(data, 3, 8)
+    pixels, captions, _ = loaded(data, 3, 8)
     assert captions == ["a red shoe"] and pixels[0, 0].float().mean() > 240
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stepdistill.data import fashion_mnist, images
+from data.loaded import loaded
+from stepdistill.data import fashion_mnist
 from stepdistill.errors import InputError
 from stepdistill.recipe import Data
 
@@ -16,7 +17,7 @@ def test_a_folder_names_its_conditions_by_caption_or_subfolder(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", size, (255, 0, 0)).save(tmp_path / name / "1.png")
     (tmp_path / "dog" / "1.txt").write_text("a red dog\n")
-    pictures, conditions, _ = images.load(Data(images=str(tmp_path)), channels=3, size=16)
+    pictures, conditions, _ = loaded(Data(images=str(tmp_path)), channels=3, size=16)
     assert conditions == ["cat", "a red dog"]
     assert pictures.shape == (2, 3, 16, 16)
     assert pictures[:, 0].eq(255).all() and pictures[:, 1:].eq(0).all()
@@ -24,7 +25,7 @@ def test_a_folder_names_its_conditions_by_caption_or_subfolder(tmp_path):
 
 def test_an_empty_folder_is_named(tmp_path):
     with pytest.raises(InputError, match=rf"expected images in {tmp_path}, found none"):
-        images.load(Data(images=str(tmp_path)), 1, 16)
+        loaded(Data(images=str(tmp_path)), 1, 16)
 
 
 def write_idx(folder, name: str, array: np.ndarray) -> None:
@@ -50,4 +51,4 @@ def test_a_missing_fashion_mnist_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "_SYSTEM_FOLDER", tmp_path)
     monkeypatch.delenv("STEPDISTILL_FASHION_MNIST", raising=False)
     with pytest.raises(InputError, match="apt-get install dataset-fashion-mnist"):
-        images.load(Data(images="fashion-mnist"), 1, 32)
+        loaded(Data(images="fashion-mnist"), 1, 32)

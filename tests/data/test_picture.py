@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.loaded import loaded
 from stepdistill.data import images, picture
-from stepdistill.data.sample import SUFFIXES
-from stepdistill.exporting.stock_call import PICTURES
+from stepdistill.data.sample import SUFFIXES, UNREADABLE
+from stepdistill.pipeline.stock_call import PICTURES
 from stepdistill.recipe import Data
 
 RAMP = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(256, 0)
@@ -33,7 +34,7 @@ def test_target_and_control_are_both_upright(tmp_path):
     line = '{"text": "a", "image": "0.png", "edges": "0.edges.png"}'
     (tmp_path / "pairs.jsonl").write_text(line)
     data = Data(images=str(tmp_path / "pairs.jsonl"), arguments={"image": "edges"})
-    pixels, _, (own,) = images.load(data, 3, 12)
+    pixels, _, (own,) = loaded(data, 3, 12)
     assert pixels[0, 0, :6].eq(255).all() and pixels[0, 2, 6:].eq(255).all() and not pixels[0, 0, 6:].any()
     assert np.array_equal(np.asarray(own["image"]), pixels[0].permute(1, 2, 0).numpy())
     _, (alone,) = images.requests(data)
@@ -49,7 +50,7 @@ def test_a_control_is_cut_as_its_target_is(tmp_path):
     line = '{"text": "a", "image": "0.png", "same": "0.png", "double": "double.png", "other": "other.png"}'
     (tmp_path / "pairs.jsonl").write_text(line)
     names = {name: name for name in ("same", "double", "other")}
-    pixels, _, (own,) = images.load(Data(images=str(tmp_path / "pairs.jsonl"), arguments=names), 3, 16)
+    pixels, _, (own,) = loaded(Data(images=str(tmp_path / "pairs.jsonl"), arguments=names), 3, 16)
     assert np.array_equal(np.asarray(own["same"]), pixels[0].permute(1, 2, 0).numpy())
     assert own["double"].size == (32, 32) and np.array_equal(np.asarray(own["double"])[::2, ::2], own["same"])
     assert own["other"].size == (9, 16)
@@ -88,7 +89,7 @@ def transparent(mode: str) -> Image.Image:
 def test_a_colour_under_alpha_0_is_not_trained(mode, tmp_path, capsys):
     transparent(mode).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a red square")
-    pixels, _, _ = images.load(Data(images=str(tmp_path)), 3, 8)
+    pixels, _, _ = loaded(Data(images=str(tmp_path)), 3, 8)
     assert pixels[0, :, 4:].eq(255).all() and pixels[0, :, :, 4:].eq(255).all()
     assert mode == "LA" or pixels[0, :, 0, 0].tolist() == [255, 0, 0]
     assert "data.images: transparent parts are put on white: 1 of 1 (a.png)" in capsys.readouterr().err
@@ -113,7 +114,7 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path, capsys):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "a.txt").write_text("red, then blue")
-    pixels, _, _ = images.load(Data(images=str(tmp_path)), 3, 8)
+    pixels, _, _ = loaded(Data(images=str(tmp_path)), 3, 8)
     assert pixels[0, 0].eq(255).all() and not pixels[0, 2].any()
     assert f"data.images: {picture.FIRST_FRAME}: 1 of 1 (a.gif)" in capsys.readouterr().err
 
@@ -132,3 +133,34 @@ def test_an_example_that_the_stock_call_misreads_is_refused(tmp_path):
 
 def test_examples_and_pictures_of_samples_have_the_same_endings():
     assert set(PICTURES) == SUFFIXES
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_damaged_pictures_are_rejected_and_end_nothing(form, tmp_path):
+    """Cut short, with bytes that are others, and with EXIF that is none: Pillow raises more than it says."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((24, 16), 90).convert("RGB").save(file, form, exif=exif.tobytes())
+    random, whole, rejected = np.random.default_rng(0), file.getvalue(), 0
+    for number in range(60):
+        content = bytearray(whole[: random.integers(1, len(whole))] if number % 3 == 0 else whole)
+        for place in random.integers(0, min(len(content), 400), number % 8):
+            content[place] = random.integers(256)
+        try:
+            image, _ = picture.read(io.BytesIO(bytes(content)))
+            assert image.mode == "RGB"
+        except UNREADABLE:
+            rejected += 1
+    assert rejected
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_a_picture_that_is_cut_short_is_rejected_with_the_reason(form, tmp_path, capsys):
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(file, form)
+    (tmp_path / "0.png").write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
+    (tmp_path / "1.png").write_bytes(file.getvalue())
+    for name in "01":
+        (tmp_path / f"{name}.txt").write_text("noise")
+    assert len(loaded(Data(images=str(tmp_path), max_rejected=0.5), 3, 8)[0]) == 1
+    assert "1 of 2 samples rejected (1 unreadable image), the first: " in capsys.readouterr().err

@@ -9,18 +9,13 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from synthetic import ROWS, Pixels, pictures, reference_file
+from synthetic import ROWS, Pixels, pictures
 
 from stepdistill.eval.features import Classifier
+from stepdistill.eval.measure import load_view
 from stepdistill.eval.networks import clip
-from stepdistill.eval.protocol import (
-    Instruments,
-    build_reference,
-    load_networks,
-    load_protocol,
-    load_reference,
-    protocol_path,
-)
+from stepdistill.eval.protocol import load_protocol, protocol_path
+from stepdistill.eval.references import build_reference, class_statistics
 
 
 @pytest.fixture
@@ -29,12 +24,11 @@ def protocol_file(tmp_path):
     torch.manual_seed(0)
     save_file(Classifier().state_dict(), tmp_path / "classifier.safetensors")
     stated = yaml.safe_load(protocol_path("fashion-v1").read_text())
-    stated["id"] = "test-v1"
-    stated["data"] = None
-    stated["measurements"] = str(tmp_path / "measurements.json")
-    stated["reference"] |= {"file": str(tmp_path / "reference.safetensors"), "rows": ROWS, "enet_rows": 30}
+    del stated["images"], stated["key"]
+    stated |= {"id": "test-v1", "measurements": str(tmp_path / "measurements.json")}
+    stated["reference"] |= {"file": str(tmp_path / "reference.safetensors"), "count": ROWS, "kept": {"enet": 30}}
     stated["reference"]["sha256"] = None
-    stated["networks"]["classifier"] |= {"weights": str(tmp_path / "classifier.safetensors"), "sha256": None}
+    stated["views"]["classifier"]["weights"] = {"file": str(tmp_path / "classifier.safetensors"), "sha256": None}
     stated["kid"] |= {"subsets": 4, "size": 20}
     path = tmp_path / "test-v1.yaml"
     path.write_text(yaml.safe_dump(stated, sort_keys=False))
@@ -42,11 +36,13 @@ def protocol_file(tmp_path):
 
 
 @pytest.fixture
-def instruments(protocol_file):
+def instruments(protocol_file, tmp_path):
+    """(the small protocol, its networks, what they see in its reference)."""
     protocol = load_protocol(protocol_file)
-    networks = load_networks(protocol, ["classifier"]) | {"enet": Pixels()}
-    build_reference(*pictures(ROWS + 5, seed=0), reference_file(protocol), protocol=protocol, networks=networks)
-    return Instruments(protocol, networks, load_reference(protocol))
+    networks = {"classifier": load_view(protocol.views["classifier"], tmp_path, "cpu"), "enet": Pixels()}
+    out = protocol.reference.path()
+    build_reference(*pictures(ROWS + 5, seed=0), out, protocol=protocol, networks=networks)
+    return protocol, networks, {name: class_statistics(protocol.reference, name) for name in networks}
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,19 +13,25 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
-from synthetic import ROWS, pictures, reference_file
+from synthetic import ROWS, hasty, pictures
 
 from pipeline.tiny import tiny_dit
 from stepdistill import bench as run_bench
-from stepdistill.bench import Bench, Sampling, fit, sample, solver_samplings
 from stepdistill.errors import InputError
-from stepdistill.eval.protocol import build_reference, load_networks, load_protocol
-from stepdistill.eval.row_cache import RowCache, empty_measurements, row_key, weights_digest, write_json
-from stepdistill.generation.solvers import stock_solvers
+from stepdistill.eval.bench.drawing import Sampler, draw
+from stepdistill.eval.bench.rows import open_bench
+from stepdistill.eval.bench.run import solver_samplers
+from stepdistill.eval.bench.samples import check_classes
+from stepdistill.eval.bench.settings import Settings
+from stepdistill.eval.bench.sources import read_source
+from stepdistill.eval.measure import load_view
+from stepdistill.eval.protocol import load_protocol
+from stepdistill.eval.references import build_reference
+from stepdistill.eval.row_cache import RowCache, empty_measurements, row_key, weights_digest
+from stepdistill.files import write_json
 from stepdistill.pipeline.trace import trace
-from stepdistill.sources import read_source
+from stepdistill.sampling.solvers import stock_solvers
 
-CPU = torch.device("cpu")
 TEACHER_STEPS = 5
 
 
@@ -54,22 +60,23 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def measured(protocol_file, tmp_path, monkeypatch):
     """``measured(*sources, ...)``: a benchmark under the small protocol, with its own cache and a hasty teacher."""
-    module = sys.modules["stepdistill.bench"]
-    monkeypatch.setattr(module, "TEACHER_STEPS", TEACHER_STEPS)
-    monkeypatch.setattr(module, "PICTURES_PER_CLASS", 1)
+    hasty(protocol_file, steps=TEACHER_STEPS)
+    monkeypatch.setattr("stepdistill.eval.bench.showing.PICTURES_PER_CLASS", 1)
     protocol = load_protocol(protocol_file)
-    networks = load_networks(protocol, ["classifier"])
-    build_reference(*pictures(ROWS, seed=0), reference_file(protocol), protocol=protocol, networks=networks)
+    networks = {"classifier": load_view(protocol.views["classifier"], tmp_path, "cpu")}
+    build_reference(*pictures(ROWS, seed=0), protocol.reference.path(), protocol=protocol, networks=networks)
     stated = {"protocol": protocol_file, "networks": ["classifier"], "cache": tmp_path / "cache", "samples": 20}
     return lambda *sources, **options: run_bench([*sources], **(stated | options))
 
 
 @pytest.fixture(scope="module")
-def model(folders):
-    class Stated:
-        id, labels, image = "test-v1", tuple("0123456789"), (1, 32, 32)
+def sampler(folders):
+    traced = trace(tiny_dit())
+    return Sampler("x", "student", traced, weights_digest(traced.pipeline), tuple(range(10)), steps=2, guidance=1.0)
 
-    return fit(trace(tiny_dit()), Stated, "tiny", CPU)
+
+def sample(sampler, seed, count):
+    return draw(sampler, range(count), 0, seed=seed, batch=None)
 
 
 def test_a_run_gives_students_teacher_solvers_and_a_verdict(folders, measured, tmp_path):
@@ -77,9 +84,9 @@ def test_a_run_gives_students_teacher_solvers_and_a_verdict(folders, measured, t
     report = measured(folders / "mine", steps=(1, 3), out=tmp_path / "report", progress=lambda *line: said.append(line))
     rows = {(row.name, row.steps): row for row in report.rows}
     assert [(row.role, row.steps, row.nfe, row.guidance) for row in report.rows if row.role != "solver"] == [
+        ("teacher", TEACHER_STEPS, 2 * TEACHER_STEPS, 2.0),
         ("student", 1, 1, 1.0),
         ("student", 2, 2, 1.0),
-        ("teacher", TEACHER_STEPS, 2 * TEACHER_STEPS, 2.0),
     ]
     assert {row.name for row in report.rows if row.role == "solver"} == {
         "DDIM", "DPM-Solver++", "UniPC", "DDIM w=2", "DPM-Solver++ w=2", "UniPC w=2",
@@ -96,8 +103,11 @@ def test_a_run_gives_students_teacher_solvers_and_a_verdict(folders, measured, t
             "fd_classifier", "kid_classifier", "precision", "recall", "accuracy", "diversity_classifier",
         )  # fmt: skip
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    assert page.count("<figure>") == 7 and "losses, gradient norms" in page
-    assert said[0] == ("mine (dmd2), 1 steps", 20, 20)
+    # Four conditions side by side; two plots; pictures of teacher, solver and both students, the worst of the students,
+    # and the training.
+    assert page.count("<figure>") == 4 + 2 + 4 + 2 + 1 and "losses, gradient norms" in page
+    assert page.count("least like their classes</figcaption>") == 2 and "NFE 2 · FD-classifier@20" in page
+    assert said[0] == (f"teacher w=2, {TEACHER_STEPS} steps", 20, 20)
 
 
 def test_a_teacher_guided_in_an_interval_has_a_row_of_its_own(folders, measured, tmp_path):
@@ -113,8 +123,9 @@ def test_a_teacher_guided_in_an_interval_has_a_row_of_its_own(folders, measured,
     assert TEACHER_STEPS < limited.nfe < plain.nfe and limited.metrics != plain.metrics
 
 
-def test_a_second_benchmark_runs_nothing_and_says_so(folders, measured):
+def test_a_second_benchmark_runs_nothing_and_says_so(folders, measured, tmp_path):
     first = measured(folders / "mine", steps=(1,))
+    shutil.rmtree(tmp_path / "cache" / "samples")  # rows are enough
     again = measured(folders / "mine", steps=(1, 2), progress=lambda *line: pytest.fail(f"ran {line}"))
     assert not any(row.cached for row in first.rows) and all(row.cached for row in again.rows)
     assert [row.metrics for row in again.rows] == [row.metrics for row in first.rows]
@@ -129,20 +140,19 @@ def test_rows_from_before_a_metric_are_whole_unless_asked_for(folders, measured,
     report = measured(folders / "teacher", steps=(1,), solvers=False)
     assert report.rows[0].cached and "diversity_classifier" not in report.rows[0].metrics
     assert "Diversity" not in report.to_markdown()
-    module = sys.modules["stepdistill.bench"]
-    instruments = module.load_instruments(tmp_path / "test-v1.yaml", ["classifier"])
-    cache = RowCache(tmp_path / "cache", None, instruments.protocol.digest)
-    bench = Bench(instruments, cache, 20, 0, CPU, complete=True)
-    teacher = bench.model(str(folders / "teacher"))
-    row = bench.row(Sampling("teacher", "teacher", teacher, teacher.scheduler, TEACHER_STEPS))
+    stated = {"protocol": tmp_path / "test-v1.yaml", "networks": ["classifier"], "cache": tmp_path / "cache"}
+    bench = open_bench(Settings(**stated, device="cpu", complete=True), 20, 0)
+    path = str(folders / "teacher")
+    row = bench.row(bench.sampler(path, name="t", role="teacher", steps=TEACHER_STEPS, guidance=1.0), bench.real)
     assert not row.cached and row.metrics["diversity_classifier"] == pytest.approx(young)
     assert {**stored["metrics"], "diversity_classifier": young} == pytest.approx(row.metrics)
 
 
 def test_two_students_share_their_teacher(folders, measured):
     report = measured(folders / "mine", folders / "mine" / "export", steps=(2,), solvers=False)
-    assert [(row.name, row.role) for row in report.rows] == [("mine (dmd2) [1]", "student"), ("teacher w=2", "teacher")]
+    assert [(row.name, row.role) for row in report.rows] == [("teacher w=2", "teacher"), ("mine (dmd2) [1]", "student")]
     assert [entry.student for entry in report.verdict] == ["mine (dmd2) [1]", "mine (dmd2) [1]"]
+    assert report.labels == report.files == {}
 
 
 def test_a_plain_pipeline_is_measured_as_it_is(folders, measured):
@@ -174,9 +184,9 @@ def test_shipped_rows_are_used_under_the_same_protocol_only(folders, measured, p
     assert RowCache(tmp_path / "cache", None, protocol.digest).get(path.stem) is None
 
 
-def test_the_key_of_a_row_names_everything_it_depends_on(model):
+def test_the_key_of_a_row_names_everything_it_depends_on(sampler):
     stated = {
-        "weights": model.weights,
+        "weights": sampler.weights,
         "scheduler": DDIMScheduler(),
         "steps": 4,
         "guidance": 1.0,
@@ -204,32 +214,22 @@ def test_weights_digest_sees_one_changed_number_and_survives_the_disk(folders, t
     assert weights_digest(pipeline) != digest
 
 
-def test_samples_depend_on_seed_and_index_alone_and_classes_are_balanced(model, monkeypatch):
-    sampling = Sampling("x", "student", model, model.scheduler, steps=2)
-    whole, labels = sample(sampling, seed=3, count=25)
-    assert torch.equal(labels, torch.arange(25) % 10)
-    monkeypatch.setattr(sys.modules["stepdistill.bench"], "CHUNK", 7)
-    parts, _ = sample(sampling, seed=3, count=12)
-    assert (whole[:12].int() - parts.int()).abs().max() <= 1
-    other, _ = sample(sampling, seed=4, count=12)
-    assert not torch.equal(whole[:12], other)
+def test_solvers_spend_the_same_passes_and_none_is_guided_below_two(sampler):
+    guided = replace(sampler, guidance=2.0)
+    assert [s.nfe for s in solver_samplers(guided, nfe=4)] == [4] * 6
+    assert [s.steps for s in solver_samplers(guided, nfe=4)] == [4, 2] * 3
+    assert [s.guidance for s in solver_samplers(guided, nfe=1)] == [1.0] * 3
+    assert [s.guidance for s in solver_samplers(sampler, nfe=4)] == [1.0] * 3
 
 
-def test_solvers_spend_the_same_passes_and_none_is_guided_below_two(model):
-    assert [s.nfe for s in solver_samplings(model, guidance=2.0, nfe=4)] == [4] * 6
-    assert [s.steps for s in solver_samplings(model, guidance=2.0, nfe=4)] == [4, 2] * 3
-    assert [s.guidance for s in solver_samplings(model, guidance=2.0, nfe=1)] == [1.0] * 3
-    assert [s.guidance for s in solver_samplings(model, guidance=1.0, nfe=4)] == [1.0] * 3
-
-
-def test_every_solver_starts_at_noise_and_approaches_the_teacher(model):
-    target, _ = sample(Sampling("teacher", "teacher", model, model.scheduler, steps=50), seed=0, count=2)
-    for name, scheduler in stock_solvers(model.trace.pipeline.scheduler).items():
+def test_every_solver_starts_at_noise_and_approaches_the_teacher(sampler):
+    target = sample(replace(sampler, steps=50), seed=0, count=2)
+    for name, scheduler in stock_solvers(sampler.scheduler).items():
         errors = []
         for steps in (2, 20):
             scheduler.set_timesteps(steps)
             assert scheduler.timesteps[0] == 999
-            images, _ = sample(Sampling(name, "solver", model, scheduler, steps), seed=0, count=2)
+            images = sample(replace(sampler, solver=scheduler, steps=steps), seed=0, count=2)
             errors.append((images.float() - target.float()).abs().mean())
         assert errors[1] < 0.3 * errors[0], name
 
@@ -276,15 +276,13 @@ def test_runs_without_an_export_and_damaged_facts_are_refused(tmp_path):
         read_source(tmp_path)
 
 
-def test_a_pipeline_with_other_classes_or_images_is_refused(model):
-    class Other:
-        id, labels, image = "other-v1", tuple(map(str, range(1001))), (1, 32, 32)
-
+def test_a_pipeline_with_other_classes_or_images_is_refused(sampler):
+    fashion = load_protocol("fashion-v1")
+    many = fashion.model_copy(update={"id": "other-v1", "classes": tuple(map(str, range(1001)))})
     with pytest.raises(InputError, match="other-v1 expects 1001 classes, DiTPipeline has 10"):
-        fit(model.trace, Other, "tiny", CPU)
-    Other.labels, Other.image = tuple("0123456789"), (3, 64, 64)
+        check_classes(sampler.trace, many, "tiny")
     with pytest.raises(InputError, match=r"images of shape \(3, 64, 64\), found \(1, 32, 32\)"):
-        fit(model.trace, Other, "tiny", CPU)
+        check_classes(sampler.trace, fashion.model_copy(update={"image": (3, 64, 64)}), "tiny")
 
 
 @pytest.mark.parametrize(
@@ -293,6 +291,9 @@ def test_a_pipeline_with_other_classes_or_images_is_refused(model):
         ({"steps": ()}, "steps: expected numbers of at least 1"),
         ({"steps": (0, 4)}, "steps: expected numbers of at least 1"),
         ({"samples": 1}, "samples: expected at least 2, found 1"),
+        ({"solver": False}, "unknown option 'solver'; did you mean 'solvers'"),
+        ({"batch": 65}, "batch: expected a number from 1 to 64, found 65"),
+        ({"networks": ["inception"]}, "networks: protocol test-v1 has classifier, enet, found 'inception'"),
     ],
 )
 def test_numbers_out_of_range_are_refused(folders, measured, options, message):

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from synthetic import ROWS, pictures, reference_file
+from comparison import FAMILIES, conclude, first_table, page, plot, short_table
+from synthetic import ROWS, hasty, pictures
 
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill import assets, recipe
 from stepdistill.errors import InputError
-from stepdistill.eval.comparison import FAMILIES, conclude, page, plot, short_table
-from stepdistill.eval.protocol import METRICS, build_reference, load_networks, load_protocol
+from stepdistill.eval.measure import load_view
+from stepdistill.eval.names import METRICS
+from stepdistill.eval.protocol import load_protocol
+from stepdistill.eval.references import build_reference
 from stepdistill.eval.report import between_markers, read_report
 from stepdistill.methods import METHODS
 
@@ -41,9 +44,10 @@ def script():
 def place(protocol_file, tmp_path, monkeypatch):
     """A tiny teacher, a small protocol and two recipes: (folder, arguments of the script that use them)."""
     save_dit(tiny_dit(), tmp_path / "teacher")
+    hasty(protocol_file, steps=3)
     protocol = load_protocol(protocol_file)
-    networks = load_networks(protocol, ["classifier"])
-    build_reference(*pictures(ROWS, seed=0), reference_file(protocol), protocol=protocol, networks=networks)
+    networks = {"classifier": load_view(protocol.views["classifier"], tmp_path, "cpu")}
+    build_reference(*pictures(ROWS, seed=0), protocol.reference.path(), protocol=protocol, networks=networks)
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
     for name, method, steps in (("walk", {"name": "sfd", "substeps": 1}, 2), ("match", {"name": "dmd2"}, 1)):
         tree = {
@@ -51,6 +55,7 @@ def place(protocol_file, tmp_path, monkeypatch):
             "student": {"steps": steps},
             "method": method,
             "train": {"steps": 2, "batch_size": 4, "lr": 1e-3, "log_every": 1, "preview_every": 9, "tracker": "none"},
+            "export": {"check": "off"},  # a process of its own for each
         }
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
     options = [
@@ -69,7 +74,6 @@ def place(protocol_file, tmp_path, monkeypatch):
 def run(script, place, monkeypatch):
     """``run("walk", ..., options)``: the script in this process, with a hasty teacher; returns the exit code."""
     folder, options = place
-    monkeypatch.setattr(script, "TEACHER_STEPS", 3)
     monkeypatch.setattr(script, "NFES", (1, 2))
     monkeypatch.setattr(script, "spawn", lambda task, arguments, cores: 0 if script.work(task, arguments) else 1)
 
@@ -114,7 +118,13 @@ def test_pieces_are_merged_finished_runs_are_kept_and_rows_say_what_they_cost(ru
     assert strip(rows_of(folder)) == strip(before)
 
 
-def test_seeds_failures_and_changed_recipes(run, place, script, monkeypatch):
+@pytest.fixture
+def _students_only(script, monkeypatch):
+    """No rows of the teacher and of solvers, which the first test measures."""
+    monkeypatch.setattr(script, "references", lambda *_: [])
+
+
+def test_seeds_failures_and_changed_recipes(_students_only, run, place, script, monkeypatch):
     folder, _ = place
     assert run("walk", "match", more=["--seeds", "0", "1"]) == 0
     content = json.loads((folder / "all.json").read_text())
@@ -156,23 +166,22 @@ def test_seeds_failures_and_changed_recipes(run, place, script, monkeypatch):
     assert run("match") == 0 and json.loads((folder / "all.json").read_text())["failures"] == []
 
 
-def test_an_interrupted_run_is_not_measured_and_goes_on(run, place, script, monkeypatch):
+def test_an_interrupted_run_is_not_measured_and_goes_on(_students_only, run, place, monkeypatch):
     folder, _ = place
-    monkeypatch.setattr("stepdistill.trainer.Trainer.run", lambda self, start: (1, True))
+    monkeypatch.setattr("stepdistill.training.trainer.Trainer.run", lambda self, start: (1, True))
     assert run("walk") == 0
     assert not any(row["role"] == "student" for row in rows_of(folder))
 
 
-def test_a_task_runs_in_a_process_of_its_own(place, script, monkeypatch):
+def test_a_task_runs_in_a_process_of_its_own(_students_only, place, script, monkeypatch):
     folder, options = place
-    monkeypatch.setattr(script, "references", lambda *_: [])
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--methods", str(folder / "match.yaml"), *options, "--jobs", "2"])
     assert script.main() == 0, (folder / "runs" / "match-seed0.log").read_text()
     assert [row["name"] for row in rows_of(folder)] == [f"match@{nfe}" for nfe in (1, 2, 4, 8)]
     assert "step 2/2" in (folder / "runs" / "match-seed0.log").read_text()
 
 
-def test_other_protocols_samples_and_budgets_are_not_mixed(run, place, script):
+def test_other_protocols_samples_and_budgets_are_not_mixed(_students_only, run, place):
     folder, _ = place
     (folder / "all.json").write_text(json.dumps({"protocol": "test-v1", "samples": 20, "budget": 10.0}))
     with pytest.raises(InputError, match=r"holds a comparison with budget 10\.0, found 1\.0"):
@@ -284,14 +293,21 @@ def test_tables_and_plot_show_what_was_found():
     # The teacher's diversity is 8.
     assert cells["**dmd2**"][-5:] == ["1.050", "95 %", "150 k", "3.50 M", "met"]
     assert cells["**lcm**"][1] == "**5.30 ± 0.42**" and cells["**agd**"][:2] == ["50", "**4.30**"]
+    first = [line.strip("| ").split(" | ")[:3] for line in first_table(content).splitlines()[2:]]
+    assert ["best stock solver", "4", "8.00"] in first and ["**best student**: dmd2", "4", "4.20"] in first
     text = page(content)
     assert "- **lcm@4**: too few steps" in text and "## Consistency" in text and "## Guidance" in text
     assert "best at 1 step: FD at most 1.5x the teacher's: **missed** by dmd2@1, 13.50x" in text
     assert "| lcm@4 | 2 | 5.30 ± 0.42 |" in text
+    assert "yet" not in text
     failed = {"name": "x", "recipe": "y", "seed": 2, "error": "z"}
     text = page(content, [a_comparison(*STUDENTS) | {"budget": 0.1, "failures": [failed]}])
     assert "## With 0.1 times the budget" in text and "**Failed**: x (y, seed 2): z" in text
     assert "| lcm@4 | 5.00 | 5.60 |" in text and "| dmd2@4 | 4.20 | – |" in text and "| dmd2@1 | 54.00" not in text
+    missing = page(content | {"failures": [failed]}, listed=["dmd2", "x", "ect", "lcm"])
+    assert re.findall(r"\*\*(\S+)\*\* is not measured yet: `(.*)`", missing) == [
+        ("ect", "python scripts/compare.py --methods ect")
+    ]
     image = plot(content)
     assert image.width > 1000 and len(image.getcolors(1 << 24)) > 4
     assert plot(conclude(a_comparison(), {})).width > 100
@@ -306,9 +322,11 @@ def test_a_table_is_put_between_its_markers_or_nowhere(tmp_path):
         between_markers(path, "<!-- x -->", "<!-- e -->", "new")
 
 
-def test_the_readme_has_a_place_for_the_table(script):
-    text = (assets.root() / "README.md").read_text(encoding="utf-8")
-    assert text.count(script.BEGIN) == text.count(script.END) == 1
+def test_readme_and_page_show_what_is_stored(script):
+    content = json.loads(script.default_out().read_text(encoding="utf-8"))
+    readme, page = ((assets.root() / name).read_text(encoding="utf-8") for name in ("README.md", "docs/comparison.md"))
+    assert all(text.count(script.BEGIN) == text.count(script.END) == 1 for text in (readme, page))
+    assert first_table(content) in readme and short_table(content) in page
 
 
 def test_wrong_input_from_the_shell(monkeypatch):

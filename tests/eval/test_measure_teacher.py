@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic import ROWS, pictures
+from synthetic import ROWS, hasty, pictures
 
+import stepdistill
 from pipeline.tiny import tiny_dit
-from stepdistill import bench
 from stepdistill.errors import InputError
 from stepdistill.eval.protocol import load_protocol
 
@@ -22,11 +22,10 @@ def test_the_script_builds_pins_measures_resumes_and_feeds_the_benchmark(protoco
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     monkeypatch.setattr(script.fashion_mnist, "load", lambda split: pictures(ROWS, seed=0))
-    monkeypatch.setattr(script, "TEACHER_STEPS", 3)
+    hasty(protocol_file, steps=3)
     # Two of the six solver rows: each row's distances take a second.
-    solvers = script.solver_samplings
-    monkeypatch.setattr(script, "solver_samplings", lambda *a, **k: solvers(*a, **k)[:2])
-    monkeypatch.setattr(sys.modules["stepdistill.bench"], "TEACHER_STEPS", 3)
+    solvers = script.solver_samplers
+    monkeypatch.setattr(script, "solver_samplers", lambda *a, **k: solvers(*a, **k)[:2])
     tiny_dit().save_pretrained(tmp_path / "teacher")
     stated = [str(SCRIPT), "--teacher", str(tmp_path / "teacher"), "--protocol", str(protocol_file)]
     stated += ["--guidance", "2", "--samples", "10", "--nfe", "2", "--device", "cpu"]
@@ -35,7 +34,7 @@ def test_the_script_builds_pins_measures_resumes_and_feeds_the_benchmark(protoco
 
     measurements = tmp_path / "measurements.json"
     protocol = load_protocol(protocol_file)
-    assert protocol.reference.sha256 and protocol.networks["classifier"].sha256
+    assert protocol.reference.sha256 and protocol.views["classifier"].weights.sha256
     stored = json.loads(measurements.read_text())
     assert stored["protocol"] == protocol.digest
     assert sorted((row["name"], row["nfe"]) for row in stored["rows"].values()) == [
@@ -69,8 +68,8 @@ def test_the_script_builds_pins_measures_resumes_and_feeds_the_benchmark(protoco
         script.main()
     measurements.write_text(json.dumps(again))
 
-    monkeypatch.setattr(sys.modules["stepdistill.bench"], "solver_samplings", script.solver_samplings)
+    monkeypatch.setattr(sys.modules["stepdistill.eval.bench.run"], "solver_samplers", script.solver_samplers)
     stated = {"samples": 10, "steps": (2,), "guidance": 2.0, "protocol": protocol_file, "cache": tmp_path / "cache"}
-    report = bench([tmp_path / "teacher"], **stated)
+    report = stepdistill.bench([tmp_path / "teacher"], **stated)
     assert [row.name for row in report.rows] == ["teacher w=2", "DDIM", "DDIM w=2"]
     assert all(row.cached for row in report.rows)

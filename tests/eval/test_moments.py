@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from stepdistill.eval.metrics import Moments, frechet_distance
-from stepdistill.eval.moments import MomentSum
+from stepdistill.eval.metrics import Moments, MomentSum, frechet_distance
 
 
 def rows(n, d, seed=0):

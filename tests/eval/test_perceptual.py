@@ -11,8 +11,18 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from stepdistill.errors import InputError
-from stepdistill.eval.also import ALSO, also_files, also_labels, check_also, load_also
-from stepdistill.eval.perceptual import Lpips, hpsv2, image_reward, lpips_diversity, pick_score
+from stepdistill.eval.perceptual import (
+    ALSO,
+    Lpips,
+    also_files,
+    also_labels,
+    check_also,
+    hpsv2,
+    image_reward,
+    load_also,
+    lpips_diversity,
+    pick_score,
+)
 
 PROMPTS = ["an officer in uniform", "a cat"]
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from stepdistill.eval.pictures import image_grid, png_data_uri, quality_plot, training_plot
+from stepdistill.eval.pictures import png_data_uri, quality_plot, training_plot
 from stepdistill.eval.report import Row
+from stepdistill.sampling.image_grid import image_grid
 
 
 def row(role, nfe, value, name="x"):

@@ -1,9 +1,11 @@
 """The report: the contract of report.json, verdicts, what people read, and what is not merged."""
 
 import copy
+import html
 import importlib.util
 import json
 import re
+import shutil
 from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,11 +16,14 @@ import torch
 from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.eval import report as report_module
-from stepdistill.eval.pictures import image_grid, training_plot
-from stepdistill.eval.protocol import METRICS
+from stepdistill.eval.names import METRICS, explained
+from stepdistill.eval.perceptual import ALSO
+from stepdistill.eval.pictures import training_plot
 from stepdistill.eval.render import notes, table_of
 from stepdistill.eval.report import Report, Row, compare, merge, read_report
+from stepdistill.eval.summary import sentences
 from stepdistill.eval.verdict import Verdict, verdict
+from stepdistill.sampling.image_grid import image_grid
 
 
 def row(name, role, steps, fd, guidance=1.0, **changes):
@@ -138,6 +143,36 @@ def test_seconds_of_another_machine_are_not_shown(tmp_path, monkeypatch):
     assert [[one.name for one in drawn[axis]] for axis in ("nfe", "seconds")] == [["a", "b", "c"], ["a"]]
 
 
+def test_three_sentences_say_speed_quality_and_training():
+    student = row("a", "student", 4, 11.0, machine="cpu, 2 threads")
+    report = a_report(
+        student, trained={"a": {"student_steps": 4, "steps": 500, "seconds": 89.6, "evaluations": 12_000}}
+    )
+    for entry in report.rows:
+        entry.machine, entry.cost["seconds_per_image"] = report.device, 0.001 * entry.nfe
+    speed, quality, training = sentences(report)
+    assert "in 4 network passes, its teacher in 100: 25 times fewer" in speed and "25 times faster" in speed
+    assert (
+        quality.startswith("It replaces its teacher: its FD-classifier@1000 is 1.10 times") and "closes 95 %" in quality
+    )
+    assert "500 steps, about 90 s" in training and "12,000 network passes" in training
+    report.rows[0].machine = "a GPU"  # whose seconds do not compare
+    assert "faster" not in sentences(report)[0]
+    assert sentences(a_report()) == []
+
+
+def test_sentences_decide_nothing_where_intervals_overlap():
+    few = measured("q2", "student", 4, 24.90, 18.40), measured("t", "teacher", 50, 25.12, 18.47)
+    (_, quality) = sentences(a_report(rows=list(few), verdict=[verdict(*few, [])]))
+    assert quality.startswith("Not decided whether it replaces its teacher") and "20 samples are too few" in quality
+    # Without a verdict it is compared with the best stock solver in as many passes.
+    student, solver = measured("a", "student", 4, 10.0, 1.0), measured("UniPC", "solver", 4, 10.5, 1.0)
+    report = a_report(rows=[student, TEACHER, solver], verdict=[])
+    assert sentences(report)[1].startswith("Not decided whether it beats the best stock solver")
+    solver.metrics["fd_classifier"] = 20.0
+    assert sentences(report)[1].startswith("It beats the best stock solver") and "UniPC" in sentences(report)[1]
+
+
 def test_no_verdict_without_its_metric():
     student = row("a", "student", 4, 11.0)
     del student.metrics["fd_classifier"]
@@ -171,7 +206,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
 class Structure(HTMLParser):
     """Counts tags and checks that they close; collects everything a page would fetch."""
 
-    VOID = ("meta", "img", "link", "br")
+    VOID = ("meta", "img", "link", "br", "input")
 
     def __init__(self):
         super().__init__()
@@ -191,7 +226,7 @@ def test_page_is_whole_self_contained_and_escapes(tmp_path):
     report = a_report(row("<i>a</i>", "student", 4, 11.0))
     report.pictures = [("teacher", image_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), columns=2))]
     report.training = [("run", training_plot([{"step": i, "student/loss/dmd": 1.0 + i} for i in range(3)]))]
-    page = report.write(tmp_path).read_text(encoding="utf-8")
+    page = report.write(tmp_path, single_file=True).read_text(encoding="utf-8")
     structure = Structure()
     structure.feed(page)
     assert structure.open == []
@@ -199,6 +234,53 @@ def test_page_is_whole_self_contained_and_escapes(tmp_path):
     assert all(source.startswith("data:image/png;base64,") for source in structure.fetched)
     assert "url(" not in page and "runs/&lt;a&gt; &amp; b" in page
     assert page.index('class="verdict pass"') < page.index("<table>")
+
+
+def test_pictures_are_files_beside_the_page(tmp_path):
+    report = a_report(row("a", "student", 4, 11.0))
+    report.pictures = [("teacher", PIXEL), ("a", PIXEL)]
+    structure = Structure()
+    structure.feed(report.write(tmp_path).read_text(encoding="utf-8"))
+    assert structure.fetched == [f"pictures/plots-0{i}.png" for i in (1, 2, 3, 4)] + [
+        "pictures/pictures-01.png", "pictures/pictures-02.png",
+    ]  # fmt: skip
+    assert all((tmp_path / place).is_file() for place in structure.fetched)
+    report.pictures = report.pictures[:1]
+    report.write(tmp_path)
+    assert not (tmp_path / "pictures" / "pictures-02.png").exists()
+
+
+def test_the_first_screen_has_pictures_and_sentences_before_the_table(tmp_path):
+    report = a_report(row("a", "student", 4, 11.0))
+    report.first = [("a red shoe\nTeacher, 50 steps\nStudent, 4 steps\nUniPC, 4 steps", PIXEL)]
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    assert "<title>a beside fashion-dit</title>" in page
+    order = ["<h1>a beside", "<span>Student, 4 steps</span>", "a red shoe</figcaption>", "25 times fewer", "<table>"]
+    assert sorted(order, key=page.index) == order
+    again = compare([tmp_path])
+    assert [caption for caption, _ in again.first] == [caption for caption, _ in report.first]
+
+
+def test_every_column_is_explained_on_hover_and_below():
+    report = a_report(row("a", "student", 4, 11.0))
+    table, page = table_of(report), report.to_html()
+    assert all(table.meanings) and len(table.meanings) == len(table.header)
+    for cell, meaning in zip(table.header, table.meanings, strict=True):
+        words = html.escape(meaning, quote=True).replace("&#x27;", "&#39;")
+        assert page.count(words) == 2 * table.meanings.count(meaning), cell
+    also = [metric for one in ALSO.values() for metric in one.labels]
+    assert [
+        metric for metric in (*METRICS, "fid", "cmmd", "clip_score", "lit_score", *also) if not explained(metric)
+    ] == []
+
+
+def test_a_notebook_shows_pictures_sentences_and_the_table():
+    report = a_report(row("<i>a</i>", "student", 4, 11.0))
+    report.first = [("a <b>\nTeacher, 50 steps", PIXEL)]
+    structure, shown = Structure(), report._repr_html_()
+    structure.feed(shown)
+    assert structure.open == [] and structure.count["img"] == 1 and structure.count["tr"] == 1 + 5
+    assert "25 times fewer" in shown and "i" not in structure.count and "b" not in structure.count
 
 
 def test_many_verdicts_are_short_and_counted():
@@ -287,7 +369,7 @@ def test_the_schema_lists_every_field_and_no_other():
     names = lambda kind: {entry.name for entry in fields(kind)}  # noqa: E731
     assert set(schema["properties"]["rows"]["items"]["properties"]) == names(Row)
     assert set(schema["properties"]["verdict"]["items"]["properties"]) == names(Verdict)
-    kept_out = {"pictures", "strips", "worst", "training"}
+    kept_out = {"first", "pictures", "strips", "worst", "training"}
     assert set(schema["properties"]) == names(Report) - kept_out | {"schema"}
     assert set(schema["required"]) == set(a_report().to_dict())
 
@@ -300,6 +382,7 @@ def test_reports_are_what_the_schema_says(tmp_path):
         for name in ("benchmarks/quickstart.json", "benchmarks/fashion_dmd2.json", "reports/fashion/report.json")
     ]
     full = a_report(row("a", "student", 4, float("nan")), labels={"fid": "FID"}, files={"w": "0"}, remarks=["x"])
+    full.trained = {"a": {"steps": 5, "seconds": 1.5}}
     for content in (full.to_dict(), *(json.loads(path.read_text()) for path in shipped)):
         jsonschema.validate(content, schema)
     with pytest.raises(jsonschema.ValidationError):
@@ -337,7 +420,10 @@ def test_compare_shows_the_pictures_of_all_reports_side_by_side(tmp_path):
     # A merged report is one like any other.
     again = compare([tmp_path / "both", tmp_path / "a"])
     assert [caption for caption, _ in again.pictures] == ["teacher <w> & 50 steps", "a", "b"]
-    (tmp_path / "both" / "index.html").unlink()
+    compare([tmp_path / "both"], tmp_path / "alone", single_file=True)
+    assert 'src="pictures/' not in (tmp_path / "alone" / "index.html").read_text(encoding="utf-8")
+    assert len(compare([tmp_path / "alone"]).pictures) == 3
+    shutil.rmtree(tmp_path / "both" / "pictures")
     assert compare([tmp_path / "both"]).pictures == []
 
 

@@ -5,9 +5,9 @@ import weakref
 import pytest
 import torch
 
+from stepdistill.eval.measure import resampled_moments
 from stepdistill.eval.metrics import Moments
 from stepdistill.eval.shards import SHARD, Shards, features_of
-from stepdistill.eval.standard_measure import resampled_moments
 
 COUNT = 2 * SHARD + 10
 

@@ -1,4 +1,4 @@
-"""Benchmarks under a standard protocol on tiny pipelines, with a cheap network in Inception's place."""
+"""Benchmarks of tiny pipelines under protocols of prompts, with a cheap network in Inception's place."""
 
 import copy
 import json
@@ -18,13 +18,12 @@ from PIL import Image
 from pipeline.tiny import tiny_dit, tiny_flux, tiny_sd
 from stepdistill import bench as run_bench
 from stepdistill.errors import InputError
-from stepdistill.eval.also import ALSO
+from stepdistill.eval.bench.drawing import Sampler, draw
 from stepdistill.eval.metrics import Moments, frechet_distance
-from stepdistill.eval.perceptual import Lpips
+from stepdistill.eval.perceptual import ALSO, Lpips
+from stepdistill.eval.protocol import FileSpec
 from stepdistill.eval.report import merge, read_report
 from stepdistill.eval.shards import SHARD, Shards
-from stepdistill.eval.standard import FileSpec
-from stepdistill.generation.drawing import Sampler, draw
 from stepdistill.pipeline.trace import trace
 
 SAMPLES = SHARD + 16
@@ -94,8 +93,8 @@ def protocol(root, name, **changes):
 
 @pytest.fixture
 def measured(root, monkeypatch):
-    monkeypatch.setattr(sys.modules["stepdistill.standard_bench"], "load_view", lambda *_: Shrunk())
-    monkeypatch.setattr(sys.modules["stepdistill.generation.sampling_cost"], "REPEATS", 1)
+    monkeypatch.setattr(sys.modules["stepdistill.eval.bench.rows"], "load_view", lambda *_: Shrunk())
+    monkeypatch.setattr(sys.modules["stepdistill.sampling.cost"], "REPEATS", 1)
     monkeypatch.delenv("RANK", raising=False)
 
     def run(path, source="student", **options):
@@ -123,9 +122,8 @@ def test_a_sample_depends_on_its_seed_and_index_alone(double, batch):
 
 
 def test_metrics_do_not_depend_on_the_batch(root, measured, monkeypatch, tmp_path):
-    module = sys.modules["stepdistill.standard_rows"]
-    monkeypatch.setattr(module, "load_pipeline", lambda *_, **__: tiny_dit().to(torch.float64))
-    monkeypatch.setattr(module.StandardBench, "cost", lambda *_: {})
+    monkeypatch.setattr("stepdistill.pipeline.open.load_pipeline", lambda *_, **__: tiny_dit().to(torch.float64))
+    monkeypatch.setattr("stepdistill.eval.bench.rows.Bench.cost", lambda *_: {})
     view = {"network": "inception", "crop": "none", "metrics": ["fid", "kid", "inception_score"]}
     view["weights"] = {"file": "w.pth", "sha256": None, "how": ""}
     real = {"images": "five", "kind": "folder", "file": "real", "sha256": None, "count": 5, "how": ""}
@@ -169,12 +167,12 @@ def test_stock_solvers_are_measured_at_the_students_passes(root, measured, tmp_p
         ("DDIM", 1, 1), ("DPM-Solver++", 1, 1), ("UniPC", 1, 1),
     ]  # fmt: skip
     assert all(row.metrics["fid"] > 0 and row.cost["flops"] > 0 for row in solvers)
-    # One step of DDIM from noise is the teacher's estimate of the clean image, and a picture of the best is shown.
-    assert (tmp_path / "index.html").read_text(encoding="utf-8").count("1 steps, NFE 1</figcaption>") == 2
+    # The student and the best of them are shown, each with a caption and a text in the picture's place.
+    assert (tmp_path / "index.html").read_text(encoding="utf-8").count("1 step, NFE 1 · FID@20") == 2 * 2
 
 
 def test_a_solver_that_a_pipeline_cannot_run_under_is_left_out_and_named(root, measured, monkeypatch):
-    module, real = sys.modules["stepdistill.standard_bench"], sys.modules["stepdistill.standard_bench"].set_up
+    module, real = sys.modules["stepdistill.eval.bench.run"], sys.modules["stepdistill.eval.bench.run"].set_up
 
     def refusing(trace, scheduler, steps):
         if type(scheduler).__name__ == "UniPCMultistepScheduler":
@@ -227,7 +225,7 @@ def test_lpips_is_between_a_prompts_images_and_to_the_teachers(root, measured, a
     assert "LPIPS to the teacher's image" in report.to_markdown()
     with pytest.raises(InputError, match="also: pickscore needs a pipeline of prompts, found classes in teacher"):
         measured(path, also=["pickscore"])
-    with pytest.raises(InputError, match=r"also: expected a standard protocol such as .*, found fashion-v1"):
+    with pytest.raises(InputError, match=r"also: expected a protocol without classes.* found fashion-v1"):
         measured("fashion-v1", also=["lpips"])
 
 
@@ -236,21 +234,32 @@ def read_images(root):
     return [Shards(folder / "images", SAMPLES).all("images") for folder in folders]
 
 
-def test_a_lost_shard_alone_is_drawn_again(root, measured, monkeypatch):
-    module, drawn = sys.modules["stepdistill.standard_rows"], []
-    lost = next((root / "cache" / "samples").glob("*/images/*064-16.safetensors"))
+def test_a_row_of_some_networks_is_not_the_whole_row(root, measured, tmp_path):
+    view = {"network": "inception", "crop": "none", "weights": {"file": "w.pth", "sha256": None, "how": ""}}
+    views = {"one": view | {"metrics": ["fid"]}, "two": view | {"metrics": ["kid"]}}
+    real = {"images": "five", "kind": "folder", "file": "real", "sha256": None, "count": 5, "how": ""}
+    kid = {"subsets": 2, "size": 5, "seed": 0}
+    path = protocol(root, "two-views", conditions="classes", samples=8, views=views, reference=real, kid=kid)
+    assert "kid" not in measured(path, networks=["one"], cache=tmp_path).rows[-1].metrics
+    assert {"fid", "kid"} <= {*measured(path, cache=tmp_path).rows[-1].metrics}
+
+
+def test_a_lost_shard_alone_is_drawn_again(root, measured, monkeypatch, tmp_path):
+    module, drawn = sys.modules["stepdistill.eval.bench.samples"], []
+    measured(protocol(root, "teacher-fid"), cache=tmp_path)
+    lost = next((tmp_path / "samples").glob("*/images/*064-16.safetensors"))
     before = lost.read_bytes()
     lost.unlink()
     real = module.draw
     monkeypatch.setattr(
         module, "draw", lambda sampler, numbers, *a, **k: drawn.append(numbers) or real(sampler, numbers, *a, **k)
     )
-    measured(protocol(root, "teacher-fid"))
+    measured(protocol(root, "teacher-fid"), cache=tmp_path)
     assert drawn == [range(64, 80)] and lost.read_bytes() == before
 
 
 def test_a_killed_benchmark_goes_on_with_the_bytes_of_one_that_was_not(root, measured, monkeypatch, tmp_path):
-    path, module = protocol(root, "teacher-fid"), sys.modules["stepdistill.standard_rows"]
+    path, module = protocol(root, "teacher-fid"), sys.modules["stepdistill.eval.bench.samples"]
     whole, real, calls = measured(path), module.draw, []
 
     def killed(*args, **options):
@@ -293,6 +302,7 @@ def test_processes_make_the_samples_and_metrics_of_one(root, measured, added, pr
     )
     together = read_report(tmp_path / "report")
     assert together.device.endswith(f"× {processes}")
+    assert {row.machine for row in together.rows} == {together.device}
     for ours, theirs in zip(together.rows, alone.rows, strict=True):
         assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-9)
 
@@ -332,7 +342,7 @@ def test_prompts_diversity_and_a_folder_of_real_images(root, measured, added, tm
 
 def test_a_teacher_with_its_guidance_inside_runs_without_and_under_every_solver(root, measured, monkeypatch):
     # Loaded from disk it would make pictures of its default size.
-    monkeypatch.setattr(sys.modules["stepdistill.standard_rows"], "load_pipeline", lambda *_, **__: tiny_flux())
+    monkeypatch.setattr(sys.modules["stepdistill.pipeline.open"], "load_pipeline", lambda *_, **__: tiny_flux())
     view = {"network": "inception", "crop": "none", "metrics": ["fid"]}
     view["weights"] = {"file": "w.pth", "sha256": None, "how": ""}
     changes = {"views": {"inception": view}, "samples": 4, "teacher": {"steps": 3, "guidance": 5.0}}
@@ -345,8 +355,8 @@ def test_a_teacher_with_its_guidance_inside_runs_without_and_under_every_solver(
 
 def test_a_teacher_is_called_and_guided_as_its_student_was(root, measured, monkeypatch):
     """``teacher.arguments`` and, inside the network, the scale come from the student's recipe."""
-    module, seen = sys.modules["stepdistill.standard_rows"], []
-    monkeypatch.setattr(module, "load_pipeline", lambda *_, **__: tiny_flux())
+    module, seen = sys.modules["stepdistill.eval.bench.samples"], []
+    monkeypatch.setattr("stepdistill.pipeline.open.load_pipeline", lambda *_, **__: tiny_flux())
     monkeypatch.setattr(
         module, "draw", lambda sampler, *a, **k: seen.append(sampler) or torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     )
@@ -358,7 +368,7 @@ def test_a_teacher_is_called_and_guided_as_its_student_was(root, measured, monke
     (folder / "model_index.json").write_text("{}")
     changes = {"samples": 4, "teacher": {"steps": 3, "guidance": None}}
     measured(protocol(root, "flux-pair", **changes), source="flux-student", batch=4)
-    assert [(one.role, one.trace.told, one.guidance) for one in seen] == [
+    assert [(one.role, one.trace.call_settings, one.guidance) for one in seen] == [
         (role, {"height": 16, "width": 16, "guidance inside": 7.0}, 1.0) for role in ("teacher", "student")
     ]
     assert seen[0].trace.latent_shape == seen[1].trace.latent_shape

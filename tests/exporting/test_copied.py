@@ -15,7 +15,8 @@ from pipeline.tiny import tiny_sd, tiny_sd3
 from stepdistill.exporting.copied import save_student
 from stepdistill.exporting.export import export
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.trainer import train
+from stepdistill.recipe import Teacher
+from stepdistill.run import train
 
 OLDER = "STEPDISTILL_OLDER_PYTHON"
 """A Python with earlier diffusers and transformers, see test_an_earlier_stack_runs_the_export."""
@@ -64,9 +65,8 @@ def recipe_of(teacher: Path, out: Path) -> dict:
 def run(tmp_path_factory):
     place = tmp_path_factory.mktemp("copied")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stepdistill.trainer.check_conventions", lambda session: None)
-        patch.setattr("stepdistill.generation.run_samples.TEACHER_STEPS", 2)
-        patch.setattr("stepdistill.trainer.export", lambda *_: None)
+        patch.setattr("stepdistill.run.check_conventions", lambda session: None)
+        patch.setattr("stepdistill.run.export_trained", lambda *_: None)
         train(recipe_of(as_on_the_hub(place / "teacher"), place / "run"))
     return place
 
@@ -96,9 +96,9 @@ def test_variants_get_plain_names_and_stay_what_they_are(tmp_path, links):
             link = tmp_path / "teacher" / path.relative_to(tmp_path / "blobs")
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
-    pipeline = load_pipeline(tmp_path / "teacher", variant="fp16")
+    pipeline = load_pipeline(Teacher(pipeline=str(tmp_path / "teacher"), variant="fp16"))
     pipeline.register_modules(scheduler=LCMScheduler())
-    save_student(pipeline, "transformer", tmp_path / "out")
+    save_student(pipeline, ["transformer"], tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if "fp16" in path.name or path.is_symlink()]
     again = DiffusionPipeline.from_pretrained(tmp_path / "out", use_safetensors=True).to(torch.float32)
     assert type(again.scheduler).__name__ == "LCMScheduler"
@@ -127,7 +127,7 @@ def test_the_card_of_copied_half_precision_loads_it_as_float32(run, tmp_path):
 
 
 def test_a_pipeline_without_a_folder_is_written_whole(tmp_path):
-    save_student(tiny_sd(), "unet", tmp_path / "out")
+    save_student(tiny_sd(), ["unet"], tmp_path / "out")
     load_pipeline(tmp_path / "out")
 
 

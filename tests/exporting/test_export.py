@@ -1,5 +1,6 @@
 """Export: a stock folder that repeats the training-time sampler, or nothing at all."""
 
+import gc
 import json
 import subprocess
 from pathlib import Path
@@ -8,19 +9,22 @@ import pytest
 import torch
 from diffusers import DiTPipeline
 from safetensors.torch import load_file
+from torch import nn
 
 from pipeline.tiny import save_dit, tiny_dit
+from stepdistill.diffusion.samplers import DDIM
 from stepdistill.errors import InputError
-from stepdistill.exporting.export import ExportError, call_elsewhere, export, round_to_half
-from stepdistill.samplers import DDIM
-from stepdistill.session import newest_checkpoint
-from stepdistill.trainer import train
+from stepdistill.exporting.check import ExportError, call_elsewhere
+from stepdistill.exporting.export import export, round_to
+from stepdistill.run import train
+from stepdistill.training.run_folder import newest_checkpoint
+from stock_here import call_here
 
 
-def make_run(folder: Path, method: dict, steps: int = 4, **student) -> Path:
+def make_run(folder: Path, method: dict, steps: int = 4, more: dict | None = None, **student) -> Path:
     save_dit(tiny_dit(), folder / "teacher")
     recipe = {
-        "teacher": {"pipeline": str(folder / "teacher"), "guidance": {"scale": 2.0}},
+        "teacher": {"pipeline": str(folder / "teacher"), "guidance": {"scale": 2.0}} | (more or {}).get("teacher", {}),
         "student": {"steps": steps} | student,
         "method": method,
         "train": {"steps": 2, "batch_size": 2, "lr": 1e-3, "tracker": "none"},
@@ -50,22 +54,40 @@ def test_the_export_is_the_training_time_sampler(tmp_path, method, student):
     assert DiTPipeline.from_pretrained(result.folder).labels["Trouser"] == 1
 
 
-@pytest.mark.parametrize("student", [{}, {"train": "lora", "rank": 4}])
-def test_half_of_the_size_is_proven_like_the_whole(tmp_path, student):
+@pytest.mark.parametrize(
+    ("student", "wish", "dtype"),
+    [
+        ({}, {"dtype": "bf16"}, torch.bfloat16),
+        ({"train": "lora", "rank": 4}, {"half": True}, torch.float16),
+    ],
+)
+def test_half_of_the_size_is_proven_like_the_whole(tmp_path, student, wish, dtype):
     run = make_run(tmp_path, {"name": "sfd", "substeps": 1}, **student)
-    result = export(run, tmp_path / "out", half=True)
+    result = export(run, tmp_path / "out", **wish)
     assert result.max_error <= 1e-5
     written = load_file(result.folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    assert all(weight.dtype == torch.float16 for weight in written.values())
+    assert all(weight.dtype == dtype for weight in written.values())
     whole = load_file(run / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(weight, whole[name].half()) for name, weight in written.items())
+    assert all(torch.equal(weight, whole[name].to(dtype)) for name, weight in written.items())
 
 
-def test_a_weight_that_float16_cannot_hold_is_named(tmp_path):
+def test_weights_that_float16_cannot_hold_are_counted_and_the_largest_is_named():
     network = torch.nn.Linear(2, 2)
-    network.weight.data[0, 0] = 1e6
-    with pytest.raises(InputError, match=r"export\.half: weight holds 1e\+06, expected at most 65504"):
-        round_to_half(network)
+    network.weight.data[0] = torch.tensor([1e6, -7e4])
+    before = network.weight.clone()
+    with pytest.raises(InputError, match=r"export\.dtype: 2 of 6 values are beyond 65504.*weight holds 1e\+06"):
+        round_to(network, torch.float16)
+    assert torch.equal(network.weight, before)
+    round_to(network, torch.bfloat16)
+    assert torch.equal(network.weight, before.bfloat16().float())
+
+
+def test_a_stored_table_is_rounded_with_the_weights_and_a_computed_one_is_not():
+    network = torch.nn.Module()
+    network.register_buffer("stored", torch.tensor([1 / 3]))
+    network.register_buffer("computed", torch.tensor([1 / 3]), persistent=False)
+    round_to(network, torch.float16)
+    assert network.stored == torch.tensor(1 / 3).half() and network.computed == 1 / 3
 
 
 @pytest.mark.own_process
@@ -130,3 +152,49 @@ def test_wrong_input_is_one_line(tmp_path, case):
         with pytest.raises(InputError, match="choose another"):
             export(run, tmp_path / "out")
         assert (tmp_path / "out" / "thesis.txt").exists()
+
+
+@pytest.fixture(scope="module")
+def half_run(tmp_path_factory) -> Path:
+    """A LoRA on a backbone in bfloat16 with few bits, ended before its export."""
+    place = tmp_path_factory.mktemp("half")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stepdistill.run.export_trained", lambda *_: None)
+        keys = {"teacher": {"precision": "bf16", "storage": "fp8", "offload": "group"}}
+        return make_run(place, {"name": "dmd2", "critic_steps": 1}, steps=2, more=keys, train="lora", rank=4)
+
+
+def test_the_check_can_be_in_the_teachers_precision(half_run, tmp_path):
+    """On the device, of which there is none but the CPU here: in bfloat16, and what is written stays exact."""
+    result = export(half_run, tmp_path / "out", check="device")
+    assert 0 < result.max_error <= 0.0625
+    card = (result.folder / "README.md").read_text()
+    assert "with plain diffusers in bfloat16, differs from the training-time sampler by" in card
+    exact = export(half_run, tmp_path / "exact", check="cpu")
+    assert exact.max_error <= 1e-5
+    files = [folder / "transformer" / "diffusion_pytorch_model.safetensors" for folder in (result.folder, exact.folder)]
+    ours, theirs = map(load_file, files)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+
+
+def test_an_export_without_a_check_says_so(half_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepdistill.exporting.check.check", None)
+    result = export(half_run, tmp_path / "out", check="off")
+    assert result.max_error is None
+    assert "| checked | not checked (`export.check: off`)" in (result.folder / "README.md").read_text()
+
+
+def test_one_pipeline_is_gone_before_the_other_is_loaded(tmp_path, monkeypatch):
+    """Of the networks that the training-time sampler ran on no weight is left in memory."""
+    seen = []
+
+    def call(request):
+        gc.collect()
+        seen.append([one for one in gc.get_objects() if isinstance(one, nn.Parameter) and one.device.type != "meta"])
+        return call_here(request)
+
+    run = make_run(tmp_path, {"name": "dmd2"})
+    known = {id(one) for one in gc.get_objects() if isinstance(one, nn.Parameter)}
+    monkeypatch.setattr("stepdistill.exporting.check.call_elsewhere", call)
+    export(run, tmp_path / "out")
+    assert not [one for one in seen[0] if id(one) not in known and one.numel() > 0]

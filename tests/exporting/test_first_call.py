@@ -9,10 +9,10 @@ from pipeline import tiny, zoo
 from pipeline.zoo import ZOO
 from stepdistill.errors import InputError
 from stepdistill.exporting.first_call import check_stock_call
-from stepdistill.pipeline.load import save_pipeline
+from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.recipe import load
-from stepdistill.session import Session, build
-from stepdistill.trainer import train
+from stepdistill.run import train
+from stepdistill.training.session import Session, build
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,8 @@ def test_it_leaves_random_numbers_and_the_pipeline_alone(tmp_path):
 
 def test_a_resumed_run_is_not_asked_again(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("stepdistill.trainer.check_stock_call", asked.append)
-    monkeypatch.setattr("stepdistill.trainer.export", lambda *_: None)
+    monkeypatch.setattr("stepdistill.run.check_stock_call", asked.append)
+    monkeypatch.setattr("stepdistill.run.export_trained", lambda *_: None)
     recipe = recipe_of(tmp_path, tiny.tiny_dit())
     train(recipe)
     train(recipe, ["train.steps=2"])

@@ -14,16 +14,24 @@ from torch import nn
 
 import stepdistill
 from pipeline.tiny import redraw, save_dit, tiny_dit, tiny_flux, tiny_sd, tiny_sd3
-from stepdistill.adapters import FrozenView
-from stepdistill.denoiser import Denoiser
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.guidance import guided
 from stepdistill.errors import InputError
 from stepdistill.eval.row_cache import weights_digest
-from stepdistill.guidance import guided
-from stepdistill.guidance_adapters import ADAPTERS, AttentionAdapter, OutputGuide, WithGuidanceAdapter, fasten, fastened
 from stepdistill.pipeline.conditioning import encode, entries
-from stepdistill.pipeline.load import load_pipeline, save_pipeline
+from stepdistill.pipeline.folder import save_pipeline
+from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.trace import Trace, trace
-from stepdistill.trainer import train
+from stepdistill.roles.guidance_adapters import (
+    ADAPTERS,
+    AttentionAdapter,
+    OutputGuide,
+    WithGuidanceAdapter,
+    fasten,
+    fastened,
+)
+from stepdistill.roles.views import FrozenView
+from stepdistill.run import train
 
 PIPELINES = {"dit": tiny_dit, "sd": tiny_sd, "sd3": tiny_sd3}
 PROMPTS = ["a red shoe", "rain"]

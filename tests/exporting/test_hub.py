@@ -12,8 +12,9 @@ from pipeline.tiny import tiny_sd
 from stepdistill import cli
 from stepdistill.errors import InputError
 from stepdistill.exporting import hub
-from stepdistill.exporting.card import PLACE, model_card
+from stepdistill.exporting.card import PLACE, fill_in_quality, model_card
 from stepdistill.exporting.export import ExportResult
+from stepdistill.pipeline.exports import FACTS, ExportFacts
 from stepdistill.pipeline.trace import trace
 
 
@@ -26,8 +27,12 @@ class FakeHub:
         self.calls.append(("create", repository, private, exist_ok))
         return f"https://huggingface.co/{repository}"
 
-    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
-        self.calls.append(("upload", repo_id, {p.name: p.read_text() for p in Path(folder_path).iterdir()}))
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str, ignore_patterns: list[str]) -> None:
+        files = {p.name: p.read_text() for p in Path(folder_path).iterdir() if p.name not in ignore_patterns}
+        self.calls.append(("upload", repo_id, files))
+
+    def upload_file(self, path_or_fileobj: bytes, path_in_repo: str, repo_id: str, commit_message: str) -> None:
+        self.calls.append(("file", repo_id, {path_in_repo: path_or_fileobj.decode()}))
 
 
 @pytest.fixture
@@ -42,9 +47,9 @@ def traced():
     return trace(tiny_sd())
 
 
-def facts(form: str, teacher: str) -> dict:
-    stated = {"teacher": teacher, "method": "dmd2", "steps": 4, "guidance": 7.5, "call_guidance": 1.0}
-    return stated | {"adapter": False, "form": form, "trained_steps": 9, "recipe": {"teacher": {"ip_adapter": None}}}
+def facts(form: str, teacher: str) -> ExportFacts:
+    recipe = {"teacher": {"ip_adapter": None}}
+    return ExportFacts(teacher, 7.5, "dmd2", 4, form=form, trained_steps=9, recipe=recipe)
 
 
 @pytest.mark.parametrize("form", ["lora", "pipeline"])
@@ -65,6 +70,22 @@ def test_a_teacher_that_is_not_on_the_hub_is_no_base_model(traced, tmp_path):
     for teacher in (str(tmp_path), "fashion-dit"):
         metadata = yaml.safe_load(model_card(facts("pipeline", teacher), traced, 1e-6).split("---")[1])
         assert "base_model" not in metadata and metadata["library_name"] == "diffusers"
+
+
+@pytest.mark.parametrize("form", ["lora", "pipeline"])
+def test_neither_card_nor_upload_names_a_folder_of_this_machine(form, traced, calls, tmp_path):
+    teacher = tmp_path / "mine" / "tinysd"
+    teacher.mkdir(parents=True)
+    out = tmp_path / "out"
+    out.mkdir()
+    made = facts(form, str(teacher))
+    made.write(out)
+    (out / "README.md").write_text(model_card(made, traced, 1e-6))
+    fill_in_quality(out / "README.md", f"# Benchmark\n\ntable\n\nDevice: cpu.\n\n    stepdistill bench {tmp_path}\n")
+    hub.push(out, "me/student")
+    sent = "".join(text for _, _, files in calls[1:] for text in files.values())
+    assert "tinysd" in sent and "Device: cpu." in sent and str(tmp_path) not in sent
+    assert str(teacher) in (out / FACTS).read_text()  # what loads it here
 
 
 def test_the_command_uploads_what_it_exported(calls, tmp_path, monkeypatch, capsys):

@@ -14,12 +14,14 @@ from torch import Tensor
 from pipeline.tiny import tiny_dit, tiny_flux, tiny_sd, tiny_sd3
 from pipeline.zoo import sdxl
 from stepdistill import assets
-from stepdistill.adapters import lora_targets
 from stepdistill.errors import InputError
-from stepdistill.exporting.export import ExportError, export
-from stepdistill.exporting.lora import WEIGHTS
-from stepdistill.pipeline.load import load_pipeline, save_pipeline
-from stepdistill.trainer import train
+from stepdistill.exporting.check import ExportError
+from stepdistill.exporting.export import export
+from stepdistill.pipeline.exports import WEIGHTS
+from stepdistill.pipeline.folder import save_pipeline
+from stepdistill.pipeline.load import load_pipeline
+from stepdistill.roles.views import lora_targets
+from stepdistill.run import train
 
 PIPELINES = {
     "sd": (tiny_sd, "unet"),
@@ -57,11 +59,9 @@ def small_flux():
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-    """Short previews; and no check of conventions, which networks without training have none of."""
+    """No check of conventions, which networks without training have none of."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stepdistill.generation.run_samples.TEACHER_STEPS", 2)
-        patch.setattr("stepdistill.generation.preview.COUNT", 2)
-        patch.setattr("stepdistill.trainer.check_conventions", lambda session: None)
+        patch.setattr("stepdistill.run.check_conventions", lambda session: None)
         yield
 
 
@@ -75,7 +75,7 @@ def runs(tmp_path_factory):
             made[name] = tmp_path_factory.mktemp(name)
             save_pipeline(PIPELINES[name][0](), made[name] / "teacher")
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("stepdistill.trainer.export", lambda *_: None)
+                patch.setattr("stepdistill.run.export_trained", lambda *_: None)
                 train(recipe_of(made[name] / "teacher", made[name] / "run"))
         return made[name]
 
@@ -152,6 +152,7 @@ def test_the_cards_snippet_runs(lora):
     folder = lora("sd")
     card = (folder / "README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0].replace("PATH_OF_THIS_FOLDER", str(folder))
+    code = code.replace("PATH_OF_THE_TEACHER", json.loads((folder / "stepdistill.json").read_text())["teacher"])
     assert f'load_lora_weights("{folder}")' in code and "num_inference_steps=2, guidance_scale=1" in code
     names: dict[str, Any] = {}
     exec(code, names)
@@ -270,10 +271,16 @@ def test_an_alpha_of_its_own_is_in_the_file(keys, runs, tmp_path):
 
 def test_a_class_without_loras_gets_a_whole_pipeline_and_is_told(tmp_path, capfd):
     save_pipeline(tiny_dit(), tmp_path / "teacher")
-    result = train(recipe_of(tmp_path / "teacher", tmp_path / "run") | {"data": {"conditions": "classes"}})
+    recipe = recipe_of(tmp_path / "teacher", tmp_path / "run") | {"data": {"conditions": "classes"}}
+    result = train(recipe | {"export": {"to": "comfyui"}})
     facts = json.loads((result.folder / "export" / "stepdistill.json").read_text())
     assert facts["form"] == "pipeline" and (result.folder / "export" / "model_index.json").is_file()
-    assert "DiTPipeline loads no LoRA for its transformer" in " ".join(capfd.readouterr().err.split())
+    printed = " ".join(capfd.readouterr().err.split())
+    assert "DiTPipeline loads no LoRA for its transformer" in printed
+    assert "no file for ComfyUI: DiTPipeline is none of" in printed and not (result.folder / "export/comfyui").exists()
+    with pytest.raises(InputError, match="--to comfyui: DiTPipeline is none of StableDiffusionPipeline, "):
+        export(result.folder, tmp_path / "out", to="comfyui")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_lora_is_refused(runs, tmp_path, monkeypatch):
@@ -297,3 +304,29 @@ def test_auto_takes_linear_layers_and_the_blocks_convolutions():
     assert lora_targets(unet, ["to_q"]) == [name for name, _ in unet.named_modules() if name.endswith(".to_q")]
     with pytest.raises(InputError, match=r"student\.targets: .* found 'to_qq'; did you mean 'to_q'\?"):
         lora_targets(unet, ["to_k", "to_qq"])
+
+
+@pytest.mark.parametrize(("name", "fuse"), [("sd", True), ("flux", False)])
+def test_beside_the_export_lies_one_file_with_a_workflow(name, fuse, runs, tmp_path):
+    result = export(runs(name) / "run", tmp_path / "out", fuse=fuse, dtype="bf16", to="comfyui")
+    place = result.folder / "comfyui"
+    file = f"teacher_sfd_2step{'' if fuse else '_lora'}.safetensors"
+    assert {path.name for path in place.iterdir()} == {file, "workflow.json"}
+    weights = load_file(place / file)
+    assert all(
+        value.dtype == (torch.float32 if key.endswith("alpha") else torch.bfloat16) for key, value in weights.items()
+    )
+    component = getattr(DiffusionPipeline.from_pretrained(runs(name) / "teacher"), PIPELINES[name][1])
+    if fuse:
+        assert any(key.startswith("first_stage_model.decoder.") for key in weights)
+        own = load_file(result.folder / PIPELINES[name][1] / "diffusion_pytorch_model.safetensors")
+        found = sum(value.numel() for key, value in weights.items() if key.startswith("model.diffusion_model."))
+        assert found == sum(value.numel() for value in own.values())
+    else:
+        layers = [key for key in weights if key.endswith(".lora_down.weight")]
+        assert layers and all(key.startswith("lora_unet_") for key in weights)
+        assert len(layers) <= len(lora_targets(component))
+    loader = json.loads((place / "workflow.json").read_text())["1"]["inputs"]
+    assert loader.get("ckpt_name", loader.get("unet_name")) == (file if fuse else "teacher.safetensors")
+    card = (result.folder / "README.md").read_text()
+    assert f"comfyui/{file}" in card and "comfyui/workflow.json" in card

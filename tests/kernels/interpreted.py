@@ -21,6 +21,7 @@ from stepdistill.kernels import (
     sid_loss_reference,
 )
 from stepdistill.kernels.dispatch import per_row
+from stepdistill.kernels.guide import operands
 from stepdistill.kernels.guide_triton import guide_triton
 from stepdistill.kernels.training_triton import (
     add_noise_triton,
@@ -42,7 +43,7 @@ RULES = {
     "momentum": Rule(momentum=-0.5),
     "all": Rule(rescale=0.5, interval=(0.3, 1.0), parallel=0.0, max_norm=30.0, momentum=0.3),
 }
-UPDATES = ("none", "affine", "cfg++", "noise", "cfg++ noise")
+UPDATES = ("none", "affine", "cfg++")
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -55,30 +56,14 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def by_kernel(cond, uncond, w, rule, t, running, update) -> Tensor:
-    given = (update.a, update.b, update.c, update.d) if update else (None,) * 4
-    return guide_triton(
-        cond,
-        uncond,
-        update and update.x_t,
-        update and update.noise,
-        running if rule.momentum else None,
-        t if rule.interval else None,
-        per_row(w, cond),
-        *(None if value is None else per_row(value, cond) for value in given),
-        *(rule.interval or (0.0, 1.0)),
-        rule.rescale,
-        rule.parallel,
-        rule.max_norm or 0.0,
-        rule.momentum,
-    )
+    return guide_triton(cond, uncond, *operands(cond, w, rule, t, running, update))
 
 
-def make_update(name: str, x_t: Tensor) -> Update | None:
+def make_update(name: str, x: Tensor) -> Update | None:
     if name == "none":
         return None
-    a, b, c, d = torch.randn(4, len(x_t), dtype=torch.float64)
-    noise = {"noise": torch.randn_like(x_t)} if "noise" in name else {}
-    return Update(x_t, a, b if name != "affine" else -0.7, c if "++" in name else None, d if noise else None, **noise)
+    a, b, c = torch.randn(3, len(x), dtype=torch.float64)
+    return Update(x, a, b if name != "affine" else -0.7, c if "++" in name else None)
 
 
 def guide_case(name: str, cond: Tensor, uncond: Tensor, x_t: Tensor, w: float | Tensor, rule: str, update: str) -> dict:
@@ -104,11 +89,11 @@ def guide_rows() -> list[dict]:
         cases.append((f"{rule}, {update}", cond, uncond, x_t, 1 + 7 * torch.rand(2), rule, update))
     for output, sample in itertools.product(TYPES.values(), TYPES.values()):  # every pair of types
         cond, uncond = torch.randn(2, 2, 70).to(output)
-        for rule, update in (("plain", "noise"), ("all", "cfg++")):
+        for rule, update in (("plain", "affine"), ("all", "cfg++")):
             x_t = torch.randn(2, 70).to(sample)
             cases.append((f"{output} {sample} {rule}", cond, uncond, x_t, torch.rand(2).double(), rule, update))
     for name, (cond, uncond, x_t) in strided().items():
-        cases.append((name, cond, uncond, x_t, 2.0, "momentum", "noise"))
+        cases.append((name, cond, uncond, x_t, 2.0, "momentum", "cfg++"))
     return [guide_case(*case) for case in cases]
 
 

@@ -42,10 +42,10 @@ def samples(dtype: torch.dtype, count: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", TOLERANCE)
 def test_the_compiled_kernels_equal_their_references(name):
     dtype, close = getattr(torch, name), {"rtol": TOLERANCE[name], "atol": TOLERANCE[name]}
-    cond, uncond, x_t, noise = samples(dtype, 4)
-    w, a, b, c, d = torch.rand(5, 3, device="cuda")
+    cond, uncond, x, noise = samples(dtype, 4)
+    w, a, b, c = torch.rand(4, 3, device="cuda")
     rule = Rule(rescale=0.5, interval=(0.2, 1.0), parallel=0.1, max_norm=20.0)
-    for chosen, update in ((Rule(), None), (Rule(), Update(x_t, a, b)), (rule, Update(x_t, a, b, c, d, noise))):
+    for chosen, update in ((Rule(), None), (Rule(), Update(x, a, b)), (rule, Update(x, a, b, c))):
         given = (cond, uncond, w, chosen, torch.rand(3, device="cuda"), None, update)
         torch.testing.assert_close(kernels.guide(*given), kernels.guide_reference(*given), **close)
     for fused, reference, extra in (
@@ -76,11 +76,11 @@ def test_gradients_on_the_device_equal_those_of_the_references():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graphs_capture_guidance():
-    cond, uncond, x_t = samples(torch.bfloat16, 3)
-    expected = kernels.guide(cond, uncond, 3.0, update=Update(x_t, 1.1, -0.3))
+    cond, uncond, x = samples(torch.bfloat16, 3)
+    expected = kernels.guide(cond, uncond, 3.0, update=Update(x, 1.1, -0.3))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = kernels.guide(cond, uncond, 3.0, update=Update(x_t, 1.1, -0.3))
+        found = kernels.guide(cond, uncond, 3.0, update=Update(x, 1.1, -0.3))
     found.zero_()
     graph.replay()
     assert torch.equal(found, expected)
@@ -103,7 +103,7 @@ def test_samples_are_read_and_written_in_sixteen_bytes():
     plain = PARTS | OFF | dict.fromkeys(FLAGS, False)
     for name, types, constants, reads in (
         ("guide_kernel", HALF, plain, 2),
-        ("guide_kernel", HALF, {key: plain[key] for key in plain.keys() - {"x_t", "a", "b"}} | {"UPDATE": True}, 3),
+        ("guide_kernel", HALF, {key: plain[key] for key in plain.keys() - {"x", "a", "b"}} | {"UPDATE": True}, 3),
         ("guide_kernel", HALF, {key: plain[key] for key in plain.keys() - {"sums"}} | {"RESCALE": True}, 2),
         ("add_noise_kernel", HALF, {}, 2),
         ("dmd_gradient_kernel", HALF, PARTS, 2),
@@ -144,11 +144,11 @@ def default(argument: str) -> str:
     return "fp32" if argument in numbers else "*fp32"
 
 
-HALF = dict.fromkeys(("cond", "uncond", "x_t", "noise", "x0", "eps", "x", "real", "fake", "difference", "out"), "*bf16")
+HALF = dict.fromkeys(("cond", "uncond", "x0", "eps", "x", "real", "fake", "difference", "out"), "*bf16")
 PARTS = {"PARTS": 64}
 SUMS = {**PARTS, "CHUNK": 4096}
-OFF = dict.fromkeys(("x_t", "noise", "running", "t", "a", "b", "c", "d", "sums"))
-FLAGS = ("UPDATE", "PLUS", "NOISE", "LIMITED", "PROJECTS", "CLIPS", "MOMENTUM", "RESCALE")
+OFF = dict.fromkeys(("x", "running", "t", "a", "b", "c", "sums"))
+FLAGS = ("UPDATE", "PLUS", "LIMITED", "PROJECTS", "CLIPS", "MOMENTUM", "RESCALE")
 SIGNATURES = [
     ("guide_kernel", HALF, PARTS | OFF | dict.fromkeys(FLAGS, False)),
     ("guide_kernel", HALF | {"t": "*fp64"}, PARTS | dict.fromkeys(FLAGS, True)),

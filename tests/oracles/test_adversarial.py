@@ -1,11 +1,20 @@
 """LADD and ADD against closed forms: losses at equal distributions, the optimal logit, R1, inputs and plumbing."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from bed import (
+from torch import nn
+
+from stepdistill.diffusion.schedule import KINDS, Prediction
+from stepdistill.methods import METHODS, Roles
+from stepdistill.methods.adversarial import LADD
+from stepdistill.methods.parts.gan import Discriminator
+from stepdistill.methods.parts.losses import discriminator_loss, generator_loss, gradient_penalty
+from stepdistill.roles.added import fourier
+from stepdistill.roles.heads import Heads
+from stepdistill.testing.analytic import GaussianDenoiser
+from stepdistill.testing.bed import (
     G1,
     SCHEDULES,
     OnGrid,
@@ -18,15 +27,6 @@ from bed import (
     generator,
     gradients,
 )
-from torch import nn
-
-from stepdistill.analytic import GaussianDenoiser
-from stepdistill.discriminator import Heads, time_features
-from stepdistill.methods import METHODS, Roles
-from stepdistill.methods.adversarial import LADD
-from stepdistill.methods.gan import Discriminator
-from stepdistill.methods.losses import discriminator_loss, generator_loss, gradient_penalty
-from stepdistill.schedule import KINDS, Prediction
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 # The generator of bed G1's golden logit.
@@ -43,7 +43,7 @@ def adversarial(student, teacher, name="ladd", times=GRID, decode=None, **config
 def data(size: int = 32, step: int = 0):
     """A batch with real samples of bed G1."""
     rows = batch(size, step)
-    return replace(rows, latents=G1[0] + G1[1] * rows.noise("real"))
+    return rows.but(latents=G1[0] + G1[1] * rows.noise("real"))
 
 
 class Given(Discriminator):
@@ -83,7 +83,7 @@ def test_the_golden_logit_through_the_method():
     real, fake = (GaussianDenoiser(*moments, schedule, "epsilon") for moments in (G1, (SHIFT, SCALE)))
     method = adversarial(generator(schedule, "epsilon", SCALE, SHIFT), WithFeatures(real))
     method.gan.heads = OptimalHeads(real, fake)
-    one = replace(batch(1), dtype=torch.float64)
+    one = batch(1).but(dtype=torch.float64)
     method.gan.times = lambda rows, name: schedule.time(torch.zeros(1))
     x = (column(0.8) - one.noise("gan")).requires_grad_()
     loss = method.gan.student_loss(x, one)
@@ -151,7 +151,7 @@ def test_the_student_starts_from_noise_that_knows_no_images_brightness(name):
     schedule, times = SCHEDULES["vp"], [1.0, 0.75, 0.5, 0.25]
     student = Spy(generator(schedule, "epsilon", 1.0, 0.0))
     method = adversarial(student, None, name=name, times=times, first_share=1.0)
-    rows = replace(batch(200), shape=(128, 128), dtype=torch.float32)
+    rows = batch(200).but(shape=(128, 128), dtype=torch.float32)
     brightness = 0.5 * torch.randn(200, generator=torch.Generator().manual_seed(3))
     rows.latents = brightness[:, None, None] + torch.zeros(200, 128, 128)
 
@@ -203,11 +203,11 @@ def test_heads_get_the_time_and_the_condition():
     schedule = SCHEDULES["flow"]
     teacher = Moments(generator(schedule, "flow", 1.0, 0.0))
     method = adversarial(generator(schedule, "flow", 1.0, 0.0), teacher)
-    rows = replace(data(6), cond={"class_labels": torch.tensor([0, 1, 2, 0, 1, 2])})
+    rows = data(6).but(cond={"class_labels": torch.tensor([0, 1, 2, 0, 1, 2])})
     method.prepare(rows)
     heads = method.gan.heads
     condition = method.gan.condition(rows)
-    torch.testing.assert_close(condition[:, :64], time_features(method.noise_times(rows, "gan time")))
+    torch.testing.assert_close(condition[:, :64], fourier(method.noise_times(rows, "gan time"), 64))
     torch.testing.assert_close(condition[0, 64:], condition[3, 64:])
     assert (condition[0, 64:] * condition[1, 64:]).mean().abs() < 0.2 and (
         condition[0, 64:] ** 2

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from bed import G1, M1, SCHEDULES, SD_TABLE, at, column, corners, ddim_path
 
-from stepdistill.analytic import LABELS, AnalyticDenoiser, GaussianDenoiser, MixtureDenoiser, affine_critic
-from stepdistill.guidance import guided
-from stepdistill.schedule import KINDS, EDMSchedule, FlowSchedule, VPSchedule
+from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.schedule import KINDS, EDMSchedule, FlowSchedule, VPSchedule
+from stepdistill.testing.analytic import LABELS, AnalyticDenoiser, GaussianDenoiser, MixtureDenoiser, affine_critic
+from stepdistill.testing.bed import G1, M1, SCHEDULES, SD_TABLE, at, column, corners, ddim_path
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 # Sigma small enough for the clean end to be reached to seven digits.

@@ -6,7 +6,21 @@ import math
 import diffusers
 import pytest
 import torch
-from bed import (
+from pydantic import ValidationError
+from torch import nn
+
+from pipeline.tiny import tiny_dit
+from stepdistill.diffusion.denoiser import CallSpec, Denoiser
+from stepdistill.diffusion.samplers import TCD as TCDSampler
+from stepdistill.diffusion.samplers import Renoise, Step, renoise_up
+from stepdistill.diffusion.schedule import KINDS, Prediction, Schedule, from_scheduler
+from stepdistill.errors import InputError
+from stepdistill.methods import Roles
+from stepdistill.methods.consistency import LCM, TCD, ConsistencyConfig, boundary, solver_grid
+from stepdistill.methods.parts.losses import pseudo_huber
+from stepdistill.roles.added import GuidanceEmbedded
+from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser
+from stepdistill.testing.bed import (
     G1,
     M1,
     SCHEDULES,
@@ -23,20 +37,6 @@ from bed import (
     player,
     table,
 )
-from pydantic import ValidationError
-from torch import nn
-
-from pipeline.tiny import tiny_dit
-from stepdistill.adapters import GuidanceEmbedded
-from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser
-from stepdistill.denoiser import CallSpec, Denoiser
-from stepdistill.errors import InputError
-from stepdistill.methods import Roles
-from stepdistill.methods.consistency import LCM, TCD, ConsistencyConfig, boundary, solver_grid
-from stepdistill.methods.losses import pseudo_huber
-from stepdistill.samplers import TCD as TCDSampler
-from stepdistill.samplers import Renoise, Step, renoise_up
-from stepdistill.schedule import KINDS, Prediction, Schedule, from_scheduler
 
 # Epsilon has no x_0 at flow's t = 1, where alpha is 0 and every solver starts.
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS if (name, kind) != ("flow", "epsilon")]
@@ -304,7 +304,7 @@ def test_the_range_of_w_is_checked():
 
 def test_the_told_student_is_the_network_of_the_embedding():
     network = LCM.adapt(ConsistencyConfig(w_min=1.0, w_max=3.0), "student", tiny_dit().transformer, 2.0)
-    assert isinstance(network, GuidanceEmbedded) and network.scale == 2.0
+    assert isinstance(network, GuidanceEmbedded) and network.number == 2.0
 
 
 def test_an_lcm_student_converges_to_the_composed_solver():

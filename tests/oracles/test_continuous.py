@@ -5,15 +5,15 @@ import math
 
 import pytest
 import torch
-from bed import G1, M1, SCHEDULES, OnGrid, Spy, at, batch, column, gradients, player
 from torch import nn
 
-from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser
-from stepdistill.denoiser import CallSpec, Denoiser
+from stepdistill.diffusion.denoiser import CallSpec, Denoiser
+from stepdistill.diffusion.schedule import KINDS, Prediction, Schedule
 from stepdistill.errors import InputError
-from stepdistill.methods import Roles, continuous
+from stepdistill.methods import Roles
 from stepdistill.methods.continuous import SCM, TBCM, SCMConfig, TBCMConfig, TrigFlow
-from stepdistill.schedule import KINDS, Prediction, Schedule
+from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser
+from stepdistill.testing.bed import G1, M1, SCHEDULES, OnGrid, Spy, at, batch, column, gradients, player
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 # Epsilon has no x_0 at flow's t = 1, where alpha is 0 and trajectories start.
@@ -259,7 +259,7 @@ class NoForwardMode(torch.autograd.Function):
 @pytest.mark.parametrize("what", ["fused", "whole timesteps", "fine"])
 def test_auto_falls_back_to_finite_differences(what, monkeypatch):
     schedule, said = SCHEDULES["vp"], []
-    monkeypatch.setattr(continuous, "say", said.append)
+    monkeypatch.setattr("stepdistill.progress.say", said.append)
     student = student_of((lambda x, t: NoForwardMode.apply(x)) if what == "fused" else wavy, schedule, "v")
     if what == "whole timesteps":
         student = Denoiser(student.network, CallSpec("x", "timestep", timestep_dtype=torch.int64), schedule, "v")
@@ -365,7 +365,7 @@ def test_a_small_network_converges_to_the_end_of_the_flow(cls):
     method = cls(teacher, student, tangent_warmup=80, **({"route": 5} if cls is tbcm else {}))
     parameters = [p for module in method.modules("student") for p in module.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=5e-3, betas=(0.9, 0.99))
-    steps, size = 300, 128 if cls is scm else 48
+    steps, size = 300, 128 if cls is scm else 96
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     @torch.no_grad()

@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from bed import (
+from pydantic import ValidationError
+from torch import nn
+
+from stepdistill.data.batch import Batch, PathRows
+from stepdistill.diffusion.denoiser import CallSpec, Denoiser
+from stepdistill.diffusion.schedule import KINDS
+from stepdistill.methods import METHODS, Roles
+from stepdistill.roles.build import LoRA, build_roles
+from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser, affine_critic
+from stepdistill.testing.bed import (
     G1,
     M1,
     SCHEDULES,
@@ -16,15 +25,6 @@ from bed import (
     generator,
     gradients,
 )
-from pydantic import ValidationError
-from torch import nn
-
-from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser, affine_critic
-from stepdistill.data.batch import Batch, PathRows
-from stepdistill.denoiser import CallSpec, Denoiser
-from stepdistill.methods import METHODS, Roles
-from stepdistill.roles import LoRA, build_roles
-from stepdistill.schedule import KINDS
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 SCALE, SHIFT = 0.9, 0.2

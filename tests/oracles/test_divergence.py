@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from bed import G1, SCHEDULES, WithFeatures, at, batch, generator
 from pydantic import ValidationError
 from test_distribution_matching import SCALE, SHIFT, START, one_step
 from torch import nn
 
-from stepdistill.analytic import GaussianDenoiser, affine_critic
 from stepdistill.methods import METHODS
-from stepdistill.methods.divergence import WEIGHTS, RatioWeight
+from stepdistill.methods.parts.divergence import WEIGHTS, RatioWeight
+from stepdistill.testing.analytic import GaussianDenoiser, affine_critic
+from stepdistill.testing.bed import G1, SCHEDULES, WithFeatures, at, batch, generator
 
 DIVERGENCES = {
     "reverse-kl": lambda r: -r.log(),

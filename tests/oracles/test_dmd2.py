@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from bed import (
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from stepdistill.diffusion.samplers import Renoise
+from stepdistill.diffusion.schedule import KINDS, from_scheduler
+from stepdistill.methods import Roles
+from stepdistill.methods.dmd2 import DMD2, DMD2Config
+from stepdistill.methods.parts.losses import denoising_loss, dmd_gradient, surrogate
+from stepdistill.methods.trajectory import TrajectoryConfig, TrajectoryRegression
+from stepdistill.testing.analytic import GaussianDenoiser, affine_critic
+from stepdistill.testing.bed import (
     G1,
     SCHEDULES,
     OnGrid,
@@ -19,15 +28,6 @@ from bed import (
     gradients,
     player,
 )
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-
-from stepdistill.analytic import GaussianDenoiser, affine_critic
-from stepdistill.methods import Roles
-from stepdistill.methods.dmd2 import DMD2, DMD2Config
-from stepdistill.methods.losses import denoising_loss, dmd_gradient, surrogate
-from stepdistill.methods.trajectory import TrajectoryConfig, TrajectoryRegression
-from stepdistill.samplers import Renoise
-from stepdistill.schedule import KINDS, from_scheduler
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 SCALE, SHIFT = 0.9, 0.2

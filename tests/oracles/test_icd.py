@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from bed import G1, SCHEDULES, EvenGrid, Spy, at, batch, column, gradients, player
 from torch import Tensor
 
-from stepdistill.analytic import GaussianDenoiser
+from stepdistill.diffusion.schedule import KINDS, Schedule
 from stepdistill.methods import Roles
 from stepdistill.methods.icd import ICD, ICDConfig
-from stepdistill.methods.segments import segment_points
-from stepdistill.schedule import KINDS, Schedule
+from stepdistill.methods.pcm import segment_points
+from stepdistill.testing.analytic import GaussianDenoiser
+from stepdistill.testing.bed import G1, SCHEDULES, EvenGrid, Spy, at, batch, column, gradients, player
 
 # Epsilon has no x_0 at flow's t = 1, where alpha is 0 and every solver starts.
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS if (name, kind) != ("flow", "epsilon")]

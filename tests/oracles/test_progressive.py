@@ -5,15 +5,27 @@ import itertools
 import diffusers
 import pytest
 import torch
-from bed import G1, SCHEDULES, OnGrid, Spy, at, batch, column, ddim_path, generator, gradients, player
 from torch import nn
 
-from stepdistill.analytic import GaussianDenoiser
-from stepdistill.denoiser import CallSpec, Denoiser
+from stepdistill.diffusion.denoiser import CallSpec, Denoiser
+from stepdistill.diffusion.samplers import DDIM
+from stepdistill.diffusion.schedule import KINDS, from_scheduler
 from stepdistill.methods import Roles
 from stepdistill.methods.progressive import ProgressiveConfig, ProgressiveDistillation
-from stepdistill.samplers import DDIM
-from stepdistill.schedule import KINDS, from_scheduler
+from stepdistill.testing.analytic import GaussianDenoiser
+from stepdistill.testing.bed import (
+    G1,
+    SCHEDULES,
+    OnGrid,
+    Spy,
+    at,
+    batch,
+    column,
+    ddim_path,
+    generator,
+    gradients,
+    player,
+)
 
 # Epsilon has no x_0 at flow's t = 1, where alpha is 0 and every student starts.
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS if (name, kind) != ("flow", "epsilon")]

@@ -7,15 +7,29 @@ import math
 import diffusers
 import pytest
 import torch
-from bed import G1, M1, SCHEDULES, SD_TABLE, EvenGrid, Spy, at, batch, column, descend, gradients, player, table
 from torch import Tensor
 
-from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser
+from stepdistill.diffusion.samplers import DDIM
+from stepdistill.diffusion.samplers import TCD as TCDSampler
+from stepdistill.diffusion.schedule import KINDS, Schedule, from_scheduler
 from stepdistill.methods import Roles
-from stepdistill.methods.segments import PCM, TSCD, segment_points
-from stepdistill.samplers import DDIM
-from stepdistill.samplers import TCD as TCDSampler
-from stepdistill.schedule import KINDS, Schedule, from_scheduler
+from stepdistill.methods.pcm import PCM, TSCD, segment_points
+from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser
+from stepdistill.testing.bed import (
+    G1,
+    M1,
+    SCHEDULES,
+    SD_TABLE,
+    EvenGrid,
+    Spy,
+    at,
+    batch,
+    column,
+    descend,
+    gradients,
+    player,
+    table,
+)
 
 # Epsilon has no x_0 at flow's t = 1, where alpha is 0 and every solver starts.
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS if (name, kind) != ("flow", "epsilon")]

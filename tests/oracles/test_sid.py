@@ -1,11 +1,19 @@
 """SiD against closed forms: the score identity, its golden numbers, fixed points with and without guidance."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from bed import (
+from torch import nn
+
+from stepdistill.data.batch import Batch
+from stepdistill.diffusion.denoiser import CallSpec, Denoiser
+from stepdistill.diffusion.schedule import KINDS
+from stepdistill.methods import METHODS, Roles
+from stepdistill.methods.parts.losses import denoising_loss, identity_loss
+from stepdistill.methods.sid import SiD
+from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser, affine_critic
+from stepdistill.testing.bed import (
     G1,
     M1,
     SCHEDULES,
@@ -20,15 +28,6 @@ from bed import (
     gradients,
     player,
 )
-from torch import nn
-
-from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser, affine_critic
-from stepdistill.data.batch import Batch
-from stepdistill.denoiser import CallSpec, Denoiser
-from stepdistill.methods import METHODS, Roles
-from stepdistill.methods.losses import denoising_loss, identity_loss
-from stepdistill.methods.sid import SiD
-from stepdistill.schedule import KINDS
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 SCALE, SHIFT, TIME = 0.9, 0.2, 0.55
@@ -56,7 +55,7 @@ class Corners(Batch):
 
 def exact_batch(labels=None) -> Corners:
     rows = batch(4, labels=labels)
-    return Corners(7, 0, 0, 4, 4, (1,), rows.cond, rows.null, dtype=torch.float64)
+    return Corners(7, 0, 0, 4, (1,), rows.cond, rows.null, dtype=torch.float64)
 
 
 def moments(mean, std, critic, alpha, sigma) -> tuple[float, float, float, float]:
@@ -326,7 +325,7 @@ def test_a_student_with_a_learning_critic_finds_the_data(alpha):
     visited = []
     for step in range(120):
         # With one element a sample, 1 / |x - r| would follow that element's noise, and the identity would not hold.
-        rows = replace(batch(32, step), shape=(16,))
+        rows = batch(32, step).but(shape=(16,))
         for turn, mover in enumerate(method.turns(step)):
             rows.turn = turn
             optimizers[mover].zero_grad()

@@ -6,17 +6,31 @@ import math
 import diffusers
 import pytest
 import torch
-from bed import G1, M1, SCHEDULES, SD_TABLE, EvenGrid, Spy, batch, column, ddim_path, descend, gradients, player, table
 from torch import Tensor
 
-from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser
+from stepdistill.diffusion.samplers import TCD as TCDSampler
+from stepdistill.diffusion.samplers import solver_grid
+from stepdistill.diffusion.schedule import KINDS, from_scheduler
 from stepdistill.errors import InputError
 from stepdistill.kernels import Rule
 from stepdistill.methods import Roles
 from stepdistill.methods.tdd import TDD, TDDConfig, schedule_times
-from stepdistill.samplers import TCD as TCDSampler
-from stepdistill.samplers import solver_grid
-from stepdistill.schedule import KINDS, from_scheduler
+from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser
+from stepdistill.testing.bed import (
+    G1,
+    M1,
+    SCHEDULES,
+    SD_TABLE,
+    EvenGrid,
+    Spy,
+    batch,
+    column,
+    ddim_path,
+    descend,
+    gradients,
+    player,
+    table,
+)
 
 # Epsilon has no x_0 at flow's t = 1, where alpha is 0 and every solver starts.
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS if (name, kind) != ("flow", "epsilon")]
@@ -66,8 +80,8 @@ def test_targets_are_candidates_in_the_window_undershot(solver_steps):
     times, longest = schedule_times(sampler, 4, 8)
     exact = method_of(None, student, sampler=sampler, undershoot=0.0, solver_steps=solver_steps)
     short = method_of(None, student, sampler=sampler, undershoot=0.3, solver_steps=solver_steps)
-    t, r, aim = exact.draw(batch(4000, latents=data(4000)))
-    t_again, r_again, s = short.draw(batch(4000, latents=data(4000)))
+    t, r, aim = exact.draw(batch(20_000, latents=data(20_000)))
+    t_again, r_again, s = short.draw(batch(20_000, latents=data(20_000)))
     assert torch.equal(t, t_again) and torch.equal(r, r_again) and (r < t).all()
     assert set(aim.tolist()) <= set(times.tolist()) and (aim <= r).all()
     nearest_below = times[torch.searchsorted(times, r + 1e-9) - 1]

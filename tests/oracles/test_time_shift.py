@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from oracles.bed import SCHEDULES, OnGrid, batch, generator
 from stepdistill.methods import METHODS
-from stepdistill.methods.base import CriticConfig, Roles
-from stepdistill.methods.times import T_FLOOR, uniform_times
+from stepdistill.methods.base import CriticConfig
+from stepdistill.methods.parts.times import T_FLOOR, uniform_times
+from stepdistill.roles import Roles
+from stepdistill.testing.bed import SCHEDULES, OnGrid, batch, generator
 
 FLOW = SCHEDULES["flow"]
 MANY = 40_000

@@ -6,16 +6,29 @@ import math
 import diffusers
 import pytest
 import torch
-from bed import G1, M1, SCHEDULES, OnGrid, at, batch, column, ddim_path, generator, gradients, player
 
-from stepdistill.analytic import GaussianDenoiser, MixtureDenoiser
 from stepdistill.data.batch import Batch, PathRows
-from stepdistill.data.paths import teacher_paths
+from stepdistill.diffusion.samplers import DDIM, dpm_solver_step
+from stepdistill.diffusion.schedule import KINDS, Prediction, from_scheduler
 from stepdistill.methods import Roles
+from stepdistill.methods.parts.losses import feature_distance
 from stepdistill.methods.trajectory import OdeConfig, OdeRegression, TrajectoryConfig, TrajectoryRegression
 from stepdistill.pipeline.conditioning import Conditioning
-from stepdistill.samplers import DDIM, dpm_solver_step
-from stepdistill.schedule import KINDS, Prediction, from_scheduler
+from stepdistill.sampling.trajectories import teacher_paths
+from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser
+from stepdistill.testing.bed import (
+    G1,
+    M1,
+    SCHEDULES,
+    OnGrid,
+    at,
+    batch,
+    column,
+    ddim_path,
+    generator,
+    gradients,
+    player,
+)
 
 # Epsilon has no x_0 at flow's t = 1, where alpha is 0 and every solver starts.
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS if (name, kind) != ("flow", "epsilon")]
@@ -298,3 +311,44 @@ def test_regression_on_pairs_converges_to_the_mixtures_quantile_map(metric):
         optimizer.step()
     x = column(-1.0, 0.0, 1.0)
     assert (student(x, at(1.0, 3), {}).x0 - teacher.flow_map(x, at(1.0, 3), at(0.0, 3))).abs().max() < 0.1
+
+
+class Rotated:
+    """A denoiser with two layers: of tokens, and of pixels with channels; each sees x_t along its own axis."""
+
+    def __init__(self, schedule):
+        self.schedule, self.calls = schedule, []
+
+    def features(self, x_t, t, cond):
+        self.calls.append((x_t, t))
+        tokens = torch.stack([x_t, torch.ones_like(x_t)], -1)
+        return [tokens, torch.stack([torch.ones_like(x_t), 2 * x_t], 1)[..., None]]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_teachers_layers_compare_directions_under_one_noise(name):
+    """States (x_t, 1) and (1, 2 x_t): the squared distance of unit vectors is 2 - 2 cos."""
+    schedule, t = SCHEDULES[name], at(0.2, 3)
+    teacher, x, y = Rotated(schedule), column(0.3, -0.4, 1.2).requires_grad_(), column(0.5, 0.1, -0.7).requires_grad_()
+    eps = column(0.1, -0.3, 0.2)
+    found = feature_distance(teacher, x, y, t, eps, {})
+    (y_t, _), (x_t, _) = teacher.calls
+    torch.testing.assert_close(x_t - y_t, schedule.alpha(t)[:, None] * (x - y))
+    angles = [(f(x_t) - f(y_t)).detach() for f in (torch.atan, lambda v: torch.atan(2 * v))]
+    expected = torch.stack([2 - 2 * angle.cos() for angle in angles]).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    slopes = torch.autograd.grad(found, (x, y), allow_unused=True)
+    assert slopes[0].abs().min() > 0 and slopes[1] is None
+    assert feature_distance(teacher, x, x.detach(), t, eps, {}).item() < 1e-12
+
+
+def test_regression_under_the_teachers_layers():
+    schedule = SCHEDULES["vp"]
+    student = generator(schedule, "v", 0.9, 0.2)
+    noise = column(-0.5, 0.2, 1.0)
+    path = PathRows(torch.stack([noise, 0.9 * noise + 0.2], 1), torch.tensor([1.0, 0.0]), {}, None, torch.ones(3))
+    method = OdeRegression(OdeConfig(metric="features"), Roles(Rotated(schedule), student), OnGrid(schedule, [1.0]))
+    losses = method.losses("student", batch(3).but(path=path))
+    assert [*losses] == ["regression", "features"] and max(loss.item() for loss in losses.values()) < 1e-6
+    times = torch.cat([t for _, t in method.roles.teacher.calls])
+    assert times.min() >= 0.0195 and times.max() <= 0.3005

@@ -4,20 +4,26 @@ import json
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from pipeline import zoo
 from pipeline.tiny import redraw, tiny_flux, tiny_sd, tiny_sd3
+from pipeline.toy import PicturedPipeline, ToyNetwork, ToyPipeline
 from pipeline.zoo import sdxl
 from stepdistill.errors import InputError
-from stepdistill.exporting import stock_call
 from stepdistill.exporting.copied import save_student
-from stepdistill.generation.generate import decode
-from stepdistill.pipeline.conditioning import unread
+from stepdistill.pipeline import stock_call
+from stepdistill.pipeline.call import call_arguments
+from stepdistill.pipeline.conditioning import encode
+from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.observe import call_arguments
+from stepdistill.pipeline.observe import patched
+from stepdistill.pipeline.set_up import set_up
 from stepdistill.pipeline.trace import TraceError, trace
+from stepdistill.pipeline.unread import unread
 
 SIZE = {"height": 16, "width": 16}
 
@@ -77,6 +83,62 @@ def test_prompts_that_one_tokenizer_reads_to_the_end_are_read():
     assert list(unread(short, [long])) == [long]
 
 
+def test_a_call_that_refuses_one_picture_for_all_gets_one_for_each(tmp_path):
+    file = str(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), (90, 90, 90)).save(file)
+    pipeline = PicturedPipeline(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False))
+    traced = trace(pipeline, {"image": file})
+    assert traced.pictures == ["image"] and traced.arguments == {"image": [file]}
+    call = call_arguments(pipeline, [1, 2, 3], traced.arguments, steps=2, guidance=1.0)
+    assert call["image"] == [file] * 3
+    assert stock_call.record(pipeline, json.loads(json.dumps(call)))["latents"].shape == (3, 4, 8, 8)
+    # Those of the samples' own are laid out alike.
+    own = [{"image": Image.new("RGB", (8, 8), (value,) * 3)} for value in (0, 255)]
+    torch.testing.assert_close(encode(traced, [1, 2], None, own).cond["extra.bias"][:], torch.tensor([0.0, 1.0]))
+    assert trace(zoo.inpainting(), {"image": file, "mask_image": file}).arguments["image"] == file
+
+
+def test_pictures_that_are_drawn_anew_are_the_same_in_both_passes(tmp_path):
+    file = str(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), (90, 90, 90)).save(file)
+    pipeline = PicturedPipeline(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False))
+    pipeline.drawn = True
+    traced = trace(pipeline, {"image": file})
+    for cache in (None, tmp_path):
+        cond, null = encode(traced, [1, 2, 3], cache).batch(torch.arange(3))
+        assert torch.equal(cond["extra.bias"], null["extra.bias"]) and len(cond["extra.bias"].unique()) == 3
+        assert null["extra.what"].tolist() == [10] * 3
+
+
+def test_several_pictures_are_a_list(tmp_path):
+    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    Image.new("RGB", (8, 8)).save(files[0])
+    pipeline = PicturedPipeline(ToyNetwork(), DDIMScheduler())
+    with pytest.raises(InputError, match=r"arguments: image: expected a picture, found no file .*b\.png"):
+        call_arguments(pipeline, [1], {"image": files}, steps=2, guidance=1.0)
+    Image.new("RGB", (8, 8)).save(files[1])
+    call = call_arguments(pipeline, [1, 2, 3], {"image": files}, steps=2, guidance=1.0)
+    assert call["image"] == files and [one.size for one in stock_call.ready(pipeline, call)["image"]] == [(8, 8)] * 2
+
+
+class Holding(ToyPipeline):
+    """Samples with the scheduler that it was made with, whatever is put in its place, as combined pipelines do."""
+
+    def __init__(self, network, scheduler):
+        super().__init__(network, scheduler)
+        self.held = scheduler
+
+    def __call__(self, class_labels, guidance_scale=3.0, generator=None, num_inference_steps=5):
+        with patched(self, "scheduler", self.held):
+            return super().__call__(class_labels, guidance_scale, generator, num_inference_steps)
+
+
+def test_a_pipeline_that_takes_no_other_scheduler_is_refused():
+    traced = trace(Holding(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False)))
+    with pytest.raises(InputError, match=r"Holding does not sample with its component 'scheduler'"):
+        set_up(traced, DDIMScheduler(), 2)
+
+
 def suspicious(folder):
     """A teacher whose checker flags every picture."""
     pipeline = tiny_sd()
@@ -101,7 +163,7 @@ def test_a_checker_of_pictures_hides_nothing_here_and_stays_in_the_export(tmp_pa
     assert pipeline.safety_checker is None
     traced = trace(pipeline)
     assert decode(traced, torch.randn(1, 4, 8, 8)).max() > 0
-    save_student(pipeline, "unet", tmp_path / "out")
+    save_student(pipeline, ["unet"], tmp_path / "out")
     export = DiffusionPipeline.from_pretrained(tmp_path / "out", use_safetensors=True)
     assert type(export.safety_checker) is StableDiffusionSafetyChecker
     stock_call.without_black_pictures(export)

@@ -12,10 +12,10 @@ from diffusers import (
 
 from pipeline.tiny import redraw, t5_encoder, t5_tokenizer
 from stepdistill import export, train
-from stepdistill.generation.generate import generate
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.observe import forked_random
 from stepdistill.pipeline.trace import trace
+from stepdistill.sampling.generate import generate
 
 SIZE = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}
 TABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "snr_shift_scale": 3.0}

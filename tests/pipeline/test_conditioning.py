@@ -4,14 +4,12 @@ import functools
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from pipeline import tiny
 from pipeline.toy import toy
 from stepdistill.errors import InputError
-from stepdistill.generation.generate import decode
 from stepdistill.pipeline import conditioning
-from stepdistill.pipeline.conditioning import class_count, class_names, encode, entries, rest_encoders
+from stepdistill.pipeline.conditioning import class_count, class_names, encode, entries
 from stepdistill.pipeline.trace import trace
 
 PROMPTS = ["a red shoe", "rain", "two birds", "", "a bag"]
@@ -33,33 +31,6 @@ def traced(name):
 )
 def test_the_networks_that_make_conditions_are_known(name, encoders):
     assert traced(name).encoders == encoders
-
-
-def test_resting_encoders_answer_where_the_pipeline_is():
-    """A device without data stands for the accelerator: the encoders stay in memory, their answers go there."""
-    result, away = trace(tiny.tiny_sd3()), torch.device("meta")
-    ids = torch.tensor([[0, 5, 6, 1]])
-    encoders = [getattr(result.pipeline, name) for name in result.encoders]
-    before = [encoder(ids, output_hidden_states=True) for encoder in encoders]
-    rest_encoders(result, away)
-    for encoder, expected in zip(encoders, before, strict=True):
-        found = encoder(ids, output_hidden_states=True)
-        assert {p.device.type for p in encoder.parameters()} == {"cpu"}
-        assert type(found) is type(expected) and found[0].device == found.hidden_states[-1].device == away
-        assert found[0].shape == expected[0].shape and len(found.hidden_states) == len(expected.hidden_states)
-
-
-@pytest.mark.gpu
-def test_resting_encoders_decode_and_encode_as_before():
-    result = trace(tiny.tiny_sd3().to("cuda"))
-    latents = torch.randn(2, *result.latent_shape, generator=torch.Generator().manual_seed(0))
-    before, images = encode(result, PROMPTS[:2], None), decode(result, latents)
-    rest_encoders(result, torch.device("cuda"))
-    after = encode(result, PROMPTS[:2], None)
-    assert {getattr(result.pipeline, name).device.type for name in result.encoders} == {"cpu"}
-    for name, value in before.cond.items():
-        torch.testing.assert_close(after.cond[name], value, rtol=1e-3, atol=1e-4)
-    assert torch.equal(decode(result, latents), images)
 
 
 def test_class_conditions():
@@ -127,9 +98,10 @@ def test_batches():
 
 def test_the_cache_gives_the_same_and_spares_the_encoders(tmp_path, monkeypatch):
     result = traced("tiny_sd")
-    first = encode(result, PROMPTS, tmp_path)
-    (file,) = tmp_path.iterdir()
-    assert set(load_file(file)) == {"cond/encoder_hidden_states", "null/encoder_hidden_states"}
+    first, kept = encode(result, PROMPTS, tmp_path), encode(result, PROMPTS)
+    (folder,) = tmp_path.iterdir()
+    assert set(first.store.index["names"]) == {"cond/encoder_hidden_states", "null/encoder_hidden_states"}
+    assert first.store.folder == folder and len(first.null["encoder_hidden_states"]) == 1
 
     def no_run(*_args, **_options):
         raise AssertionError("the pipeline ran although its conditions are cached")
@@ -138,7 +110,8 @@ def test_the_cache_gives_the_same_and_spares_the_encoders(tmp_path, monkeypatch)
     again = encode(result, PROMPTS, tmp_path)
     assert again.labels == first.labels and again.entries == first.entries
     for side in ("cond", "null"):
-        assert torch.equal(getattr(again, side)["encoder_hidden_states"], getattr(first, side)["encoder_hidden_states"])
+        stored, made = (getattr(one, side)["encoder_hidden_states"][:] for one in (again, first))
+        assert torch.equal(stored, made) and torch.equal(stored, getattr(kept, side)["encoder_hidden_states"])
     with pytest.raises(AssertionError):
         encode(result, PROMPTS[:2], tmp_path)
 
@@ -149,7 +122,8 @@ def test_other_weights_are_another_cache_file(tmp_path):
     tiny.redraw(result.pipeline.text_encoder, 99)
     second = encode(result, PROMPTS, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-    assert not torch.allclose(first.cond["encoder_hidden_states"], second.cond["encoder_hidden_states"])
+    rows = [one.cond["encoder_hidden_states"][:] for one in (first, second)]
+    assert not torch.allclose(*rows)
     # The denoiser's weights have no part in it.
     tiny.redraw(result.pipeline.unet, 99)
     encode(result, PROMPTS, tmp_path)
@@ -193,3 +167,16 @@ def test_wrong_entries_are_refused():
     ):
         with pytest.raises(InputError, match=reason):
             encode(pipeline, wrong, None)
+
+
+def test_what_is_drawn_for_every_row_is_kept_for_each_entry(tmp_path):
+    """Latents of a picture that are drawn for the conditional rows and again for the unconditional ones."""
+    noise = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    traced = trace(toy(two_calls=False, bias=lambda _step, count: 0.5 + 0.1 * noise[:count]))
+    assert traced.guidance.drawn == {"extra.bias"}
+    for cache in (None, tmp_path):
+        encoded = encode(traced, [1, 2, 3], cache)
+        cond, null = encoded.batch(torch.tensor([0, 2]))
+        torch.testing.assert_close(cond["extra.bias"], 0.5 + 0.1 * noise[[0, 2]])
+        torch.testing.assert_close(null["extra.bias"], 0.5 + 0.1 * noise[[3, 5]])
+        assert null["extra.what"].tolist() == [10, 10]

@@ -13,10 +13,11 @@ from PIL import Image
 from pipeline import zoo
 from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.load import save_pipeline
+from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.pipeline.trace import trace
-from stepdistill.roles import LoRA, build_roles
-from stepdistill.trainer import train
+from stepdistill.roles.build import LoRA, build_roles
+from stepdistill.run import train
+from stepdistill.sampling import trajectories
 
 PROMPTS = ["a red shoe", "two birds on a wire"]
 
@@ -83,9 +84,11 @@ def test_the_network_is_called_as_the_pipeline_calls_it(traced):
 
 
 def test_inpainting_is_distilled_and_exported(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
-    monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
-    monkeypatch.setattr("stepdistill.exporting.export.CHECKED", 2)
+    monkeypatch.setattr(
+        "stepdistill.training.between_steps.Preview",
+        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
+    )
+    monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     save_pipeline(zoo.inpainting(), tmp_path / "teacher")
     run = train(recipe_of(tmp_path, pictures, student={"steps": 2, "train": "lora", "rank": 2}))
     card = (run.folder / "export" / "README.md").read_text()
@@ -114,10 +117,28 @@ def test_the_residuals_are_those_of_the_noisy_sample(controlled):
     assert torch.autograd.grad(found.sum(), x)[0].abs().sum() > 0
 
 
+def test_trajectories_depend_on_the_controlnet_and_its_scale(controlled, pictures):
+    given = {"image": pictures["image"], **zoo.SMALL}
+    conditioning = SimpleNamespace(cond={}, null=None, content=())
+    times = torch.linspace(1, 0, 4, dtype=torch.float64)
+
+    def key(traced):
+        return trajectories._key(traced.denoiser, conditioning, times)
+
+    other = zoo.controlnet()
+    with torch.no_grad():
+        next(other.controlnet.parameters()).add_(1)
+    keys = {key(controlled), key(trace(other, given))}
+    keys.add(key(trace(zoo.controlnet(), given | {"controlnet_conditioning_scale": 0.5})))
+    assert len(keys) == 3 and key(trace(zoo.controlnet(), given)) == key(controlled)
+
+
 def test_a_student_with_a_controlnet_is_distilled_and_exported(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
-    monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
-    monkeypatch.setattr("stepdistill.exporting.export.CHECKED", 2)
+    monkeypatch.setattr(
+        "stepdistill.training.between_steps.Preview",
+        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
+    )
+    monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     pipeline = zoo.controlnet()
     save_pipeline(pipeline, tmp_path / "teacher")
     run = train(recipe_of(tmp_path, {"image": pictures["image"]}))
@@ -130,6 +151,46 @@ def test_a_student_with_a_controlnet_is_distilled_and_exported(pictures, tmp_pat
 def test_helpers_get_no_gradient(controlled):
     build_roles(controlled.denoiser, {"student": "full"}, 1.0, LoRA(4))
     assert not any(p.requires_grad for p in controlled.pipeline.controlnet.parameters())
+
+
+def test_two_controlnets_are_distilled_and_exported(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "stepdistill.training.between_steps.Preview",
+        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
+    )
+    monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
+    files = {"image": [pictures["image"], pictures["mask_image"]]}
+    traced = trace(zoo.controlnets(), {**files, **zoo.SMALL})
+    (helper,) = traced.denoiser.spec.helpers
+    shapes = {name: shape for name, shape in traced.conditioning.items() if "controlnet_cond" in name}
+    assert helper.denoiser.spec.apart == {"controlnet_cond"}
+    assert shapes == {f"controlnet/controlnet_cond.{number}": (3, 16, 16) for number in (0, 1)}
+    save_pipeline(zoo.controlnets(), tmp_path / "teacher")
+    run = train(recipe_of(tmp_path, files, student={"steps": 2, "train": "lora", "rank": 2}))
+    assert (run.folder / "export" / "stepdistill.json").is_file()
+
+
+def test_an_edit_with_two_unconditional_passes(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "stepdistill.training.between_steps.Preview",
+        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
+    )
+    monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
+    traced = trace(zoo.pix2pix(), {"image": pictures["image"]})
+    assert traced.denoiser.spec.mix == ((1.5, -1.0), (-0.5, 0.0)) and traced.guidance.order == (0, 1, 2)
+    for cache in (None, tmp_path / "cache"):
+        _, null = encode(traced, PROMPTS, cache).batch(torch.tensor([0, 1]))
+        assert null["sample appended"].any() and not null["pass 1/sample appended"].any()
+        assert torch.equal(null["encoder_hidden_states"], null["pass 1/encoder_hidden_states"])
+    save_pipeline(zoo.pix2pix(), tmp_path / "teacher")
+    teacher = {
+        "pipeline": str(tmp_path / "teacher"),
+        "guidance": {"scale": 3.0},
+        "arguments": {"image": pictures["image"]},
+    }
+    lora = {"steps": 2, "train": "lora", "rank": 2}
+    run = train(recipe_of(tmp_path, {}, teacher=teacher, student=lora))
+    assert (run.folder / "export" / "stepdistill.json").is_file()
 
 
 def test_a_picture_that_is_not_there(pictures, tmp_path):

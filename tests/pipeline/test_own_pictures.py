@@ -9,14 +9,14 @@ from PIL import Image
 
 from pipeline import zoo
 from pipeline.test_given_pictures import recipe_of
-from stepdistill.data.conditions import wanted
+from stepdistill.data.images import conditions
 from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.load import save_pipeline
+from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.pipeline.trace import trace
 from stepdistill.recipe import Data, load
-from stepdistill.session import build
-from stepdistill.trainer import train
+from stepdistill.run import train
+from stepdistill.training.session import build
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red shoe", "two birds on a wire", "a red shoe"]
@@ -49,7 +49,7 @@ def recipe(made, output, data, **keys) -> dict:
 
 
 def test_each_prompt_is_told_its_own_picture(made, traced, tmp_path):
-    prompts, pictures = wanted(Data(conditions=made.pairs, arguments={"image": "edges"}))
+    prompts, pictures = conditions(Data(conditions=made.pairs, arguments={"image": "edges"}))
     assert prompts == PROMPTS
     encoded = encode(traced, prompts, tmp_path, pictures)
     cond, null = encoded.batch(torch.tensor([0, 1, 2]))
@@ -59,33 +59,35 @@ def test_each_prompt_is_told_its_own_picture(made, traced, tmp_path):
     assert torch.equal(null[CONTROL], cond[CONTROL])
     # The texts are as they are without pictures, and the empty one is one row.
     plain = encode(traced, prompts)
-    torch.testing.assert_close(encoded.cond["encoder_hidden_states"], plain.cond["encoder_hidden_states"])
+    torch.testing.assert_close(encoded.cond["encoder_hidden_states"][:], plain.cond["encoder_hidden_states"])
     assert len(encoded.null["encoder_hidden_states"]) == 1 and len(plain.null[CONTROL]) == 1
 
 
 def test_they_are_cached_by_their_content(made, traced, tmp_path, monkeypatch):
-    prompts, pictures = wanted(Data(conditions=made.pairs, arguments={"image": "edges"}))
+    prompts, pictures = conditions(Data(conditions=made.pairs, arguments={"image": "edges"}))
     first = encode(traced, prompts, tmp_path, pictures)
-    encode(traced, prompts, tmp_path, pictures[::-1])
+    encode(traced, prompts, tmp_path, [*pictures][::-1])
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr("stepdistill.pipeline.conditioning.observe", None)
     again = encode(traced, prompts, tmp_path, pictures)
     for side in ("cond", "null"):
         stored, known = getattr(again, side), getattr(first, side)
-        assert stored.keys() == known.keys() and all(torch.equal(stored[name], known[name]) for name in known)
+        assert stored.keys() == known.keys() and all(torch.equal(stored[name][:], known[name][:]) for name in known)
 
 
 def test_batches_go_to_the_device_and_rows_stay(made, traced):
-    prompts, pictures = wanted(Data(conditions=made.pairs, arguments={"image": "edges"}))
+    prompts, pictures = conditions(Data(conditions=made.pairs, arguments={"image": "edges"}))
     moved = encode(traced, prompts, None, pictures).to("meta")
     cond, null = moved.batch(torch.tensor([1]))
     assert [rows[CONTROL].device.type for rows in (moved.cond, cond, null)] == ["cpu", "meta", "meta"]
 
 
 def test_a_run_with_pictures_of_its_own(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("stepdistill.trainer.Preview", lambda *_: SimpleNamespace(write=lambda *_: {}))
-    monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
-    monkeypatch.setattr("stepdistill.exporting.export.CHECKED", 2)
+    monkeypatch.setattr(
+        "stepdistill.training.between_steps.Preview",
+        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
+    )
+    monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     run = train(recipe(made, tmp_path / "run", {"conditions": made.pairs}))
     facts = json.loads((run.folder / "export" / "stepdistill.json").read_text())
     assert facts["recipe"]["data"]["arguments"] == {"image": "edges"}
@@ -116,7 +118,7 @@ def test_real_images_go_with_their_own_pictures(made, tmp_path):
 def test_a_sample_without_its_picture_is_rejected(sample, reason, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(sample))
     with pytest.raises(InputError, match=reason):
-        wanted(Data(conditions=str(tmp_path / "a.jsonl"), arguments={"image": "edges"}))
+        conditions(Data(conditions=str(tmp_path / "a.jsonl"), arguments={"image": "edges"}))
 
 
 def test_pictures_of_another_size(traced):

@@ -1,6 +1,6 @@
 """Every pipeline of the zoo goes all the way: traced, distilled with all weights and as LoRA, exported, sampled.
 
-What was found is the table of docs/pipelines.md and README.md.
+What was found is the table of docs/pipelines.md.
 """
 
 import json
@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.zoo import ZOO, Exhibit
-from stepdistill.exporting import stock_call
-from stepdistill.pipeline.load import save_pipeline
+from stepdistill.pipeline import stock_call
+from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.pipeline.trace import Trace, trace
-from stepdistill.trainer import train
+from stepdistill.run import train
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "pipelines.md"
@@ -37,6 +37,9 @@ class NoPreview:
     def write(self, *_: Any) -> dict[str, float]:
         return {}
 
+    def path(self, *_: Any) -> None:
+        return None
+
 
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[torch.Tensor]:
@@ -51,10 +54,9 @@ def sampled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[torch.Tenso
         images.append(result["images"])
         return result
 
-    monkeypatch.setattr("stepdistill.exporting.export.call_elsewhere", call_here)
-    monkeypatch.setattr("stepdistill.exporting.export.CHECKED", CHECKED)
-    monkeypatch.setattr("stepdistill.trainer.Preview", NoPreview)
-    monkeypatch.setattr("stepdistill.selfcheck.TRAJECTORY_STEPS", 2)
+    monkeypatch.setattr("stepdistill.exporting.check.call_elsewhere", call_here)
+    monkeypatch.setattr("stepdistill.exporting.check.CHECKED", CHECKED)
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     return images
 
 
@@ -89,7 +91,7 @@ def test_from_pipeline_to_pipeline(name, tmp_path, sampled, monkeypatch):
         form = json.loads((run.folder / "export" / "stepdistill.json").read_text())["form"]
         cells.append({"full": "yes", "lora": f"yes, out as a {'LoRA' if form == 'lora' else 'whole pipeline'}"}[how])
         # To ask the teacher once is enough.
-        monkeypatch.setattr("stepdistill.trainer.check_conventions", lambda _session: None)
+        monkeypatch.setattr("stepdistill.run.check_conventions", lambda _session: None)
     assert len(sampled) == 2
     for images in sampled:
         assert len(images) == CHECKED and images.isfinite().all() and images.std() > 0
@@ -124,4 +126,3 @@ def test_the_page_shows_what_was_found():
     assert list(listed) == [exhibit.title for exhibit in ZOO.values()]
     for name, row in FOUND.items():
         assert listed[ZOO[name].title] == row
-    assert "\n".join(rows) in (ROOT / "README.md").read_text(encoding="utf-8")

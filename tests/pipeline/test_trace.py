@@ -1,5 +1,6 @@
 """Tracing: what is learned about four stock pipelines and a made-up one, and what is refused by which check."""
 
+import copy
 import functools
 import json
 from types import MethodType
@@ -15,18 +16,25 @@ from diffusers import (
     EulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    StableDiffusionPAGPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
+from PIL import Image
 
 from pipeline import tiny
-from pipeline.tiny import INSPECT_KEYS
-from pipeline.toy import toy
-from pipeline.zoo import wan
+from pipeline.tiny import INSPECT_KEYS, redraw
+from pipeline.toy import Control, ControlledPipeline, ToyNetwork, ToyPipeline, toy
+from pipeline.zoo import sdxl
+from stepdistill.diffusion.guidance import guided
+from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.errors import InputError
-from stepdistill.guidance import guided
+from stepdistill.pipeline import stock_call
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.observe import modules
-from stepdistill.pipeline.trace import TraceError, at_guidance, load_pipeline, trace
+from stepdistill.pipeline.set_up import passes
+from stepdistill.pipeline.trace import TraceError, load_pipeline, trace
+from stepdistill.pipeline.variants import with_guidance
 
 EXPECTED = {
     "tiny_dit": {
@@ -168,7 +176,7 @@ def test_a_teacher_of_edm_is_traced(scheduler, kind):
 
 def test_embedded_guidance_at_another_scale():
     traced = stock("tiny_flux")
-    other = at_guidance(traced, 1.5)
+    other = with_guidance(traced, 1.5)
     assert other.denoiser.spec.constants["guidance"].tolist() == [1.5] and other.guidance.plain_scale == 1.5
     assert traced.denoiser.spec.constants["guidance"].tolist() == [3.5]
 
@@ -183,12 +191,6 @@ def test_arguments_of_the_call():
     assert torch.equal(nulls[0], nulls[2]) and not torch.equal(nulls[0], nulls[1])
     with pytest.raises(InputError, match="takes no argument 'heigth'; did you mean 'height'"):
         trace(pipeline, {"heigth": 32})
-
-
-@pytest.mark.parametrize("boundary", [0.9, 0.3])
-def test_denoisers_that_take_turns_are_refused(boundary):
-    with pytest.raises(TraceError, match=r"transformer_2 .*take turns are not supported"):
-        trace(wan(boundary_ratio=boundary), {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16})
 
 
 def test_a_one_step_pipeline_is_traced():
@@ -258,6 +260,166 @@ def test_guidance_rules(rule, shift, keeps_norm):
     torch.testing.assert_close(found, rule(*outputs, 2.5 - shift), rtol=1e-5, atol=1e-5)
 
 
+def test_a_mask_grows_with_its_rows():
+    def growing(_step, count):
+        return {"mask": torch.ones(count, 4 + count % 2), "rows": torch.full((count, 4 + count % 2, 4), 0.5)}
+
+    result = trace(toy(bias=growing))
+    assert result.denoiser.spec.masks == {"extra.bias.rows": ("extra.bias.mask", torch.float32)}
+    assert result.conditioning["extra.bias.rows"] == (None, 4) and result.conditioning["extra.bias.mask"] == (None,)
+
+
+@pytest.mark.parametrize(
+    ("bias", "layout"),
+    [
+        (lambda rows: rows.expand(4, -1, 2).contiguous(), RowLayout(axis=1)),
+        (lambda rows: rows.repeat_interleave(4, 0), RowLayout(each=4)),
+        (lambda rows: rows.repeat(4, 1), RowLayout(each=4, outer=True)),
+    ],
+)
+def test_rows_that_do_not_follow_the_first_axis(bias, layout):
+    """Each image has 4 rows of 2 numbers; the toy's network takes the mean of what it is given in that layout."""
+    network = redraw(ToyNetwork(), 9)
+    inner = network.forward
+
+    def forward(picture, noise_level, extra, flag=False):
+        return inner(picture, noise_level, {**extra, "bias": layout.rows(extra["bias"])}, flag)
+
+    network.forward = forward
+    pipeline = toy(bias=lambda _step, count: bias(torch.arange(count)[:, None] / 10 + torch.zeros(count, 2)))
+    pipeline.register_modules(network=network)
+    result = trace(pipeline)
+    assert result.denoiser.spec.layouts == {"extra.bias": layout} and result.self_test_error <= 1e-5
+    assert encode(result, [1, 2]).cond["extra.bias"][1].flatten().tolist() == pytest.approx([0.1] * 8)
+
+
+def test_an_output_as_long_as_the_sample_and_its_reference_is_cut():
+    result = trace(
+        toy(feed=lambda x: torch.cat([x, torch.full((len(x), 4, 8, 2), 0.5)], 3), read=lambda raw: raw[..., :8])
+    )
+    spec = result.denoiser.spec
+    assert (spec.appended, spec.output) == ((3, 8), "identity") and result.self_test_error <= 1e-5
+    cond = {"extra.what": torch.tensor([3]), spec.extra: torch.full((1, 4, 8, 2), 0.5)}
+    assert result.denoiser(torch.randn(1, 4, 8, 8), torch.ones(1), cond).raw.shape == (1, 4, 8, 8)
+
+
+class Editing(ToyPipeline):
+    """Three passes at a step: label and bias, the bias alone, and nothing; in one batch or in three calls."""
+
+    combined = staticmethod(lambda c, i, u, w: u + w * (c - i) + 1.5 * (i - u))
+
+    @torch.no_grad()
+    def __call__(self, class_labels, guidance_scale=3.0, generator=None, num_inference_steps=5):
+        labels, null = torch.tensor(class_labels), torch.full((len(class_labels),), 10)
+        bias = torch.arange(len(labels)) / 10 + 0.3
+        x = torch.randn(len(labels), 4, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for step, t in enumerate(self.scheduler.timesteps):
+            passes = [(labels, bias), (null, bias), (null, 0 * bias)][: 3 if guidance_scale > 1 else 1]
+            if not self.two_calls:
+                passes = [tuple(map(torch.cat, zip(*passes, strict=True)))]
+            outputs = []
+            for what, rows in passes:
+                self.bias = lambda _step, _count, rows=rows: rows
+                copies = len(what) // len(labels)
+                outputs += self._network(torch.cat([x] * copies), t, what, step).chunk(copies)
+            output = self.combined(*outputs, guidance_scale) if guidance_scale > 1 else outputs[0]
+            x = self.scheduler.step(output, t, x).prev_sample
+        return (x,)
+
+
+def editing(**behaviour):
+    pipeline = Editing(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False))
+    for name, value in behaviour.items():
+        setattr(pipeline, name, value)
+    return pipeline
+
+
+@pytest.mark.parametrize("two_calls", [True, False])
+def test_two_unconditional_passes_are_weighed(two_calls):
+    pipeline = editing(two_calls=two_calls)
+    result = trace(pipeline)
+    assert result.denoiser.spec.mix == ((1.5, -1.0), (-0.5, 0.0)) and result.self_test_error <= 1e-5
+    cond, null = encode(result, [1, 2]).batch(torch.tensor([0, 1]))
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.7])
+    nothing = {name: null[f"pass 1/{name}"] for name in cond}
+    outputs = [result.denoiser(x, t, one).raw for one in (cond, null, nothing)]
+    assert not torch.equal(outputs[1], outputs[2])
+    torch.testing.assert_close(guided(result.denoiser, x, t, cond, null, 2.5).raw, Editing.combined(*outputs, 2.5))
+    rows = guided(result.denoiser, x, t, cond, null, torch.tensor([1.0, 2.5])).raw
+    torch.testing.assert_close(rows, torch.stack([outputs[0][0], Editing.combined(*outputs, 2.5)[1]]))
+    assert passes(result, pipeline.scheduler, 4, 2.0) == 12
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (lambda c, i, u, w: u + w * (c - i).abs() + 1.5 * (i - u), "3 passes are not combined linearly"),
+        (lambda c, i, u, w: u + 0.5 * w * (c - i) + 1.5 * (i - u), "none of which is the scale of a conditional pass"),
+    ],
+)
+def test_other_rules_of_three_passes_are_refused(rule, reason):
+    with pytest.raises(TraceError, match=reason):
+        trace(editing(combined=rule))
+
+
+def test_a_helper_that_works_once_for_two_passes():
+    network = redraw(ToyNetwork(), 9)
+    result = trace(ControlledPipeline(network, DDIMScheduler(clip_sample=False), Control()))
+    (helper,) = result.denoiser.spec.helpers
+    assert (helper.name, helper.feeds, result.guidance.kind) == ("control", {"extra.bias": 0}, "two_calls")
+
+
+class TwoAtLeast(DDIMScheduler):
+    """A grid of one step divides by zero."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(num_inference_steps + 0 // (num_inference_steps - 1), device)
+
+
+def test_encoding_takes_the_steps_that_the_call_takes():
+    result = trace(toy(scheduler=TwoAtLeast(clip_sample=False)))
+    assert result.fewest_steps == 2 and trace(toy()).fewest_steps == 1
+    assert encode(result, [1, 2]).cond["extra.what"].tolist() == [1, 2]
+
+
+def copying(pipeline):
+    """The pipeline runs a step of a copy of its scheduler too."""
+
+    def read(raw):
+        copy.deepcopy(pipeline.scheduler).step(raw, pipeline.scheduler.timesteps[0], raw)
+        return raw
+
+    pipeline.read = read
+    return pipeline
+
+
+def test_steps_of_a_copied_scheduler_are_not_those_of_the_scheduler():
+    assert trace(copying(toy())).self_test_error <= 1e-5
+    call = {"class_labels": [1, 2], "num_inference_steps": 3}
+    found, expected = (stock_call.record(one, call) for one in (copying(toy()), toy()))
+    assert torch.equal(found["noise"], expected["noise"]) and torch.equal(found["latents"], expected["latents"])
+
+
+def test_a_pipeline_that_begins_inside_its_grid_is_refused(tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    pipeline = StableDiffusionXLImg2ImgPipeline(**sdxl().components, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(TraceError, match=r"'schedule' failed: the pipeline begins at step 2 of its grid"):
+        trace(pipeline, {"image": str(tmp_path / "a.png"), "strength": 1.0, "denoising_start": 0.4})
+
+
+def test_a_third_pass_is_named_with_what_leaves_it_out():
+    def perturbed():
+        pipeline = StableDiffusionPAGPipeline(**tiny.tiny_sd().components, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    with pytest.raises(TraceError, match=r"'guidance'.*teacher\.arguments\.pag_scale=0"):
+        trace(perturbed())
+    assert trace(perturbed(), {"pag_scale": 0}).guidance.kind == "batched"
+
+
 class Doubling(DDIMScheduler):
     """A scheduler whose step does not do what its configuration says."""
 
@@ -293,7 +455,7 @@ BROKEN = {
     "sample": lambda: toy(feed=lambda x: x + 1),
     "timestep": lambda: toy(level=lambda t: (t.float() / 1000) ** 2),
     "timestep ": lambda: toy(level=lambda t: torch.tensor(0.5)),
-    "denoiser": lambda: toy(calls=3),
+    "denoiser": lambda: toy(calls=4),
     "constants": lambda: toy(bias=lambda step, count: 0.1 * step),
     "conditioning": lambda: toy(bias=lambda step, count: torch.zeros(count, count)),
 }
@@ -346,7 +508,7 @@ def test_loading_says_what_is_wrong_in_one_line(tmp_path, monkeypatch):
         "fashion-dot": "did you mean 'fashion-dit'",
         "nobody/nothing": "cannot be loaded",
         "empty/nothing": "there is a folder empty here, without nothing",
-        tmp_path / "one.safetensors": r"expected a folder in diffusers format, found a file; .*from_single_file",
+        tmp_path / "one.safetensors": "one.safetensors: not a whole file of safetensors",
     }.items():
         with pytest.raises(InputError, match=reason) as caught:
             load_pipeline(path)

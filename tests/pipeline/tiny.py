@@ -34,7 +34,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from stepdistill.pipeline.load import save_pipeline
+from stepdistill.pipeline.folder import save_pipeline
 
 CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -133,10 +133,10 @@ def t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=TOKENS)
 
 
-def clip_encoder(tokenizer: CLIPTokenizer, projected: bool = False, seed: int = 2) -> Any:
+def clip_encoder(tokenizer: CLIPTokenizer, projected: bool = False, seed: int = 2, hidden_size: int = 16) -> Any:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
+        hidden_size=hidden_size,
         intermediate_size=16,
         projection_dim=16,
         num_hidden_layers=2,

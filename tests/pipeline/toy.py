@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
@@ -22,7 +23,13 @@ class ToyNetwork(nn.Module):
     def forward(self, picture: Tensor, noise_level: Tensor, extra: dict[str, Any], flag: bool = False) -> Any:
         shift = self.label(extra["what"]) + self.speed(noise_level.reshape(-1, 1).to(picture.dtype))
         hidden = torch.tanh(self.blocks[0](picture + shift[:, :, None, None]))
-        return (self.blocks[1](hidden) + torch.as_tensor(extra["bias"]).mean(),)
+        bias = extra["bias"]
+        if isinstance(bias, dict):
+            bias = bias["rows"] * bias["mask"][..., None]
+        bias = torch.as_tensor(bias)
+        if bias.ndim:  # one for each image
+            bias = bias.reshape(len(picture), -1).mean(1)[:, None, None, None]
+        return (self.blocks[1](hidden) + bias,)
 
 
 class ToyPipeline(DiffusionPipeline):
@@ -66,6 +73,56 @@ class ToyPipeline(DiffusionPipeline):
                 output = self.rule(*both.chunk(2), guidance_scale)
             x = self.scheduler.step(output, t, x).prev_sample
         return (x,)
+
+
+class PicturedPipeline(ToyPipeline):
+    """Takes a picture for each image, and its mean colour, noised where ``drawn``, is an input of the network."""
+
+    drawn = False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        image: Any,
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 5,
+    ) -> tuple[Tensor]:
+        pictures = image if isinstance(image, list) else [image]
+        if len(pictures) != len(class_labels):
+            raise ValueError(f"{len(pictures)} pictures for {len(class_labels)} images")
+        colours = torch.tensor([float(np.asarray(picture).mean()) / 255 for picture in pictures])
+        if self.drawn:
+            colours += 0.01 * torch.randn(len(colours), generator=generator)
+        self.bias = lambda _step, _count: colours
+        return super().__call__(class_labels, guidance_scale, generator, num_inference_steps)
+
+
+class Control(nn.Module):
+    """A network that sees the noisy sample and its time, and returns a number for each image."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, picture: Tensor, noise_level: Tensor) -> tuple[Tensor]:
+        return (self.scale * picture.std((1, 2, 3)) + noise_level,)
+
+
+class ControlledPipeline(ToyPipeline):
+    """A second network feeds both passes of a step and is called once for them."""
+
+    def __init__(self, network: nn.Module, scheduler: Any, control: nn.Module):
+        super().__init__(network, scheduler)
+        self.register_modules(control=control)
+        self.seen: Tensor | None = None
+
+    def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
+        if self.seen is not x:
+            (made,) = self.control(x, self.level(t).expand(len(x)))
+            self.seen, self.bias = x, lambda _step, _count: made
+        return super()._network(x, t, labels, step)
 
 
 def toy(channels: int = 4, scheduler: Any = None, **behaviour: Any) -> ToyPipeline:

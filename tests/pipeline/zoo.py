@@ -429,6 +429,43 @@ def wan(boundary_ratio: float | None = None) -> Any:
     )
 
 
+def vace() -> Any:
+    """Wan with a control video (none: an empty one); its call takes one prompt."""
+    base = wan()
+    config = {name: value for name, value in base.transformer.config.items() if name[0] != "_"}
+    # The latents of what changes and of what stays, and a mask of 8 x 8 pixels for each of theirs.
+    transformer = diffusers.WanVACETransformer3DModel(**config, vace_layers=[0], vace_in_channels=2 * 4 + 64)
+    parts = base.components | {"transformer": redraw(transformer, 5)}
+    return ready(diffusers.WanVACEPipeline(**parts))
+
+
+def motif() -> Any:
+    """Its guidance is a component, APG by default."""
+    transformer = diffusers.MotifVideoTransformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        patch_size=1,
+        text_embed_dim=32,
+        rope_axes_dim=(4, 2, 2),
+    )
+    tokenizer = t5_tokenizer()
+    return ready(
+        diffusers.MotifVideoPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+            vae=wan().vae,
+            text_encoder=t5_encoder(tokenizer),
+            tokenizer=tokenizer,
+            transformer=redraw(transformer, 5),
+            guider=diffusers.AdaptiveProjectedGuidance(),
+            feature_extractor=None,
+        )
+    )
+
+
 def inpainting() -> Any:
     """SD's UNet with five more channels: the mask and the masked image's latents."""
     base = tiny.tiny_sd()
@@ -436,11 +473,25 @@ def inpainting() -> Any:
     return ready(diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False))
 
 
+def pix2pix() -> Any:
+    """SD that edits a picture, with two unconditional passes: without the text, and without text and picture."""
+    parts = tiny.tiny_sd().components | {"unet": unet(in_channels=8)}
+    return ready(diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False))
+
+
 def controlnet() -> Any:
     """SD and a ControlNet of its UNet's shape, with residuals that are not zero."""
     base = tiny.tiny_sd()
     control = diffusers.ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4, 8))
     parts = base.components | {"controlnet": redraw(control, 11), "image_encoder": None}
+    return ready(diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False))
+
+
+def controlnets() -> Any:
+    """The same with two ControlNets, each with a picture of its own."""
+    base = controlnet()
+    second = redraw(diffusers.ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4, 8)), 12)
+    parts = base.components | {"controlnet": [base.controlnet, second]}
     return ready(diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False))
 
 

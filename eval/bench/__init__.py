@@ -1,0 +1,1 @@
+"""The benchmark: samples of pipelines under a protocol, as rows of a report."""

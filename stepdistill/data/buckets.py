@@ -1,0 +1,72 @@
+"""Buckets of real images: sizes of one area and different proportions, and the one that a picture is cut to."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from stepdistill.data import picture
+from stepdistill.data.batch import generator
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+STEPS = 16
+"""Buckets' sides are multiples of about this part of the mean side: 64 pixels of 1024."""
+WIDEST = 2.0
+"""The largest proportion of one side to the other."""
+
+
+def bucket_sizes(own: Size, multiple: int) -> list[Size]:
+    """Sizes of about the area of ``own``, which is the first, from WIDEST times as high to WIDEST times as wide.
+
+    Args:
+        multiple: the number whose multiples the pipeline takes as height and width.
+    """
+    area = math.prod(own)
+    step = multiple * max(1, round(math.sqrt(area) / STEPS / multiple))
+    sizes = set()
+    for long in range(step, math.ceil(math.sqrt(WIDEST * area)) + 1, step):
+        short = round(area / long / step) * step
+        if short and 1 <= long / short <= WIDEST:
+            sizes |= {(long, short), (short, long)}
+    return [own, *sorted(sizes - {own})]
+
+
+def nearest(width: int, height: int, sizes: Sequence[Size]) -> int:
+    """The number of the size whose proportions are the nearest to those of a picture."""
+    wanted = math.log(width / height)
+    return min(range(len(sizes)), key=lambda number: abs(math.log(sizes[number][1] / sizes[number][0]) - wanted))
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One bucket: which pictures are in it, and how they are cut.
+
+    Args:
+        sizes: of all buckets.
+        number: of this one.
+        seed: of the place that is cut out of each picture; None: the middle.
+    """
+
+    sizes: tuple[Size, ...]
+    number: int
+    seed: int | None = None
+
+    @property
+    def size(self) -> Size:
+        """Of this bucket."""
+        return self.sizes[self.number]
+
+    def holds(self, size: tuple[int, int]) -> bool:
+        """Whether a picture of this width and height is in this bucket."""
+        return nearest(*size, self.sizes) == self.number
+
+    def cut(self, image: Image.Image, row: int) -> Image.Image:
+        """The part of picture number ``row`` that has the bucket's proportions."""
+        if self.seed is None:
+            return picture.cut(image, self.size)
+        across, down = torch.rand(2, generator=generator(self.seed, "crop", row)).tolist()
+        return picture.cut(image, self.size, (across, down))

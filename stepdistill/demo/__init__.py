@@ -1,0 +1,1 @@
+"""A page on which teacher and student draw side by side."""

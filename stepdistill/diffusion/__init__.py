@@ -1,0 +1,1 @@
+"""Schedules and predictions, the denoiser of any pipeline, guidance, samplers, closed-form teachers."""

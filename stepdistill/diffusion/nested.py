@@ -1,0 +1,42 @@
+"""Arguments of a network that are dicts and lists inside dicts, as one level of dotted names and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict arguments as one level with dotted names; empty dicts stay values.
+
+    A list of tensors inside a dict (an image embedding for each IP-Adapter) is one, named by numbers.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if prefix and isinstance(value, list) and value and all(isinstance(item, Tensor) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`flatten`, in new dicts and lists (networks pop from those they are given)."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split(".")
+        level = nested
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        level[leaf] = dict(value) if isinstance(value, Mapping) else [*value] if type(value) is list else value
+    return {name: _with_lists(value) for name, value in nested.items()}
+
+
+def _with_lists(value: Any) -> Any:
+    """``value`` with lists for the dicts in it that have numbers as names."""
+    if not isinstance(value, dict):
+        return value
+    inner = {name: _with_lists(item) for name, item in value.items()}
+    return [inner[str(number)] for number in range(len(inner))] if "0" in inner else inner

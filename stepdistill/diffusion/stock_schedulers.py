@@ -1,0 +1,96 @@
+"""Stock schedulers for students, configured from the teacher's own: same table or shift, a grid of few useful steps.
+
+Flow pipelines either hand their scheduler sigmas 1 .. 1/n or leave the grid to it. Left alone, its grid ends at the
+smallest sigma it knows (.009 at shift 3), where a step changes nothing; ``shift_terminal`` says where it ends instead.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.schedule import FlowSchedule, ScaledEDMSchedule, VPSchedule
+from stepdistill.errors import InputError
+
+_BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr")
+_DYNAMIC = (
+    "use_dynamic_shifting",
+    "time_shift_type",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+)
+
+
+def flow_settings(source: Any, schedule: FlowSchedule) -> dict[str, Any]:
+    """Arguments of a flow scheduler with the shift of ``schedule``, left to the pipeline where that computes it.
+
+    Args:
+        source: the teacher's scheduler.
+    """
+    settings: dict[str, Any] = {"num_train_timesteps": schedule.train_timesteps}
+    if schedule.dynamic:
+        return settings | {name: source.config[name] for name in _DYNAMIC if source.config.get(name) is not None}
+    return settings | {"shift": schedule.shift}
+
+
+def vp_scheduler(kind: type, source: Any, schedule: VPSchedule, start: int | None = None, **settings: Any) -> Any:
+    """A scheduler of ``kind`` with the table and prediction type of ``source``, which clips nothing.
+
+    Args:
+        schedule: the teacher's; its table is the one to be met.
+        start: the table's last entry to keep, at which a run then starts; None: all of it.
+        settings: further arguments of ``kind``.
+
+    Raises:
+        InputError: ``kind`` has no config with this table.
+    """
+    config, table = source.config, schedule.alphas_cumprod
+    # Without effect on any of the grids here, but Stable Diffusion's pipelines rewrite a 0, with a warning.
+    common = {"prediction_type": config["prediction_type"], "steps_offset": config.get("steps_offset", 0)} | settings
+    common["clip_sample"] = False
+    made = kind(**{name: config[name] for name in _BETAS if config.get(name) is not None}, **common)
+    own = _same(made.alphas_cumprod, table)
+    if own and start is None:
+        return made
+    # CogVideoX and CogView3 shift their table's signal-to-noise ratio after it is made of betas.
+    betas = made.betas if own else _betas(table)
+    trained = betas[: None if start is None else start + 1].tolist()
+    made = kind(trained_betas=trained, num_train_timesteps=len(trained), **common)
+    if not _same(made.alphas_cumprod, table[: len(trained)]):
+        raise InputError(f"schedule: no config of {kind.__name__} has the noise table of {type(source).__name__}")
+    return made
+
+
+def edm_scheduler(source: Any, schedule: ScaledEDMSchedule, steps: int) -> Any:
+    """EDM's Euler scheduler, or plain Euler on continuous time where the network has no preconditioning of its own.
+
+    Its ``steps`` stand at even t; left alone the last one would start at the smallest sigma, where nothing changes.
+    """
+    from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
+
+    levels, config = schedule.levels, source.config
+    last = levels.sigma_min if steps == 1 else levels.sigma(torch.tensor(1 / steps)).item()
+    ends = {"sigma_min": last, "sigma_max": levels.sigma_max, "prediction_type": config["prediction_type"]}
+    if "sigma_data" in config:
+        return EDMEulerScheduler(**ends, sigma_data=schedule.data_std, rho=levels.rho)
+    # "leading" concerns the deviation of the first sample alone.
+    return EulerDiscreteScheduler(
+        **ends, timestep_type="continuous", use_karras_sigmas=True, timestep_spacing="leading"
+    )
+
+
+def _betas(alphas_cumprod: Tensor) -> Tensor:
+    """The betas whose cumulative product of 1 - beta is the table (N,)."""
+    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    return (1 - alphas_cumprod / before).clamp(0, 1)
+
+
+def _same(actual: Tensor, table: Tensor) -> bool:
+    return actual.shape == table.shape and torch.allclose(actual.double(), table, rtol=1e-5, atol=1e-9)
+
+
+def as_network_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
+    """x_t: the scheduler's sample (B, ...) as it scales it for the network, if it does."""
+    return scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample

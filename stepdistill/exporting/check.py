@@ -1,0 +1,233 @@
+"""The proof of an export: a plain call of it, where this package cannot be imported, is the training-time sampler.
+
+The two run one after the other, and one is gone when the other is loaded: the memory of one pipeline is enough.
+"""
+
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.devices import empty_cache, torch_of
+from stepdistill.errors import RunError
+from stepdistill.pipeline import ip_adapter, stock_call
+from stepdistill.pipeline.call import call_arguments
+from stepdistill.pipeline.compare import deviation, tolerance
+from stepdistill.pipeline.conditioning import plain_conditions
+from stepdistill.pipeline.decode import decode, standing_in
+from stepdistill.pipeline.exports import further_loras
+from stepdistill.pipeline.guiders import guided_at, guiders
+from stepdistill.pipeline.load import load_pipeline, source
+from stepdistill.pipeline.observe import forked_random, modules, patched
+from stepdistill.pipeline.trace import Trace
+from stepdistill.roles.attach import CONFIG as ATTACHED
+from stepdistill.training.session import Session
+
+TOLERANCE = 1e-5
+LEVELS = 2
+"""How many of 255 levels a picture may differ by: latents that agree, rounded."""
+CHECKED = 4
+
+
+class ExportError(RunError):
+    """The reloaded pipeline does not repeat the training-time sampler; nothing was left behind."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the training-time sampler makes at one of the run's sizes, in the host's memory.
+
+    Args:
+        size: its name in messages; "" where the run has one.
+        call: arguments of the plain call that is to make the same.
+        noise: where it began.
+        latents: where it ended.
+        pictures: of the latents; None in half precision.
+        limit: the largest relative difference that counts as equal.
+    """
+
+    size: str
+    call: dict[str, Any]
+    noise: Tensor
+    latents: Tensor
+    pictures: Tensor | None
+    limit: float
+
+
+def check(draft: Path, out: Path, session: Session, form: str) -> float:
+    """How far a plain call of the draft is from the training-time sampler, relative; of several sizes at two.
+
+    Both start from the same noise and draw the same random numbers.
+
+    Args:
+        out: its name in messages.
+        session: whose device and precision the call has; it is without weights afterwards.
+        form: "pipeline" or "lora".
+
+    Raises:
+        ExportError: it is too far.
+    """
+    request, made = _request(draft, session, form == "lora"), []
+    own = session.trace.denoiser_in(session.trace.pipeline)
+    for network in (own, session.method.roles.student.network):
+        network.to(session.device, precision(session))  # as the stock pipeline has it
+    for size in sorted({0, len(session.sizes) - 1}):  # each is a call of the whole pipeline
+        with session.at(size):
+            made.append(_sampled(session))
+    release(session)
+    return max(_compared(draft, out, request, ours, session.sampler.name) for ours in made)
+
+
+def _request(folder: Path, session: Session, lora: bool) -> dict[str, Any]:
+    """What :mod:`stepdistill.pipeline.stock_call` is to load, and how."""
+    teacher = session.recipe.teacher
+    return {
+        "pipeline": source(teacher.pipeline) if lora else str(folder),
+        "revision": teacher.revision if lora else None,
+        "variant": teacher.variant if lora else None,
+        "lora": str(folder) if lora else None,
+        "further_loras": further_loras(folder),
+        "scheduler": type(session.sampler.scheduler).__name__,
+        "ip_adapter": teacher.ip_adapter and ip_adapter.stock_arguments(teacher.ip_adapter),
+        "ip_adapter_scale": teacher.ip_adapter and teacher.ip_adapter.scale,
+        "guiders": [*guiders(session.trace.pipeline)] if lora else [],
+        "device": str(session.device),
+        "dtype": str(precision(session)).removeprefix("torch."),
+    }
+
+
+@torch.no_grad()
+def _sampled(session: Session) -> Sampled:
+    """What the student makes at the session's size."""
+    rows = torch.arange(session.trace.at_once(CHECKED)) % len(session.conditioning)
+    call = stock_arguments(
+        session.trace, [session.conditioning.entries[i] for i in rows.tolist()], session.sampler.steps
+    )
+    began = without_network(session, call)
+    latents = repeated(session, session.method.roles.student, rows, began)
+    pictures = decode(session.trace, latents) if precision(session) == torch.float32 else None
+    name = session.sizes[session.size].name
+    return Sampled(name, call, began["noise"], latents.cpu(), pictures, allowed(session))
+
+
+def _compared(draft: Path, out: Path, request: dict[str, Any], ours: Sampled, sampler: str) -> float:
+    """How far a plain call is from ``ours``.
+
+    Raises:
+        ExportError: it is too far.
+    """
+    if (draft / ATTACHED).is_file():  # attaching it takes this package
+        stock = stock_call.record(load_pipeline(draft), ours.call)
+    else:
+        stock = call_elsewhere(request | {"call": ours.call})
+    where = f" at {ours.size}" if ours.size else ""
+    if not torch.equal(stock["noise"], ours.noise):
+        raise ExportError(f"{out}: a plain call{where} starts from other noise than the same call of the teacher")
+    error = deviation(stock["latents"], ours.latents)
+    if not error <= ours.limit:
+        raise ExportError(
+            f"{out}: the reloaded pipeline differs from the training-time sampler by {error:.2e}{where} "
+            f"(allowed {ours.limit:.0e}); the stock call of this pipeline does not run sampler {sampler}"
+        )
+    if "images" in stock and ours.pictures is not None:  # which may be no tensor
+        images = stock["images"]
+        if images.ndim == 5:
+            images = images[:, images.shape[1] // 2]  # as decode() does with a video
+        levels = int(((images.float().clamp(0, 1) * 255).round() - ours.pictures.float()).abs().max())
+        if levels > LEVELS:
+            raise ExportError(f"{out}: the reloaded pipeline's pictures differ by {levels} of 255 levels{where}")
+    return error
+
+
+def allowed(session: Session) -> float:
+    """The largest relative difference that counts as equal: rounding, in the precision of the session's pipeline."""
+    return max(TOLERANCE + session.sampler.rounding, tolerance(precision(session)))
+
+
+def precision(session: Session) -> torch.dtype:
+    """What the session's pipeline computes in."""
+    return torch.bfloat16 if session.recipe.teacher.precision == "bf16" else torch.float32
+
+
+def release(session: Session) -> None:
+    """Free the memory of a session's networks; what is known of them stays."""
+    networks = [*modules(session.trace.pipeline).values(), *(role.network for _, role in session.method.roles.items())]
+    for network in networks:
+        network.to("meta")
+    empty_cache()
+
+
+def stock_arguments(traced: Trace, entries: Sequence[str | int], steps: int, output_type: str = "pt") -> dict[str, Any]:
+    """What the exported pipeline is called with."""
+    wishes = {"steps": steps, "guidance": traced.guidance.plain_scale, "output_type": output_type}
+    return call_arguments(traced.pipeline, traced.entries(entries), traced.arguments, **wishes)
+
+
+def without_network(session: Session, call: dict[str, Any]) -> dict[str, Tensor]:
+    """What :func:`stock_call.record` tells of a plain call with the student's scheduler, a function being the network.
+
+    Args:
+        call: arguments of the pipeline's call; it ends with latents whatever they say.
+    """
+    traced = session.trace
+    # Some pipelines write into the list of prompts that they are given (Z-Image puts them into a chat template).
+    own = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
+    with (
+        patched(traced.pipeline, "scheduler", copy.deepcopy(session.sampler.scheduler)),
+        standing_in(traced, answer),
+        forked_random(session.device),
+        guided_at(traced.pipeline, 1.0),
+    ):
+        return stock_call.record(traced.pipeline, own | {"output_type": "latent"})
+
+
+def answer(x: Tensor) -> Tensor:
+    """What stands in for the network: no two samples get the same, and rounding grows little."""
+    return x.sin() / 2
+
+
+def repeated(session: Session, student: Denoiser, rows: Tensor, stock: Mapping[str, Tensor]) -> Tensor:
+    """The latents (len(rows), ...) that the training-time sampler makes of a recorded call's noise and random numbers.
+
+    Args:
+        rows: entries of the session's conditioning, those of the call.
+        stock: what :func:`stock_call.record` returned.
+    """
+    traced, steps = session.trace, session.sampler.steps
+    if traced.pictures:
+        cond = plain_conditions(traced, [session.conditioning.entries[i] for i in rows.tolist()], steps)
+    else:
+        cond, _ = session.conditioning.batch(rows)
+    noise = session.sampler.seen(stock["noise"].to(session.device))
+    with forked_random(noise.device):
+        torch_of(noise.device).set_rng_state(stock["random_state"])
+        return session.sampler.sample(lambda x, t: student(x, t, cond), noise)
+
+
+def call_elsewhere(request: dict[str, Any]) -> dict[str, Tensor]:
+    """What :mod:`stepdistill.pipeline.stock_call` reports, run by a Python that cannot import stepdistill.
+
+    Raises:
+        ExportError: the export cannot be loaded or called there.
+    """
+    # As a string, so that the folder of that file, whose names shadow the standard library's, is not on its path.
+    program = Path(stock_call.__file__).read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as place:
+        request_file, result_file = Path(place) / "request.json", Path(place) / "result.safetensors"
+        request_file.write_text(json.dumps(request), encoding="utf-8")
+        command = [sys.executable, "-c", program, str(request_file), str(result_file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            raise ExportError(f"plain diffusers cannot run the export: {reason}")
+        return load_file(result_file)

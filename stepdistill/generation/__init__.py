@@ -1,1 +1,0 @@
-"""From noise to pictures: a traced pipeline under any stock scheduler and guidance rule."""

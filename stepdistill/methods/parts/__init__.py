@@ -1,0 +1,1 @@
+"""What several methods share: losses, time distributions, adversarial terms, TrigFlow, f-divergences."""

@@ -1,0 +1,161 @@
+"""What a pipeline is called with: entries, arguments of the recipe, and the pictures and lists that they stand for."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from stepdistill.errors import InputError
+from stepdistill.pipeline.guiders import guided_at
+from stepdistill.pipeline.stock_call import pictures_in, ready
+
+Made = TypeVar("Made")
+
+ENTRY_ARGUMENTS = ("prompt", "class_labels", "batch_size")
+"""The arguments that state the images of a call: prompts, class ids, or a number of images."""
+
+GUIDANCE_ARGUMENTS = ("guidance_scale", "true_cfg_scale")
+
+SET_ELSEWHERE = {
+    "num_inference_steps": "student.steps sets it",
+    "generator": "train.seed sets it",
+    "output_type": "which every run sets itself",
+    "return_dict": "which every run sets itself",
+}
+"""Arguments of a pipeline's call that no recipe states beside its other arguments, and why."""
+
+
+class TraceError(InputError):
+    """The pipeline does something that tracing cannot explain; ``check`` names what failed."""
+
+    def __init__(self, check: str, message: str):
+        super().__init__(f"trace: check '{check}' failed: {message}")
+        self.check, self.reason = check, message
+
+
+def entry_argument(pipeline: Any) -> str:
+    """Which of ENTRY_ARGUMENTS the pipeline's call takes.
+
+    Raises:
+        TraceError: none of them.
+    """
+    accepted = inspect.signature(pipeline.__call__).parameters
+    for name in ENTRY_ARGUMENTS:
+        if name in accepted:
+            return name
+    raise TraceError(
+        "call", f"{type(pipeline).__name__} takes none of {', '.join(ENTRY_ARGUMENTS)}; it takes {', '.join(accepted)}"
+    )
+
+
+def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
+    """The parameter that sets the guidance scale, None when the pipeline has none.
+
+    Of several the first that is on by default: the others are for variants of the network.
+    """
+    accepted = inspect.signature(pipeline.__call__).parameters
+    present = [accepted[name] for name in GUIDANCE_ARGUMENTS if name in accepted]
+    on = [one for one in present if isinstance(one.default, int | float) and one.default > 1]
+    return next(iter([*on, *present]), None)
+
+
+def fewest_steps(pipeline: Any) -> int:
+    """The fewest steps that its scheduler has a grid of: 2 where it is stretched down to a ``shift_terminal``."""
+    return 2 if pipeline.scheduler.config.get("shift_terminal") else 1
+
+
+def run(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any] | None = None, **wishes: Any) -> Any:
+    """Call the pipeline with :func:`call_arguments`, pictures opened and lists made the tuples that it declares."""
+    call = ready(pipeline, call_arguments(pipeline, entries, arguments, **wishes))
+    with guided_at(pipeline, wishes["guidance"]):
+        return pipeline(**call)
+
+
+def call_arguments(
+    pipeline: Any,
+    entries: Sequence[Any] | str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    steps: int,
+    guidance: float,
+    **wishes: Any,
+) -> dict[str, Any]:
+    """What the pipeline is called with for ``entries`` at this guidance; of ``wishes`` what it accepts is passed.
+
+    Args:
+        entries: one per image; a string is one prompt, passed as it is to a call that takes no list of them.
+        arguments: further arguments of the call, such as height, num_frames, negative_prompt (one for all entries) or
+            image (the path of a picture, a list of several, or a list of one, which is repeated for each entry).
+
+    Raises:
+        InputError: the pipeline takes no argument of such a name, or another key of the recipe sets it.
+    """
+    accepted = inspect.signature(pipeline.__call__).parameters
+    entry = entry_argument(pipeline)
+    alone = isinstance(entries, str)
+    count = 1 if alone else len(entries)
+    scale = guidance_argument(pipeline)
+    elsewhere = SET_ELSEWHERE if scale is None else SET_ELSEWHERE | {scale.name: "teacher.guidance.scale sets it"}
+    for name in arguments or {}:
+        if name in elsewhere:
+            value = (arguments or {})[name]
+            raise InputError(f"arguments: expected no {name!r}, {elsewhere[name]}; found {value!r}")
+        if name not in accepted or name == entry:
+            close = difflib.get_close_matches(name, accepted, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"arguments: {type(pipeline).__name__} takes no argument {name!r}{hint}")
+        value = (arguments or {})[name]
+        missing = [file for file in pictures_in(value) if not Path(file).is_file()]
+        if "image" in name and missing:
+            raise InputError(f"arguments: {name}: expected a picture, found no file {missing[0]}")
+        wishes[name] = value * count if one_each(value) else value
+    call: dict[str, Any] = {entry: count if entry == "batch_size" else entries if alone else list(entries)}
+    if scale is not None:
+        call[scale.name] = guidance
+        if scale.name == "true_cfg_scale":
+            # Such pipelines guide only against a stated negative prompt; the others fill in their own default.
+            wishes = {"negative_prompt": "", **wishes}
+    if isinstance(wishes.get("negative_prompt"), str) and not alone:
+        wishes["negative_prompt"] = [wishes["negative_prompt"]] * count
+    wishes |= {"num_inference_steps": steps, "return_dict": False}
+    return call | {name: value for name, value in wishes.items() if name in accepted}
+
+
+def one_each(value: Any) -> bool:
+    """Whether a value is a list of one picture: the call wants a picture for each entry."""
+    return isinstance(value, list) and len(value) == 1 and bool(pictures_in(value) or isinstance(value[0], Image.Image))
+
+
+def in_any_way(
+    call: Callable[[Mapping[str, Any], bool], Made], arguments: Mapping[str, Any], *, alone: bool
+) -> tuple[Made, dict[str, Any], bool]:
+    """What ``call`` makes in the first way in which the pipeline can be called: (made, arguments, prompts alone).
+
+    The ways: as stated; with a picture for each entry where one is stated for all; one prompt at a time.
+
+    Args:
+        call: of the arguments, and whether each prompt is called alone.
+        arguments: those stated.
+        alone: whether one prompt at a time is a way.
+
+    Raises:
+        TraceError: the first call's, where all ways fail; or what is wrong with a run that did not fail.
+    """
+    single = {name for name, value in arguments.items() if isinstance(value, str) and pictures_in(value)}
+    ways = [(dict(arguments), False)]
+    if single:
+        ways.append(({name: [value] if name in single else value for name, value in arguments.items()}, False))
+    if alone:
+        ways.append((dict(arguments), True))
+    errors = []
+    for given, one in ways:
+        try:
+            return call(given, one), given, one
+        except TraceError as error:
+            if error.check != "call":
+                raise
+            errors.append(error)
+    raise errors[0]

@@ -1,0 +1,70 @@
+"""Open a teacher: load its pipeline, trace it, and set its guidance."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepdistill.errors import InputError
+from stepdistill.pipeline.exports import ExportFacts
+from stepdistill.pipeline.load import as_teacher, load_pipeline
+from stepdistill.pipeline.observe import modules
+from stepdistill.pipeline.sizes import trace_small
+from stepdistill.pipeline.trace import Trace
+from stepdistill.pipeline.variants import with_guidance, with_rule
+from stepdistill.recipe import IPAdapter, Teacher
+from stepdistill.recipe.section import Guidance
+from stepdistill.roles.stored_weights import Frozen, store
+
+
+def open_teacher(
+    name: str | Path | Teacher,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    ip_adapter: IPAdapter | None = None,
+    guidance: Guidance = Guidance(),
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    frozen: Frozen = Frozen(),
+) -> Trace:
+    """Load a pipeline and trace it; any pipeline, exports included.
+
+    Args:
+        name: of an embedded teacher, a local folder, a checkpoint file or a hub id; or the teacher of a recipe, for its
+            name and all that says what is loaded.
+        arguments: further arguments of the pipeline's call; None: those that an export was trained for.
+        ip_adapter: loaded into the pipeline; None: the one that an export was trained with.
+        guidance: the scale of guidance inside the network, and the rule of guidance outside.
+        device: where the pipeline is traced and stays; None: the CPU.
+        dtype: of all networks.
+        frozen: how the denoiser's weights are kept.
+
+    Raises:
+        InputError: no such pipeline, it cannot be loaded that way, or it takes no such arguments or rule.
+        TraceError: it cannot be traced; the message names the failed check.
+    """
+    pipeline = load_pipeline(name, dtype, frozen.quantize, ip_adapter)
+    if frozen:
+        for network in _denoisers(pipeline, frozen):
+            store(network, frozen, device or torch.device("cpu"))
+    if device is not None and device.type != "cpu":
+        pipeline.to(device)
+    if arguments is None:
+        facts = ExportFacts.read(as_teacher(name).pipeline)
+        arguments = {} if facts is None else facts.arguments
+    traced = trace_small(pipeline, arguments)
+    return with_rule(with_guidance(traced, guidance.scale), guidance.combination)
+
+
+def _denoisers(pipeline: Any, frozen: Frozen) -> list[torch.nn.Module]:
+    """The networks that are stored, before a trace shows which one denoises: diffusers has two names for it.
+
+    Others of its class may take turns with it.
+    """
+    for name in ("transformer", "unet"):
+        if isinstance(network := pipeline.components.get(name), torch.nn.Module):
+            return [one for one in modules(pipeline).values() if type(one) is type(network)]
+    key, value = ("storage", frozen.storage) if frozen.storage else ("offload", frozen.offload)
+    kind = type(pipeline).__name__
+    raise InputError(f"teacher.{key}: expected null for {kind}, which has no transformer and no unet, found {value}")

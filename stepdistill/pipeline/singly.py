@@ -1,0 +1,185 @@
+"""Calls that take one prompt each, watched one after the other and stacked, as if one call had been for all of them.
+
+What has a row for each image in a call of its own (two or three, where guidance makes one batch of its passes) gets
+those of all calls, ordered as a call for several would have them: all first passes, then all second ones. What is the
+same in all calls stays as it is. Prompts of different lengths are padded with zeros to the longest, and the network's
+mask of them is found by trying, as a call for one prompt states none. Whether the network is right on such a batch is
+what tracing's self-test shows.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stepdistill.diffusion.denoiser import tensors_in
+from stepdistill.diffusion.nested import unflatten
+from stepdistill.pipeline.call import TraceError
+from stepdistill.pipeline.compare import close, same
+from stepdistill.pipeline.explain import repeats, scaled_sample
+from stepdistill.pipeline.observe import Call, Recording, Step, modules, observe
+
+MASKS = (torch.bool, torch.int64, torch.float32)
+"""What a mask of prompts may be made of."""
+
+
+@dataclass
+class Stacked(Step):
+    """A step of several calls, each with its own scheduler and random numbers."""
+
+    parts: Sequence[Step] = ()
+
+    def replay(self, model_output: Tensor) -> Tensor:
+        """As :meth:`Step.replay`, of rows in the stacked order."""
+        own = model_output.unflatten(0, (-1, len(self.parts))).unbind(1)
+        return _interleaved([part.replay(rows) for part, rows in zip(self.parts, own, strict=True)])
+
+
+def observe_each(pipeline: Any, entries: Sequence[str], arguments: Mapping[str, Any], **options: Any) -> Recording:
+    """The recordings of a call for each entry, stacked; ``options`` as for :func:`observe`.
+
+    Raises:
+        TraceError: a call fails, or the calls have nothing in common.
+    """
+    each = [observe(pipeline, entry, arguments, seed=seed, **options) for seed, entry in enumerate(entries)]
+    networks, steps = modules(pipeline), [*zip(*(one.steps for one in each), strict=True)]
+    if any(len({tuple(call.component for call in part.calls) for part in parts}) > 1 for parts in steps):
+        raise TraceError("call", "one prompt takes other calls of the pipeline's networks than another")
+    stacks: dict[tuple[str, int], _Stack] = {}
+    return replace(
+        each[0], count=len(each), steps=[_stacked_step(parts, networks, stacks) for parts in steps], calls=[]
+    )
+
+
+def _stacked_step(
+    parts: Sequence[Step], networks: Mapping[str, nn.Module], stacks: dict[tuple[str, int], "_Stack"]
+) -> Stacked:
+    calls: list[Call] = []
+    for own in zip(*(part.calls for part in parts), strict=True):
+        passes = _passes(parts[0], own[0])
+        if not passes:
+            calls.append(own[0])  # an encoder's, which is only counted
+            continue
+        number = sum(call.component == own[0].component for call in calls)
+        stack = stacks.setdefault((own[0].component, number), _Stack(networks[own[0].component], passes))
+        calls.append(stack(own))
+    named = {name: _interleaved([getattr(part, name) for part in parts]) for name in ("sample", "model_output")}
+    previous = _interleaved([part.previous for part in parts])
+    return Stacked(**{**vars(parts[0]), **named, "previous": previous, "calls": calls}, parts=parts)
+
+
+def _passes(step: Step, call: Call) -> int:
+    """How many rows a call for one image has, one for each pass of guidance that it makes; 0: it sees no sample."""
+    scaled = scaled_sample(step)[:1]
+    return max((repeats(value, scaled) for value in call.arguments.values()), default=0)
+
+
+class _Stack:
+    """Stacks the calls of one network at one place of a step.
+
+    An argument of as many rows as passes that is the same in all calls may be a row for each image or no row at all:
+    all are taken for rows, and where the network does not give on the stack what it gave in the calls, those are not
+    that it cannot be right with.
+
+    Args:
+        network: whose calls they are.
+        passes: the rows of one call.
+    """
+
+    def __init__(self, network: nn.Module, passes: int):
+        self.network, self.passes = network, passes
+        self.fixed: frozenset[str] | None = None
+
+    def __call__(self, calls: Sequence[Call]) -> Call:
+        outputs = [_interleaved(column) for column in zip(*(call.outputs for call in calls), strict=True)]
+        if self.fixed is None:
+            self.fixed = self._found_fixed(calls, outputs)
+        output = _interleaved([call.output for call in calls])
+        return Call(calls[0].component, self._arguments(calls, self.fixed), output, outputs)
+
+    def _found_fixed(self, calls: Sequence[Call], outputs: Sequence[Tensor]) -> frozenset[str]:
+        """The arguments that are the same for any number of images although they look like rows."""
+        first, *others = (call.arguments for call in calls)
+        rows = (name for name, value in first.items() if isinstance(value, Tensor | list))
+        alike = [name for name in rows if all(same(first[name], other.get(name)) for other in others)]
+        for fixed in ((), *((name,) for name in alike), tuple(alike)):
+            if self._gives(self._arguments(calls, fixed), outputs):
+                return frozenset(fixed)
+        return frozenset()
+
+    def _gives(self, arguments: Mapping[str, Any], outputs: Sequence[Tensor]) -> bool:
+        try:
+            made = tensors_in(self.network(**unflatten(arguments)))
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return False
+        return len(made) == len(outputs) and all(map(close, made, outputs))
+
+    def _arguments(self, calls: Sequence[Call], fixed: Collection[str]) -> dict[str, Any]:
+        first, arguments, padded = calls[0], {}, {}
+        for name, value in first.arguments.items():
+            values = [call.arguments.get(name) for call in calls]
+            if lengths := _lengths(values, self.passes):
+                padded[name] = lengths
+                values = [_padded(value, max(lengths)) for value in values]
+            arguments[name] = value if name in fixed else _stacked(name, values, self.passes)
+        for name, lengths in padded.items():
+            own = (self.passes, lengths[0])
+            if not any(isinstance(v, Tensor) and v.shape == own for n, v in first.arguments.items() if n != name):
+                return arguments | self._found_mask(calls, padded, lengths)
+        return arguments
+
+    def _found_mask(self, calls: Sequence[Call], padded: Collection[str], lengths: list[int]) -> dict[str, Tensor]:
+        """The argument, left out so far, with which padded prompts give what they give unpadded; empty if none."""
+        shortest = calls[lengths.index(min(lengths))]
+        longer = {name: _padded(shortest.arguments[name], max(lengths)) for name in padded}
+        device = next(iter(longer.values())).device
+        for name in (name for name, value in shortest.arguments.items() if value is None):
+            for dtype in MASKS:
+                ones = [torch.ones(self.passes, length, dtype=dtype, device=device) for length in lengths]
+                masks = [_padded(mask, max(lengths)) for mask in ones]
+                own = masks[lengths.index(min(lengths))]
+                if self._gives({**shortest.arguments, **longer, name: own}, shortest.outputs):
+                    return {name: _interleaved(masks)}
+        return {}
+
+
+def _stacked(name: str, values: Sequence[Any], passes: int) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor) and first.ndim and len(first) == passes and len({*map(_shape, values)}) == 1:
+        return _interleaved(values)
+    if isinstance(first, list) and all(isinstance(value, list) and len(value) == passes for value in values):
+        return [value[number] for number in range(passes) for value in values]
+    shapes = _shapes(first)
+    if shapes and all(shape and shape[0] == passes for shape in shapes) and {*map(_shapes, values)} == {shapes}:
+        return [*map(_interleaved, zip(*values, strict=True))]
+    if all(same(value, first) for value in values):
+        return first
+    raise TraceError("constants", f"'{name}' differs between two prompts and has no batch dimension")
+
+
+def _interleaved(values: Sequence[Tensor]) -> Tensor:
+    """Rows (k, ...) of n calls as (k n, ...), the first ones of all calls first; 0-dim ones as they are."""
+    return torch.stack(list(values), 1).flatten(0, 1) if values[0].ndim else values[0]
+
+
+def _lengths(values: Sequence[Any], passes: int) -> list[int]:
+    """How many tokens each call's rows have, empty where they do not differ in just that."""
+    if not all(isinstance(value, Tensor) and value.ndim > 1 and len(value) == passes for value in values):
+        return []
+    lengths = [value.shape[1] for value in values]
+    return lengths if len({*lengths}) > 1 and len({value.shape[2:] for value in values}) == 1 else []
+
+
+def _padded(value: Tensor, length: int) -> Tensor:
+    return functional.pad(value, (0, 0) * (value.ndim - 2) + (0, length - value.shape[1]))
+
+
+def _shapes(value: Any) -> tuple[Any, ...]:
+    return tuple(map(_shape, value)) if isinstance(value, list | tuple) else ()
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None

@@ -1,0 +1,179 @@
+"""Denoisers that take turns (the experts of Wan 2.2): which network a pipeline calls at which timestep.
+
+Networks of one class, of which the pipeline calls one at each step, are experts. Recorded calls of them are read as
+those of one network, so that every other fact about them has to hold for all. The timestep at which the pipeline
+changes from one to the next is found by calling it: its scheduler is given timesteps of our choice, a fixed tensor
+stands in for its networks' outputs, and the place of the change is narrowed down until it is between two neighbouring
+numbers of float32, in which pipelines compare.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.diffusion.denoiser import CallSpec
+from stepdistill.diffusion.experts import Turn
+from stepdistill.diffusion.guidance import with_norm_of
+from stepdistill.pipeline.call import TraceError, run
+from stepdistill.pipeline.compare import deviation, tolerance
+from stepdistill.pipeline.explain import GUIDANCE_LIMIT, Guidance
+from stepdistill.pipeline.observe import Answer, Recording, forked_random, patched
+
+CALLED = "a call at timesteps of our choice does not show which of them runs when"
+PROBES = 400
+"""Timesteps of a call: three calls narrow 1000 timesteps down to neighbours in float32."""
+
+
+def alike(recording: Recording, networks: Mapping[str, nn.Module]) -> list[str]:
+    """The networks of the class of the last one that is called at the last step: the denoiser, or its experts."""
+    calls = recording.steps[-1].calls
+    last = type(networks[calls[-1].component]) if calls else None
+    return [name for name, network in networks.items() if type(network) is last]
+
+
+def as_one(recording: Recording, names: Sequence[str]) -> Recording:
+    """The recording as if one network had answered all calls of ``names``, that of the first step.
+
+    Its ``experts`` are the networks that answered, step by step.
+    """
+    called = [[call.component for call in step.calls if call.component in names] for step in recording.steps]
+    if not all(called):
+        return recording
+    renamed = dict.fromkeys(names, called[0][0])
+    steps = [
+        replace(step, calls=[replace(one, component=renamed.get(one.component, one.component)) for one in step.calls])
+        for step in recording.steps
+    ]
+    return replace(recording, steps=steps, experts=[names[-1] for names in called])
+
+
+def steps_of(name: str, recording: Recording) -> Recording:
+    """The recording's steps at which the network ``name`` was called."""
+    steps = [step for step, called in zip(recording.steps, recording.experts, strict=True) if called == name]
+    return replace(recording, steps=steps)
+
+
+def turns_of(
+    pipeline: Any,
+    entries: Sequence[Any] | str,
+    arguments: Mapping[str, Any],
+    names: Sequence[str],
+    off: Recording,
+    scale: float,
+) -> dict[str, Turn]:
+    """When each of ``names`` is called, from the noise end to the clean end; empty where one network has all times.
+
+    Args:
+        entries: of the pipeline's call, see :func:`.call.call_arguments`.
+        off: a run of it without guidance, as one network's.
+        scale: the pipeline's guidance scale in it.
+
+    Raises:
+        TraceError: which one is called is no matter of the timestep alone.
+    """
+    if len(names) < 2:
+        return {}
+    count = 1 if isinstance(entries, str) else len(entries)
+    together, answer = " and ".join(names), off.steps[0].calls[-1].output[:count]
+    called = functools.partial(_called, pipeline, entries, arguments, names, answer, scale)
+    high = float(off.steps[0].timestep)
+    values = torch.linspace(high, 0.0, PROBES)
+    seen = called(values)
+    blocks = [name for name, _ in itertools.groupby(seen)]
+    if len(blocks) == 1:
+        return {}
+    if len(set(blocks)) < len(blocks):
+        raise TraceError("denoiser", f"{together} take turns more than once between noise and image")
+    lowest = {name: values[i] for i, name in enumerate(seen)}
+    highest = {name: values[i] for i, name in reversed([*enumerate(seen)])}
+    for name, following in itertools.pairwise(blocks):
+        lowest[name] = _lowest(called, name, lowest[name], highest[following])
+    turns = {name: Turn(float(lowest[name])) for name in blocks[:-1]} | {blocks[-1]: Turn(0.0)}
+    for step, name in zip(off.steps, off.experts, strict=True):
+        if name != next(one for one, turn in turns.items() if float(step.timestep) >= turn.lowest):
+            raise TraceError("denoiser", f"which of {together} is called does not depend on the timestep alone")
+    return turns
+
+
+def _lowest(called: Any, name: str, high: Tensor, low: Tensor) -> Tensor:
+    """The lowest timestep, a number of float32, at which ``name`` is called: ``high`` is one such, ``low`` is none."""
+    while torch.nextafter(high, low) > low:
+        inside = torch.linspace(float(high), float(low), PROBES, dtype=torch.float64).float().unique().flip(0)
+        inside = inside[(inside < high) & (inside > low)]
+        seen = called(inside)
+        count = sum(one == name for one in seen)
+        high, low = inside[count - 1] if count else high, inside[count] if count < len(inside) else low
+    return high
+
+
+def _called(
+    pipeline: Any,
+    entries: Sequence[Any],
+    arguments: Mapping[str, Any],
+    names: Iterable[str],
+    answer: Tensor,
+    scale: float,
+    values: Tensor,
+) -> list[str]:
+    """The network of ``names`` that is called at each of the timesteps ``values`` (N,); each returns ``answer``."""
+    scheduler, seen, last = pipeline.scheduler, [], [""]
+    own = scheduler.set_timesteps
+
+    @functools.wraps(own)
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        own(*args, **kwargs)
+        scheduler.timesteps = values.to(scheduler.timesteps.device)
+
+    @functools.wraps(scheduler.step)
+    def step(_model_output: Tensor, _timestep: Any, sample: Tensor, *_: Any, **__: Any) -> Answer:
+        seen.append(last[0])
+        return Answer((sample,))
+
+    with ExitStack() as stack:
+        stack.enter_context(forked_random(getattr(pipeline, "_execution_device", torch.device("cpu"))))
+        stack.enter_context(patched(scheduler, "set_timesteps", set_timesteps))
+        stack.enter_context(patched(scheduler, "step", step))
+        for name in names:
+            network = getattr(pipeline, name)
+
+            @functools.wraps(network.forward)
+            def forward(*_: Any, _name: str = name, **__: Any) -> Answer:
+                last[0] = _name
+                return Answer((answer,))
+
+            stack.enter_context(patched(network, "forward", forward))
+        try:
+            run(pipeline, entries, arguments, steps=len(values), guidance=scale, output_type="latent")
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TraceError("denoiser", f"{' and '.join(names)} are of one class, and {CALLED}: {reason}") from error
+    if len(seen) != len(values):
+        raise TraceError("denoiser", f"{' and '.join(names)} are of one class, and {CALLED}: it takes others")
+    return seen
+
+
+def with_scales(turns: dict[str, Turn], on: Recording, spec: CallSpec, guidance: Guidance) -> dict[str, Turn]:
+    """The turns with the guidance scales that experts have of their own, read off a guided run.
+
+    Where an expert's w in uncond + w (cond - uncond) is not the pipeline's, it has one of its own.
+    """
+    if guidance.kind not in ("batched", "two_calls"):
+        return turns
+    found = {}
+    for step, name in zip(on.steps, on.experts, strict=True):
+        first, second = spec.decode_output(torch.cat([call.output for call in step.calls])).double().chunk(2)
+        cond, uncond = (first, second) if guidance.cond_first else (second, first)
+        combined = step.model_output.double()[: on.count]
+        difference = cond - uncond
+        w = ((combined - uncond) * difference).sum() / difference.square().sum()
+        expected = uncond + guidance.w * difference
+        expected = with_norm_of(cond, expected) if spec.keeps_norm else expected
+        same = deviation(expected, combined) <= max(GUIDANCE_LIMIT, tolerance(step.model_output.dtype))
+        found[name] = None if same else float(f"{float(w):.4g}")
+    return {name: turn._replace(scale=found.get(name)) for name, turn in turns.items()}

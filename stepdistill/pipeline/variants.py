@@ -1,0 +1,71 @@
+"""A traced pipeline with one thing changed: the scale that its network takes, its guidance's rule, its grids' shift."""
+
+from dataclasses import replace
+
+import torch
+
+from stepdistill.diffusion.denoiser import Denoiser
+from stepdistill.diffusion.guidance import rule_text
+from stepdistill.diffusion.schedule import FlowSchedule
+from stepdistill.errors import InputError
+from stepdistill.kernels import Rule
+from stepdistill.pipeline.observe import observe
+from stepdistill.pipeline.trace import Trace
+
+
+@torch.no_grad()
+def with_guidance(trace: Trace, scale: float) -> Trace:
+    """The same pipeline with this guidance scale as its network's input.
+
+    A pipeline that guides in another way is returned as it is, and so is any at scale 1.
+    """
+    if trace.guidance.kind != "embedded" or scale == 1:
+        return trace
+    recording = observe(
+        trace.pipeline,
+        trace.probe,
+        trace.arguments,
+        steps=trace.fewest_steps,
+        guidance=scale,
+        stop_calls=(trace.component, 1),
+    )
+    call = next(call for call in recording.calls if call.component == trace.component)
+    spec = trace.denoiser.spec
+    expanded = {
+        name: call.arguments[name][:1] for name in spec.expanded if isinstance(spec.constants[name], torch.Tensor)
+    }
+    spec = replace(spec, constants={**spec.constants, **expanded})
+    denoiser = Denoiser(trace.denoiser.network, spec, trace.denoiser.schedule, trace.denoiser.kind)
+    return replace(trace, denoiser=denoiser, guidance=replace(trace.guidance, scale=scale), set_ups={})
+
+
+def with_rule(trace: Trace, rule: Rule) -> Trace:
+    """The same pipeline with its guidance combined by ``rule``.
+
+    Raises:
+        InputError: it has no second pass for a rule to combine.
+    """
+    if rule == Rule():
+        return trace
+    if trace.guidance.kind in ("none", "embedded"):
+        raise InputError(
+            "teacher.guidance: expected neither interval nor rescale for a pipeline whose guidance is "
+            f"{trace.guidance.kind}, found{rule_text(rule)}"
+        )
+    old = trace.denoiser
+    return replace(trace, denoiser=Denoiser(old.network, replace(old.spec, rule=rule), old.schedule, old.kind))
+
+
+def with_shift(trace: Trace, shift: float | None) -> Trace:
+    """The same pipeline with this shift of flow's sampling grids; None: its own.
+
+    Raises:
+        InputError: its schedule knows none.
+    """
+    old = trace.denoiser
+    if shift is None:
+        return trace
+    if old.schedule.name != "flow":
+        raise InputError(f"student.shift: expected null for a {old.schedule.name} schedule, found {shift:g}")
+    schedule = FlowSchedule(shift, old.schedule.train_timesteps)
+    return replace(trace, denoiser=Denoiser(old.network, old.spec, schedule, old.kind))

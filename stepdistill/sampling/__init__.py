@@ -1,0 +1,1 @@
+"""Running pipelines: samples under stock schedulers, stored teacher trajectories, editing, guidance rules."""

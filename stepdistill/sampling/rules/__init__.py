@@ -1,0 +1,1 @@
+"""Guidance rules for sampling, beside classifier-free guidance."""

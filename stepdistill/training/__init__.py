@@ -1,0 +1,1 @@
+"""The training loop and what it stands on: session, checkpoints, processes, sharding, evaluation."""

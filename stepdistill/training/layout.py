@@ -1,0 +1,36 @@
+"""The run folder's layout, without torch: commands that only look at runs answer at once."""
+
+from pathlib import Path
+
+
+class RunFolder:
+    """What lies where in the folder of a run (docs/contracts.md).
+
+    Args:
+        path: the folder; nothing has to be there yet.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.grid = self.path / "grid.json"
+        self.teacher = self.path / "teacher.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.heartbeat = self.path / "heartbeat.json"
+        self.tracker_id = self.path / "tracker.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.path / "best"
+        self.best_values = self.best / "values.json"
+        self.previews = self.path / "previews"
+        self.profile = self.path / "profile"
+        self.export = self.path / "export"
+        self.report = self.path / "report"
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run took steps there; what a start that failed leaves behind is no run."""
+        return self.recipe.exists() and (self.metrics.exists() or any(self.checkpoints.glob("*")))
+
+    def stacks(self, rank: int) -> Path:
+        """Where the process of this rank writes the stacks of its threads when it hangs."""
+        return self.path / f"stacks-{rank}.txt"

@@ -1,0 +1,23 @@
+"""A short round of scripts/soak.py: one run, killed where it hurts, ends as one that was left in peace."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its runs are forked")
+def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "soak.py"), "--kills", "2", "--rounds", "1"]
+    command += ["--methods", "sfd", "--precisions", "fp32"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    logs = [path.read_text()[-3000:] for path in tmp_path.glob("soak-*.txt")]
+    assert done.returncode == 0, (done.stdout, done.stderr, logs)
+    assert re.search(r"^1 runs, 2 kills \(.*\), 0 runs with a problem", done.stdout, re.MULTILINE)
+    assert "sfd fp32" in done.stdout and "the same to the bit" in done.stdout

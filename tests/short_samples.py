@@ -1,0 +1,36 @@
+"""Previews and the check of conventions, with fewer steps and samples than for users.
+
+Runs are many, and nearly all of their teachers have random weights: to draw 16 previews of a teacher in 50 steps, and
+images of it to check its conventions, would take longer than all else. Tests that are about these are marked
+true_samples.
+"""
+
+import pytest
+
+from stepdistill.eval.protocol import load_protocol
+from stepdistill.training import previews, run_samples, selfcheck
+
+SHORT = {
+    (run_samples, "TEACHER_STEPS"): 2,
+    (previews, "COUNT"): 2,
+    (selfcheck, "TRAJECTORY_STEPS"): 2,
+}
+TRUE = {place: getattr(*place) for place in SHORT}
+
+
+def shorten() -> None:
+    """For this process, as tests/conftest.py does."""
+    for place, value in SHORT.items():
+        setattr(*place, value)
+
+
+def short_report(patch: pytest.MonkeyPatch) -> None:
+    """The report at the end of a run, with a teacher of two steps and few further samples."""
+    full = load_protocol("teacher-enet-v1")
+    few = {
+        "teacher": full.teacher.model_copy(update={"steps": 2}),
+        "diversity": full.diversity.model_copy(update={"prompts": 2, "images": 2}),
+    }
+    patch.setattr("stepdistill.eval.bench.rows.load_protocol", lambda _: full.model_copy(update=few))
+    patch.setattr("stepdistill.sampling.cost.REPEATS", 1)
+    patch.setattr("stepdistill.eval.measure.standard_error", lambda *_, **__: 0.5)
