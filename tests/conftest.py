@@ -13,6 +13,11 @@ import hypothesis
 import pytest
 import torch
 
+# The operations as where there is a device, with their kernels inside: tests/kernels look at what is compiled.
+with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(torch.cuda, "device_count", lambda: 1)
+    import stepdistill.kernels  # noqa: F401
+
 import short_samples
 from stepdistill.exporting import check
 from stock_here import call_here

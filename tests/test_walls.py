@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"stepdistill": "stepdistill", "kernels/fused": "stepdistill.kernels"}
@@ -114,8 +115,9 @@ def test_importing_the_methods_is_cheap() -> None:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         seconds, loaded = json.loads(done.stdout)
         assert not {"diffusers", "transformers", "peft"} & set(loaded)
+        assert torch.cuda.device_count() or "torch._inductor" not in loaded
         times.append(seconds)
-    # Beside torch itself; where there is Triton, 1.9 of 2.3 s are sympy, which torch.library.triton_op imports.
+    # Beside torch itself: 0.4 s on a machine without a device.
     assert min(times) < 3
 
 

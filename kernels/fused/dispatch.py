@@ -36,9 +36,9 @@ def operation(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callab
     """Makes a function the operation ``torch.ops.stepdistill.NAME``; torch.compile sees the kernels inside."""
 
     def made(function: Callable[..., Any]) -> CustomOpDef:
-        if HAS_TRITON:
+        # triton_op imports torch's compiler, 2 s of CPU; counting devices does not start CUDA.
+        if HAS_TRITON and torch.cuda.device_count():
             return torch.library.triton_op(f"stepdistill::{name}", function, mutates_args=mutates_args)
-        # triton_op would say on every import that there is no Triton.
         op = torch.library.custom_op(f"stepdistill::{name}", function, mutates_args=mutates_args)
         op.register_fake(function)
         return op
