@@ -26,7 +26,7 @@ soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py $(ARGUMENTS)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py --encode --kills 10
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py --hypothesis-profile soak --timeout 0
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/training/test_distributed.py -m slow --timeout 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow --timeout 0
 
 docs: $(STAMP)
 	$(BIN)/python scripts/recipe_reference.py

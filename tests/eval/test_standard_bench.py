@@ -4,8 +4,8 @@ import copy
 import json
 import os
 import shutil
-import sys
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -93,8 +93,8 @@ def protocol(root, name, **changes):
 
 @pytest.fixture
 def measured(root, monkeypatch):
-    monkeypatch.setattr(sys.modules["stepdistill.eval.bench.rows"], "load_view", lambda *_: Shrunk())
-    monkeypatch.setattr(sys.modules["stepdistill.sampling.cost"], "REPEATS", 1)
+    monkeypatch.setattr(import_module("stepdistill.eval.bench.rows"), "load_view", lambda *_: Shrunk())
+    monkeypatch.setattr(import_module("stepdistill.sampling.cost"), "REPEATS", 1)
     monkeypatch.delenv("RANK", raising=False)
 
     def run(path, source="student", **options):
@@ -172,7 +172,7 @@ def test_stock_solvers_are_measured_at_the_students_passes(root, measured, tmp_p
 
 
 def test_a_solver_that_a_pipeline_cannot_run_under_is_left_out_and_named(root, measured, monkeypatch):
-    module, real = sys.modules["stepdistill.eval.bench.run"], sys.modules["stepdistill.eval.bench.run"].set_up
+    module, real = import_module("stepdistill.eval.bench.run"), import_module("stepdistill.eval.bench.run").set_up
 
     def refusing(trace, scheduler, steps):
         if type(scheduler).__name__ == "UniPCMultistepScheduler":
@@ -245,7 +245,7 @@ def test_a_row_of_some_networks_is_not_the_whole_row(root, measured, tmp_path):
 
 
 def test_a_lost_shard_alone_is_drawn_again(root, measured, monkeypatch, tmp_path):
-    module, drawn = sys.modules["stepdistill.eval.bench.samples"], []
+    module, drawn = import_module("stepdistill.eval.bench.samples"), []
     measured(protocol(root, "teacher-fid"), cache=tmp_path)
     lost = next((tmp_path / "samples").glob("*/images/*064-16.safetensors"))
     before = lost.read_bytes()
@@ -259,7 +259,7 @@ def test_a_lost_shard_alone_is_drawn_again(root, measured, monkeypatch, tmp_path
 
 
 def test_a_killed_benchmark_goes_on_with_the_bytes_of_one_that_was_not(root, measured, monkeypatch, tmp_path):
-    path, module = protocol(root, "teacher-fid"), sys.modules["stepdistill.eval.bench.samples"]
+    path, module = protocol(root, "teacher-fid"), import_module("stepdistill.eval.bench.samples")
     whole, real, calls = measured(path), module.draw, []
 
     def killed(*args, **options):
@@ -342,7 +342,7 @@ def test_prompts_diversity_and_a_folder_of_real_images(root, measured, added, tm
 
 def test_a_teacher_with_its_guidance_inside_runs_without_and_under_every_solver(root, measured, monkeypatch):
     # Loaded from disk it would make pictures of its default size.
-    monkeypatch.setattr(sys.modules["stepdistill.pipeline.open"], "load_pipeline", lambda *_, **__: tiny_flux())
+    monkeypatch.setattr(import_module("stepdistill.pipeline.open"), "load_pipeline", lambda *_, **__: tiny_flux())
     view = {"network": "inception", "crop": "none", "metrics": ["fid"]}
     view["weights"] = {"file": "w.pth", "sha256": None, "how": ""}
     changes = {"views": {"inception": view}, "samples": 4, "teacher": {"steps": 3, "guidance": 5.0}}
@@ -355,7 +355,7 @@ def test_a_teacher_with_its_guidance_inside_runs_without_and_under_every_solver(
 
 def test_a_teacher_is_called_and_guided_as_its_student_was(root, measured, monkeypatch):
     """``teacher.arguments`` and, inside the network, the scale come from the student's recipe."""
-    module, seen = sys.modules["stepdistill.eval.bench.samples"], []
+    module, seen = import_module("stepdistill.eval.bench.samples"), []
     monkeypatch.setattr("stepdistill.pipeline.open.load_pipeline", lambda *_, **__: tiny_flux())
     monkeypatch.setattr(
         module, "draw", lambda sampler, *a, **k: seen.append(sampler) or torch.zeros(4, 3, 16, 16, dtype=torch.uint8)

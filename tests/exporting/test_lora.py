@@ -242,31 +242,32 @@ def test_a_lora_starts_from_a_lora(runs, lora, tmp_path):
         train(recipe)
 
 
-@pytest.mark.parametrize("keys", ["diffusers", "kohya"])
-def test_an_alpha_of_its_own_is_in_the_file(keys, runs, tmp_path):
+def test_an_alpha_of_its_own_is_in_the_file(runs, tmp_path):
     """Rank 2 of alpha 0.6: what every reader makes of the file at scale 1 is the student, also in half precision."""
     place = runs("sd")
-    recipe = recipe_of(place / "teacher", tmp_path / "run", alpha=0.6) | {"export": {"keys": keys}}
-    run = train(recipe).folder
+    run = train(recipe_of(place / "teacher", tmp_path / "run", alpha=0.6)).folder
     assert json.loads((run / "export" / "stepdistill.json").read_text())["recipe"]["student"]["alpha"] == 0.6
     whole = DiffusionPipeline.from_pretrained(export(run, tmp_path / "fused", fuse=True).folder)
+    files = {"diffusers": run / "export", "kohya": export(run, tmp_path / "kohya", keys="kohya").folder}
     stock = DiffusionPipeline.from_pretrained(place / "teacher")
     teacher = call_network(stock.unet, "sd")
-    stock.load_lora_weights(run / "export")
-    student = call_network(stock.unet, "sd")
-    assert (student - teacher).abs().max() > 1e-4
-    torch.testing.assert_close(student, call_network(whole.unet, "sd"), atol=1e-5, rtol=1e-4)
-    assert export(run, tmp_path / "half", half=True).max_error <= 1e-5
+    for file in files.values():
+        stock.load_lora_weights(file)
+        student = call_network(stock.unet, "sd")
+        assert (student - teacher).abs().max() > 1e-4
+        torch.testing.assert_close(student, call_network(whole.unet, "sd"), atol=1e-5, rtol=1e-4)
+        stock.unload_lora_weights()
+    assert export(run, tmp_path / "half", half=True, keys="kohya").max_error <= 1e-5
     # A student that starts from it is it, whatever its own alpha; so is one from a file at alpha = rank.
-    for source, alpha in ((run / "export", 0.6), (run / "export", None), (runs("sd") / "run", 0.5)):
-        if not (source / WEIGHTS).is_file():
-            source = export(source, tmp_path / "plain").folder
-        again = recipe_of(place / "teacher", tmp_path / f"again-{alpha}", init=str(source), alpha=alpha)
-        again["train"] |= {"steps": 1, "lr": 1e-12}
-        again["export"] = {"keys": keys}
-        before, after = load_file(source / WEIGHTS), load_file(train(again).folder / "export" / WEIGHTS)
-        if before.keys() == after.keys():
-            assert all((before[key] - after[key]).abs().max() < 1e-7 for key in before)
+    again = tmp_path / "again"
+    for keys, alpha in (("diffusers", 0.6), ("kohya", 0.6), ("kohya", None), ("plain", 0.5)):
+        source = export(runs("sd") / "run", tmp_path / "plain").folder if keys == "plain" else files[keys]
+        more = recipe_of(place / "teacher", again / f"{keys}-{alpha}", init=str(source), alpha=alpha)
+        more["train"] |= {"steps": 1, "lr": 1e-12}
+        more["export"] = {"keys": "kohya" if keys == "kohya" else "diffusers"}
+        before, after = load_file(source / WEIGHTS), load_file(train(more).folder / "export" / WEIGHTS)
+        assert before.keys() == after.keys()
+        assert all((before[key] - after[key]).abs().max() < 1e-7 for key in before)
 
 
 def test_a_class_without_loras_gets_a_whole_pipeline_and_is_told(tmp_path, capfd):

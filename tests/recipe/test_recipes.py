@@ -82,6 +82,8 @@ def shortened(recipe: Recipe, place, out: Path) -> list[str]:
         keys[f"method.{count}"] = 6
     if needs.made is not None:
         keys |= {"method.real_rows": 6, "method.real_steps": 3}
+    if recipe.train.sizes:
+        keys["train.sizes"] = "[[16, 16], [8, 24]]"
     keys |= {"teacher.pipeline": place(recipe.teacher.pipeline), "report.samples": 0, "output": out}
     keys["teacher.arguments"] = json.dumps(ZOO[STAND_INS[recipe.teacher.pipeline]].arguments)
     if recipe.data.images == "fashion-mnist":

@@ -158,7 +158,7 @@ def _config(name: str) -> Any:
 def copies(method: Any, traced: Any, made: list[Any]) -> dict[str, list[str]]:
     """What is copied in a step of each player, after a first one that fills what is kept."""
     found: dict[str, list[str]] = {}
-    for step in (1, 2, 3, 3):
+    for step in (3, 3):
         batch = batch_of(method, traced, step)
         found.clear()
         for turn, player in enumerate(method.turns(step)):
