@@ -47,6 +47,14 @@ def test_a_method_names_its_paper_and_family(name):
     assert not any(base.get("name") == name for base in inherited)
 
 
+def test_forms_that_are_not_whole_are_marked():
+    """Those that were offered as whole ones once, and those whose file says that a part of the paper is left out."""
+    section = PAGE.partition("## Partial forms")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"^- `([\w-]+)`: ", section, re.MULTILINE))
+    said = {name for name in METHODS if "left out" in (sys.modules[METHODS[name].__module__].__doc__ or "")}
+    assert len(said) > 2 and {"sfd", "guide", "tscd"} | said <= listed <= set(METHODS)
+
+
 def test_every_check_that_tracing_can_fail_is_explained():
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "stepdistill" / "pipeline").glob("*.py"))
     page = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8").partition("| check |")[2]
@@ -86,6 +94,12 @@ def test_every_command_that_is_shown_is_one(page, line):
     group.commands[verb].make_context(verb, list(words))
     for word in words[:1] if verb in ("train", "plan") else ():
         assert "RECIPE" in word or (Path(word).suffix == ".yaml" and "/" not in word) or assets.recipe(Path(word).stem)
+
+
+def test_every_verb_that_a_sentence_names_is_one():
+    """Such as that of the row for who wants to invert and edit pictures."""
+    named = set(re.findall(r"`stepdistill ([a-z]\w*)", "".join(page.read_text(encoding="utf-8") for page in PAGES)))
+    assert "edit" in named and named <= set(typer.main.get_command(cli.app).commands)
 
 
 def test_pages_name_recipes_and_methods_that_exist():

@@ -231,6 +231,7 @@ def test_with_w_as_an_input_the_encoder_has_no_guidance_and_both_are_inverses_wi
     teacher = Informed(GaussianDenoiser(means, stds, schedule, "epsilon"))
     student, encoder = (Informed(player(lambda x, t, labels: x, schedule, "epsilon", 0.8, 0.3)) for _ in PLAYERS)
     method = method_of(teacher, student, encoder, solver_steps=12, w_min=1.0, w_max=5.0)
+    assert ICD.adapt(method.config, "encoder", encoder.network, 5.0) is encoder.network, "no input for w"
     method.losses(role, batch(64, latents=data(), labels=(0, 1)))
     calls = (student if role == "student" else encoder).w
     other = (encoder if role == "student" else student).w

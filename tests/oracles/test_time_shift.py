@@ -38,7 +38,7 @@ def test_the_range_is_that_of_the_times_themselves():
 
 def seen_times(name: str, shift: float) -> dict[str, torch.Tensor]:
     """The times that a method's losses ask its critic and teacher about, by player."""
-    config = {"t_min": 0.0, "t_max": 1.0}
+    config = {"t_min": 0.0, "t_max": 1.0} | ({"phases": 1} if name == "phased-dmd" else {})
     players = {role: generator(FLOW, "flow", 0.9, 0.1) for role in ("teacher", "student", "critic")}
     roles = Roles(**players, scale=1.0)
     method = METHODS[name](METHODS[name].Config(time_shift=shift, **config), roles, OnGrid(FLOW, [1.0]))
@@ -58,7 +58,7 @@ def seen_times(name: str, shift: float) -> dict[str, torch.Tensor]:
     return {role: torch.cat(times) for role, times in found.items()}
 
 
-@pytest.mark.parametrize("name", ["dmd2", "decoupled-dmd", "vsd", "diff-instruct", "sid", "sid-lsg"])
+@pytest.mark.parametrize("name", ["dmd2", "decoupled-dmd", "phased-dmd", "vsd", "diff-instruct", "sid", "sid-lsg"])
 def test_matching_and_critic_are_shifted(name):
     """The odds t/(1 - t) of every time are multiplied by s, uniform or log-normal."""
     assert name in SHIFTED
@@ -68,10 +68,11 @@ def test_matching_and_critic_are_shifted(name):
         assert (after - before).item() == pytest.approx(math.log(4), abs=0.1), role
 
 
-@pytest.mark.parametrize("name", ["dmd2", "sida"])
-def test_gan_times_are_shifted(name):
+@pytest.mark.parametrize("name, term", [("dmd2", "gan"), ("sida", "gan"), ("diff-ratio", "ratio")])
+def test_gan_times_are_shifted(name, term):
     players = {role: generator(FLOW, "flow", 0.9, 0.1) for role in ("teacher", "student", "critic")}
-    config = METHODS[name].Config(gan_weight=0.1, time_shift=3.0)
+    weight = {"gan_weight": 0.1} if term == "gan" else {"t_min": T_FLOOR, "t_max": 1.0}
+    config = METHODS[name].Config(time_shift=3.0, **weight)
     method = METHODS[name](config, Roles(**players), OnGrid(FLOW, [1.0]))
-    t = method.gan.times(batch(MANY), "gan time")
+    t = getattr(method, term).times(batch(MANY), "gan time")
     assert unshifted(t, 3.0).mean().item() == pytest.approx(0.5 * (1 + T_FLOOR), abs=0.01)

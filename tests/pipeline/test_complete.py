@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from pipeline.tiny import tiny_flux, tiny_sd, tiny_sd3
 from pipeline.zoo import sdxl
 from stepdistill.errors import InputError
-from stepdistill.pipeline.load import load_pipeline
+from stepdistill.pipeline.load import load_network, load_pipeline
 
 TEXT, NETWORK = "model.safetensors", "diffusion_pytorch_model.safetensors"
 
@@ -104,6 +105,14 @@ def test_all_incomplete_components_are_named_at_once(teacher):
         rewrite(folder / place, lambda weights: without(weights, "norm"))
     with pytest.raises(InputError, match=r"(?=.*vae/)(?=.*text_encoder/)"):
         load_pipeline(folder)
+
+
+def test_a_network_that_is_loaded_alone_is_checked_too(teacher):
+    """Encoders of a pipeline that are loaded when they are needed, and those that invert a student."""
+    folder = teacher() / "unet"
+    rewrite(folder / NETWORK, lambda weights: without(weights, "mid_block"))
+    with pytest.raises(InputError, match=r"unet/\S+ does not fill the UNet2DConditionModel: .*: mid_block\."):
+        load_network(UNet2DConditionModel, folder)
 
 
 def test_a_network_saved_with_its_adapter_still_attached_is_explained(tmp_path):

@@ -52,6 +52,18 @@ def test_a_recipe_with_pickles_is_refused_with_the_way_out_before_anything_is_lo
         load_pipeline(folder)
 
 
+def test_a_hub_id_is_converted_at_the_revision_that_was_asked_for(tmp_path, monkeypatch):
+    folder, asked = pickled(tmp_path / "pickled"), []
+
+    def download(name, revision=None, **_):
+        asked.append((name, revision))
+        return str(folder)
+
+    monkeypatch.setattr("stepdistill.pipeline.convert.snapshot_download", download)
+    assert cli.run(["convert", "owner/name", str(tmp_path / "out"), "--revision", "refs/pr/1"]) == 0
+    assert asked == [("owner/name", "refs/pr/1")] and (tmp_path / "out" / "model_index.json").is_file()
+
+
 def test_pickles_that_are_not_needed_are_left_out_and_named(tmp_path):
     folder = tmp_path / "both"
     save_dit(tiny_dit(), folder)

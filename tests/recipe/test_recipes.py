@@ -129,6 +129,12 @@ def test_ladd_of_a_published_model_is_the_papers(name):
     assert method.shares(500) == pytest.approx([0.7, 0.1, 0.1, 0.1])
 
 
+def test_settings_of_published_runs_that_are_changed_stay_changed():
+    """DMD2's guidance on SD 1.5 is for FID (1.75), DiT's main branch has pickled weights alone."""
+    assert load("sd15_dmd2").teacher.guidance.scale >= 3
+    assert load("dit_xl_256").teacher.revision == "refs/pr/1"
+
+
 class Four:
     """A sampler of four steps."""
 

@@ -137,6 +137,17 @@ def test_a_backend_that_is_not_there(folder, backend, problem):
         session(folder, attention_backend=backend)
 
 
+def test_a_time_shift_is_for_flow_alone(folder):
+    recipe = {
+        "teacher": {"pipeline": str(folder)},
+        "student": {"steps": 2},
+        "method": {"name": "dmd2", "time_shift": 3.0},
+        "train": {"steps": 1, "batch_size": 2, "lr": 1e-3},
+    }
+    with pytest.raises(InputError, match=r"method\.time_shift: expected 1 for a vp_discrete schedule, found 3"):
+        build_without_data(load(recipe), torch.device("cpu"))
+
+
 def test_guidance_in_an_interval_reaches_method_previews_and_trajectories(folder):
     def built(**guidance):
         recipe = {

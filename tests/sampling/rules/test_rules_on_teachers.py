@@ -95,6 +95,8 @@ def test_cfg_plus_plus_steps_with_the_guided_x0_and_the_unguided_noise(teacher, 
     cond, uncond = two(denoiser, now)
     (x0, _), (_, eps) = (read(denoiser, raw, now) for raw in (combined(denoiser, cond, uncond), uncond))
     found = cfg_plus_plus(W)(denoiser, now)
+    a, b = torch.tensor(0.4), torch.tensor(-0.7)
+    close(found.step(now.x_t, a, b), a * now.x_t + b * found.raw, 1e-5)
     if r == 0:
         return close(found.prediction.x0.double(), x0, 1e-5)
     schedule = denoiser.schedule
