@@ -15,7 +15,7 @@ from torch import nn
 
 from stepdistill.errors import InputError
 from stepdistill.files import atomic, cache_folder, digest, files_in, read_json, sha256, write_json
-from stepdistill.pipeline.complete import all_weights_found, some
+from stepdistill.pipeline.complete import all_weights_found, some, whole_before_moved
 from stepdistill.pipeline.folder import load_folder, quiet, save_pipeline
 from stepdistill.pipeline.hub import why_not
 from stepdistill.pipeline.loras import fuse_lora
@@ -193,10 +193,8 @@ def _read_autoencoder(file: Path, own: Any) -> Any:
     """An autoencoder in one file, with the config of the pipeline's ``own``."""
     with tempfile.TemporaryDirectory() as place:
         own.save_config(place)
-        vae = type(own).from_single_file(str(file), config=place, local_files_only=True)
-    if empty := [name for name, value in vae.named_parameters() if value.is_meta]:
-        raise InputError(f"teacher.vae: {file}: {len(empty)} weights are missing: {some(empty)}")
-    return vae
+        with whole_before_moved(f"teacher.vae: {file}"):
+            return type(own).from_single_file(str(file), config=place, local_files_only=True)
 
 
 def _latents(vae: Any) -> tuple[Any, int]:

@@ -44,6 +44,32 @@ def all_weights_found(pipeline: str | Path) -> Iterator[None]:
 
 
 @contextmanager
+def whole_before_moved(what: str) -> Iterator[None]:
+    """Inside the block a network that diffusers reads from a single file must have all its weights.
+
+    diffusers leaves those that the file lacks without data. It fails when it moves the network, and does not say why.
+
+    Args:
+        what: the file in messages.
+
+    Raises:
+        InputError: weights are missing; it names the class and some of the keys.
+    """
+    stock = ModelMixin.to
+
+    def moved(network: Any, *arguments: Any, **options: Any) -> Any:
+        if empty := [key for key, value in network.named_parameters() if value.is_meta]:
+            raise InputError(f"{what}: {len(empty)} weights of the {type(network).__name__} are missing: {some(empty)}")
+        return stock(network, *arguments, **options)
+
+    setattr(ModelMixin, "to", moved)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(ModelMixin, "to", stock)  # noqa: B010
+
+
+@contextmanager
 def _reported(base: Any, faults: list[str]) -> Iterator[None]:
     """Inside the block ``from_pretrained`` of ``base`` and of its classes adds a line to ``faults`` for each fault."""
     stock = base.__dict__["from_pretrained"]

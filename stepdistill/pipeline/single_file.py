@@ -16,7 +16,7 @@ from torch import nn
 from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.files import files_in, lacking, read_json
-from stepdistill.pipeline.complete import all_weights_found, check_tokenizers, some
+from stepdistill.pipeline.complete import all_weights_found, check_tokenizers, some, whole_before_moved
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.hub import FILES, configs
 from stepdistill.progress import say
@@ -43,7 +43,7 @@ def read_checkpoint(file: Path, config: str | None) -> DiffusionPipeline:
             "diffusers does not read; take the fp16 or bf16 file of the same model"
         )
     try:
-        with quiet(), all_weights_found(file):
+        with quiet(), all_weights_found(file), whole_before_moved(f"pipeline {file}"):
             pipeline = _read(file, kind, folder, config)
     except InputError:
         raise

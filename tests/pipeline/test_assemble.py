@@ -146,6 +146,20 @@ def test_another_autoencoder_takes_the_place_of_the_own(form, place, tmp_path):
     assert torch.equal(found.unet.conv_in.weight, tiny.tiny_sd().unet.conv_in.weight)
 
 
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_an_autoencoder_without_all_of_its_weights_is_refused(form, place, tmp_path):
+    where = tmp_path / ("vae" if form == "folder" else "vae.safetensors")
+    if form == "folder":
+        shutil.copytree(place.folder / "vae", where)
+        (file,) = where.glob("*.safetensors")
+        kept = {name: value for name, value in load_file(file).items() if "mid_block" not in name}
+        save_file(kept, file, {"format": "pt"})
+    else:
+        checkpoints.save(checkpoints.vae_names(place.vae), where, without="decoder.mid")
+    with pytest.raises(InputError, match=r"AutoencoderKL.* are missing: \w+\.mid_block"):
+        load_pipeline(Teacher(pipeline=place.teacher, vae=str(where)))
+
+
 def test_an_autoencoder_of_other_latents_is_refused(place, tmp_path):
     tiny.tiny_vae(levels=2, latent_channels=3).save_pretrained(tmp_path / "vae")
     with pytest.raises(InputError, match=r"teacher\.vae: expected latents of 4 channels at 1/2 .*, found 3 at 1/2"):

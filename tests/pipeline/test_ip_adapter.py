@@ -1,5 +1,6 @@
 """IP-Adapters: the picture's embedding is a condition, and the adapter's weights are nobody's to train."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pipeline import tiny, zoo
 from stepdistill.errors import InputError
@@ -114,3 +116,13 @@ def test_what_is_no_adapter(parts, tmp_path):
     ):
         with pytest.raises(InputError, match=f"teacher.ip_adapter: {reason}"):
             load_ip_adapter(pipeline, IPAdapter(**parts.adapter | changed))
+
+
+def test_an_image_encoder_without_all_of_its_weights_is_refused(parts, tmp_path):
+    shutil.copytree(parts.adapter["source"], tmp_path / "adapter")
+    (file,) = (tmp_path / "adapter").rglob("image_encoder/*.safetensors")
+    kept = {name: value for name, value in load_file(file).items() if "visual_projection" not in name}
+    save_file(kept, file, {"format": "pt"})
+    broken = IPAdapter(**parts.adapter | {"source": str(tmp_path / "adapter")})
+    with pytest.raises(InputError, match=r"image_encoder/\S+ does not fill .*1 weights are missing: visual_projection"):
+        load_ip_adapter(load_pipeline(parts.teacher), broken)

@@ -156,9 +156,14 @@ def test_files_that_are_no_checkpoint_or_not_whole_are_one_line(place, tmp_path)
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"cut\.safetensors: not a whole file of safetensors"):
         load_pipeline(Teacher(pipeline=str(tmp_path / "cut.safetensors"), config=config))
-    file = checkpoints.save_sd(tiny.tiny_sd(), tmp_path / "some.safetensors", without="model.diffusion_model.out.2")
-    with pytest.raises(InputError, match=r"some\.safetensors: .*out"):
-        load_pipeline(Teacher(pipeline=str(file), config=config))
+    for lost, said in (
+        ("model.diffusion_model.time_embed.2", r"weights of the UNet2DConditionModel are missing: time_embedding"),
+        ("first_stage_model.decoder.mid", r"weights of the AutoencoderKL are missing: decoder\.mid_block"),
+        ("cond_stage_model.transformer.text_model.final", r"weights of text_encoder are missing: final_layer_norm"),
+    ):
+        file = checkpoints.save_sd(tiny.tiny_sd(), tmp_path / "some.safetensors", without=lost)
+        with pytest.raises(InputError, match=rf"some\.safetensors: \d+ {said}"):
+            load_pipeline(Teacher(pipeline=str(file), config=config))
     with pytest.raises(InputError, match="reads no single files of a DiTPipeline"):
         load_pipeline(Teacher(pipeline=str(file), config="fashion-dit"))
 
