@@ -8,8 +8,15 @@ import torch
 
 from published import MODELS
 from stepdistill.diffusion.samplers import DDIM, SAMPLERS, Renoise, solver_grid
-from stepdistill.diffusion.schedule import from_scheduler
+from stepdistill.diffusion.schedule import from_scheduler, shifted
 from stepdistill.errors import InputError
+from stepdistill.methods import METHODS, Roles
+from stepdistill.methods.base import PathNeeds
+from stepdistill.methods.pcm import segment_points
+from stepdistill.methods.progressive import halved
+from stepdistill.sampling.trajectories import path_times
+from stepdistill.testing.analytic import GaussianDenoiser
+from stepdistill.testing.bed import G1, Spy, batch
 
 FLOW = [name for name, facts in MODELS.items() if "flow_shift" in facts.scheduler_config or "Flow" in facts.scheduler]
 
@@ -80,11 +87,13 @@ def test_the_grids_of_published_flow_pipelines(name, steps, expected, kind):
 
 @pytest.mark.parametrize("name", FLOW)
 def test_another_number_of_steps_than_trained_is_a_sensible_run(name):
+    """Where the pipeline hands over sigmas, one step too, and each run ends at its own shifted 1/n."""
     for trained in (1, 2, 4):
-        sampler = sampler_of(name, Renoise, trained)
-        for steps in (2, 3, 6, 12):
-            found = stock_times(sampler, name, steps)
+        sampler, sigmas = sampler_of(name, Renoise, trained), MODELS[name].sigmas
+        for steps in (2, 3, 6, 12) + ((1,) if sigmas else ()):
+            found, shift = stock_times(sampler, name, steps), sampler.schedule.shift
             assert found[0] == 1 and all(a > b > 0 for a, b in itertools.pairwise(found))
+            assert not sigmas or found[-1] == pytest.approx(shift / (steps + shift - 1), abs=1e-4)
 
 
 @pytest.mark.parametrize("trained", [1, 3, 4])
@@ -109,6 +118,37 @@ def test_the_teachers_solver_grid_is_shifted_as_its_own(name):
     if facts.sigmas and facts.mu is None:
         source.set_timesteps(sigmas=u[1:].flip(0).tolist())
         torch.testing.assert_close(grid[1:].flip(0), source.timesteps.double() / 1000, rtol=1e-5, atol=1e-6)
+
+
+def sfd_times(sampler):
+    """Times at which SFD asks the teacher inside the steps, (4, 4) with each step's end."""
+    teacher = Spy(GaussianDenoiser(*G1, sampler.schedule, "flow"))
+    method = METHODS["sfd"](METHODS["sfd"].Config(substeps=3), Roles(teacher=teacher, student=teacher), sampler)
+    method.teacher_points(batch(1))
+    inside = torch.stack([t[0] for _, t in teacher.calls]).reshape(4, 3)
+    return torch.cat([inside, torch.tensor([*times(sampler)[1:], 0.0])[:, None]], 1)
+
+
+WITHIN = {
+    "pcm": lambda sampler: segment_points(sampler, 4, 12).flip(1),
+    "pd": lambda sampler: torch.tensor([(s.t, s.r or 0.0) for s in halved(sampler.grid(), sampler.schedule)]),
+    "sfd": sfd_times,
+    "stored paths": lambda sampler: path_times(
+        sampler.schedule, PathNeeds(1, 12, through_grid=True), times(sampler)
+    ).unfold(0, 4, 3),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_what_lies_within_a_students_steps_is_shifted_too(name):
+    """Of SD 3.5's shift 3: t/(3 - 2 t), the time before its shift, is evenly spaced inside each step."""
+    sampler = sampler_of("sd35-medium", DDIM, 4)
+    rows = WITHIN[name](sampler).double()
+    if name == "pd":  # two halves of each step
+        rows = torch.cat([rows[::2], rows[1::2, 1:]], 1)
+    assert rows[:, 0].tolist() == pytest.approx(times(sampler), abs=1e-6)
+    even = shifted(rows, 1 / 3).diff(dim=1)
+    torch.testing.assert_close(even, even[:, :1].expand_as(even), rtol=1e-4, atol=1e-5)
 
 
 def test_a_stated_shift_is_exported_as_it_is():

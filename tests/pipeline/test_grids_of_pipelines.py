@@ -61,9 +61,9 @@ def test_stored_trajectories_stop_where_the_student_does(name, teachers):
     assert grid[0] == 1 and grid[-1] > 0.2
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "wan"])
-def test_a_plan_has_the_grid_of_the_run(name, teachers):
-    recipe = load(recipe_of(teachers(name), name, {"name": "sfd"}, steps=3))
+@pytest.mark.parametrize("name,shift", [("sd3", None), ("flux", None), ("wan", 7.0)])
+def test_a_plan_has_the_grid_of_the_run(name, shift, teachers):
+    recipe = load(recipe_of(teachers(name), name, {"name": "sfd"}, steps=3, shift=shift))
     planned = plan.method_of(recipe, plan.blueprint_of(recipe)).sampler.grid()
     assert [tuple(step) for step in planned] == [tuple(step) for step in build(recipe, CPU).sampler.grid()]
 
