@@ -8,7 +8,7 @@ from stepdistill.errors import InputError
 from stepdistill.exporting.export import export
 from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.set_up import can_run
+from stepdistill.pipeline.set_up import can_run, ready_scheduler
 from stepdistill.pipeline.trace import trace
 from stepdistill.planning import plan
 from stepdistill.recipe import load
@@ -64,8 +64,8 @@ def test_stored_trajectories_stop_where_the_student_does(name, teachers):
 @pytest.mark.parametrize("name,shift", [("sd3", None), ("flux", None), ("wan", 7.0)])
 def test_a_plan_has_the_grid_of_the_run(name, shift, teachers):
     recipe = load(recipe_of(teachers(name), name, {"name": "sfd"}, steps=3, shift=shift))
-    planned = plan.method_of(recipe, plan.blueprint_of(recipe)).sampler.grid()
-    assert [tuple(step) for step in planned] == [tuple(step) for step in build(recipe, CPU).sampler.grid()]
+    planned, run = plan.method_of(recipe, plan.blueprint_of(recipe)).sampler, build(recipe, CPU).sampler
+    assert planned.grid() == run.grid() and planned.schedule.shift == run.schedule.shift
 
 
 def test_the_stated_shift_is_what_a_plain_call_runs(teachers, tmp_path, monkeypatch):
@@ -93,3 +93,5 @@ def test_a_student_of_several_steps_is_not_run_in_one(teachers, tmp_path, monkey
     run = train(recipe_of(teachers("sd3"), "sd3", {"name": "sfd"}, steps=2) | {"output": str(tmp_path / "run")})
     exported = trace(load_pipeline(run.folder / "export"), ZOO["sd3"].arguments)
     assert [can_run(exported, steps) for steps in (1, 2, 4)] == [False, True, True]
+    with pytest.raises(InputError, match=r"steps: expected at least 2 under .* with shift_terminal 0.75, found 1"):
+        ready_scheduler(exported, exported.pipeline.scheduler, 1, CPU)
