@@ -187,8 +187,13 @@ def test_the_papers_probabilities_of_the_students_times(count, later, first):
         found = [(t == one.t).float().mean().item() for one in method.sampler.grid()]
         assert found == pytest.approx(shares, abs=0.03)
         assert all(share > 0 or part == 0 for share, part in zip(shares, found, strict=True))
-        ks = [data(1, 1000 * step + i).pick("k", method.shares(step)) for i in range(300)]
-        assert [ks.count(k) / 300 for k in range(count)] == pytest.approx(shares, abs=0.1)
+        rollouts = adversarial(student, None, inputs="rollout", times=[1.0, 0.75, 0.5, 0.25][:count])
+        rollouts.shares, starts = (lambda _, own=method.shares(step): own), []
+        for i in range(300):  # each a batch, whose rows have one time
+            rollouts.continue_rollout(data(1, 1000 * step + i))
+            starts.append(student.calls[-1][1].item())
+        found = [starts.count(one.t) / 300 for one in method.sampler.grid()]
+        assert found == pytest.approx(shares, abs=0.1)
 
 
 def test_a_run_is_longer_than_its_warm_up():
@@ -221,6 +226,13 @@ def test_heads_get_the_time_and_the_condition():
     torch.testing.assert_close(heads(states, condition)[:, 0], expected)
     pixels = adversarial(generator(schedule, "flow", 1.0, 0.0), teacher, name="add")
     torch.testing.assert_close(pixels.gan.condition(rows), condition[:, 64:])
+    pixels.gan.network = lambda images: [images[..., None]]
+    pixels.prepare(rows)
+    with torch.no_grad():
+        pixels.gan.heads.projections[0].weight.normal_()
+    logits = pixels.gan.logits(torch.ones(6, 1), rows)
+    torch.testing.assert_close(logits[:3], logits[3:])
+    assert not torch.isclose(logits[0], logits[1])
 
 
 def test_the_rollout_needs_no_real_sample_to_start_from():

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline.tiny import save_dit, tiny_dit, tiny_sd
+from stepdistill.diffusion import float32
 from stepdistill.errors import InputError
 from stepdistill.exporting.export import load_student
 from stepdistill.methods import METHODS
@@ -73,6 +74,17 @@ def weights(run: Path) -> dict[str, bytes]:
 def make_trainer(recipe: dict) -> Trainer:
     session = build(load(recipe), CPU)
     return Trainer(session, Accelerator(), Path(recipe["output"]))
+
+
+def test_steps_in_float32_run_in_tf32_on_a_gpu(teacher, tmp_path, monkeypatch):
+    """The GPU is pretended: what products are taken in is a state of the process, with or without one."""
+    on = float32.passes
+    monkeypatch.setattr(float32, "passes", lambda precision, both, _cpu: on(precision, both, torch.device("cuda")))
+    trainer, seen = make_trainer(make_recipe(teacher, tmp_path, {"name": "sfd"}, steps=1)), []
+    losses = trainer.method.losses
+    trainer.method.losses = lambda *given: seen.append(torch.get_float32_matmul_precision()) or losses(*given)
+    trainer.run(None)
+    assert set(seen) == {"high"} and torch.get_float32_matmul_precision() == "highest"
 
 
 METHOD_CASES = {
