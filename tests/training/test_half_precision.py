@@ -120,18 +120,20 @@ def test_the_penalty_on_heads_is_taken_in_float32(frozen):
     torch.testing.assert_close(loss - plain.loss_of_heads(x, x, None), penalty, rtol=1e-5, atol=1e-7)
 
 
-def test_a_finite_tangent_is_that_of_float32(teachers):
-    made = build(recipe_of(teachers / "sd", "tbcm", route=3, jvp="finite"), torch.device("cpu"))
+@pytest.mark.parametrize("mode", ["finite", "forward"])
+def test_a_tangent_is_that_of_float32(mode, teachers):
+    made = build(recipe_of(teachers / "sd", "tbcm", route=3, jvp=mode), torch.device("cpu"))
     method, batch = made.method, made.batch(0, 0, 2)
+    tangent = getattr(method, f"{mode}_tangent")
     with torch.no_grad():
         for parameter in method.roles.student.network.parameters():
             parameter.mul_(1.02)
         t = torch.tensor([0.5, 0.8], dtype=torch.float64)
         teacher = method.teacher(batch.noise("x"), t, batch)
         trig = TrigFlow(method.schedule, t, 1.0)
-        exact = method.finite_tangent(trig, teacher, method.student(teacher.x_t, t, batch), batch.cond)
+        exact = tangent(trig, teacher, method.student(teacher.x_t, t, batch), batch.cond)
         with torch.autocast("cpu", torch.bfloat16):
-            found = method.finite_tangent(trig, teacher, method.student(teacher.x_t, t, batch), batch.cond)
+            found = tangent(trig, teacher, method.student(teacher.x_t, t, batch), batch.cond)
     assert torch.equal(found, exact)
 
 
