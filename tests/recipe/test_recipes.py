@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from comparison import PHASES
 from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline.zoo import ZOO
 from stepdistill import assets
-from stepdistill.methods import METHODS, Roles
+from stepdistill.methods import Roles
 from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.recipe import Recipe, load
 from stepdistill.run import train
@@ -143,15 +142,6 @@ class Four:
 
     def grid(self):
         return range(4)
-
-
-def test_methods_that_compare_two_guided_scores_ship_in_float32():
-    """Half precision rounds off what is between the scores (SiD-LSG, VSD)."""
-    methods = {n: yaml.safe_load(assets.recipe(n).read_text(encoding="utf-8"))["method"] for n in assets.recipes()}
-    names = [name for name, method in methods.items() if METHODS[method["name"]].guides_both]
-    assert {"sd15_sid", "sd15_swiftbrush"} <= set(names)
-    for recipe in map(load, names):
-        assert recipe.train.precision == recipe.teacher.precision == "fp32", recipe.published
 
 
 def test_a_recipe_begins_with_what_it_is_and_how_to_run_it():
