@@ -101,6 +101,8 @@ def test_the_audit_is_printed_with_the_plan(tmp_path, capsys):
     # LoRA with alpha = rank beside alpha 8 of rank 64, both at 5e-5; and a critic that is a LoRA beside a whole one.
     assert checks["student speed"]["numbers"]["ratio"] == pytest.approx(4**0.5 / (8 / 64 * 64**0.5), rel=1e-3)
     assert checks["critic speed"]["numbers"]["published"] == pytest.approx(5e-5)
+    said = [checks[name]["published"] for name in ("critic speed", "samples")]
+    assert said == ["5.0e-05", "410 k in batches of 128"] and "of |W|" in checks["student speed"]["value"]
     assert checks["time"]["numbers"]["hours"] == pytest.approx(20 * 9 / 3600)
     assert {"memory: encoding", "memory: training", "memory: export (host)"} <= checks.keys()
     text = " ".join(audit.as_text([audit.Check(**check) for check in checks.values()]).split())

@@ -94,3 +94,10 @@ def test_no_recipe_starts_where_half_precision_is_too_noisy():
     """Those on the linear table that begin at the noise end are in float32."""
     for name in ("pixart_sigma", "dit_xl_256", "sd15_sid"):
         assert load(name).train.precision == load(name).teacher.precision == "fp32"
+
+
+def test_recipes_start_where_the_published_one_step_runs_do():
+    """SiD-LSG 625, PixArt's DMD 400, both at rate 1e-6; DiT has PixArt's table, and starts at 799 as TDM does there."""
+    found = {name: load(name) for name in ("sd15_sid", "pixart_sigma", "dit_xl_256")}
+    assert [recipe.student.start for recipe in found.values()] == [625, 400, 799]
+    assert found["sd15_sid"].train.lr == found["pixart_sigma"].train.lr == 1e-6
