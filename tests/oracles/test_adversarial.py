@@ -210,6 +210,7 @@ def test_heads_get_the_time_and_the_condition():
     method = adversarial(generator(schedule, "flow", 1.0, 0.0), teacher)
     rows = data(6).but(cond={"class_labels": torch.tensor([0, 1, 2, 0, 1, 2])})
     method.prepare(rows)
+    assert teacher.depths is None  # heads on every block
     heads = method.gan.heads
     condition = method.gan.condition(rows)
     torch.testing.assert_close(condition[:, :64], fourier(method.noise_times(rows, "gan time"), 64))
@@ -327,6 +328,7 @@ class Moments(Spy):
         self.network = nn.Linear(1, 1)
 
     def features(self, x_t, t, cond, depths=4):
+        self.depths = depths
         return [torch.stack([x_t, x_t**2, torch.ones_like(x_t)], dim=-1)]
 
 
