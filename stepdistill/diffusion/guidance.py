@@ -176,13 +176,14 @@ def _mixed(
     output = denoiser(torch.cat([x_t] * count), torch.cat([t] * count), rows)
     conditional, *others = output.raw.chunk(count)
     wide = torch.promote_types(conditional.dtype, torch.float32)
+    others = [one.to(wide) for one in others]
     w = torch.as_tensor(scale, dtype=wide, device=x_t.device).expand(len(x_t))
     w = w if rule.interval is None else torch.where(rule.inside(t), w, 1)
     off = w == 1
     weights = [(a + b * w) / torch.where(off, 1, 1 - w) for a, b in denoiser.mix]
-    mixed = sum(per_sample(weight, one) * one.to(wide) for weight, one in zip(weights, others, strict=True))
+    mixed = sum(per_sample(weight, one) * one for weight, one in zip(weights, others, strict=True))
     off = off.reshape(-1, *[1] * (conditional.ndim - 1))
-    mixed = torch.where(off, conditional.to(wide), mixed).to(conditional)
+    mixed = torch.where(off, conditional.to(wide), mixed)
     return Pair(denoiser, Prediction(conditional, x_t, t, output.schedule, output.kind), mixed, scale, rule)
 
 

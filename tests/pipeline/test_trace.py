@@ -349,6 +349,11 @@ def test_two_unconditional_passes_are_weighed(two_calls):
     rows = guided(result.denoiser, x, t, cond, null, torch.tensor([1.0, 2.5])).raw
     torch.testing.assert_close(rows, torch.stack([outputs[0][0], Editing.combined(*outputs, 2.5)[1]]))
     assert passes(result, pipeline.scheduler, 4, 2.0) == 12
+    # Outputs in half precision are not rounded again before they are combined.
+    result.denoiser.network.register_forward_hook(lambda _, __, output: (output[0].bfloat16(),))
+    outputs = [result.denoiser(x, t, one).raw.float() for one in (cond, null, nothing)]
+    found = guided(result.denoiser, x, t, cond, null, 25.0).raw
+    torch.testing.assert_close(found, Editing.combined(*outputs, 25.0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
