@@ -98,8 +98,9 @@ def _switches(layers: list["BaseTunerLayer"]) -> tuple[bool, list[str]]:
 
 def _switch(layers: list["BaseTunerLayer"], disabled: bool, active: list[str]) -> None:
     for layer in layers:
-        # peft's set_adapter() would also rewrite requires_grad, which belongs to the trainer.
-        layer._disable_adapters, layer._active_adapter = disabled, active
+        # peft's set_adapter() would also rewrite requires_grad, which belongs to the trainer. Past nn.Module's
+        # __setattr__, which takes 12 ms for the layers of an SDXL.
+        layer.__dict__.update(_disable_adapters=disabled, _active_adapter=active)
 
 
 def lora_targets(
