@@ -7,9 +7,10 @@
 
 Runs lie in --runs, one folder for each recipe and seed; a finished one is not trained again, an interrupted one goes
 on, one of an earlier version of the recipe is moved aside. Rows are merged into --out as soon as they are known, so the
-comparison can be made in pieces and by several processes. With the default --out, what stands between the markers in
-README.md and docs/comparison.md and the plot beside --out are written as well; seeds of files like comparison_x10.json
-beside it get tables of their own there. --tables-only writes them from --out alone. docs/contracts.md has the JSON.
+comparison can be made in pieces and by several processes. With the default --out, the plot beside it is written, too,
+and what stands between the markers in README.md, docs/comparison.md and docs/choosing.md. Files like
+comparison_x10.json beside it get tables of their own there. --tables-only writes them from --out alone.
+docs/contracts.md has the JSON.
 
 A student is named after its method, or after its recipe (without "fashion_") where a method has several. What there is
 to say about a student, such as why it misses a bar, is read from comparison_notes.yaml beside --out: NAME@STEPS: text.
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 import yaml
-from comparison import NFES, PHASES, base, conclude, first_table, page, plot
+from comparison import NFES, PHASES, base, choices, conclude, first_table, page, plot
 from safetensors import safe_open
 
 from stepdistill import assets, recipe
@@ -261,16 +262,19 @@ def opened(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def publish(content: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Write the plot beside --out and, for the default --out, the tables in README.md and docs/comparison.md."""
+    """Write the plot beside --out and, for the default --out, the tables in README.md and on two pages of docs/."""
     plot(content).save(arguments.out.with_suffix(".png"), optimize=True)
     if arguments.out != default_out():
         return
     beside = sorted(arguments.out.parent.glob(f"{arguments.out.stem}_x*.json"))
     others = [json.loads(path.read_text(encoding="utf-8")) for path in beside]
     every = argparse.Namespace(**vars(arguments) | {"methods": []})
-    names = list(dict.fromkeys(task.name for task in planned(every)))
+    tasks = {task.name: task for task in planned(every)}
+    names = list(tasks)
+    imaged = [name for name, task in tasks.items() if task.recipe.data.images is not None]
     between_markers(assets.root() / "README.md", BEGIN, END, first_table(content))
     between_markers(assets.root() / "docs" / "comparison.md", BEGIN, END, page(content, others, names))
+    between_markers(assets.root() / "docs" / "choosing.md", BEGIN, END, choices(content, imaged))
 
 
 def default_out() -> Path:

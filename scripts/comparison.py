@@ -205,6 +205,27 @@ def first_table(content: dict[str, Any]) -> str:
     return "\n".join(_table(["", "Passes", metric_name(FD, content["samples"]), *columns.values()], lines))
 
 
+def choices(content: dict[str, Any], imaged: Sequence[str]) -> str:
+    """The table of docs/choosing.md: the three best methods at each number of passes, by FD, without and with images.
+
+    Args:
+        imaged: names of students, without their steps, whose recipes read real images.
+    """
+    rows, lines = content["rows"], []
+    for nfe in NFES:
+        for title, with_images in (("none", False), ("yes", True)):
+            found = {row["name"]: row for row in students(rows) if row["nfe"] == nfe and row["steps"] == nfe}
+            found = {name: row for name, row in found.items() if (base(row) in imaged) == with_images}
+            best = sorted(found.values(), key=lambda row: statistics.fmean(_by_name(rows, FD)[row["name"]]))[:3]
+            cells = []
+            for row in best:
+                trained = row["training"]["steps"]
+                other = "" if as_trained(row) else f" (trained for {trained})"
+                cells.append(f"{base(row)}{other}: {_mean(rows, row, FD)}, {_mean(rows, row, 'recall')}")
+            lines.append([nfe, title, *cells, *"–" * (3 - len(cells))])
+    return "\n".join(_table(["Passes", "Real images", "Best", "Second", "Third"], lines))
+
+
 def page(content: dict[str, Any], others: Sequence[dict[str, Any]] = (), listed: Sequence[str] = ()) -> str:
     """What docs/comparison.md shows between its markers: a line for each student, then every row with all of it.
 

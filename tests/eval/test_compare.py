@@ -7,10 +7,11 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from comparison import FAMILIES, conclude, first_table, page, plot, short_table
+from comparison import FAMILIES, choices, conclude, first_table, page, plot, short_table
 from synthetic import ROWS, hasty, pictures
 
 from pipeline.tiny import save_dit, tiny_dit
@@ -295,6 +296,9 @@ def test_tables_and_plot_show_what_was_found():
     assert cells["**lcm**"][1] == "**5.30 ± 0.42**" and cells["**agd**"][:2] == ["50", "**4.30**"]
     first = [line.strip("| ").split(" | ")[:3] for line in first_table(content).splitlines()[2:]]
     assert ["best stock solver", "4", "8.00"] in first and ["**best student**: dmd2", "4", "4.20"] in first
+    lines = [line.strip("| ").split(" | ") for line in choices(content, ["lcm"]).splitlines()[2:]]
+    assert [line[:2] for line in lines] == [[str(nfe), images] for nfe in (1, 2, 4, 8) for images in ("none", "yes")]
+    assert lines[4][2].startswith("dmd2: 4.20, ") and lines[5][2].startswith("lcm: 5.30 ± 0.42, ")
     text = page(content)
     assert "- **lcm@4**: too few steps" in text and "## Consistency" in text and "## Guidance" in text
     assert "best at 1 step: FD at most 1.5x the teacher's: **missed** by dmd2@1, 13.50x" in text
@@ -324,9 +328,12 @@ def test_a_table_is_put_between_its_markers_or_nowhere(tmp_path):
 
 def test_readme_and_page_show_what_is_stored(script):
     content = json.loads(script.default_out().read_text(encoding="utf-8"))
-    readme, page = ((assets.root() / name).read_text(encoding="utf-8") for name in ("README.md", "docs/comparison.md"))
-    assert all(text.count(script.BEGIN) == text.count(script.END) == 1 for text in (readme, page))
+    names = ("README.md", "docs/comparison.md", "docs/choosing.md")
+    readme, page, choosing = pages = [(assets.root() / name).read_text(encoding="utf-8") for name in names]
+    assert all(text.count(script.BEGIN) == text.count(script.END) == 1 for text in pages)
     assert first_table(content) in readme and short_table(content) in page
+    tasks = script.planned(SimpleNamespace(methods=[], budget=1, seeds=[0], runs=Path("runs")))
+    assert choices(content, [task.name for task in tasks if task.recipe.data.images is not None]) in choosing
 
 
 def test_wrong_input_from_the_shell(monkeypatch):
