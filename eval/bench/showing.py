@@ -9,7 +9,7 @@ from stepdistill.eval.bench.drawing import Sampler
 from stepdistill.eval.bench.rows import Bench
 from stepdistill.eval.measure import ViewRows
 from stepdistill.eval.names import metric_text
-from stepdistill.eval.pictures import shrunk
+from stepdistill.eval.pictures import gap_of, shrunk
 from stepdistill.eval.references import RealSide
 from stepdistill.eval.report import Report, Row
 from stepdistill.eval.shards import Shards
@@ -82,7 +82,7 @@ def side_by_side(report: Report, sampler: Sampler, drawn: Sequence[tuple[Row, Te
         words = str(classes[entry] if classes and isinstance(entry, int) else entry)
         caption = "\n".join([" ".join(words.split()) or "-", *labels])
         report.first.append(
-            (caption, image_grid(torch.stack(together), columns=len(there), gap=max(1, together[0].shape[-1] // 64)))
+            (caption, image_grid(torch.stack(together), columns=len(there), gap=gap_of(together[0].shape[-1])))
         )
 
 

@@ -36,6 +36,17 @@ def shrunk(images: Tensor, largest: int = 128) -> Tensor:
     return small.round().to(torch.uint8)
 
 
+def gap_of(width: int) -> int:
+    """Pixels between pictures of ``width`` pixels that stand beside each other at the top of a report."""
+    return max(1, width // 64)
+
+
+def width_of(beside: Image.Image, columns: int) -> int | None:
+    """The width of one of ``columns`` pictures that stand :func:`gap_of` apart; None where they do not."""
+    whole = lambda width: columns * width + (columns - 1) * gap_of(width)  # noqa: E731
+    return next((width for width in range(1, beside.width + 1) if whole(width) == beside.width), None)
+
+
 def png_data_uri(picture: Image.Image) -> str:
     """A picture as ``data:image/png;base64,...``, to be put into a page."""
     buffer = io.BytesIO()

@@ -1,15 +1,16 @@
 """Render a report: the table, the notes under it, Markdown and one page of HTML."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from PIL import Image
 
 from stepdistill.eval.names import DIVERSITY, explained, metric_text
-from stepdistill.eval.pictures import Pictures, png_data_uri, quality_plot
+from stepdistill.eval.pictures import Pictures, gap_of, png_data_uri, quality_plot, width_of
 from stepdistill.eval.summary import sentences
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def _with_interval(report: "Report", row: "Row", metric: str) -> str:
 
 
 def html(report: "Report", drawn: Pictures, places: Mapping[str, list[str]] | None = None) -> str:
-    """The report as one page without scripts.
+    """The report as one page; its only script moves the line between teacher and student.
 
     Args:
         drawn: its plots.
@@ -195,10 +196,26 @@ def html(report: "Report", drawn: Pictures, places: Mapping[str, list[str]] | No
         summary=sentences(report),
         table=table_of(report),
         notes=notes(report),
-        first=_figures("first", report.first, places),
+        first=[
+            figure | {"pair": _pair(picture, figure["lines"][1:])}
+            for figure, (_, picture) in zip(_figures("first", report.first, places), report.first, strict=True)
+        ],
         plots=_figures("plots", drawn, places),
         sections=sections,
     )
+
+
+def _pair(beside: Image.Image, names: Sequence[str]) -> tuple[int, int, int, int] | None:
+    """(column of the student, of the teacher, width, gap in pixels) in a picture of several beside each other.
+
+    Returns:
+        None where not both are there, or where the picture is not made of columns.
+    """
+    width = width_of(beside, len(names)) if names else None
+    found = [[column for column, name in enumerate(names) if name.startswith(who)] for who in ("Student", "Teacher")]
+    if width is None or not all(found):
+        return None
+    return found[0][0], found[1][0], width, gap_of(width)
 
 
 def notebook_html(report: "Report") -> str:

@@ -89,10 +89,11 @@ class Report:
         """What the report is about: its students and their teachers."""
         of = {role: list(dict.fromkeys(row.name for row in self.rows if row.role == role)) for role in ORDER}
         students, teachers = of["student"], of["teacher"]
-        if not students or len(students) > 3:
-            return f"{len(students)} students" if students else ", ".join(teachers) or self.protocol
+        if not students:
+            return ", ".join(teachers) or self.protocol
+        who = ", ".join(students) if len(students) <= 3 else f"{len(students)} students"
         named = dict.fromkeys(name.partition(" w=")[0] for name in teachers)
-        return f"{', '.join(students)} beside {', '.join(named)}" if named else ", ".join(students)
+        return f"{who} beside {', '.join(named)}" if named else who
 
     @property
     def metric_names(self) -> list[str]:
@@ -147,7 +148,7 @@ class Report:
         return markdown(self)
 
     def to_html(self) -> str:
-        """The report as one self-contained page: no script, no request, pictures inside."""
+        """The report as one self-contained page: no request, pictures inside."""
         return html(self, plots(self))
 
     def _repr_html_(self) -> str:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.eval import report as report_module
 from stepdistill.eval.names import METRICS, explained
 from stepdistill.eval.perceptual import ALSO
-from stepdistill.eval.pictures import training_plot
+from stepdistill.eval.pictures import gap_of, read_pictures, training_plot, width_of
 from stepdistill.eval.render import notes, table_of
 from stepdistill.eval.report import Report, Row, compare, merge, read_report
 from stepdistill.eval.summary import sentences
@@ -261,6 +262,24 @@ def test_the_first_screen_has_pictures_and_sentences_before_the_table(tmp_path):
     assert [caption for caption, _ in again.first] == [caption for caption, _ in report.first]
 
 
+def test_a_slider_lays_the_teachers_picture_over_the_students():
+    report = a_report(row("a", "student", 4, 11.0))
+    names = ("Teacher, 50 steps", "Student, 4 steps", "UniPC, 4 steps")
+    three = image_grid(torch.zeros(3, 3, 128, 128, dtype=torch.uint8), columns=3, gap=gap_of(128))
+    report.first = [("\n".join([prompt, *names]), three) for prompt in ("<b>shoe</b>", "hat")]
+    page = report.to_html()
+    structure = Structure()
+    structure.feed(page)
+    assert structure.open == [] and structure.count["script"] == 1 and "b>shoe" not in page.replace("/b&gt;", "")
+    # Column of the student, of the teacher, width and gap: what the script cuts out of the one picture that is there.
+    assert page.count('data-pair="1 0 128 2"') == 2 == page.count("<figcaption>hat") + page.count("<figcaption>&lt;b")
+    assert '<div class="slider" hidden>' in page and '<input type="range"' in page
+    assert all(source.startswith("data:image/png;base64,") for source in structure.fetched)
+    # Nothing to slide between: no student, or no teacher.
+    report.first = [("hat\nTeacher, 50 steps\nUniPC, 4 steps\nDDIM, 4 steps", three)]
+    assert not any(part in report.to_html() for part in ("data-pair=", "<script", 'type="range"'))
+
+
 def test_every_column_is_explained_on_hover_and_below():
     report = a_report(row("a", "student", 4, 11.0))
     table, page = table_of(report), report.to_html()
@@ -452,7 +471,7 @@ def test_costs_and_intervals_are_shown_where_they_were_measured():
     assert "Latency ms" not in table_of(a_report(row("a", "student", 4, 11.0))).header
 
 
-def test_the_example_report_shows_the_shipped_students_where_they_were_trained():
+def test_the_example_report_shows_the_shipped_students_where_they_were_trained(tmp_path, monkeypatch):
     root = assets.root()
     spec = importlib.util.spec_from_file_location("example_report", root / "scripts" / "example_report.py")
     script = importlib.util.module_from_spec(spec)
@@ -463,5 +482,16 @@ def test_the_example_report_shows_the_shipped_students_where_they_were_trained()
     few = {row["training"]["method"] for row in stored if row["role"] == "student" and row["steps"] <= 8}
     assert len({entry.student for entry in report.verdict}) >= len(few) > 5
     assert [entry.ratio for entry in report.verdict] == sorted(entry.ratio for entry in report.verdict)
-    committed = read_report(root / "assets" / "reports" / "fashion")
-    assert committed.protocol == report.protocol and {entry.student for entry in committed.verdict}
+    # What is committed is what is written today: after a change of the page, example_report.py --stored.
+    committed = read_report(script.STORED)
+    pictures = read_pictures(script.STORED / "pictures")
+    committed.first, committed.pictures = pictures["first"], pictures["pictures"]
+    monkeypatch.setattr("stepdistill.eval.render.quality_plot", lambda *a: PIXEL)
+    committed.write(tmp_path)
+    for name in ("report.json", "report.md", "index.html"):
+        assert (tmp_path / name).read_text() == (script.STORED / name).read_text(), name
+    strips = Image.open(root / "assets" / "pictures" / "four_steps.png")
+    assert [(caption, picture.tobytes()) for caption, picture in script.beside(strips)] == [
+        (caption, picture.tobytes()) for caption, picture in committed.first
+    ]
+    assert width_of(committed.first[0][1], 3) == script.SIDE
