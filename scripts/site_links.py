@@ -1,6 +1,7 @@
 """Hooks of mkdocs: what the pages link to outside docs/ is in the repository, and not on the site.
 
-Links become text with the file's place; pictures are taken along. Roles of Sphinx in docstrings become code.
+Links become text with the file's place; pictures are taken along. Roles of Sphinx in docstrings become code. Names in
+tables may break behind a dot, a slash or an underscore.
 """
 
 import os
@@ -41,6 +42,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
     """Drop the roles of docstrings (``:func:`train```), and the dots and modules before a name."""
     return re.sub(r":\w+:<code>(?:[\w.]*\.)?(\w+)</code>", r"<code>\1</code>", html)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Mark where names in tables may break; after the search has read the page, whose words they would cut."""
+    breaking = lambda code: re.sub(r"(?<=\w)(::|[._/=(,])(?=[^\W\d])", r"\1<wbr>", code[0])  # noqa: E731
+    return re.sub(r"<td.*?</td>", lambda cell: re.sub(r"(?<=<code>)[^<]+", breaking, cell[0]), output, flags=re.DOTALL)
 
 
 def _outside(page: str, target: str, files: Files) -> PurePosixPath | None:
