@@ -4,7 +4,6 @@ Nothing here knows the page's library; :mod:`stepdistill.demo.page` puts it into
 """
 
 import difflib
-import html
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ from stepdistill.diffusion.devices import best_device
 from stepdistill.errors import InputError
 from stepdistill.eval.bench.drawing import TEACHER_STEPS, Sampler, draw
 from stepdistill.eval.bench.sources import read_source
-from stepdistill.eval.pictures import png_data_uri
 from stepdistill.files import read_text
 from stepdistill.pipeline.conditioning import class_names
 from stepdistill.pipeline.exports import FACTS, ExportFacts
@@ -28,12 +26,16 @@ from stepdistill.pipeline.set_up import can_run
 from stepdistill.pipeline.sizes import Size, at_size
 from stepdistill.pipeline.unread import unread
 from stepdistill.recipe.section import Guidance
-from stepdistill.sampling.image_grid import image_grid
 
 STEPS = (1, 2, 4)
 VOCABULARY = "vocabulary.txt"
 """Beside a teacher's model_index.json: the words of the prompts that it was trained with, one a line."""
-SHOWN_PIXELS = 256
+FEW = (1, 2, 3, 4, 6, 8)
+"""Steps that a student may be asked for, where its scheduler takes them."""
+MOST_STEPS, MOST_GUIDANCE = 100, 20.0
+"""Of a teacher."""
+UNGUIDED = ("embedded", "none")
+"""Kinds of guidance without a second pass that could be weighed."""
 SHOWN_WORDS = 12
 MANY = 24
 
@@ -56,17 +58,54 @@ class Demo:
         facts: the student's, from its export.
         classes: names by number; empty for a pipeline of prompts.
         words: what its prompts may be made of; empty where nobody has written it down.
+        few: steps that the student can take: more than those of ``samplers``.
     """
 
     samplers: tuple[Sampler, ...]
     facts: ExportFacts
     classes: tuple[str, ...] = ()
     words: frozenset[str] = frozenset()
+    few: tuple[int, ...] = ()
 
     @property
     def input_kind(self) -> str:
         """The kind of its input: "prompt", "class", or "" for an unconditional pipeline."""
         return {"prompt": "prompt", "class_labels": "class"}.get(self.samplers[0].trace.entry, "")
+
+    @property
+    def guidance(self) -> float | None:
+        """The teacher's scale, which can be chosen; None where it guides with no second pass.
+
+        A student's is in its weights.
+        """
+        teacher = self.samplers[0]
+        return None if teacher.trace.guidance.kind in UNGUIDED else teacher.guidance
+
+    def with_settings(self, steps: int, guidance: float | None = None, few: Sequence[int] = ()) -> "Demo":
+        """The same pair with other steps and another guidance.
+
+        Args:
+            steps: of the teacher.
+            guidance: of the teacher; None: as it is. Ignored where the teacher has none.
+            few: of the student, a picture each; none: as they are.
+
+        Raises:
+            InputError: a number is outside of what the scheduler takes.
+        """
+        teacher, *students = self.samplers
+        if not 1 <= steps <= MOST_STEPS:
+            raise InputError(f"The teacher's steps: expected 1 to {MOST_STEPS}, found {steps}.")
+        if not can_run(teacher.trace, steps):
+            raise InputError(f"The teacher's steps: its scheduler does not take {steps}.")
+        if wrong := sorted(set(few) - set(self.few)):
+            raise InputError(f"The student's steps: expected {', '.join(map(str, self.few))}, found {wrong[0]}.")
+        teacher = replace(teacher, steps=steps)
+        if guidance is not None and self.guidance is not None:
+            if not 0 <= guidance <= MOST_GUIDANCE:
+                raise InputError(f"The teacher's guidance: expected 0 to {MOST_GUIDANCE:g}, found {guidance:g}.")
+            teacher = replace(teacher, guidance=guidance)
+        drawn = [replace(students[0], steps=count) for count in sorted(set(few))] if few else students
+        return replace(self, samplers=(teacher, *drawn))
 
     @property
     def title(self) -> str:
@@ -163,15 +202,17 @@ def load_demo(student: str | Path, teacher: str | Path | None = None, size: Size
         raise InputError(f"demo: expected the teacher of {student}, found {place}, which draws something else")
     if size is not None:
         original, distilled = at_size(original, size), at_size(distilled, size)
-    w = 1.0 if original.guidance.kind in ("embedded", "none") else facts.guidance
-    samplers = [Sampler(Path(place).name, "teacher", original, "", (), TEACHER_STEPS, w)]
-    for steps in sorted({*STEPS, facts.steps}):
-        if steps == facts.steps or can_run(distilled, steps):
-            samplers.append(Sampler(export.label, "student", distilled, "", (), steps, 1.0))
     device = best_device()
     for traced in (original, distilled):
         traced.pipeline.to(device)
-    demo = Demo(tuple(samplers), facts, class_names(original), vocabulary(source(place), export.pipeline))
+    w = 1.0 if original.guidance.kind in UNGUIDED else facts.guidance
+    samplers = [Sampler(Path(place).name, "teacher", original, "", (), TEACHER_STEPS, w)]
+    few = [steps for steps in sorted({*FEW, facts.steps}) if steps == facts.steps or can_run(distilled, steps)]
+    for steps in few:
+        if steps in (*STEPS, facts.steps):
+            samplers.append(Sampler(export.label, "student", distilled, "", (), steps, 1.0))
+    words = vocabulary(source(place), export.pipeline)
+    demo = Demo(tuple(samplers), facts, class_names(original), words, tuple(few))
     for _ in demo.draw("" if demo.input_kind == "prompt" else 0, 0):
         pass  # the first pictures take longer than all others
     return demo
@@ -186,37 +227,3 @@ def vocabulary(*folders: str | Path) -> frozenset[str]:
 def words_of(text: str) -> list[str]:
     """The words of a prompt in lower case."""
     return re.findall(r"\w+(?:'\w+)*", text.lower().replace("’", "'"))
-
-
-def strip_html(demo: Demo, drawn: Sequence[Drawn | None], title: str = "", hint: str = "", busy: bool = False) -> str:
-    """The pictures side by side as HTML, each with its steps, passes and seconds, under ``title`` and the hint.
-
-    Args:
-        busy: whether more pictures are to come.
-    """
-    heading = f'<p class="hint">{html.escape(hint)}</p>' if hint else ""
-    heading += f'<p class="title">{html.escape(title)}</p>' if title else ""
-    figures = "".join(_figure(sampler, one, drawn[0]) for sampler, one in zip(demo.samplers, drawn, strict=True))
-    return f'{heading}<div class="shelf{" busy" if busy else ""}">{figures}</div>'
-
-
-def _figure(sampler: Sampler, drawn: Drawn | None, teacher: Drawn | None) -> str:
-    cost, picture = f"{sampler.steps} step{'s' if sampler.steps > 1 else ''}", ""
-    if drawn is not None:
-        height, width = drawn.image.shape[1:]
-        # Whole multiples, so that every pixel is a square of one size.
-        factor = max(1, SHOWN_PIXELS // max(height, width))
-        size = f'width="{factor * width}" height="{factor * height}" class="{"enlarged" if factor > 1 else "whole"}"'
-        uri = png_data_uri(image_grid(drawn.image[None], 1))
-        picture = f'<img src="{uri}" alt="{sampler.role}, {cost}" {size}>'
-        cost += f" · {drawn.nfe} network pass{'' if drawn.nfe == 1 else 'es'} · {drawn.seconds:.2f} s"
-        if teacher is not None and drawn is not teacher:
-            cost += (
-                f"<br>{_times(teacher.seconds / drawn.seconds)} faster, {_times(teacher.nfe / drawn.nfe)} fewer passes"
-            )
-    caption = f"<b>{sampler.role.capitalize()}</b><br>{cost}"
-    return f'<figure><div class="frame">{picture}</div><figcaption>{caption}</figcaption></figure>'
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.1f}×"

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stepdistill.demo.content import Demo, load_demo, strip_html
+from stepdistill.demo.content import MOST_GUIDANCE, MOST_STEPS, Demo, load_demo
+from stepdistill.demo.shown import answers, strip_html
 from stepdistill.demo.watching import check_run, watch_html
 from stepdistill.errors import InputError
 from stepdistill.pipeline.sizes import Size
@@ -31,6 +32,7 @@ STYLE = """
 .shelf figcaption {padding: 8px 2px; font-size: 14px; line-height: 1.5; font-variant-numeric: tabular-nums}
 .shelf.busy .frame:empty {animation: waiting 1s ease-in-out infinite alternate}
 @keyframes waiting {from {opacity: 1} to {opacity: 0.4}}
+.save {text-align: center; margin: 4px 0 12px}
 .hint {border-left: 3px solid #b45309; padding: 8px 12px; margin: 0 0 12px; font-size: 14px;
   background: var(--background-fill-secondary)}
 @media (max-width: 640px) {
@@ -47,20 +49,11 @@ STYLE = """
 
 
 def page(demo: Demo) -> gradio.Blocks:
-    """The page: words, a seed, a button, and the pictures that appear as they are done."""
-    nothing = [None] * len(demo.samplers)
+    """The page: words, a seed, a button, settings, and the pictures that appear as they are done."""
+    teacher, *students = demo.samplers
 
-    def drawn(text: str, seed: float | None) -> Iterator[str]:
-        entry, hint = demo.read(text)
-        if entry is None:
-            yield strip_html(demo, nothing, hint=hint)
-            return
-        seed = int(seed or 0)
-        words = demo.classes[entry] if isinstance(entry, int) and demo.classes else text
-        title = f"{words}, seed {seed}" if words else f"seed {seed}"
-        yield strip_html(demo, nothing, title, hint, busy=True)
-        for pictures in demo.draw(entry, seed):
-            yield strip_html(demo, pictures, title, hint, busy=None in pictures)
+    def drawn(*settings: Any) -> Iterator[str]:
+        yield from answers(demo, *settings)
 
     with gradio.Blocks(title="stepdistill", analytics_enabled=False, fill_width=True) as blocks:
         gradio.Markdown(f"## stepdistill\n{demo.title}. All pictures start from the same noise. {demo.about}")
@@ -75,15 +68,29 @@ def page(demo: Demo) -> gradio.Blocks:
             seed = gradio.Number(value=0, minimum=0, precision=0, label="Seed", scale=1)
             go = gradio.Button("Draw", variant="primary", scale=1, elem_classes="press")
             another = gradio.Button("Another seed", scale=1, elem_classes="press")
+        with gradio.Accordion("Settings", open=False), gradio.Row():
+            steps = gradio.Slider(1, MOST_STEPS, teacher.steps, step=1, label="Teacher's steps")
+            guidance = gradio.Slider(
+                *(0, max(MOST_GUIDANCE, demo.guidance or 0), demo.guidance or 0),
+                step=0.1,
+                label="Teacher's guidance (the student's is in its weights)",
+                visible=demo.guidance is not None,
+            )
+            few = gradio.CheckboxGroup(
+                [str(count) for count in demo.few],
+                value=[str(one.steps) for one in students],
+                label="Student's steps, a picture each",
+                visible=len(demo.few) > 1,
+            )
         examples = gradio.Dataset(
             components=[text],
             samples=[[one] for one in demo.examples],
             label="Known classes" if demo.classes else "Prompts of its training",
             visible=bool(demo.examples),
         )
-        pictures = gradio.HTML(strip_html(demo, nothing))
+        pictures = gradio.HTML(strip_html(demo, [None] * len(demo.samplers)))
         # One at a time: all of them run the same networks.
-        work: dict[str, Any] = {"fn": drawn, "inputs": [text, seed], "outputs": pictures}
+        work: dict[str, Any] = {"fn": drawn, "inputs": [text, seed, steps, guidance, few], "outputs": pictures}
         work |= {"concurrency_id": "draw", "concurrency_limit": 1, "show_progress": "hidden"}
         work |= {"trigger_mode": "always_last"}  # the latest request while busy runs next
         gradio.on([text.submit, seed.submit, go.click, blocks.load], **work)

@@ -1,7 +1,10 @@
 """The demo: what may be typed, what is drawn beside what, what the page says; gradio's part where it is installed."""
 
+import base64
 import functools
+import io
 import json
+import re
 import socket
 import sys
 import urllib.request
@@ -16,7 +19,8 @@ from PIL import Image
 
 from pipeline.tiny import CLASSES, save_dit, tiny_dit, tiny_sd
 from stepdistill import assets, cli
-from stepdistill.demo.content import VOCABULARY, Demo, Drawn, load_demo, strip_html, words_of
+from stepdistill.demo.content import VOCABULARY, Demo, Drawn, load_demo, words_of
+from stepdistill.demo.shown import answers, sheet, strip_html
 from stepdistill.demo.watching import check_run, watch_html
 from stepdistill.errors import InputError
 from stepdistill.eval.bench.drawing import Sampler, draw
@@ -179,6 +183,51 @@ def test_the_page_says_what_it_shows(classes):
     assert "busy" in shown and "busy" not in strip_html(classes, drawn) and "hint" not in strip_html(classes, drawn)
 
 
+def test_steps_guidance_and_seed_are_chosen_where_they_mean_something(classes, prompts):
+    assert (classes.few, classes.guidance, prompts.few, prompts.guidance) == ((1, 2), 1.5, (1, 2, 3, 4, 6, 8), 2.0)
+    chosen = classes.with_settings(2, 4.0, [2])
+    assert [(one.steps, one.guidance, one.nfe) for one in chosen.samplers] == [(2, 4.0, 4), (2, 1.0, 2)]
+    assert [one.steps for one in prompts.with_settings(5, None, [6, 3]).samplers] == [5, 3, 6]
+    teacher, student = (
+        [list(one.draw(8, 0))[-1][k].image for one in (chosen, classes.with_settings(2))] for k in (0, -1)
+    )
+    assert not torch.equal(*teacher) and torch.equal(*student)  # guidance is the teacher's alone
+    alone = replace(classes.samplers[0].trace, guidance=replace(classes.samplers[0].trace.guidance, kind="none"))
+    unguided = replace(classes, samplers=(replace(classes.samplers[0], trace=alone, guidance=1.0), classes.samplers[1]))
+    assert unguided.guidance is None and unguided.with_settings(2, 4.0).samplers[0].guidance == 1
+    for settings, said in (
+        ((0,), "expected 1 to 100, found 0"),
+        ((2, -1.0), "found -1"),
+        ((2, 1.0, [3]), "expected 1, 2, found 3"),
+    ):
+        with pytest.raises(InputError, match=said):
+            classes.with_settings(*settings)
+    (shown,) = answers(classes, "Bag", 0, 101)
+    assert "found 101" in shown and "<img" not in shown
+    *_, last = answers(classes, " bag ", None, None, 4.0, ["2"])
+    assert ">Bag, seed 0<" in last and last.count("<img") == 2 and "guidance 4<" in last
+
+
+def test_a_comparison_is_saved_as_one_picture(classes):
+    pair = classes.with_settings(3, 1.5, [2])
+    colours = [torch.full((3, 100, 80), value, dtype=torch.uint8) for value in (200, 50)]
+    drawn = [Drawn(colours[0], 6, 2.5), Drawn(colours[1], 2, 0.5)]
+    page = sheet(pair, drawn, "Bag, seed 3")
+    assert page.width == 16 + 2 * (256 + 16)
+    assert [page.getpixel((x, 16 + y)) for x, y in ((16, 0), (175, 199), (288, 0), (447, 199))] == [
+        *[(200, 200, 200)] * 2,
+        *[(50, 50, 50)] * 2,
+    ]
+    written = page.crop((0, 16 + 200, page.width, page.height)).convert("L")
+    assert written.getextrema()[0] < 60 and page != sheet(pair, drawn, "Bag, seed 4")
+    longer = sheet(pair, drawn, "a word " * 40)
+    assert longer.width == page.width and longer.height > page.height
+    whole, part = strip_html(pair, drawn, "A <b>, seed 3"), strip_html(pair, [None, drawn[1]], "A", busy=True)
+    assert "Save comparison" not in part and 'download="a-b-seed-3.png">Save comparison</a>' in whole
+    coded = re.search(r'href="data:image/png;base64,([^"]+)"', whole)[1]
+    assert Image.open(io.BytesIO(base64.b64decode(coded))).size == page.size
+
+
 def test_a_run_is_watched_from_what_it_has_written(tmp_path):
     run = tmp_path / "shoes"
     with pytest.raises(InputError, match="expected a run folder"):
@@ -230,9 +279,9 @@ def test_the_page_in_gradio_asks_nobody_else(classes, monkeypatch):
         served = urllib.request.urlopen(url).read().decode() + urllib.request.urlopen(f"{url}theme.css").read().decode()
         assert "fonts.googleapis" not in served and "system-ui" in served
         client = gradio_client.Client(url, verbose=False)
-        last = client.predict("bagg", 0, fn_index=0)
+        last = client.predict("bagg", 0, 2, 1.5, ["1"], fn_index=0)
         assert "Did you mean Bag?" in last
-        assert client.predict("Bag", 0, fn_index=0).count("<img") == 3
+        assert client.predict("Bag", 0, 2, 4.0, ["2"], fn_index=0).count("<img") == 2
         with pytest.raises(InputError, match=r"--port: expected a free port, found \d+ taken"):
             launch(page(classes), int(url.rstrip("/").rpartition(":")[2]))
     finally:
