@@ -87,7 +87,8 @@ def _teachers() -> Finding:
 
 def _recipes() -> Finding:
     names = assets.recipes()
-    return Finding("recipes", bool(names), ", ".join(names) or "none", "" if names else "reinstall stepdistill")
+    found = f"{len(names)} (stepdistill recipes)" if names else "none"
+    return Finding("recipes", bool(names), found, "" if names else "reinstall stepdistill")
 
 
 def _fashion_mnist() -> Finding:
