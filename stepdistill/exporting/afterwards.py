@@ -35,8 +35,7 @@ def afterwards(run: str | Path) -> str:
     ]
     if (run_logs := folder.path / "tensorboard").is_dir():
         commands.append((f"tensorboard --logdir {shlex.quote(str(run_logs))}", "curves and previews"))
-    width = max(len(command) for command, _ in commands)
-    paragraphs.append("Next:\n\n" + "\n".join(f"    {command:{width}}  # {what}" for command, what in commands))
+    paragraphs.append("Next:\n\n" + "\n".join(f"    # {what}\n    {command}" for command, what in commands))
     return "\n\n".join(filter(None, paragraphs))
 
 

@@ -26,6 +26,7 @@ from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.conditioning import plain_conditions
 from stepdistill.pipeline.decode import decode, standing_in
 from stepdistill.pipeline.exports import further_loras
+from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.guiders import guided_at, guiders
 from stepdistill.pipeline.load import load_pipeline, source
 from stepdistill.pipeline.observe import forked_random, modules, patched
@@ -79,8 +80,9 @@ def check(draft: Path, out: Path, session: Session, form: str) -> float:
     """
     request, made = _request(draft, session, form == "lora"), []
     own = session.trace.denoiser_in(session.trace.pipeline)
-    for network in (own, session.method.roles.student.network):
-        network.to(session.device, precision(session))  # as the stock pipeline has it
+    with quiet():  # diffusers warns of each cast
+        for network in (own, session.method.roles.student.network):
+            network.to(session.device, precision(session))  # as the stock pipeline has it
     for size in sorted({0, len(session.sizes) - 1}):  # each is a call of the whole pipeline
         with session.at(size):
             made.append(_sampled(session))

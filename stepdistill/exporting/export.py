@@ -229,7 +229,8 @@ def _write_pipeline(session: Session, folder: Path, dtype: torch.dtype) -> None:
     networks = {name: network[name] if isinstance(network, Experts) else network for name in components}
     for name, one in networks.items():
         # A copy: a buffer that is not stored is not to be rounded in what it is compared with.
-        setattr(pipeline, name, one if dtype == torch.float32 else copy.deepcopy(one).to(dtype))
+        with quiet():
+            setattr(pipeline, name, one if dtype == torch.float32 else copy.deepcopy(one).to(dtype))
     if adapter is not None:
         pipeline.unload_ip_adapter()
     save_student(pipeline, components, folder)

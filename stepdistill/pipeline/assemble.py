@@ -66,9 +66,10 @@ def write_assembled(teacher: Teacher, base: Path, out: Path) -> str:
         pipeline = load_folder(teacher.pipeline, base, teacher.variant)
     if teacher.vae is not None:
         pipeline.register_modules(vae=_autoencoder(pipeline, teacher.vae, base))
-    for network in pipeline.components.values():
-        if isinstance(network, nn.Module):
-            network.to(_dtype(network))
+    with quiet():  # diffusers warns of each cast
+        for network in pipeline.components.values():
+            if isinstance(network, nn.Module):
+                network.to(_dtype(network))
     for number, lora in enumerate(teacher.loras):
         fuse_lora(pipeline, lora, f"teacher.loras.{number}")
     for number, embedding in enumerate(teacher.embeddings):

@@ -13,6 +13,7 @@ follows from the recipe, the scheduler's table and the networks' shapes, so it i
 
 import itertools
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,6 +53,8 @@ REACH = 0.01
 FACTOR = 4.0
 """Speeds and numbers of samples within this factor of the published run's bring no warning."""
 PASSES = 50
+WIDTH = 80
+"""Columns of the table for people."""
 
 
 @dataclass(frozen=True)
@@ -266,16 +269,24 @@ def rehearse(recipe: Recipe, method: DistillMethod, kind: Kind, conditions: int)
 
 
 def as_text(checks: Sequence[Check]) -> str:
-    """The table for people; a remedy stands below its line."""
-    rows = [(check.name, check.verdict, check.value, check.published) for check in checks]
-    head = ("check", "verdict", "this run", "published" if any(check.published for check in checks) else "")
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(3)]
-    lines = []
-    for row, remedy in zip((head, *rows), ("", *(check.remedy for check in checks)), strict=True):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        lines.append("  ".join([*cells, row[3]]).rstrip())
-        if remedy:
-            lines.append(f"{'':{widths[0]}}  -> {remedy}")
+    """The table for people, in 80 columns; what the published run has and a remedy stand below their line."""
+    wide, verdict = max(len(check.name) for check in checks), len("verdict")
+    lines, left = [f"{'check':{wide}}  verdict  this run"], wide + verdict + 4
+    for check in checks:
+        start = f"{check.name:{wide}}  {check.verdict:{verdict}}  "
+        below = (f"published: {check.published}" if check.published else "", check.remedy and f"-> {check.remedy}")
+        for number, text in enumerate((check.value, *filter(None, below))):
+            first = start if not number else " " * left
+            lines.append(
+                textwrap.fill(
+                    text,
+                    WIDTH,
+                    initial_indent=first,
+                    subsequent_indent=" " * (left + 3 * (number > 0)),
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+            )
     return "\n".join(lines)
 
 

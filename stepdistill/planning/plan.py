@@ -133,7 +133,7 @@ def plan(
         )
         for name, (parameters, size) in weights.items()
     ]
-    lines.append(Line("conditions and images of a batch", weights=store.batch(recipe.train.batch_size)))
+    lines.append(Line("data of a batch", weights=store.batch(recipe.train.batch_size)))
     fixed = sum(line.weights + line.optimizer + line.average for line in lines)
     made = trajectories(recipe, drawn, method, known)
     solving = made.activations + sum(weights[name][1] for name in ("teacher", AUTOENCODER)) if made.count else 0
@@ -294,13 +294,13 @@ def audit_text(first: Plan, gpu: float | None) -> str:
 
 
 def as_text(first: Plan, changes: Sequence[Change], gpu: float | None) -> str:
-    """The memory by role, the peak, and the proposals, for people; GiB."""
+    """The memory by role, the peak, and the proposals, for people; GiB, and millions of parameters."""
     columns = ("weights", "gradients", "optimizer", "average", "activations")
     width = max(len(line.name) for line in first.lines)
-    rows = [f"{'GiB':{width}} {'parameters':>12} " + " ".join(f"{name:>11}" for name in columns)]
+    rows = [f"{'GiB':{width}}  {'millions':>8} " + " ".join(f"{name:>8}" for name in columns)]
     for line in first.lines:
-        sizes = " ".join(f"{getattr(line, name) / GIB:11.3f}" for name in columns)
-        rows.append(f"{line.name:{width}} {line.parameters / 1e6:10.2f} M {sizes}")
+        sizes = " ".join(f"{getattr(line, name) / GIB:{max(8, len(name))}.3f}" for name in columns)
+        rows.append(f"{line.name:{width}}  {line.parameters / 1e6:8.2f} {sizes}")
     last = changes[-1].plan if changes else first
     phases = {ENCODERS: "while conditions are encoded", TRAJECTORIES: "while the teacher makes its trajectories"}
     when = phases.get(first.player, f"in the turn of the {first.player}")
@@ -308,17 +308,19 @@ def as_text(first: Plan, changes: Sequence[Change], gpu: float | None) -> str:
         size = f"{first.encoders.parameters / 1e6:.2f} M parameters, {first.encoders.weights / GIB:.3f} GiB"
         rows.append(f"encoders: {size}, released once the conditions are encoded")
     held = f"{first.host / GIB:.3f} GiB in the host's memory at a time"
-    rows.append(f"stored conditions and images: {first.stored / GIB:.3f} GiB on disk, {held}")
+    rows.append(f"stored data: {first.stored / GIB:.3f} GiB on disk, {held}")
     if first.offloaded:
         rows.append(f"{first.offloaded / GIB:.3f} GiB of the frozen backbone in the host's memory")
     if first.trajectories.count:
         rows.append(first.trajectories.as_text())
     rows += ["", f"peak {first.peak / GIB:.2f} GiB, {when}"]
     if gpu is not None:
-        rows[-1] += f"; {_verdict(first, gpu)}"
         rows += [
-            f"  {change.key}={yaml_lines.scalar(change.value)}: {change.plan.peak / GIB:.2f} GiB; {change.effect}"
-            for change in changes
+            _verdict(first, gpu),
+            *(
+                f"  {change.key}={yaml_lines.scalar(change.value)}: {change.plan.peak / GIB:.2f} GiB; {change.effect}"
+                for change in changes
+            ),
         ]
         if changes:
             rows.append(f"with these {_verdict(last, gpu)}")

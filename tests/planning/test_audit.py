@@ -105,8 +105,10 @@ def test_the_audit_is_printed_with_the_plan(tmp_path, capsys):
     assert said == ["5.0e-05", "410 k in batches of 128"] and "of |W|" in checks["student speed"]["value"]
     assert checks["time"]["numbers"]["hours"] == pytest.approx(20 * 9 / 3600)
     assert {"memory: encoding", "memory: training", "memory: export (host)"} <= checks.keys()
-    text = " ".join(audit.as_text([audit.Check(**check) for check in checks.values()]).split())
-    assert "timesteps 999, 749, 499, 249 999, 749, 499, 249" in text and "-> 1/12800 of the published run's" in text
+    table = audit.as_text([audit.Check(**check) for check in checks.values()])
+    text = " ".join(table.split())
+    assert "timesteps 999, 749, 499, 249 published: 999, 749, 499, 249" in text
+    assert "-> 1/12800 of the published run's" in text and max(map(len, table.splitlines())) <= 80
 
 
 @pytest.fixture(scope="module")

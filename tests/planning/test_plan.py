@@ -90,7 +90,7 @@ def test_a_line_for_every_role(teacher):
     found = plan.plan(recipe_of(teacher, "full"))
     lines = {line.name: line for line in found.lines}
     teacher_line, student, critic = lines["teacher"], lines["student"], lines["critic"]
-    assert list(lines) == ["teacher", "student", "critic", "autoencoder and others", "conditions and images of a batch"]
+    assert list(lines) == ["teacher", "student", "critic", "autoencoder and others", "data of a batch"]
     assert student.parameters == critic.parameters == teacher_line.parameters > 100_000
     assert 4 * student.parameters == student.gradients == student.average == student.optimizer // 2
     assert 0 < student.weights - student.gradients < 50_000  # the table of positions is no parameter
