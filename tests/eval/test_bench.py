@@ -103,9 +103,10 @@ def test_a_run_gives_students_teacher_solvers_and_a_verdict(folders, measured, t
             "fd_classifier", "kid_classifier", "precision", "recall", "accuracy", "diversity_classifier",
         )  # fmt: skip
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    # Four conditions side by side; two plots; pictures of teacher, solver and both students, the worst of the students,
-    # and the training.
-    assert page.count("<figure>") == 4 + 2 + 4 + 2 + 1 and "losses, gradient norms" in page
+    # Four conditions side by side and under the slider; two plots; pictures of teacher, solver and both students, the
+    # worst of the students, and the training.
+    assert page.count('<figure data-pair="1 0 ') == 4 and 'class="slider"' in page
+    assert page.count("<figure>") == 2 + 4 + 2 + 1 and "losses, gradient norms" in page
     assert page.count("least like their classes</figcaption>") == 2 and "NFE 2 · FD-classifier@20" in page
     assert said[0] == (f"teacher w=2, {TEACHER_STEPS} steps", 20, 20)
 
