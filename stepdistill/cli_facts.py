@@ -279,4 +279,6 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {part}" for key, part in value.items())
         print(f"{name:{width}}  {'-' if value is None else value}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import stepdistill
 from stepdistill import assets
+from stepdistill.progress import counted
 
 _REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic", "numpy")
 _EXTRAS = {
@@ -56,7 +57,9 @@ def _devices() -> list[Finding]:
 
     from stepdistill.diffusion.devices import has_float64, torch_of
 
-    findings = [Finding("cpu", True, f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use by torch")]
+    findings = [
+        Finding("cpu", True, f"{os.cpu_count()} cores, {counted(torch.get_num_threads(), 'thread')} in use by torch")
+    ]
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is None:
         advice = "not needed for the quickstart; a GPU's build of torch and a driver are needed for larger teachers"

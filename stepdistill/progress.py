@@ -99,6 +99,11 @@ class _Bar(Progress):
             yield Text(self.signals, style="dim")
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 T = TypeVar("T", bound="_Line")
 
 

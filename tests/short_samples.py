@@ -7,7 +7,7 @@ true_samples.
 
 import pytest
 
-from stepdistill.eval.protocol import load_protocol
+from stepdistill.eval.protocol import Protocol, load_protocol
 from stepdistill.training import previews, run_samples, selfcheck
 
 SHORT = {
@@ -26,11 +26,14 @@ def shorten() -> None:
 
 def short_report(patch: pytest.MonkeyPatch) -> None:
     """The report at the end of a run, with a teacher of two steps and few further samples."""
-    full = load_protocol("teacher-enet-v1")
-    few = {
-        "teacher": full.teacher.model_copy(update={"steps": 2}),
-        "diversity": full.diversity.model_copy(update={"prompts": 2, "images": 2}),
-    }
-    patch.setattr("stepdistill.eval.bench.rows.load_protocol", lambda _: full.model_copy(update=few))
+
+    def shortened(name: str) -> Protocol:
+        full = load_protocol(name)
+        few = {"teacher": full.teacher.model_copy(update={"steps": 2})}
+        if full.diversity:
+            few["diversity"] = full.diversity.model_copy(update={"prompts": 2, "images": 2})
+        return full.model_copy(update=few)
+
+    patch.setattr("stepdistill.eval.bench.rows.load_protocol", shortened)
     patch.setattr("stepdistill.sampling.cost.REPEATS", 1)
     patch.setattr("stepdistill.eval.measure.standard_error", lambda *_, **__: 0.5)

@@ -83,7 +83,8 @@ def test_inspect(teacher: Path, capsys: pytest.CaptureFixture) -> None:
     assert set(facts) == INSPECT_KEYS
     assert facts["pipeline"] == "DiTPipeline" and facts["self_test_error"] < 1e-5
     assert cli.run(["inspect", str(teacher)]) == 0
-    assert "DiTTransformer2DModel" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "DiTTransformer2DModel" in shown and "argument timestep, scale 1.0" in shown and "{" not in shown
     assert cli.run(["inspect", str(teacher), "--argument", "heigth=8"]) == 2
     assert "takes no argument 'heigth'" in capsys.readouterr().err
 

@@ -36,6 +36,7 @@ from stepdistill.pipeline.load import as_teacher
 from stepdistill.pipeline.open import open_teacher
 from stepdistill.pipeline.trace import Trace
 from stepdistill.pipeline.variants import with_rule
+from stepdistill.progress import counted
 from stepdistill.recipe.section import Guidance
 
 REPEAT_OFFSET = 10**8
@@ -172,7 +173,7 @@ class Samples:
         def make(indices: range) -> dict[str, Tensor]:
             return {"images": draw(sampler, indices, indices.start, seed=self.seed, batch=batch)}
 
-        return self.fill(shards, make, f"{sampler.name}, {sampler.steps} steps")
+        return self.fill(shards, make, f"{sampler.name}, {counted(sampler.steps, 'step')}")
 
     def repeats(self, sampler: Sampler) -> Shards:
         """Further samples: the first prompts, several images each, on noise of their own."""
@@ -183,7 +184,7 @@ class Samples:
             first = REPEAT_OFFSET + indices.start
             return {"images": draw(sampler, numbers, first, seed=self.seed, batch=self.batch)}
 
-        return self.fill(shards, make, f"{sampler.name}, {sampler.steps} steps: repeats")
+        return self.fill(shards, make, f"{sampler.name}, {counted(sampler.steps, 'step')}: repeats")
 
     def repeat_shards(self, sampler: Sampler) -> Shards:
         """Where :meth:`repeats` lie."""

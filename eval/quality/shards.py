@@ -96,6 +96,8 @@ class Shards(Blocks):
             path = self.path(indices)
             if path.is_file():
                 continue
+            if progress and not done:
+                progress(indices.start, self.count)  # before the first, which may take minutes
             tensors = {name: value.contiguous().cpu() for name, value in make(indices).items()}
             self.folder.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(f".{os.getpid()}.partial")
