@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -249,7 +250,7 @@ def doctor(as_json: AsJson = False) -> None:
     for row in rows:
         print(f"{'ok' if row['ok'] else '--'}  {row['name']:33} {row['found']}")
         if row["advice"]:
-            print(f"{'':37} {row['advice']}")
+            print(textwrap.indent(textwrap.fill(row["advice"], 42, break_on_hyphens=False), " " * 38))
 
 
 def _age(seconds: float) -> str:

@@ -35,8 +35,8 @@ def quiet() -> None:
 
 
 def say(message: str) -> None:
-    """One line on stderr."""
-    _console.print(message, markup=False, soft_wrap=True)
+    """One line on stderr; on a terminal it is broken between words."""
+    _console.print(message, markup=False, soft_wrap=not _console.is_terminal)
 
 
 def phase(doing: str) -> None:

@@ -39,6 +39,11 @@ def test_step_bar_and_time_left_fit_80_columns_above_all_signals(terminal: io.St
     assert "drift mean 0.00123 std -0.0456" in text
 
 
+def test_long_lines_break_between_words_on_a_terminal(terminal: io.StringIO) -> None:
+    progress.say("word " * 17)
+    assert [line.split() for line in terminal.getvalue().splitlines()] == [["word"] * 16, ["word"]]
+
+
 def test_a_long_name_gives_way_to_count_and_time(terminal: io.StringIO) -> None:
     with progress.WorkProgress() as work:
         work("samples of a pipeline whose name is far too long for a terminal of eighty columns", 5, 10)

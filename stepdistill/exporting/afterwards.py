@@ -3,6 +3,7 @@
 import base64
 import html
 import shlex
+import textwrap
 from pathlib import Path
 
 from stepdistill.errors import InputError
@@ -12,6 +13,9 @@ from stepdistill.exporting.card import PLACE, TEACHER
 from stepdistill.files import read_json, read_text
 from stepdistill.pipeline.exports import FACTS
 from stepdistill.training.layout import RunFolder
+
+WIDTH = 80
+"""Columns of the text."""
 
 
 def afterwards(run: str | Path) -> str:
@@ -24,7 +28,7 @@ def afterwards(run: str | Path) -> str:
     if not (folder.export / FACTS).is_file():
         return ""
     steps = int(read_json(folder.export / FACTS)["steps"])
-    paragraphs = [" ".join(_summary(folder))]
+    paragraphs = [textwrap.fill(" ".join(_summary(folder)), WIDTH)]
     if code := snippet(folder.export):
         paragraphs.append("In Python:\n\n" + "\n".join(f"    {line}".rstrip() for line in code))
     name = shlex.quote(str(run))
