@@ -40,6 +40,7 @@ class CallSpec:
         timestep_scale: network's timestep = scale * scheduler's timestep + offset.
         timestep_offset: the offset in it.
         timestep_dtype: what the network is handed; integer types are rounded to.
+        times: further arguments that are told the same time at every call.
         output: how the raw output becomes the prediction (the first half of the channels where the
             second is a learned variance).
         constants: arguments that are neither sample, time nor condition (img_ids, return_dict=False, ...),
@@ -57,7 +58,8 @@ class CallSpec:
         appended: where the sample argument is x_t and more after it (an inpainting network's mask and masked image):
             the axis, and x_t's length along it. What comes after is a condition, named :attr:`extra`; of an output
             that is as long (a reference picture's tokens after x_t's) what comes after is left off.
-        keeps_norm: guided outputs are scaled back to the conditional ones' norm along the last axis.
+        keeps_norm: the axis along which guided outputs are scaled back to the conditional ones' norm; 0, that of the
+            batch, says that they are not.
         rule: what guidance is besides uncond + w (cond - uncond).
         experts: when each is called, from the noise end to the clean end, where several networks take turns.
         mix: (a, b) of each unconditional pass, the first of which is the null condition, where there are several: the
@@ -69,6 +71,7 @@ class CallSpec:
     timestep_scale: float = 1.0
     timestep_offset: float = 0.0
     timestep_dtype: torch.dtype = torch.float32
+    times: frozenset[str] = frozenset()
     output: Output = "identity"
     constants: Mapping[str, Any] = field(default_factory=dict)
     expanded: frozenset[str] = frozenset()
@@ -79,7 +82,7 @@ class CallSpec:
     masks: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
     helpers: tuple["Helper", ...] = ()
     appended: tuple[int, int] | None = None
-    keeps_norm: bool = False
+    keeps_norm: int = 0
     rule: Rule = field(default_factory=Rule)
     experts: Mapping[str, Turn] = field(default_factory=dict)
     mix: tuple[tuple[float, float], ...] = ()
@@ -213,8 +216,8 @@ class Denoiser:
         self._placed: dict[tuple[torch.device, int], tuple[CallSpec, dict[str, Any]]] = {}
 
     @property
-    def keeps_norm(self) -> bool:
-        """Whether guidance leaves the conditional output's norm as it was, see :class:`CallSpec`."""
+    def keeps_norm(self) -> int:
+        """The axis along which guidance leaves the conditional output's norm as it was, see :class:`CallSpec`."""
         return self.spec.keeps_norm
 
     @property
@@ -315,7 +318,7 @@ class Denoiser:
             if name in spec.masks:
                 rows = [row[present] for row, present in zip(rows, flat.pop(spec.masks[name][0]), strict=True)]
             flat[name] = rows
-        flat[spec.timestep] = spec.network_timestep(self.schedule.timestep(t))
+        flat |= dict.fromkeys((spec.timestep, *spec.times), spec.network_timestep(self.schedule.timestep(t)))
         if r is not None:
             if not self.takes_r:
                 name = type(innermost(self.network)).__name__

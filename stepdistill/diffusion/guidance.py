@@ -58,7 +58,7 @@ class Pair:
         else:
             raw = guide(cond, uncond, self.scale, self._rule, self.cond.t)
         if self.denoiser.keeps_norm:
-            raw = with_norm_of(cond, raw)
+            raw = with_norm_of(cond, raw, self.denoiser.keeps_norm)
         return raw if self.share is None else torch.lerp(uncond, raw, per_sample(self.share, raw))
 
     @property
@@ -224,6 +224,6 @@ def rule_of(settings: Mapping[str, Any]) -> Rule:
     )
 
 
-def with_norm_of(conditional: Tensor, guided: Tensor) -> Tensor:
-    """The guided output (B, ...) scaled to the conditional one's norm along the last axis (Lumina 2, Qwen-Image)."""
-    return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+def with_norm_of(conditional: Tensor, guided: Tensor, axis: int) -> Tensor:
+    """The guided output (B, ...) scaled to the conditional one's norm along an axis (Lumina 2, Qwen-Image)."""
+    return guided * (conditional.norm(dim=axis, keepdim=True) / guided.norm(dim=axis, keepdim=True))

@@ -174,12 +174,13 @@ class FlowSchedule(Schedule):
     Args:
         shift: s of sampling grids, t = s u/(1 + (s - 1) u) of even u (Esser et al. 2024, eq. 23); not of the path.
         dynamic: whether the pipeline computes the shift from the size of the sample, and ``shift`` is that of one.
+        told: a shift that timesteps do not have: networks are told u where the path is at t, the shifted u (CogView4).
     """
 
     name = "flow"
 
-    def __init__(self, shift: float = 1.0, train_timesteps: int = 1000, dynamic: bool = False):
-        self.shift, self.train_timesteps, self.dynamic = shift, train_timesteps, dynamic
+    def __init__(self, shift: float = 1.0, train_timesteps: int = 1000, dynamic: bool = False, told: float = 1.0):
+        self.shift, self.train_timesteps, self.dynamic, self.told = shift, train_timesteps, dynamic, told
 
     def between(self, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
         low, high = (shifted(t.double(), 1 / self.shift) for t in (low, high))
@@ -189,10 +190,10 @@ class FlowSchedule(Schedule):
         return 1 - t.double(), t.double()
 
     def timestep(self, t: Tensor) -> Tensor:
-        return t.double() * self.train_timesteps
+        return shifted(t.double(), 1 / self.told) * self.train_timesteps
 
     def time(self, timestep: Tensor) -> Tensor:
-        return timestep.double() / self.train_timesteps
+        return shifted(timestep.double() / self.train_timesteps, self.told)
 
     def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps - x0
@@ -316,7 +317,9 @@ def from_scheduler(scheduler: Any, mu: float | None = None) -> tuple[Schedule, K
         dynamic = bool(config.get("use_dynamic_shifting"))
         if dynamic and mu is not None:
             shift = float(mu) if config.get("time_shift_type") == "linear" else math.exp(mu)
-        return FlowSchedule(shift, config.get("num_train_timesteps", 1000), dynamic), "flow"
+        steps = config.get("num_train_timesteps", 1000)
+        told = shift if _tells_unshifted(scheduler, shift, steps) else 1.0
+        return FlowSchedule(shift, steps, dynamic, told), "flow"
     edm = _tells_log_sigma(scheduler)
     if not edm and not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(
@@ -347,11 +350,25 @@ def from_scheduler(scheduler: Any, mu: float | None = None) -> tuple[Schedule, K
 
 def _tells_log_sigma(scheduler: Any) -> bool:
     """Whether timesteps are log(sigma)/4, as EDM tells its networks the noise."""
-    tables = (getattr(scheduler, name, None) for name in ("sigmas", "timesteps"))  # PNDM's are None until they are set
-    sigmas, timesteps = (torch.as_tensor(() if one is None else one).double() for one in tables)
+    sigmas, timesteps = _tables(scheduler)
     if not 0 < len(timesteps) <= len(sigmas) or sigmas[0] <= 0:
         return False
     return bool((timesteps[0] - sigmas[0].log() / 4).abs() < 1e-4)
+
+
+def _tells_unshifted(scheduler: Any, shift: float, steps: int) -> bool:
+    """Whether the shift is in the sigmas of the grid that was set, and not in its timesteps."""
+    sigmas, timesteps = _tables(scheduler)
+    sigmas, timesteps = sigmas[: len(timesteps)], timesteps / steps
+    if len(sigmas) < len(timesteps) or not len(sigmas) or torch.allclose(sigmas, timesteps, atol=1e-3):
+        return False
+    return torch.allclose(sigmas, shifted(timesteps, shift), atol=1e-4)
+
+
+def _tables(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """The sigmas and timesteps of a scheduler, empty where they are not set (PNDM's at first)."""
+    sigmas, timesteps = (getattr(scheduler, name, None) for name in ("sigmas", "timesteps"))
+    return tuple(torch.as_tensor(() if one is None else one).double().cpu() for one in (sigmas, timesteps))
 
 
 def _is_flow(scheduler: Any) -> bool:

@@ -7,7 +7,7 @@ those numbers has a batch dimension.
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -240,7 +240,16 @@ def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Modu
     name, scale, offset = best
     if not dtype_of_time.is_floating_point and _takes_fractions(network, off.steps[0].calls[0], name):
         dtype_of_time = torch.float32
-    return replace(spec, timestep=name, timestep_scale=scale, timestep_offset=offset, timestep_dtype=dtype_of_time)
+    calls = [call.arguments for step in steps for call in step.calls]
+    times = {other for other in calls[0] if other != name and all(_same_time(call, name, other) for call in calls)}
+    spec = replace(spec, timestep=name, timestep_scale=scale, timestep_offset=offset, timestep_dtype=dtype_of_time)
+    return replace(spec, times=frozenset(times))
+
+
+def _same_time(arguments: Mapping[str, Any], name: str, other: str) -> bool:
+    """Whether an argument is a tensor that is the same as the time's."""
+    value = arguments.get(other)
+    return isinstance(value, Tensor) and same(value, arguments[name])
 
 
 def _takes_fractions(network: nn.Module, call: Call, timestep: str) -> bool:
@@ -294,7 +303,7 @@ def guidance_rule(
         return (Guidance("embedded", scale=scale) if embedded else Guidance("none")), spec
     if (calls > 1 and batched) or passes_of(on, spec) != 2:
         raise TraceError("guidance", f"{calls} calls per step on {'repeated' if batched else 'single'} batches")
-    residuals: dict[tuple[bool, float, bool], float] = {}
+    residuals: dict[tuple[bool, float, int], float] = {}
     apart = 0.0
     for step in on.steps:
         raw = torch.cat([call.output for call in step.calls])
@@ -302,11 +311,11 @@ def guidance_rule(
         apart = max(apart, deviation(first, second))
         expected = step.model_output.double()
         for half in expected.chunk(len(expected) // on.count):
-            for rule in itertools.product((True, False), (0.0, 1.0), (False, True)):
+            for rule in itertools.product((True, False), (0.0, 1.0), (0, -1, *range(1, half.ndim - 1))):
                 cond_first, shift, keeps_norm = rule
                 cond, uncond = (first, second) if cond_first else (second, first)
                 combined = uncond + (scale + shift) * (cond - uncond)
-                combined = with_norm_of(cond, combined) if keeps_norm else combined
+                combined = with_norm_of(cond, combined, keeps_norm) if keeps_norm else combined
                 residuals[rule] = max(residuals.get(rule, 0.0), deviation(combined, half))
     limit = max(GUIDANCE_LIMIT, tolerance(on.steps[0].model_output.dtype))
     if apart * scale <= limit:

@@ -43,7 +43,7 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec) -> tuple[CallS
             "constants", f"guidance changes which arguments are passed: {sorted(first_off.keys() ^ first_on.keys())}"
         )
     fed = {name for helper in spec.helpers for name in helper.feeds}
-    rest = [name for name in first_off if name not in (spec.sample, spec.timestep) and name not in fed]
+    rest = [name for name in first_off if name not in (spec.sample, spec.timestep, *spec.times) and name not in fed]
     _check_steady(off, on, spec, rest)
     calls = [*off.steps[0].calls, *on.steps[0].calls]
     rows = [len(call.arguments[spec.sample]) for call in calls]
@@ -162,8 +162,9 @@ def _mask_of(name: str, values: dict[str, list[Any]]) -> tuple[str, torch.dtype]
         fits = (v is None or (isinstance(v, Tensor) and v.shape == s) for v, s in zip(others, shapes, strict=True))
         if other != name and given and all(fits):
             return other, given[0].dtype
+    seen = dict.fromkeys(str(list(value.shape[1:])) for value in values[name])
     raise TraceError(
         "conditioning",
-        f"the rows of '{name}' change shape with the prompt, {' and '.join(str(list(s[1:])) for s in shapes)}, and no "
+        f"the rows of '{name}' change shape with the prompt, {' and '.join(seen)}, and no "
         "argument is a mask of them; pad them to one length",
     )

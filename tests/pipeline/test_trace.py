@@ -236,17 +236,21 @@ def rescaled(cond, uncond, scale):
     return guided * (cond.std() / guided.std())
 
 
-def norm_kept(cond, uncond, scale):
-    guided = uncond + scale * (cond - uncond)
-    return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+def norm_kept(axis):
+    def rule(cond, uncond, scale):
+        guided = uncond + scale * (cond - uncond)
+        return guided * (cond.norm(dim=axis, keepdim=True) / guided.norm(dim=axis, keepdim=True))
+
+    return rule
 
 
 @pytest.mark.parametrize(
     ("rule", "shift", "keeps_norm"),
     [
-        (norm_kept, 0.0, True),
-        (lambda c, u, w: c + w * (c - u), 1.0, False),
-        (lambda c, u, w: u + w * (c - u), 0, False),
+        (norm_kept(-1), 0.0, -1),
+        (norm_kept(1), 0.0, 1),
+        (lambda c, u, w: c + w * (c - u), 1.0, 0),
+        (lambda c, u, w: u + w * (c - u), 0, 0),
     ],
 )
 def test_guidance_rules(rule, shift, keeps_norm):
