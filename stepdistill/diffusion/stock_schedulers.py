@@ -13,6 +13,9 @@ from stepdistill.diffusion.schedule import FlowSchedule, ScaledEDMSchedule, VPSc
 from stepdistill.errors import InputError
 
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr")
+LEARNED = ("learned", "learned_range")
+"""The variance_type of schedulers that take the network's variance beside its prediction."""
+
 _DYNAMIC = (
     "use_dynamic_shifting",
     "time_shift_type",
@@ -53,14 +56,31 @@ def vp_scheduler(kind: type, source: Any, schedule: VPSchedule, start: int | Non
     made = kind(**{name: config[name] for name in _BETAS if config.get(name) is not None}, **common)
     own = _same(made.alphas_cumprod, table)
     if own and start is None:
-        return made
+        return _answering(made, source)
     # CogVideoX and CogView3 shift their table's signal-to-noise ratio after it is made of betas.
     betas = made.betas if own else _betas(table)
     trained = betas[: None if start is None else start + 1].tolist()
     made = kind(trained_betas=trained, num_train_timesteps=len(trained), **common)
     if not _same(made.alphas_cumprod, table[: len(trained)]):
         raise InputError(f"schedule: no config of {kind.__name__} has the noise table of {type(source).__name__}")
+    return _answering(made, source)
+
+
+def _answering(made: Any, source: Any) -> Any:
+    """The scheduler with what a pipeline asks that of ``source``: DeepFloyd whether it takes a learned variance."""
+    if isinstance(kind := source.config.get("variance_type"), str) and "variance_type" not in made.config:
+        made.register_to_config(variance_type=kind)
     return made
+
+
+def of_the_mean(scheduler: Any) -> Any:
+    """The scheduler, or one like it that takes the mean alone where it takes the network's variance beside it.
+
+    A pipeline leaves off the variance then. Students are trained to predict the mean.
+    """
+    if getattr(scheduler, "config", {}).get("variance_type") not in LEARNED:
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, variance_type="fixed_small")
 
 
 def edm_scheduler(source: Any, schedule: ScaledEDMSchedule, steps: int) -> Any:

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from stepdistill import assets
 from stepdistill.diffusion.guidance import rule_text
 from stepdistill.files import read_text, write_text
-from stepdistill.pipeline.call import guidance_argument
+from stepdistill.pipeline.call import COUNTS, guidance_argument
 from stepdistill.pipeline.exports import ExportFacts, into, lora_files
 from stepdistill.pipeline.guiders import guiders
 from stepdistill.pipeline.ip_adapter import stock_arguments
@@ -159,7 +159,7 @@ def _call(facts: ExportFacts, trace: Trace) -> str:
     first = {
         "prompt": f"prompt={json.dumps(_example(facts), ensure_ascii=False)}",
         "class_labels": "class_labels=[0, 1, 2, 3]",
-        "batch_size": "batch_size=4",
+        **{name: f"{name}=4" for name in COUNTS},
     }
     scale = "" if guidance is None else f", {guidance.name}={facts.call_guidance:g}"
     plain = _keywords({name: value for name, value in arguments.items() if name not in pictures})

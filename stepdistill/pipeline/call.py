@@ -14,8 +14,11 @@ from stepdistill.pipeline.stock_call import pictures_in, ready
 
 Made = TypeVar("Made")
 
-ENTRY_ARGUMENTS = ("prompt", "class_labels", "batch_size")
-"""The arguments that state the images of a call: prompts, class ids, or a number of images."""
+COUNTS = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt")
+"""The arguments that state how many images a call makes of its other arguments."""
+
+ENTRY_ARGUMENTS = ("prompt", "class_labels", *COUNTS)
+"""The arguments that state the images of a call: prompts, class ids, or a number of images, in this order."""
 
 GUIDANCE_ARGUMENTS = ("guidance_scale", "true_cfg_scale")
 
@@ -60,6 +63,21 @@ def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
     present = [accepted[name] for name in GUIDANCE_ARGUMENTS if name in accepted]
     on = [one for one in present if isinstance(one.default, int | float) and one.default > 1]
     return next(iter([*on, *present]), None)
+
+
+def other_guidance(pipeline: Any) -> str:
+    """What switches off a guidance that has its own scale; may be empty."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    if "pag_scale" in parameters:
+        return "; its perturbed attention is a further pass, which teacher.arguments.pag_scale=0 leaves out"
+    scales = [
+        name
+        for name, parameter in parameters.items()
+        if name.endswith("guidance_scale") and isinstance(parameter.default, int | float) and parameter.default > 1
+    ]
+    if guidance_argument(pipeline) is None and len(scales) == 1:
+        return f"; its scale is {scales[0]}, and teacher.arguments.{scales[0]}=1 leaves guidance out"
+    return ""
 
 
 def fewest_steps(pipeline: Any) -> int:
@@ -112,7 +130,7 @@ def call_arguments(
         if "image" in name and missing:
             raise InputError(f"arguments: {name}: expected a picture, found no file {missing[0]}")
         wishes[name] = value * count if one_each(value) else value
-    call: dict[str, Any] = {entry: count if entry == "batch_size" else entries if alone else list(entries)}
+    call: dict[str, Any] = {entry: count if entry in COUNTS else entries if alone else list(entries)}
     if scale is not None:
         call[scale.name] = guidance
         if scale.name == "true_cfg_scale":
@@ -122,6 +140,11 @@ def call_arguments(
         wishes["negative_prompt"] = [wishes["negative_prompt"]] * count
     wishes |= {"num_inference_steps": steps, "return_dict": False}
     return call | {name: value for name, value in wishes.items() if name in accepted}
+
+
+def by_itself(entry: Any) -> Any:
+    """The entries of a call for one image: a prompt as it is, anything else in a list."""
+    return entry if isinstance(entry, str) else [entry]
 
 
 def one_each(value: Any) -> bool:
@@ -134,12 +157,12 @@ def in_any_way(
 ) -> tuple[Made, dict[str, Any], bool]:
     """What ``call`` makes in the first way in which the pipeline can be called: (made, arguments, prompts alone).
 
-    The ways: as stated; with a picture for each entry where one is stated for all; one prompt at a time.
+    The ways: as stated; with a picture for each entry where one is stated for all; one entry at a time.
 
     Args:
-        call: of the arguments, and whether each prompt is called alone.
+        call: of the arguments, and whether each entry is called alone.
         arguments: those stated.
-        alone: whether one prompt at a time is a way.
+        alone: whether one entry at a time is a way.
 
     Raises:
         TraceError: the first call's, where all ways fail; or what is wrong with a run that did not fail.

@@ -19,6 +19,7 @@ from stepdistill.diffusion.denoiser import Conditions
 from stepdistill.diffusion.passes import of_pass, plain_name
 from stepdistill.errors import InputError
 from stepdistill.files import digest, sha256
+from stepdistill.pipeline.call import COUNTS
 from stepdistill.pipeline.compare import close, rows_equal, same
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.observe import Call, Recording, calls_of, modules, observe
@@ -131,7 +132,7 @@ def entries(trace: Trace, conditions: str | Sequence[str | int]) -> Sequence[str
     """
     names = class_names(trace)
     if conditions == "classes":
-        if trace.entry == "batch_size":
+        if trace.entry in COUNTS:
             return [0]
         if not names:
             ways = "--prompt or --prompts; in a recipe data.conditions: a list, a file, everyday or captions"

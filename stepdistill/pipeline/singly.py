@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from stepdistill.diffusion.denoiser import tensors_in
 from stepdistill.diffusion.nested import unflatten
-from stepdistill.pipeline.call import TraceError
+from stepdistill.pipeline.call import TraceError, by_itself
 from stepdistill.pipeline.compare import close, same
 from stepdistill.pipeline.explain import repeats, scaled_sample
 from stepdistill.pipeline.observe import Call, Recording, Step, modules, observe
@@ -44,7 +44,7 @@ def observe_each(pipeline: Any, entries: Sequence[str], arguments: Mapping[str, 
     Raises:
         TraceError: a call fails, or the calls have nothing in common.
     """
-    each = [observe(pipeline, entry, arguments, seed=seed, **options) for seed, entry in enumerate(entries)]
+    each = [observe(pipeline, by_itself(entry), arguments, seed=seed, **options) for seed, entry in enumerate(entries)]
     networks, steps = modules(pipeline), [*zip(*(one.steps for one in each), strict=True)]
     if any(len({tuple(call.component for call in part.calls) for part in parts}) > 1 for parts in steps):
         raise TraceError("call", "one prompt takes other calls of the pipeline's networks than another")
@@ -150,13 +150,16 @@ def _stacked(name: str, values: Sequence[Any], passes: int) -> Any:
     first = values[0]
     if isinstance(first, Tensor) and first.ndim and len(first) == passes and len({*map(_shape, values)}) == 1:
         return _interleaved(values)
-    if isinstance(first, list) and all(isinstance(value, list) and len(value) == passes for value in values):
-        return [value[number] for number in range(passes) for value in values]
-    shapes = _shapes(first)
+    shapes = _shapes(first)  # first: as many tensors as passes, each with their rows, are no entry for each
     if shapes and all(shape and shape[0] == passes for shape in shapes) and {*map(_shapes, values)} == {shapes}:
         return [*map(_interleaved, zip(*values, strict=True))]
+    if isinstance(first, list) and all(isinstance(value, list) and len(value) == passes for value in values):
+        return [value[number] for number in range(passes) for value in values]
     if all(same(value, first) for value in values):
         return first
+    if isinstance(first, Tensor) and first.ndim and len(first) % passes == 0 and len({*map(_shape, values)}) == 1:
+        rows = _interleaved([value.unflatten(0, (passes, -1)) for value in values])  # several for each image
+        return rows.flatten(0, 1)
     raise TraceError("constants", f"'{name}' differs between two prompts and has no batch dimension")
 
 

@@ -20,11 +20,20 @@ from stepdistill.diffusion.denoiser import Denoiser, Helper, innermost
 from stepdistill.diffusion.experts import Experts, Turn
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
-from stepdistill.diffusion.stock_schedulers import as_network_input
+from stepdistill.diffusion.stock_schedulers import as_network_input, of_the_mean
 from stepdistill.errors import InputError
 from stepdistill.files import sha256
 from stepdistill.pipeline import explain, turns
-from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps, guidance_argument, in_any_way
+from stepdistill.pipeline.call import (
+    COUNTS,
+    TraceError,
+    by_itself,
+    entry_argument,
+    fewest_steps,
+    guidance_argument,
+    in_any_way,
+    other_guidance,
+)
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.load import load_pipeline
@@ -49,7 +58,7 @@ PROBES: dict[str, tuple[Any, ...]] = {
     # prompt are noticed.
     "prompt": ("a red shoe", "rain", "two grey birds on a long wire"),
     "class_labels": (0, 1, 2),
-    "batch_size": (0, 1, 2),
+    **dict.fromkeys(COUNTS, (0, 1, 2)),
 }
 PROBE_STEPS = 3
 MOST_STEPS = 50
@@ -64,12 +73,12 @@ class Trace:
 
     Args:
         component: the denoiser's attribute, such as "transformer"; that of the noise end where several take turns.
-        entry: the argument that states the images: prompt, class_labels or batch_size.
+        entry: the argument that states the images: prompt, class_labels, or one of COUNTS.
         latent_shape: one sample as the scheduler sees it.
         conditioning: one row's shape by argument; None for the length of what grows with the prompt.
         arguments: what every call of the pipeline is given besides: height, num_frames, negative_prompt, ...
         self_test_error: the largest relative error of a replayed step.
-        alone: its call takes one prompt, and no list of them.
+        alone: its call is for one entry: it takes no list of prompts, or makes one image.
         encoders: the networks that work before the first step alone, and make conditions.
         fewest_steps: the fewest steps that its call takes.
         set_ups: how the pipeline sets up the schedulers that were run so far (filled by :func:`.set_up.set_up`).
@@ -95,8 +104,8 @@ class Trace:
         return self.entries(PROBES[self.entry][:1])
 
     def entries(self, entries: Sequence[Any]) -> Sequence[Any] | str:
-        """What one call is given for ``entries``, of which there is one where the call takes one prompt alone."""
-        return entries[0] if self.alone else entries
+        """What one call is given for ``entries``, of which there is one where the call is for one alone."""
+        return by_itself(entries[0]) if self.alone else entries
 
     def at_once(self, count: int) -> int:
         """How many of ``count`` entries one call takes."""
@@ -159,6 +168,8 @@ class Trace:
 def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     """Learn how to drive the pipeline's denoiser from two short runs, guidance off and on.
 
+    A scheduler that takes a learned variance is replaced by one that takes the mean alone.
+
     Args:
         arguments: further arguments of the pipeline's call; what is learned holds for these (a size, for instance).
 
@@ -169,9 +180,11 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     """
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
     _check_strength(pipeline, arguments)
+    if hasattr(pipeline, "scheduler"):
+        pipeline.scheduler = of_the_mean(pipeline.scheduler)
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
-    (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=entry == "prompt")
+    (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True)
     schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
     component = explain.denoiser_component(off)
     network = networks[component]
@@ -213,7 +226,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         arguments=arguments,
         alone=alone,
         encoders=explain.encoders(whole[0].steps[0], component, names),
-        fewest_steps=_fewest_steps(pipeline, PROBES[entry][0] if alone else PROBES[entry][:1], arguments, component),
+        fewest_steps=_fewest_steps(pipeline, _first(entry, alone), arguments, component),
     )
 
 
@@ -231,15 +244,20 @@ def _watched(
             break
     else:
         raise TraceError(
-            "guidance", f"the denoiser is still called twice per step at scales 1 and 0{_other_guidance(pipeline)}"
+            "guidance", f"the denoiser is still called twice per step at scales 1 and 0{other_guidance(pipeline)}"
         )
     alike = turns.alike(off, modules(pipeline))
-    experts = turns.turns_of(pipeline, three[0] if alone else three[:1], arguments, alike, off, unguided)
+    experts = turns.turns_of(pipeline, _first(entry, alone), arguments, alike, off, unguided)
     steps = PROBE_STEPS
     while experts.keys() - {*off.experts} and steps < MOST_STEPS:  # each is to be seen
         steps *= 2
         off = _few_steps(pipeline, three, arguments, unguided, alone, steps)
     return off, _few_steps(pipeline, two, arguments, scale, alone, steps), experts
+
+
+def _first(entry: str, alone: bool) -> Any:
+    """The entries of a call for one probe."""
+    return by_itself(PROBES[entry][0]) if alone else PROBES[entry][:1]
 
 
 def _helpers(
@@ -277,16 +295,10 @@ def _probe_scale(pipeline: Any, arguments: Mapping[str, Any]) -> float:
     parameter = guidance_argument(pipeline)
     default = parameter.default if parameter is not None else None
     scale = float(default) if isinstance(default, int | float) and default > 1 else PROBE_SCALE
-    while scale in arguments.values():
+    taken = {value for value in arguments.values() if isinstance(value, int | float)}
+    while scale in taken:
         scale += 1
     return scale
-
-
-def _other_guidance(pipeline: Any) -> str:
-    """What switches off a guidance that has its own scale; may be empty."""
-    if "pag_scale" not in inspect.signature(pipeline.__call__).parameters:
-        return ""
-    return "; its perturbed attention is a further pass, which teacher.arguments.pag_scale=0 leaves out"
 
 
 def _fewest_steps(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], component: str) -> int:

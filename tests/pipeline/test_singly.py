@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline import zoo
 from pipeline.tiny import redraw
 from pipeline.toy import ToyPipeline
+from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.folder import save_pipeline
@@ -107,6 +108,46 @@ class OnePromptPipeline(ToyPipeline):
                 output = self.rule(output, self._network(x, t, empty, step), guidance_scale)
             x = self.scheduler.step(output, t, x).prev_sample
         return (x,)
+
+
+class Frames(Reader):
+    """Sees a row of the prompt for each of two frames, and two pictures' numbers for each image."""
+
+    def forward(self, picture: Tensor, noise_level: Tensor, text: Tensor, seen: Any = None) -> Any:
+        first, second = seen
+        picture = picture * first[:, :1, None, None] + second[:, :1, None, None]
+        return super().forward(picture, noise_level, text.unflatten(0, (len(picture), 2)).mean(1))
+
+
+class FramesPipeline(ToyPipeline):
+    """Guides with one batch, whose prompts have one length."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str,
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 5,
+    ) -> tuple[Tensor]:
+        texts = [prompt.strip(), ""] if guidance_scale > 1 else [prompt.strip()]
+        letters = [[[ord(letter) / 100, 0.1] for letter in text.ljust(40)] for text in texts]
+        x = torch.randn(1, 4, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            both, level = x.expand(len(texts), -1, -1, -1), self.level(t).expand(len(texts))
+            numbers = [torch.full((len(texts), 2), number) for number in (0.5, 0.2)]
+            rows = torch.tensor(letters).repeat_interleave(2, 0)
+            outputs = self.network(both, level, text=rows, seen=numbers)[0].chunk(len(texts))
+            output = self.rule(*outputs, guidance_scale) if len(texts) > 1 else outputs[0]
+            x = self.scheduler.step(output, t, x).prev_sample
+        return (x,)
+
+
+def test_several_rows_for_each_prompt_and_lists_of_rows():
+    traced = trace(FramesPipeline(redraw(Frames(), 9), DDIMScheduler(clip_sample=False)))
+    assert traced.alone and traced.self_test_error <= 1e-5
+    assert traced.denoiser.spec.layouts == {"text": RowLayout(0, 2)}
 
 
 def test_the_mask_of_prompts_of_their_own_lengths_is_found():

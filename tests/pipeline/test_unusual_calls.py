@@ -1,0 +1,85 @@
+"""What tracing finds about calls that few pipelines make, each by a made-up pipeline."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from pipeline.tiny import redraw
+from pipeline.toy import ToyNetwork, ToyPipeline, toy
+from stepdistill.pipeline.conditioning import encode, entries
+from stepdistill.pipeline.trace import TraceError, trace
+
+
+class Counted(ToyPipeline):
+    """Makes several images of one colour, and no list of anything; always guided unless its own scale is 1."""
+
+    several = True
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        colour: Tensor,
+        num_images_per_prompt: int = 1,
+        max_guidance_scale: float = 3.0,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 5,
+    ) -> tuple[Tensor]:
+        if num_images_per_prompt > 1 and not self.several:
+            raise ValueError("makes one image")
+        self.bias = lambda _step, count: colour.mean().expand(count)
+        return super().__call__([3] * num_images_per_prompt, max_guidance_scale, generator, num_inference_steps)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_call_that_takes_a_number_of_images_alone(several):
+    def counted() -> Any:
+        pipeline = Counted(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False))
+        pipeline.several = several
+        return pipeline
+
+    arguments = {"colour": torch.tensor([0.1, 0.3])}
+    with pytest.raises(TraceError, match=r"'guidance'.*teacher\.arguments\.max_guidance_scale=1"):
+        trace(counted(), arguments)
+    result = trace(counted(), arguments | {"max_guidance_scale": 1.0})
+    assert (result.entry, result.alone) == ("num_images_per_prompt", not several)
+    assert result.self_test_error <= 1e-5
+    (colour,) = encode(result, entries(result, "classes")).cond["extra.bias"]
+    assert colour == pytest.approx(0.2)
+
+
+def test_a_learned_variance_is_left_to_the_pipeline():
+    pipeline = toy(8, DDPMScheduler(variance_type="learned_range", clip_sample=False))
+    pipeline.read = lambda raw: raw if "learned" in pipeline.scheduler.config.variance_type else raw[:, :4]
+    result = trace(pipeline)
+    assert result.denoiser.spec.output == "first_half" and result.self_test_error <= 1e-5
+
+
+class TwiceTold(ToyPipeline):
+    """Tells its network the time in two arguments."""
+
+    def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
+        self.bias = lambda _step, count: self.level(t).expand(count)
+        return super()._network(x, t, labels, step)
+
+
+def test_a_time_in_two_arguments():
+    result = trace(TwiceTold(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False)))
+    assert result.denoiser.spec.times == {"extra.bias"} and result.self_test_error <= 1e-5
+
+
+class ShiftedSigmas(FlowMatchEulerDiscreteScheduler):
+    """Its shift is in the sigmas of a grid, not in the timesteps."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        even = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+        super().set_timesteps(sigmas=even, timesteps=[1000 * sigma for sigma in even], device=device)
+
+
+def test_timesteps_that_are_not_shifted_with_their_sigmas():
+    schedule = trace(toy(scheduler=ShiftedSigmas(shift=3.0))).denoiser.schedule
+    half = torch.tensor([500.0])
+    torch.testing.assert_close(schedule.time(half), torch.tensor([0.75]).double())
+    torch.testing.assert_close(schedule.timestep(schedule.time(half)), half.double())
