@@ -40,7 +40,7 @@ class CallSpec:
         timestep_scale: network's timestep = scale * scheduler's timestep + offset.
         timestep_offset: the offset in it.
         timestep_dtype: what the network is handed; integer types are rounded to.
-        times: further arguments that are told the same time at every call.
+        times: further arguments that are given the same time at every call.
         output: how the raw output becomes the prediction (the first half of the channels where the
             second is a learned variance).
         constants: arguments that are neither sample, time nor condition (img_ids, return_dict=False, ...),

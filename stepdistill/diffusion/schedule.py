@@ -174,13 +174,14 @@ class FlowSchedule(Schedule):
     Args:
         shift: s of sampling grids, t = s u/(1 + (s - 1) u) of even u (Esser et al. 2024, eq. 23); not of the path.
         dynamic: whether the pipeline computes the shift from the size of the sample, and ``shift`` is that of one.
-        told: a shift that timesteps do not have: networks are told u where the path is at t, the shifted u (CogView4).
+        left_out: the shift that the network's timesteps lack: they are u where the path is at t, the shifted u (CogView4).
     """
 
     name = "flow"
 
-    def __init__(self, shift: float = 1.0, train_timesteps: int = 1000, dynamic: bool = False, told: float = 1.0):
-        self.shift, self.train_timesteps, self.dynamic, self.told = shift, train_timesteps, dynamic, told
+    def __init__(self, shift: float = 1.0, train_timesteps: int = 1000, dynamic: bool = False, left_out: float = 1.0):
+        self.shift, self.train_timesteps = shift, train_timesteps
+        self.dynamic, self.left_out = dynamic, left_out
 
     def between(self, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
         low, high = (shifted(t.double(), 1 / self.shift) for t in (low, high))
@@ -190,10 +191,10 @@ class FlowSchedule(Schedule):
         return 1 - t.double(), t.double()
 
     def timestep(self, t: Tensor) -> Tensor:
-        return shifted(t.double(), 1 / self.told) * self.train_timesteps
+        return shifted(t.double(), 1 / self.left_out) * self.train_timesteps
 
     def time(self, timestep: Tensor) -> Tensor:
-        return shifted(timestep.double() / self.train_timesteps, self.told)
+        return shifted(timestep.double() / self.train_timesteps, self.left_out)
 
     def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps - x0
@@ -318,8 +319,8 @@ def from_scheduler(scheduler: Any, mu: float | None = None) -> tuple[Schedule, K
         if dynamic and mu is not None:
             shift = float(mu) if config.get("time_shift_type") == "linear" else math.exp(mu)
         steps = config.get("num_train_timesteps", 1000)
-        told = shift if _tells_unshifted(scheduler, shift, steps) else 1.0
-        return FlowSchedule(shift, steps, dynamic, told), "flow"
+        left_out = shift if _leaves_out(scheduler, shift, steps) else 1.0
+        return FlowSchedule(shift, steps, dynamic, left_out), "flow"
     edm = _tells_log_sigma(scheduler)
     if not edm and not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(
@@ -356,7 +357,7 @@ def _tells_log_sigma(scheduler: Any) -> bool:
     return bool((timesteps[0] - sigmas[0].log() / 4).abs() < 1e-4)
 
 
-def _tells_unshifted(scheduler: Any, shift: float, steps: int) -> bool:
+def _leaves_out(scheduler: Any, shift: float, steps: int) -> bool:
     """Whether the shift is in the sigmas of the grid that was set, and not in its timesteps."""
     sigmas, timesteps = _tables(scheduler)
     sigmas, timesteps = sigmas[: len(timesteps)], timesteps / steps
