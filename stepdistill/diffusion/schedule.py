@@ -174,7 +174,7 @@ class FlowSchedule(Schedule):
     Args:
         shift: s of sampling grids, t = s u/(1 + (s - 1) u) of even u (Esser et al. 2024, eq. 23); not of the path.
         dynamic: whether the pipeline computes the shift from the size of the sample, and ``shift`` is that of one.
-        left_out: the shift that the network's timesteps lack: they are u where the path is at t, the shifted u (CogView4).
+        left_out: a shift that the network's timesteps lack: they are u where the path is at the shifted u (CogView4).
     """
 
     name = "flow"
@@ -368,8 +368,9 @@ def _leaves_out(scheduler: Any, shift: float, steps: int) -> bool:
 
 def _tables(scheduler: Any) -> tuple[Tensor, Tensor]:
     """The sigmas and timesteps of a scheduler, empty where they are not set (PNDM's at first)."""
-    sigmas, timesteps = (getattr(scheduler, name, None) for name in ("sigmas", "timesteps"))
-    return tuple(torch.as_tensor(() if one is None else one).double().cpu() for one in (sigmas, timesteps))
+    tables = (getattr(scheduler, name, None) for name in ("sigmas", "timesteps"))
+    sigmas, timesteps = (torch.as_tensor(() if one is None else one).double().cpu() for one in tables)
+    return sigmas, timesteps
 
 
 def _is_flow(scheduler: Any) -> bool:
