@@ -297,10 +297,10 @@ def as_text(first: Plan, changes: Sequence[Change], gpu: float | None) -> str:
     """The memory by role, the peak, and the proposals, for people; GiB, and millions of parameters."""
     columns = ("weights", "gradients", "optimizer", "average", "activations")
     width = max(len(line.name) for line in first.lines)
-    rows = [f"{'GiB':{width}}  {'millions':>8} " + " ".join(f"{name:>8}" for name in columns)]
+    rows = [f"{'GiB':{width}} {'millions':>8} " + " ".join(f"{name:>7}" for name in columns)]
     for line in first.lines:
-        sizes = " ".join(f"{getattr(line, name) / GIB:{max(8, len(name))}.3f}" for name in columns)
-        rows.append(f"{line.name:{width}}  {line.parameters / 1e6:8.2f} {sizes}")
+        sizes = " ".join(f"{getattr(line, name) / GIB:{max(7, len(name))}.3f}" for name in columns)
+        rows.append(f"{line.name:{width}} {line.parameters / 1e6:8.2f} {sizes}")
     last = changes[-1].plan if changes else first
     phases = {ENCODERS: "while conditions are encoded", TRAJECTORIES: "while the teacher makes its trajectories"}
     when = phases.get(first.player, f"in the turn of the {first.player}")

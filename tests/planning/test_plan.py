@@ -124,7 +124,8 @@ def test_encoders_count_only_while_they_work(tmp_path):
     assert found.encoding == sum(held.values()) + 2 * 2 * prompt and found.peak > found.encoding
     rest = sum(line.weights + line.optimizer + line.average for line in found.lines)
     assert found.peak == rest + max(line.gradients + line.activations for line in found.lines)
-    assert "in the host's memory" in plan.as_text(found, [], None)
+    text = plan.as_text(found, [], 24)
+    assert "in the host's memory" in text and max(map(len, text.splitlines())) <= 80
     heavy = plan.Plan(found.lines, found.encoding, plan.ENCODERS, found.encoders, found.encoding)
     assert "while conditions are encoded" in plan.as_text(heavy, [], None)
 

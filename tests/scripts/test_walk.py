@@ -1,5 +1,6 @@
 """The pieces of scripts/walk.py: what a terminal shows, what is kept of it, and the page."""
 
+import io
 import socket
 import sys
 from pathlib import Path
@@ -15,17 +16,17 @@ from stepdistill.recipe import load
 walk = pytest.importorskip("walk")  # terminals as it opens them are not on Windows
 
 
-def test_a_screen_is_what_a_terminal_shows_in_the_end(tmp_path):
-    assert walk.screen("a\r\nbc\rd\r\n\x1b[1;32mgreen\x1b[0m\r\n") == ["a", "dc", "green", ""]
+def test_a_screen_is_what_a_terminal_shows_in_the_end():
+    assert walk.screen("a\r\nbc\rd\r\n\x1b[1;32mgreen\x1b[0m\r\n") == ["a", "dc", "green"]
     assert walk.screen("12345678", columns=3) == ["123", "456", "78"]
     assert walk.screen("one\r\ntwo\r\n\x1b[1A\x1b[2Kthree") == ["one", "three"]
-    file = tmp_path / "out"
-    with open(file, "w", encoding="utf-8") as out, Progress(console=Console(file=out, force_terminal=True)) as bar:
+    out = io.StringIO()
+    with Progress(console=Console(file=out, width=80, force_terminal=True)) as bar:
         task = bar.add_task("work", total=3)
         bar.console.print("said meanwhile")
         bar.update(task, completed=3)
-    lines = walk.screen(file.read_text(encoding="utf-8").replace("\n", "\r\n"))
-    assert lines[0] == "said meanwhile" and lines[1].startswith("work ") and "100%" in lines[1] and lines[2:] == [""]
+    lines = walk.screen(out.getvalue().replace("\n", "\r\n"))
+    assert lines[0] == "said meanwhile" and lines[1].startswith("work ") and "100%" in lines[1] and len(lines) == 2
 
 
 def test_long_screens_keep_their_ends_and_no_place_of_this_machine(tmp_path):
@@ -44,7 +45,9 @@ def test_a_command_is_run_on_a_terminal_of_80_columns(tmp_path):
     assert wrong.code == 2 and max(map(len, wrong.lines)) <= 80 and wrong.lines[0].startswith("error: ")
 
 
-def test_the_recipe_of_the_stand_in_is_one():
+def test_the_recipe_of_the_stand_in_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n".join(walk.PROMPTS))
     shipped = yaml.safe_load(assets.recipe("sdxl_dmd2_lora_24gb").read_text(encoding="utf-8"))
     changed = walk.changed(shipped, walk.CHANGED | walk.SHORTER)
     assert changed["train"]["steps"] == 20 and shipped["train"]["steps"] == 20000
