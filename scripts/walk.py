@@ -80,7 +80,7 @@ class Step:
 
 
 STEPS = (
-    Step("Version", "The command answers at once; torch is not loaded.", "--version"),
+    Step("Version", "No torch is loaded for it.", "--version"),
     Step("What this machine can do", "A line for each thing, with advice below what is missing.", "doctor"),
     Step(
         "Quickstart, shortened",
