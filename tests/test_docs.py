@@ -125,6 +125,11 @@ def test_the_recipe_reference_is_that_of_the_schema():
     assert written.LIST.read_text(encoding="utf-8") == written.methods(), "run python scripts/recipe_reference.py"
 
 
+def test_the_sweep_of_diffusers_tests_is_shown_as_it_is_stored():
+    written = script("sweep_table")
+    assert written.PAGE.read_text(encoding="utf-8") == written.page(), "run python scripts/sweep_table.py"
+
+
 def test_every_form_of_input_is_listed_with_a_test_that_exists():
     written = script("inputs_table")
     assert written.PAGE.read_text(encoding="utf-8") == written.page(), "run python scripts/inputs_table.py"
