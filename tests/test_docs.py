@@ -128,6 +128,9 @@ def test_the_recipe_reference_is_that_of_the_schema():
 def test_the_sweep_of_diffusers_tests_is_shown_as_it_is_stored():
     written = script("sweep_table")
     assert written.PAGE.read_text(encoding="utf-8") == written.page(), "run python scripts/sweep_table.py"
+    built = [row for row in json.loads(written.STORED.read_text(encoding="utf-8"))["rows"] if row.get("built")]
+    traced = written.share(sum(row["traced"] for row in built), len(built)).replace("%", " %")
+    assert f"[{traced} are traced](docs/pipelines.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_form_of_input_is_listed_with_a_test_that_exists():
