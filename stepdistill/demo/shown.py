@@ -84,7 +84,7 @@ def sheet(demo: Demo, drawn: Sequence[Drawn], title: str) -> Image.Image:
     """
     pictures = [_enlarged(one) for one in drawn]
     wide, tall = max(SHOWN_PIXELS, *(one.width for one in pictures)), max(one.height for one in pictures)
-    size = max(14, wide // 20)
+    size = wide // 21
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
     line, columns = round(1.4 * size), len(pictures)
     texts = [
