@@ -3,9 +3,10 @@
     python scripts/sweep_table.py RESULTS.jsonl --tests COMMIT   # stores assets/benchmarks/sweep.json, then as below
     python scripts/sweep_table.py                                # writes the section of what is stored
 
-RESULTS.jsonl has a line for each test: ``name`` (the pipeline's class), ``kind`` (text-to-image, ...), ``built``,
-``traced``, ``reason`` (why it was not built or was refused) and ``arguments`` (those that a refusal named and that were
-then set). A later line of a ``test`` wins over an earlier one.
+RESULTS.jsonl has a line for each test; a later line of a ``test`` wins over an earlier one. ``name`` is the pipeline's
+class, ``kind`` text-to-image or another, ``built`` and ``traced`` are booleans, ``reason`` says why not. ``arguments``
+are those that a refusal named and that were then set; ``objects`` says that some are no plain values, so that no recipe
+states them.
 """
 
 import argparse
@@ -28,7 +29,8 @@ encoders in the place of those that its test would download. Then it is traced w
 
 Of {tests} tests (commit {commit}), {built} build a pipeline with diffusers {diffusers} here. **{traced} of these
 ({share}) are traced** by stepdistill {stepdistill}: recorded steps are repeated to 1e-5. For {advised} of them an
-argument was set that the first refusal had named (`{names}`). Training, export and reload were not run for this
+argument was set that the first refusal had named (`{names}`). {objects} have arguments that only Python can state, such
+as tensors. Training, export and reload were not run for this
 section; the table at the top of this page lists the pipelines for which tests run them.
 """
 
@@ -87,6 +89,7 @@ def section(stored: dict[str, Any]) -> str:
         share=share(len(traced), len(built)),
         advised=len(advised),
         names="`, `".join(words),
+        objects=sum(row.get("objects", False) for row in traced),
         commit=stored["tests"][:10],
         **stored["versions"],
     )

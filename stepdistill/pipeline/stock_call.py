@@ -93,7 +93,8 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
     images = pipeline(**ready(pipeline, call))[0]
     if isinstance(images, torch.Tensor):
         result["images"] = images
-    return {name: value.contiguous().cpu() for name, value in result.items()}
+    # Copies: the images of a pipeline without an autoencoder are its latents, and files hold no shared memory.
+    return {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in result.items()}
 
 
 def ready(pipeline, call: dict) -> dict:

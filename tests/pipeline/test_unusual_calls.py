@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.tiny import redraw
 from pipeline.toy import ToyNetwork, ToyPipeline, toy
 from stepdistill.pipeline.conditioning import encode, entries
+from stepdistill.pipeline.stock_call import record
 from stepdistill.pipeline.trace import TraceError, trace
 
 
@@ -55,6 +57,12 @@ def test_a_learned_variance_is_left_to_the_pipeline():
     pipeline.read = lambda raw: raw if "learned" in pipeline.scheduler.config.variance_type else raw[:, :4]
     result = trace(pipeline)
     assert result.denoiser.spec.output == "first_half" and result.self_test_error <= 1e-5
+
+
+def test_a_stock_call_whose_images_are_its_latents_is_stored(tmp_path):
+    found = record(toy(), {"class_labels": [1], "num_inference_steps": 3})
+    save_file(found, tmp_path / "result.safetensors")
+    assert torch.equal(found["images"], found["latents"])
 
 
 class TwiceTold(ToyPipeline):
