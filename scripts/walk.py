@@ -10,6 +10,7 @@ published layout. Without gradio the pages of ``watch`` and ``demo`` are left ou
 
 import argparse
 import fcntl
+import functools
 import importlib.util
 import os
 import platform
@@ -172,7 +173,14 @@ def run(step: Step, folder: Path) -> Seen:
     command = f"{sys.executable} -m stepdistill {step.arguments}"
     start, said, fetched = time.monotonic(), b"", ""
     with subprocess.Popen(
-        ["sh", "-c", f"exec {command}"], cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+        ["sh", "-c", f"exec {command}"],
+        cwd=folder,
+        env=environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        # In the background of a shell interrupts are ignored, by children too.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
         os.close(theirs)
         while block := _read(ours):
@@ -230,8 +238,7 @@ def page(seen: Mapping[Step, Seen]) -> str:
     parts = [
         "# The first hour, recorded",
         "What one sees from the first command to pictures of an own student. `python scripts/walk.py` ran every "
-        f"command and wrote this page, on two CPU cores without a GPU, with stepdistill {version}. The machine had "
-        "other work at the same time: alone it is faster.",
+        f"command and wrote this page, on two CPU cores without a GPU, with stepdistill {version}.",
         f"The screens are those of a terminal of {COLUMNS} columns; of long ones the first and the last lines are "
         "shown. The own pipeline, from `inspect` on, is a stand-in: an SDXL of 70 thousand random weights in one file. "
         "Its numbers say nothing about SDXL, and its pictures are noise.",
