@@ -14,6 +14,7 @@ import pytest
 from pipeline.tiny import save_dit, tiny_dit, tiny_sd
 from stepdistill import assets, cli
 from stepdistill.demo.content import load_demo
+from stepdistill.errors import InputError
 from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.recipe import load, yaml_lines
 from stepdistill.training import distributed
@@ -113,7 +114,13 @@ def twin(line: str) -> tuple[str, ...]:
 def valid(line: str) -> bool:
     """Whether the recipe of a train command that is not run takes the command's settings."""
     _, command, *words = shlex.split(line, comments=True)
-    return command != "train" or load(words[0], [word for word in words[1:] if not word.startswith("-")]) is not None
+    try:
+        if command == "train":
+            load(words[0], [word for word in words[1:] if not word.startswith("-")])
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return False
+    return True
 
 
 @pytest.mark.timeout(900)

@@ -31,7 +31,7 @@ STEPS = (1, 2, 4)
 VOCABULARY = "vocabulary.txt"
 """Beside a teacher's model_index.json: the words of the prompts that it was trained with, one a line."""
 FEW = (1, 2, 3, 4, 6, 8)
-"""Steps that a student may be asked for, where its scheduler takes them."""
+"""Steps in which a student can be drawn, where its scheduler takes them."""
 MOST_STEPS, MOST_GUIDANCE = 100, 20.0
 """Of a teacher."""
 UNGUIDED = ("embedded", "none")

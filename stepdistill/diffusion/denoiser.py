@@ -58,8 +58,7 @@ class CallSpec:
         appended: where the sample argument is x_t and more after it (an inpainting network's mask and masked image):
             the axis, and x_t's length along it. What comes after is a condition, named :attr:`extra`; of an output
             that is as long (a reference picture's tokens after x_t's) what comes after is left off.
-        keeps_norm: the axis along which guided outputs are scaled back to the conditional ones' norm; 0, that of the
-            batch, says that they are not.
+        norm_axis: along which guided outputs are scaled back to the conditional ones' norm; None: they are not.
         rule: what guidance is besides uncond + w (cond - uncond).
         experts: when each is called, from the noise end to the clean end, where several networks take turns.
         mix: (a, b) of each unconditional pass, the first of which is the null condition, where there are several: the
@@ -82,7 +81,7 @@ class CallSpec:
     masks: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
     helpers: tuple["Helper", ...] = ()
     appended: tuple[int, int] | None = None
-    keeps_norm: int = 0
+    norm_axis: int | None = None
     rule: Rule = field(default_factory=Rule)
     experts: Mapping[str, Turn] = field(default_factory=dict)
     mix: tuple[tuple[float, float], ...] = ()
@@ -216,9 +215,9 @@ class Denoiser:
         self._placed: dict[tuple[torch.device, int], tuple[CallSpec, dict[str, Any]]] = {}
 
     @property
-    def keeps_norm(self) -> int:
+    def norm_axis(self) -> int | None:
         """The axis along which guidance leaves the conditional output's norm as it was, see :class:`CallSpec`."""
-        return self.spec.keeps_norm
+        return self.spec.norm_axis
 
     @property
     def rule(self) -> Rule:

@@ -57,8 +57,8 @@ class Pair:
             raw = self._projected(uncond)
         else:
             raw = guide(cond, uncond, self.scale, self._rule, self.cond.t)
-        if self.denoiser.keeps_norm:
-            raw = with_norm_of(cond, raw, self.denoiser.keeps_norm)
+        if self.denoiser.norm_axis:
+            raw = with_norm_of(cond, raw, self.denoiser.norm_axis)
         return raw if self.share is None else torch.lerp(uncond, raw, per_sample(self.share, raw))
 
     @property
@@ -74,7 +74,7 @@ class Pair:
             a: of one element, on its device.
             b: of one element, on its device.
         """
-        if self.uncond is None or self.denoiser.keeps_norm or self._rule.projects:
+        if self.uncond is None or self.denoiser.norm_axis or self._rule.projects:
             return a * sample + b * self.raw.to(sample)  # a number of one element leaves half precision as it is
         update = Update(sample, a, b) if self.share is None else Update(sample, a, b * self.share, b * (1 - self.share))
         return guide(self.cond.raw, self.uncond, self.scale, self._rule, self.cond.t, update=update)

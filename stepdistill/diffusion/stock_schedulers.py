@@ -56,24 +56,24 @@ def vp_scheduler(kind: type, source: Any, schedule: VPSchedule, start: int | Non
     made = kind(**{name: config[name] for name in _BETAS if config.get(name) is not None}, **common)
     own = _same(made.alphas_cumprod, table)
     if own and start is None:
-        return _answering(made, source)
+        return _with_variance_type(made, source)
     # CogVideoX and CogView3 shift their table's signal-to-noise ratio after it is made of betas.
     betas = made.betas if own else _betas(table)
     trained = betas[: None if start is None else start + 1].tolist()
     made = kind(trained_betas=trained, num_train_timesteps=len(trained), **common)
     if not _same(made.alphas_cumprod, table[: len(trained)]):
         raise InputError(f"schedule: no config of {kind.__name__} has the noise table of {type(source).__name__}")
-    return _answering(made, source)
+    return _with_variance_type(made, source)
 
 
-def _answering(made: Any, source: Any) -> Any:
+def _with_variance_type(made: Any, source: Any) -> Any:
     """The scheduler with what a pipeline asks that of ``source``: DeepFloyd whether it takes a learned variance."""
     if isinstance(kind := source.config.get("variance_type"), str) and "variance_type" not in made.config:
         made.register_to_config(variance_type=kind)
     return made
 
 
-def of_the_mean(scheduler: Any) -> Any:
+def without_learned_variance(scheduler: Any) -> Any:
     """The scheduler, or one like it that takes the mean alone where it takes the network's variance beside it.
 
     A pipeline leaves off the variance then. Students are trained to predict the mean.

@@ -303,7 +303,7 @@ def guidance_rule(
         return (Guidance("embedded", scale=scale) if embedded else Guidance("none")), spec
     if (calls > 1 and batched) or passes_of(on, spec) != 2:
         raise TraceError("guidance", f"{calls} calls per step on {'repeated' if batched else 'single'} batches")
-    residuals: dict[tuple[bool, float, int], float] = {}
+    residuals: dict[tuple[bool, float, int | None], float] = {}
     apart = 0.0
     for step in on.steps:
         raw = torch.cat([call.output for call in step.calls])
@@ -311,11 +311,11 @@ def guidance_rule(
         apart = max(apart, deviation(first, second))
         expected = step.model_output.double()
         for half in expected.chunk(len(expected) // on.count):
-            for rule in itertools.product((True, False), (0.0, 1.0), (0, -1, *range(1, half.ndim - 1))):
-                cond_first, shift, keeps_norm = rule
+            for rule in itertools.product((True, False), (0.0, 1.0), (None, -1, *range(1, half.ndim - 1))):
+                cond_first, shift, norm_axis = rule
                 cond, uncond = (first, second) if cond_first else (second, first)
                 combined = uncond + (scale + shift) * (cond - uncond)
-                combined = with_norm_of(cond, combined, keeps_norm) if keeps_norm else combined
+                combined = with_norm_of(cond, combined, norm_axis) if norm_axis else combined
                 residuals[rule] = max(residuals.get(rule, 0.0), deviation(combined, half))
     limit = max(GUIDANCE_LIMIT, tolerance(on.steps[0].model_output.dtype))
     if apart * scale <= limit:
@@ -330,9 +330,9 @@ def guidance_rule(
             "the pipeline's rule is not uncond + w (cond - uncond), nor that with the norm of cond: off by "
             f"{residuals[rule]:.1e} at w = {scale}",
         )
-    cond_first, shift, keeps_norm = rule
+    cond_first, shift, norm_axis = rule
     guidance = Guidance("batched" if batched else "two_calls", cond_first, scale, shift, residuals[rule])
-    return with_drawn(guidance, on, spec, conditions), replace(spec, keeps_norm=keeps_norm)
+    return with_drawn(guidance, on, spec, conditions), replace(spec, norm_axis=norm_axis)
 
 
 def passes_of(on: Recording, spec: CallSpec) -> int:

@@ -20,7 +20,7 @@ from stepdistill.diffusion.denoiser import Denoiser, Helper, innermost
 from stepdistill.diffusion.experts import Experts, Turn
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
-from stepdistill.diffusion.stock_schedulers import as_network_input, of_the_mean
+from stepdistill.diffusion.stock_schedulers import as_network_input, without_learned_variance
 from stepdistill.errors import InputError
 from stepdistill.files import sha256
 from stepdistill.pipeline import explain, turns
@@ -181,7 +181,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
     _check_strength(pipeline, arguments)
     if hasattr(pipeline, "scheduler"):
-        pipeline.scheduler = of_the_mean(pipeline.scheduler)
+        pipeline.scheduler = without_learned_variance(pipeline.scheduler)
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
     (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True)

@@ -173,7 +173,7 @@ def with_scales(turns: dict[str, Turn], on: Recording, spec: CallSpec, guidance:
         difference = cond - uncond
         w = ((combined - uncond) * difference).sum() / difference.square().sum()
         expected = uncond + guidance.w * difference
-        expected = with_norm_of(cond, expected, spec.keeps_norm) if spec.keeps_norm else expected
+        expected = with_norm_of(cond, expected, spec.norm_axis) if spec.norm_axis else expected
         same = deviation(expected, combined) <= max(GUIDANCE_LIMIT, tolerance(step.model_output.dtype))
         found[name] = None if same else float(f"{float(w):.4g}")
     return {name: turn._replace(scale=found.get(name)) for name, turn in turns.items()}

@@ -45,7 +45,7 @@ class AdapterView(nn.Module):
     def __init__(self, backbone: nn.Module, adapter: str | None):
         super().__init__()
         self.backbone, self.adapter = backbone, adapter
-        self._layers = peft_layers(backbone)  # found once: for SDXL it takes 27 ms on a CPU
+        self._layers = peft_layers(backbone)  # found once: for a large network the walk takes long beside a step
 
     def forward(self, *arguments, **keywords):
         _switch(self._layers, self.adapter is None, [self.adapter] if self.adapter else [])
@@ -98,8 +98,8 @@ def _switches(layers: list["BaseTunerLayer"]) -> tuple[bool, list[str]]:
 
 def _switch(layers: list["BaseTunerLayer"], disabled: bool, active: list[str]) -> None:
     for layer in layers:
-        # peft's set_adapter() would also rewrite requires_grad, which belongs to the trainer. Past nn.Module's
-        # __setattr__, which takes 12 ms for the layers of an SDXL.
+        # peft's set_adapter() would also rewrite requires_grad, which belongs to the trainer. Past the slow
+        # __setattr__ of nn.Module, because this runs twice in every call, for each layer.
         layer.__dict__.update(_disable_adapters=disabled, _active_adapter=active)
 
 

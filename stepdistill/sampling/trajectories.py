@@ -220,10 +220,12 @@ def _key(teacher: Denoiser, conditioning: Conditioning, times: Tensor, *values: 
     call = (type(network).__name__, spec.output, teacher.kind, spec.constants)
     grid = (*schedule.coefficients(times), spec.network_timestep(schedule.timestep(times)))
     weights = network.state_dict() | dict(network.named_buffers())
-    if spec.keeps_norm or spec.helpers:
-        values = (*values, spec.keeps_norm)
+    if spec.norm_axis or spec.helpers:
+        values = (*values, spec.norm_axis)
     if spec.experts:
         values = (*values, spec.experts)
+    if spec.mix:
+        values = (*values, spec.mix)
     for helper in spec.helpers:
         own = helper.denoiser
         values = (*values, helper.name, helper.feeds, own.spec.constants, own.network.state_dict())

@@ -25,7 +25,7 @@ Conditions = Mapping[str, Tensor]
 class AnalyticDenoiser(ABC):
     """What both distributions share: the call, the score and the labels. Times ``t`` are (B,), samples (B, ...)."""
 
-    keeps_norm = False
+    norm_axis = None
     rule = Rule()
     takes_r = False
 

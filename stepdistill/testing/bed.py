@@ -164,7 +164,7 @@ class Spy:
     def __init__(self, denoiser):
         self.denoiser, self.schedule, self.kind = denoiser, denoiser.schedule, denoiser.kind
         self.network = getattr(denoiser, "network", None)
-        self.keeps_norm, self.rule = denoiser.keeps_norm, denoiser.rule
+        self.norm_axis, self.rule = denoiser.norm_axis, denoiser.rule
         self.takes_r = denoiser.takes_r
         self.calls: list[tuple[Tensor, Tensor]] = []
 

@@ -140,7 +140,7 @@ def test_the_fixed_point_where_trajectories_are_straight(name, kind):
 class Listener:
     """A denoiser that remembers which classes it was asked for."""
 
-    keeps_norm, rule = False, Rule()
+    norm_axis, rule = None, Rule()
 
     def __init__(self, denoiser):
         self.denoiser, self.schedule, self.kind = denoiser, denoiser.schedule, denoiser.kind

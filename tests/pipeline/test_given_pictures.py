@@ -117,7 +117,7 @@ def test_the_residuals_are_those_of_the_noisy_sample(controlled):
     assert torch.autograd.grad(found.sum(), x)[0].abs().sum() > 0
 
 
-def test_trajectories_depend_on_the_controlnet_and_its_scale(controlled, pictures):
+def test_trajectories_depend_on_the_controlnet_its_scale_and_the_scale_of_a_picture(controlled, pictures):
     given = {"image": pictures["image"], **zoo.SMALL}
     conditioning = SimpleNamespace(cond={}, null=None, content=())
     times = torch.linspace(1, 0, 4, dtype=torch.float64)
@@ -131,6 +131,8 @@ def test_trajectories_depend_on_the_controlnet_and_its_scale(controlled, picture
     keys = {key(controlled), key(trace(other, given))}
     keys.add(key(trace(zoo.controlnet(), given | {"controlnet_conditioning_scale": 0.5})))
     assert len(keys) == 3 and key(trace(zoo.controlnet(), given)) == key(controlled)
+    given = {"image": pictures["image"], "image_guidance_scale": 1.5}
+    assert key(trace(zoo.pix2pix(), given)) != key(trace(zoo.pix2pix(), given | {"image_guidance_scale": 1.2}))
 
 
 def test_a_student_with_a_controlnet_is_distilled_and_exported(pictures, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def test_any_guider_is_watched_as_plain_guidance(teacher):
     pipeline = load_pipeline(teacher)
     own = pipeline.guider
     traced = trace(pipeline, ARGUMENTS)
-    assert (traced.guidance.kind, traced.guidance.shift, traced.denoiser.spec.keeps_norm) == ("two_calls", 0.0, False)
+    assert (traced.guidance.kind, traced.guidance.shift, traced.denoiser.spec.norm_axis) == ("two_calls", 0.0, None)
     assert pipeline.guider is own and isinstance(own, AdaptiveProjectedGuidance)
 
 

@@ -115,7 +115,7 @@ def described(traced: Trace) -> list[str]:
     spec, guidance = traced.denoiser.spec, traced.guidance
     output = {"identity": "", "negated": ", negated", "first_half": ", beside a variance"}[spec.output]
     ways = {"none": "none", "batched": "doubled batch", "two_calls": "two calls", "embedded": "an input of the network"}
-    rule = ", w = scale + 1" if guidance.shift else ", keeps the norm" if spec.keeps_norm else ""
+    rule = ", w = scale + 1" if guidance.shift else ", keeps the norm" if spec.norm_axis else ""
     return [f"`{type(traced.pipeline).__name__}`", traced.denoiser.kind + output, ways[guidance.kind] + rule]
 
 

@@ -245,18 +245,18 @@ def norm_kept(axis):
 
 
 @pytest.mark.parametrize(
-    ("rule", "shift", "keeps_norm"),
+    ("rule", "shift", "norm_axis"),
     [
         (norm_kept(-1), 0.0, -1),
         (norm_kept(1), 0.0, 1),
-        (lambda c, u, w: c + w * (c - u), 1.0, 0),
-        (lambda c, u, w: u + w * (c - u), 0, 0),
+        (lambda c, u, w: c + w * (c - u), 1.0, None),
+        (lambda c, u, w: u + w * (c - u), 0, None),
     ],
 )
-def test_guidance_rules(rule, shift, keeps_norm):
+def test_guidance_rules(rule, shift, norm_axis):
     """What the pipeline does at its scale is what the library does at w = scale + shift."""
     result = trace(toy(rule=rule))
-    assert (result.guidance.shift, result.denoiser.spec.keeps_norm) == (shift, keeps_norm)
+    assert (result.guidance.shift, result.denoiser.spec.norm_axis) == (shift, norm_axis)
     x, t = torch.randn(2, 4, 8, 8), torch.full((2,), 0.5)
     cond, null = ({"extra.what": torch.tensor(labels)} for labels in ([1, 2], [10, 10]))
     outputs = [result.denoiser(x, t, one).raw for one in (cond, null)]

@@ -72,6 +72,22 @@ def test_an_adapter_beside_a_critic_that_is_trained_whole(teacher):
     assert not any("critic" in name for name, _ in backbone.named_parameters())
 
 
+def test_a_call_under_an_adapter_does_not_walk_through_the_network(monkeypatch):
+    """A walk through a large network takes the host as long as a small step takes a GPU."""
+    traced = trace(tiny_dit())
+    training = {"student": "lora", "critic": "lora"}
+    roles = build_roles(traced.denoiser, training, 1.0, LoRA(4))
+    x, t, cond = torch.randn(1, 4, 8, 8), torch.tensor([0.5]), {"class_labels": torch.tensor([3])}
+    with torch.no_grad():
+        for layer in roles.student.network.backbone.modules():
+            if (up := getattr(layer, "lora_B", None)) is not None:
+                up["student"].weight += 0.1
+    walks = []
+    monkeypatch.setattr("stepdistill.roles.views.peft_layers", lambda network: walks.append(network) or [])
+    outputs = [role(x, t, cond).raw for role in (roles.student, roles.critic, roles.teacher)]
+    assert walks == [] and torch.equal(outputs[1], outputs[2]) and not torch.equal(outputs[0], outputs[1])
+
+
 def test_the_critics_adapter_has_a_rank_an_alpha_and_layers_of_its_own(teacher):
     critic = {"rank": 6, "alpha": 9, "targets": ["to_q", "to_v"]}
     recipe = load(recipe_of(teacher, student={"alpha": 1}, critic=critic))

@@ -69,7 +69,7 @@ def combined(denoiser, cond, uncond):
     if phi := denoiser.rule.rescale:
         deviations = [one.flatten(1).std(1).view(-1, *[1] * (one.ndim - 1)) for one in (cond, raw)]
         raw = raw * (phi * deviations[0] / deviations[1] + 1 - phi)
-    if denoiser.keeps_norm:
+    if denoiser.norm_axis:
         raw = raw * cond.norm(dim=-1, keepdim=True) / raw.norm(dim=-1, keepdim=True)
     return raw
 
