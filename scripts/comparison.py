@@ -12,6 +12,7 @@ from PIL import Image
 from stepdistill.eval.names import DIVERSITY, METRICS, metric_name, metric_text
 from stepdistill.eval.pictures import panels_plot
 from stepdistill.methods import FAMILIES
+from stepdistill.progress import counted
 
 NFES = (1, 2, 4, 8)
 PHASES = (
@@ -61,7 +62,7 @@ def conclude(content: dict[str, Any], notes: Mapping[str, str]) -> dict[str, Any
         at = {name: fd for name, fd in means.items() if name.endswith(f"@{steps}")}
         if at and teacher:
             best = min(at, key=at.__getitem__)
-            bar = f"best at {steps} step{'s' if steps > 1 else ''}: FD at most {target:g}x the teacher's"
+            bar = f"best at {counted(steps, 'step')}: FD at most {target:g}x the teacher's"
             content["bars"].append(
                 {"name": best, **_bar(bar, at[best] / teacher, target, at[best] <= target * teacher)}
             )

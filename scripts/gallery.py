@@ -21,6 +21,7 @@ from stepdistill.eval.bench.drawing import TEACHER_STEPS, Sampler, draw
 from stepdistill.eval.bench.sources import Source, read_source
 from stepdistill.pipeline.conditioning import class_names, entries
 from stepdistill.pipeline.trace import Trace
+from stepdistill.progress import counted
 from stepdistill.sampling.image_grid import image_grid
 from stepdistill.sampling.sample import inspect
 from stepdistill.sampling.solvers import stock_solvers
@@ -57,7 +58,7 @@ class Entry:
 
     def markdown(self, level: int) -> str:
         sampler = self.sampler
-        steps = f"{sampler.steps} step{'s' if sampler.steps > 1 else ''}"
+        steps = counted(sampler.steps, "step")
         title = f"{sampler.name}: {steps}, NFE {sampler.nfe}"
         lines = [f"{'#' * level} {title}", "", f"![{title}](pictures/gallery/{self.file}.png)", ""]
         return "\n".join([*lines, *(["```bash", self.command, "```", ""] if self.command else [])])

@@ -22,6 +22,9 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+COLUMNS = 80
+"""What is printed for people fits a terminal as narrow as this."""
+
 EVERY = 60
 """Seconds between the lines of a piece of work where there is no terminal."""
 

@@ -15,6 +15,7 @@ from stepdistill.eval.report import Report, Row
 from stepdistill.eval.shards import Shards
 from stepdistill.eval.verdict import verdict_metric
 from stepdistill.pipeline.conditioning import class_names
+from stepdistill.progress import counted
 from stepdistill.sampling.image_grid import image_grid
 
 PICTURES, COLUMNS = 24, 8
@@ -34,7 +35,7 @@ def show(bench: Bench, report: Report, sampler: Sampler, row: Row, real: dict[st
     """
     classes = len(bench.protocol.classes)
     count, columns = (PICTURES_PER_CLASS * classes, classes) if classes else (PICTURES, COLUMNS)
-    caption = f"{row.name} · {row.steps} step{'s' if row.steps > 1 else ''}, NFE {row.nfe}"
+    caption = f"{row.name} · {counted(row.steps, 'step')}, NFE {row.nfe}"
     images = Shards(bench.folder(sampler) / "images", bench.samples, bench.block)
     looked_at = bench.samples
     if images.missing():
@@ -75,7 +76,7 @@ def side_by_side(report: Report, sampler: Sampler, drawn: Sequence[tuple[Row, Te
     if len(there) < 2:
         return
     names = {"teacher": "Teacher", "student": "Student"}
-    labels = [f"{names.get(row.role, row.name)}, {row.steps} step{'s' if row.steps > 1 else ''}" for row, _ in there]
+    labels = [f"{names.get(row.role, row.name)}, {counted(row.steps, 'step')}" for row, _ in there]
     classes = class_names(sampler.trace)
     for number, together in enumerate(zip(*(images for _, images in there), strict=False)):
         entry = sampler.entry(number)

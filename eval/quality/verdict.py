@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stepdistill.eval.names import metric_name
+from stepdistill.progress import counted
 
 if TYPE_CHECKING:
     from stepdistill.eval.report import Row
@@ -50,7 +51,7 @@ class Verdict:
     def short(self) -> str:
         """The verdict where it is one of many."""
         closed = "" if self.gap_closed is None else f", {100 * self.gap_closed:.0f} % of the gap"
-        return f"{self.student}, {_steps(self.steps)}: {self.ratio:.2f}× the teacher's{closed}"
+        return f"{self.student}, {counted(self.steps, 'step')}: {self.ratio:.2f}× the teacher's{closed}"
 
 
 def verdict(
@@ -125,7 +126,7 @@ def _words(
     """The numbers behind a verdict as one sentence."""
     name = labels[metric] if labels else metric_name(metric, student.samples)
     text = (
-        f"{student.name} in {_steps(student.steps)} (NFE {student.nfe}) has {name} {_value(student, metric)}, "
+        f"{student.name} in {counted(student.steps, 'step')} (NFE {student.nfe}) has {name} {_value(student, metric)}, "
         f"{result.ratio:.2f}× that of its teacher ({_value(teacher, metric)}, {teacher.steps} steps, "
         f"w = {teacher.guidance:g}, NFE {teacher.nfe}; target at most {RATIO_TARGET:g}×)"
     )
@@ -154,7 +155,3 @@ def _enough(samples: int, certainty: float) -> str:
         return f"; it would take more than {MOST_SAMPLES:,}"
     step = 10 ** max(1, math.floor(math.log10(needed)) - 1)
     return f"; about {math.ceil(needed / step) * step:,} would decide"
-
-
-def _steps(number: int) -> str:
-    return f"{number} step{'' if number == 1 else 's'}"

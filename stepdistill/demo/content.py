@@ -25,6 +25,7 @@ from stepdistill.pipeline.open import open_teacher
 from stepdistill.pipeline.set_up import can_run
 from stepdistill.pipeline.sizes import Size, at_size
 from stepdistill.pipeline.unread import unread
+from stepdistill.progress import counted
 from stepdistill.recipe.section import Guidance
 
 STEPS = (1, 2, 4)
@@ -112,7 +113,7 @@ class Demo:
         """What is being compared, in a line."""
         teacher, facts = self.samplers[0], self.facts
         guided = f" with guidance {facts.guidance:g}" if facts.guidance != 1 else ""
-        few = f"{facts.steps} step{'' if facts.steps == 1 else 's'}"
+        few = counted(facts.steps, "step")
         return f"The teacher, {teacher.name}, needs {teacher.steps} steps{guided}; its student was trained for {few}"
 
     @property

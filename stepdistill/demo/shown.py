@@ -13,6 +13,7 @@ from stepdistill.demo.content import Demo, Drawn
 from stepdistill.errors import InputError
 from stepdistill.eval.bench.drawing import Sampler
 from stepdistill.eval.pictures import INK, MUTED, png_data_uri
+from stepdistill.progress import counted
 from stepdistill.sampling.image_grid import image_grid
 
 SHOWN_PIXELS = 256
@@ -119,7 +120,7 @@ def _enlarged(drawn: Drawn) -> Image.Image:
 
 def _costs(sampler: Sampler, drawn: Drawn | None, teacher: Drawn | None) -> list[str]:
     """Lines: steps, passes and seconds, as far as they are known; the teacher's guidance, or how much less it takes."""
-    lines = [f"{sampler.steps} step{'s' if sampler.steps > 1 else ''}"]
+    lines = [counted(sampler.steps, "step")]
     if drawn is not None:
         lines = [f"{lines[0]} · {drawn.nfe} network pass{'' if drawn.nfe == 1 else 'es'} · {drawn.seconds:.2f} s"]
         if teacher is not None and drawn is not teacher:

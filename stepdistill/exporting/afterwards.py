@@ -12,10 +12,8 @@ from stepdistill.eval.summary import sentences
 from stepdistill.exporting.card import PLACE, TEACHER
 from stepdistill.files import read_json, read_text
 from stepdistill.pipeline.exports import FACTS
+from stepdistill.progress import COLUMNS
 from stepdistill.training.layout import RunFolder
-
-WIDTH = 80
-"""Columns of the text."""
 
 
 def afterwards(run: str | Path) -> str:
@@ -28,7 +26,7 @@ def afterwards(run: str | Path) -> str:
     if not (folder.export / FACTS).is_file():
         return ""
     steps = int(read_json(folder.export / FACTS)["steps"])
-    paragraphs = [textwrap.fill(" ".join(_summary(folder)), WIDTH)]
+    paragraphs = [textwrap.fill(" ".join(_summary(folder)), COLUMNS)]
     if code := snippet(folder.export):
         paragraphs.append("In Python:\n\n" + "\n".join(f"    {line}".rstrip() for line in code))
     name = shlex.quote(str(run))

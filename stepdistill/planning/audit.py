@@ -27,7 +27,7 @@ from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod
 from stepdistill.planning.update_speed import moving, rms_change, speed
 from stepdistill.planning.update_time import kinds_of_steps, own_seconds, seconds_alone
-from stepdistill.progress import say
+from stepdistill.progress import COLUMNS, say
 from stepdistill.recipe import Recipe
 from stepdistill.recipe.memory import GIB, RESERVE
 from stepdistill.recipe.published_runs import RUNS, PublishedPlayer, PublishedRun
@@ -53,8 +53,6 @@ REACH = 0.01
 FACTOR = 4.0
 """Speeds and numbers of samples within this factor of the published run's bring no warning."""
 PASSES = 50
-WIDTH = 80
-"""Columns of the table for people."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +278,7 @@ def as_text(checks: Sequence[Check]) -> str:
             lines.append(
                 textwrap.fill(
                     text,
-                    WIDTH,
+                    COLUMNS,
                     initial_indent=first,
                     subsequent_indent=" " * (left + 3 * (number > 0)),
                     break_long_words=False,
