@@ -3,10 +3,10 @@
     python scripts/sweep_table.py RESULTS.jsonl --tests COMMIT   # stores assets/benchmarks/sweep.json, then as below
     python scripts/sweep_table.py                                # writes the section of what is stored
 
-RESULTS.jsonl has a line for each test; a later line of a ``test`` wins over an earlier one. ``name`` is the pipeline's
-class, ``kind`` text-to-image or another, ``built`` and ``traced`` are booleans, ``reason`` says why not. ``arguments``
-are those that a refusal named and that were then set; ``objects`` says that some are no plain values, so that no recipe
-states them.
+RESULTS.jsonl is written by scripts/sweep/sweep.py, a line for each test; a later line of a ``test`` wins over an
+earlier one. ``name`` is the pipeline's class, ``kind`` text-to-image or another, ``built`` and ``traced`` are booleans,
+``reason`` says why not. ``arguments`` are those that a refusal named and that were then set; ``objects`` says that some
+are no plain values, so that no recipe states them.
 """
 
 import argparse
@@ -26,6 +26,7 @@ WIDTH, LONGEST, A_LINE = 120, 160, 8
 TEXT = """\
 diffusers tests its pipelines on tiny random ones. Each of them is built here offline, with small tokenizers and text
 encoders in the place of those that its test would download. Then it is traced with the arguments of its test.
+`scripts/sweep/sweep.py` repeats this; its first lines say how.
 
 Of {tests} tests (commit {commit}), {built} build a pipeline with diffusers {diffusers} here. **{traced} of these
 ({share}) are traced** by stepdistill {stepdistill}: recorded steps are repeated to 1e-5. For {advised} of them an
