@@ -1,4 +1,4 @@
-"""Previews and the check of conventions, with fewer steps and samples than for users.
+"""Previews, the check of conventions and measured times, with fewer steps and samples than for users.
 
 Runs are many, and nearly all of their teachers have random weights: to draw 16 previews of a teacher in 50 steps, and
 images of it to check its conventions, would take longer than all else. Tests that are about these are marked
@@ -8,12 +8,14 @@ true_samples.
 import pytest
 
 from stepdistill.eval.protocol import Protocol, load_protocol
+from stepdistill.sampling import cost
 from stepdistill.training import previews, run_samples, selfcheck
 
 SHORT = {
     (run_samples, "TEACHER_STEPS"): 2,
     (previews, "COUNT"): 2,
     (selfcheck, "TRAJECTORY_STEPS"): 2,
+    (cost, "REPEATS"): 1,
 }
 TRUE = {place: getattr(*place) for place in SHORT}
 
@@ -35,5 +37,4 @@ def short_report(patch: pytest.MonkeyPatch) -> None:
         return full.model_copy(update=few)
 
     patch.setattr("stepdistill.eval.bench.rows.load_protocol", shortened)
-    patch.setattr("stepdistill.sampling.cost.REPEATS", 1)
     patch.setattr("stepdistill.eval.measure.standard_error", lambda *_, **__: 0.5)

@@ -7,12 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, StrMethodFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -110,7 +107,7 @@ def quality_plot(
     students = dict.fromkeys(row.name for row in rows if row.role == "student")
     # Small, so that it can be read on a phone; names of many students need room beside it.
     few = len(students) <= len(PALETTE)
-    figure = Figure(figsize=(5.4, 3.8) if few else (7.2, 4.0), dpi=160, layout="constrained")
+    figure = _figure((5.4, 3.8) if few else (7.2, 4.0), 160)
     axes = figure.add_subplot()
     _clean(axes)
     axes.set(xscale="log", xlabel=named[axis], ylabel=_plain(label))
@@ -156,7 +153,7 @@ def panels_plot(
     """
     columns = min(columns, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
-    figure = Figure(figsize=(4.1 * columns, 3.6 * rows), dpi=140, layout="constrained")
+    figure = _figure((4.1 * columns, 3.6 * rows), 140)
     drawn = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axes, (title, lines) in itertools.zip_longest(drawn, panels.items(), fillvalue=(None, None)):
         if title is None:
@@ -200,7 +197,7 @@ def training_plot(lines: Sequence[Mapping[str, float]]) -> Image.Image | None:
     panels = {title: series for title, series in panels.items() if series}
     if not panels:
         return None
-    figure = Figure(figsize=(7.2, 2.5 * len(panels)), dpi=150, layout="constrained")
+    figure = _figure((7.2, 2.5 * len(panels)), 150)
     for index, (title, series) in enumerate(panels.items()):
         axes = figure.add_subplot(len(panels), 1, index + 1)
         _clean(axes)
@@ -215,6 +212,13 @@ def training_plot(lines: Sequence[Mapping[str, float]]) -> Image.Image | None:
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_xlabel("step")
     return _render(figure)
+
+
+def _figure(size: tuple[float, float], dpi: int) -> Any:
+    """An empty matplotlib figure of ``size`` inches; the library takes a second to import, and training needs none."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, dpi=dpi, layout="constrained")
 
 
 def _plain(name: str) -> str:
@@ -251,11 +255,15 @@ def _logarithmic(axes: Any) -> None:
 
 
 def _readable(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
-def _render(figure: Figure) -> Image.Image:
+def _render(figure: Any) -> Image.Image:
+    import matplotlib
+
     buffer = io.BytesIO()
     with matplotlib.rc_context({"font.size": 9}):
         figure.savefig(buffer, format="png", facecolor="white")

@@ -24,6 +24,9 @@ def guiders(pipeline: Any) -> dict[str, BaseGuidance]:
 def guided_at(pipeline: Any, scale: float) -> Iterator[None]:
     """Inside, the pipeline's guiders are plain guidance of this scale; 1 or less: there is one pass per step."""
     own = guiders(pipeline)
+    if not own:
+        yield
+        return
     with quiet():  # each new one warns that all of them are experimental
         plain = {name: ClassifierFreeGuidance(guidance_scale=scale, enabled=scale > 1) for name in own}
     pipeline.__dict__.update(plain)

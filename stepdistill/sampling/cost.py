@@ -48,11 +48,15 @@ def throughput(
     steps: int,
     guidance: float,
     batch: int,
-    repeats: int = REPEATS,
+    repeats: int | None = None,
 ) -> dict[str, float]:
-    """seconds_per_image, peak_memory_mib and parameters of :func:`sampling_cost`, which takes longer."""
+    """seconds_per_image, peak_memory_mib and parameters of :func:`sampling_cost`, which takes longer.
+
+    Args:
+        repeats: warm runs; None: as many as there.
+    """
     images = _drawing(trace, conditioning, scheduler, steps, guidance)
-    seconds, memory = _warm_median(lambda: images(batch), _device(trace), repeats)
+    seconds, memory = _warm_median(lambda: images(batch), _device(trace), repeats or REPEATS)
     parameters = sum(p.numel() for p in trace.denoiser.network.parameters())
     return {"seconds_per_image": seconds / batch, "peak_memory_mib": memory, "parameters": parameters}
 

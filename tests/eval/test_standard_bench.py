@@ -94,7 +94,6 @@ def protocol(root, name, **changes):
 @pytest.fixture
 def measured(root, monkeypatch):
     monkeypatch.setattr(import_module("stepdistill.eval.bench.rows"), "load_view", lambda *_: Shrunk())
-    monkeypatch.setattr(import_module("stepdistill.sampling.cost"), "REPEATS", 1)
     monkeypatch.delenv("RANK", raising=False)
 
     def run(path, source="student", **options):

@@ -159,7 +159,7 @@ def test_backward_simulation_stays_on_the_marginals(source):
     assert len(grid) == 4 and grid[0].t == 1.0 and [step.r for step in grid[:-1]] == [step.t for step in grid[1:]]
     if source == "vp":
         assert [round(step.t * 999) for step in grid] == [999, 749, 499, 249]
-    size = 200_000
+    size = 50_000
     for k, step in enumerate(grid):
         x = method.backward_simulation(batch(size), k)
         alpha, sigma = (c.item() for c in schedule.coefficients(at(step.t)))

@@ -13,6 +13,7 @@ from stepdistill.testing.bed import SCHEDULES, OnGrid, batch, generator
 
 FLOW = SCHEDULES["flow"]
 MANY = 40_000
+FEWER = 10_000
 SHIFTED = [name for name in METHODS if issubclass(METHODS[name].Config, CriticConfig)]
 
 
@@ -51,8 +52,8 @@ def seen_times(name: str, shift: float) -> dict[str, torch.Tensor]:
             return call(x, timestep, *rest, **named)
 
         network.forward = forward
-    rows = batch(MANY)
-    rows.latents = torch.zeros(MANY, 1, dtype=torch.float64)
+    rows = batch(FEWER)
+    rows.latents = torch.zeros(FEWER, 1, dtype=torch.float64)
     for player in method.players:
         method.losses(player, rows)
     return {role: torch.cat(times) for role, times in found.items()}

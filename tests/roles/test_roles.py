@@ -144,7 +144,7 @@ def test_an_adapters_section_that_nothing_reads_is_refused(teacher):
     [
         {"method": {"critic": "full"}, "student": {"alpha": 1}},
         {"student": {"train": "full"}, "method": {"critic": "lora"}, "critic": {"rank": 3, "alpha": 6}},
-        {"method": {"name": "sid-lsg", "critic": "full"}},
+        pytest.param({"method": {"name": "sid-lsg", "critic": "full"}}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_with_both_kinds_goes_on_as_it_began(mixed, teacher, tmp_path, monkeypatch):

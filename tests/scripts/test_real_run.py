@@ -77,7 +77,6 @@ def small(real_run, run):
 def test_a_real_run_on_a_tiny_pipeline(scripts, base, tmp_path, protocol, monkeypatch):
     real_run, _ = scripts
     monkeypatch.setattr(import_module("stepdistill.eval.bench.rows"), "load_view", lambda *_: Shrunk())
-    monkeypatch.setattr(import_module("stepdistill.sampling.cost"), "REPEATS", 1)
     monkeypatch.setattr(real_run, "CAPTIONS", 40)
     TINY[base]().save_pretrained(tmp_path / "teacher")
     work, page = tmp_path / "work", tmp_path / "docs" / "real_results.md"

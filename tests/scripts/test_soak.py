@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow  # tests/training/test_trainer.py kills and resumes a run
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its runs are forked")
 def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "soak.py"), "--kills", "2", "--rounds", "1"]

@@ -68,9 +68,12 @@ def train_together(recipes: list[dict], place: Path, processes: int) -> None:
     (place / "recipes.json").write_text(json.dumps(recipes))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += [str(HERE / "several_processes.py"), str(place / "recipes.json")]
+    # A launcher that knows nothing of CPUs: where there is no GPU each process could train the whole run by itself.
+    plain = environment(CUDA_VISIBLE_DEVICES="")
+    del plain["ACCELERATE_USE_CPU"]
     # Waiting for each other keeps processors busy: those of two test workers would be in each other's way.
     with FileLock(place.parent / "processes.lock"):
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, env=plain, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -213,41 +216,6 @@ def test_a_launched_run_ends_with_one_line_and_the_code_of_a_wrong_input(teacher
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line]
     assert lines == ["error: train.batch_size: expected a multiple of processes x train.accumulation (2 x 1), found 3"]
-
-
-def launched(recipe: dict, place: Path, *launcher: str) -> subprocess.CompletedProcess:
-    """``stepdistill train`` under a launcher that knows nothing of CPUs, where there is no GPU."""
-    (place / "recipe.yaml").write_text(json.dumps(recipe))
-    command = [sys.executable, "-m", *launcher, "-m", "stepdistill", "train", str(place / "recipe.yaml")]
-    plain = environment(CUDA_VISIBLE_DEVICES="")
-    del plain["ACCELERATE_USE_CPU"]
-    with FileLock(place.parent / "processes.lock"):
-        return subprocess.run(command, env=plain, capture_output=True, text=True, timeout=300)
-
-
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def test_processes_of_a_launcher_know_each_other_without_gpus(teacher, tmp_path):  # noqa: F811
-    """Else each would train the whole run, into one folder."""
-    recipe = make_recipe(teacher, tmp_path / "run", {"name": "dmd2"}, batch_size=3)
-    done = launched(recipe, tmp_path, *TORCHRUN)
-    assert done.returncode != 0 and not (tmp_path / "run").exists()
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert lines == ["error: train.batch_size: expected a multiple of processes x train.accumulation (2 x 1), found 3"]
-
-
-@pytest.mark.slow
-def test_a_launcher_trains_on_cpus_what_one_process_does(teacher, tmp_path):  # noqa: F811
-    method = {"name": "sfd", "substeps": 1}
-    recipes = [make_recipe(teacher, tmp_path / name, method, steps=2, batch_size=4) for name in ("one", "two")]
-    train(recipes[0])
-    done = launched(recipes[1], tmp_path, *TORCHRUN)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_weights(newest(tmp_path / "one"), newest(tmp_path / "two"))
-    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
-    assert (tmp_path / "two" / "export" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("launcher", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])

@@ -119,8 +119,13 @@ METHOD_CASES = {
     "pd-rollout": ({"name": "pd", "start_steps": 8, "phase_steps": 1, "inputs": "rollout"}, False),
 }
 
+# Another case has the same kinds of state: heads, a slow copy, a critic at a third of the steps, stored paths.
+ALIKE = ("vsd", "lcm", "tdd", "pcm", "sid-lsg", "sida", "flash-dmd", "dmd", "ode-regression")
 
-@pytest.mark.parametrize("case", METHOD_CASES)
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(one, marks=pytest.mark.slow) if one in ALIKE else one for one in METHOD_CASES]
+)
 def test_stop_and_resume_is_bit_exact(teacher, pictures, tmp_path, case, monkeypatch):
     for around in (
         "check_conventions",
