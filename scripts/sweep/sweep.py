@@ -109,6 +109,8 @@ def build(test: Any, fresh: bool) -> Any:
             if fresh and any(word in name for word in DENOISERS):
                 redraw(part, seed)
     pipeline = test.pipeline_class(**components)
+    if pipeline.components.get("scheduler") is not None and pipeline.scheduler.config.get("use_flow_sigmas"):
+        pipeline.scheduler.register_to_config(prediction_type="flow_prediction")  # as published; tests leave epsilon
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -153,6 +153,8 @@ class Renoise(Sampler):
         from diffusers import FlowMatchLCMScheduler, LCMScheduler
 
         if self.schedule.name == "flow":
+            if self.schedule.inverted:
+                raise InputError(f"sampler {self.name}: expected ddim, FlowMatchLCMScheduler inverts no sigmas")
             return self._flow(FlowMatchLCMScheduler, steps)
         _not_edm(self.schedule, self.name)
         # From the whole table any number of steps is evenly spaced: 999, 749, 499, 249 for 4.

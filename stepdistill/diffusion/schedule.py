@@ -18,11 +18,11 @@ from stepdistill.diffusion.devices import DeviceTable
 from stepdistill.errors import InputError
 from stepdistill.kernels import add_noise
 
-Kind = Literal["epsilon", "v", "edm", "flow", "sample"]
+Kind = Literal["epsilon", "v", "edm", "flow", "inverted flow", "sample"]
 """What a network emits: eps; v = sd alpha eps - sigma x_0 / sd with the schedule's data deviation sd, 1 unless it is
-EDM's; -v, as EDM's preconditioning has it; flow velocity u = eps - x_0; or x_0 itself."""
+EDM's; -v, as EDM's preconditioning has it; flow velocity u = eps - x_0; -u, of inverted sigmas; or x_0 itself."""
 
-KINDS: tuple[Kind, ...] = ("epsilon", "v", "edm", "flow", "sample")
+KINDS: tuple[Kind, ...] = ("epsilon", "v", "edm", "flow", "inverted flow", "sample")
 
 
 def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -91,8 +91,9 @@ class Schedule(ABC):
             case "v" | "edm":
                 sd, v = self.data_std, -prediction if kind == "edm" else prediction
                 return (sd**2 * alpha * x_t - sd * sigma * v) / (sd**2 * alpha**2 + sigma**2)
-            case "flow":
-                return (x_t - sigma * prediction) / (alpha + sigma)
+            case "flow" | "inverted flow":
+                u = prediction if kind == "flow" else -prediction
+                return (x_t - sigma * u) / (alpha + sigma)
             case "sample":
                 return prediction
         raise ValueError(f"unknown prediction kind {kind!r}, expected one of {KINDS}")
@@ -106,8 +107,9 @@ class Schedule(ABC):
             case "v" | "edm":
                 sd, v = self.data_std, -prediction if kind == "edm" else prediction
                 return (sigma * x_t + sd * alpha * v) / (sd**2 * alpha**2 + sigma**2)
-            case "flow":
-                return (x_t + alpha * prediction) / (alpha + sigma)
+            case "flow" | "inverted flow":
+                u = prediction if kind == "flow" else -prediction
+                return (x_t + alpha * u) / (alpha + sigma)
             case "sample":
                 return (x_t - alpha * prediction) / sigma
         raise ValueError(f"unknown prediction kind {kind!r}, expected one of {KINDS}")
@@ -119,7 +121,7 @@ class Schedule(ABC):
             return x0
         eps = (x_t - alpha * x0) / sigma
         v = self.data_std * alpha * eps - sigma * x0 / self.data_std
-        return {"epsilon": eps, "v": v, "edm": -v, "flow": eps - x0}[kind]
+        return {"epsilon": eps, "v": v, "edm": -v, "flow": eps - x0, "inverted flow": x0 - eps}[kind]
 
     def score(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """grad log p_t(x_t) = -(x_t - alpha D)/sigma^2 for the posterior mean D = ``x0`` (Tweedie)."""
@@ -175,13 +177,21 @@ class FlowSchedule(Schedule):
         shift: s of sampling grids, t = s u/(1 + (s - 1) u) of even u (Esser et al. 2024, eq. 23); not of the path.
         dynamic: whether the pipeline computes the shift from the size of the sample, and ``shift`` is that of one.
         left_out: a shift that the network's timesteps lack: they are u where the path is at the shifted u (CogView4).
+        inverted: whether timesteps rise from 0 at the noise end (Mochi).
     """
 
     name = "flow"
 
-    def __init__(self, shift: float = 1.0, train_timesteps: int = 1000, dynamic: bool = False, left_out: float = 1.0):
+    def __init__(
+        self,
+        shift: float = 1.0,
+        train_timesteps: int = 1000,
+        dynamic: bool = False,
+        left_out: float = 1.0,
+        inverted: bool = False,
+    ):
         self.shift, self.train_timesteps = shift, train_timesteps
-        self.dynamic, self.left_out = dynamic, left_out
+        self.dynamic, self.left_out, self.inverted = dynamic, left_out, inverted
 
     def between(self, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
         low, high = (shifted(t.double(), 1 / self.shift) for t in (low, high))
@@ -191,10 +201,12 @@ class FlowSchedule(Schedule):
         return 1 - t.double(), t.double()
 
     def timestep(self, t: Tensor) -> Tensor:
-        return shifted(t.double(), 1 / self.left_out) * self.train_timesteps
+        told = shifted(t.double(), 1 / self.left_out)
+        return (1 - told if self.inverted else told) * self.train_timesteps
 
     def time(self, timestep: Tensor) -> Tensor:
-        return shifted(timestep.double() / self.train_timesteps, self.left_out)
+        told = timestep.double() / self.train_timesteps
+        return shifted(1 - told if self.inverted else told, self.left_out)
 
     def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps - x0
@@ -314,13 +326,19 @@ def from_scheduler(scheduler: Any, mu: float | None = None) -> tuple[Schedule, K
     }
     declared = config.get("prediction_type")
     if declared == "flow_prediction" or config.get("use_flow_sigmas") or _is_flow(scheduler):
+        if declared not in (None, "flow_prediction"):
+            raise InputError(
+                f"schedule: {type(scheduler).__name__} has flow sigmas and prediction_type {declared}; a flow "
+                "network's is flow_prediction (scheduler/scheduler_config.json)"
+            )
         shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
         dynamic = bool(config.get("use_dynamic_shifting"))
         if dynamic and mu is not None:
             shift = float(mu) if config.get("time_shift_type") == "linear" else math.exp(mu)
         steps = config.get("num_train_timesteps", 1000)
         left_out = shift if _leaves_out(scheduler, shift, steps) else 1.0
-        return FlowSchedule(shift, steps, dynamic, left_out), "flow"
+        inverted = bool(config.get("invert_sigmas"))
+        return FlowSchedule(shift, steps, dynamic, left_out, inverted), "inverted flow" if inverted else "flow"
     edm = _tells_log_sigma(scheduler)
     if not edm and not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(

@@ -33,6 +33,8 @@ def flow_settings(source: Any, schedule: FlowSchedule) -> dict[str, Any]:
         source: the teacher's scheduler.
     """
     settings: dict[str, Any] = {"num_train_timesteps": schedule.train_timesteps}
+    if schedule.inverted:
+        settings["invert_sigmas"] = True
     if schedule.dynamic:
         return settings | {name: source.config[name] for name in _DYNAMIC if source.config.get(name) is not None}
     return settings | {"shift": schedule.shift}

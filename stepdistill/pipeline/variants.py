@@ -67,5 +67,5 @@ def with_shift(trace: Trace, shift: float | None) -> Trace:
         return trace
     if old.schedule.name != "flow":
         raise InputError(f"student.shift: expected null for a {old.schedule.name} schedule, found {shift:g}")
-    schedule = FlowSchedule(shift, old.schedule.train_timesteps)
+    schedule = FlowSchedule(shift, old.schedule.train_timesteps, inverted=old.schedule.inverted)
     return replace(trace, denoiser=Denoiser(old.network, old.spec, schedule, old.kind))

@@ -33,6 +33,8 @@ def stock_solvers(scheduler: Any) -> dict[str, Any]:
         flow = {**common, "use_flow_sigmas": True, "flow_shift": schedule.shift, "prediction_type": "flow_prediction"}
         own = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         settings = config if own else common | {"shift": schedule.shift}
+        if schedule.inverted:
+            return {"Euler": FlowMatchEulerDiscreteScheduler.from_config(settings)}
         solvers = {
             "Euler": FlowMatchEulerDiscreteScheduler.from_config(settings),
             "DPM-Solver++": DPMSolverMultistepScheduler(**flow, algorithm_type="dpmsolver++", solver_order=2),

@@ -44,6 +44,7 @@ _KINDS = {
     "v": "v prediction",
     "edm": "EDM's output",
     "flow": "flow prediction",
+    "inverted flow": "flow prediction with inverted sigmas",
     "sample": "x_0 prediction",
 }
 

@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 
+from stepdistill.diffusion.samplers import DDIM, Renoise
 from stepdistill.diffusion.schedule import (
     KINDS,
     EDMSchedule,
@@ -39,7 +40,7 @@ def test_every_kind_gives_back_what_was_noised(name, kind):
     x_t = schedule.add_noise(x0, eps, t)
     alpha, sigma = (c.reshape(-1, 1, 1) for c in schedule.coefficients(t))
     v = schedule.data_std * alpha * eps - sigma * x0 / schedule.data_std
-    emitted = {"epsilon": eps, "v": v, "edm": -v, "flow": eps - x0, "sample": x0}[kind]
+    emitted = {"epsilon": eps, "v": v, "edm": -v, "flow": eps - x0, "inverted flow": x0 - eps, "sample": x0}[kind]
     prediction = Prediction(emitted, x_t, t, schedule, kind)
     # The relative scale of the problem: x_0 from eps is divided by alpha, eps from x_0 by sigma.
     tolerance = {"rtol": 1e-12, "atol": 1e-12}
@@ -156,6 +157,22 @@ def test_flow_schedulers_of_diffusers():
     assert isinstance(found, FlowSchedule) and kind == "flow" and found.shift == 2.0
 
 
+def test_sigmas_that_rise_from_the_noise_end():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=True)
+    schedule, kind = from_scheduler(scheduler)
+    ours = DDIM(schedule, scheduler, 2)
+    stock = ours.stock(2)
+    stock.set_timesteps(2)
+    t = schedule.time(stock.timesteps)
+    assert kind == "inverted flow" and t.tolist() == pytest.approx([1.0, 0.75], abs=1e-6)
+    x0, eps, _ = batch(2)
+    emitted = schedule.from_x0(x0, eps, t[:1], kind)
+    x_t = stock.step(emitted, stock.timesteps[0], eps).prev_sample
+    torch.testing.assert_close(x_t, schedule.add_noise(x0, eps, t[1:]), rtol=1e-6, atol=1e-6)
+    with pytest.raises(InputError, match="expected ddim"):
+        Renoise(schedule, scheduler, 2)
+
+
 @pytest.mark.parametrize("scheduler", ["DPMSolverMultistep", "UniPCMultistep"])
 def test_vp_schedulers_in_flow_mode(scheduler):
     found, kind = from_scheduler(
@@ -164,6 +181,8 @@ def test_vp_schedulers_in_flow_mode(scheduler):
         )
     )
     assert isinstance(found, FlowSchedule) and kind == "flow" and found.shift == 5.0
+    with pytest.raises(InputError, match="prediction_type epsilon; a flow network's is flow_prediction"):
+        from_scheduler(getattr(diffusers, f"{scheduler}Scheduler")(use_flow_sigmas=True))
 
 
 ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
