@@ -23,7 +23,7 @@ from stepdistill.kernels import Rule
 Conditions = dict[str, Tensor]
 """Batch-first tensors keyed by the network's argument; an entry of a dict argument is named "argument.key"."""
 
-Output = Literal["identity", "negated", "first_half"]
+Output = Literal["identity", "negated", "first_half", "negated_first_half"]
 """How the network's raw output becomes what its scheduler is given."""
 
 SECOND_TIME = "second_time"
@@ -59,6 +59,7 @@ class CallSpec:
             the axis, and x_t's length along it. What comes after is a condition, named :attr:`extra`; of an output
             that is as long (a reference picture's tokens after x_t's) what comes after is left off.
         norm_axis: along which guided outputs are scaled back to the conditional ones' norm; None: they are not.
+        guided_channels: how many channels are guided, where those after them are the conditional output's; None: all.
         rule: what guidance is besides uncond + w (cond - uncond).
         experts: when each is called, from the noise end to the clean end, where several networks take turns.
         mix: (a, b) of each unconditional pass, the first of which is the null condition, where there are several: the
@@ -82,6 +83,7 @@ class CallSpec:
     helpers: tuple["Helper", ...] = ()
     appended: tuple[int, int] | None = None
     norm_axis: int | None = None
+    guided_channels: int | None = None
     rule: Rule = field(default_factory=Rule)
     experts: Mapping[str, Turn] = field(default_factory=dict)
     mix: tuple[tuple[float, float], ...] = ()
@@ -104,15 +106,10 @@ class CallSpec:
         tensor = first_tensor(raw)
         if self.frame_axis is not None:
             tensor = tensor.squeeze(self.frame_axis)
-        match self.output:
-            case "identity":
-                pass
-            case "negated":
-                tensor = -tensor
-            case "first_half":
-                tensor = tensor.chunk(2, dim=1)[0]
-            case _:
-                raise ValueError(f"unknown output map {self.output!r}")
+        if self.output.endswith("first_half"):
+            tensor = tensor.chunk(2, dim=1)[0]
+        if self.output.startswith("negated"):
+            tensor = -tensor
         if self.appended is None:
             return tensor
         axis, length = self.appended

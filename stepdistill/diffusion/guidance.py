@@ -195,14 +195,20 @@ def doubled(
     null: Conditions,
     rows: Tensor | slice = slice(None),
 ) -> tuple[Prediction, Prediction]:
-    """(the conditional predictions, the unconditional ones of ``rows``), from one batch; arguments as for outputs()."""
+    """(the conditional predictions, the unconditional ones of ``rows``), from one batch; arguments as for outputs().
+
+    Where the pipeline guides some channels alone, the others of the unconditional predictions are the conditional ones.
+    """
     both = {name: torch.cat([value, null[name][rows]]) for name, value in cond.items()}
     output = denoiser(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
     halves = (slice(len(x_t)), x_t, t), (slice(len(x_t), None), x_t[rows], t[rows])
     conditional, unconditional = (
         Prediction(output.raw[part], x, at, output.schedule, output.kind) for part, x, at in halves
     )
-    return conditional, unconditional
+    if (count := denoiser.spec.guided_channels if isinstance(denoiser, Denoiser) else None) is None:
+        return conditional, unconditional
+    raw = with_channels_of(conditional.raw[rows], unconditional.raw, count)
+    return conditional, replace(unconditional, raw=raw)
 
 
 def rule_text(rule: Rule) -> str:
@@ -222,6 +228,11 @@ def rule_of(settings: Mapping[str, Any]) -> Rule:
         interval=None if interval is None else tuple(interval),
         **(apg if settings.get("rule") == "apg" else {}),
     )
+
+
+def with_channels_of(conditional: Tensor, unconditional: Tensor, count: int) -> Tensor:
+    """The unconditional output (B, C, ...) with the conditional one's channels after the first ``count`` (Lumina)."""
+    return torch.cat([unconditional[:, :count], conditional[:, count:]], 1)
 
 
 def with_norm_of(conditional: Tensor, guided: Tensor, axis: int) -> Tensor:

@@ -90,6 +90,6 @@ def _stand_in(trace: Trace, network: nn.Module, answer: Callable[[Tensor], Tenso
         if isinstance(x, list):
             return Answer(([answer(row) for row in x],))
         raw = answer(x if spec.appended is None else x.narrow(spec.appended[0], 0, spec.appended[1]))
-        return Answer((torch.cat([raw, raw], 1) if spec.output == "first_half" else raw,))
+        return Answer((torch.cat([raw, raw], 1) if spec.output.endswith("first_half") else raw,))
 
     return forward

@@ -9,13 +9,13 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import CallSpec, Conditions, Output, is_list_of_rows, joined, tensors_in
-from stepdistill.diffusion.guidance import with_norm_of
+from stepdistill.diffusion.guidance import with_channels_of, with_norm_of
 from stepdistill.diffusion.nested import unflatten
 from stepdistill.diffusion.passes import of_pass, plain_name
 from stepdistill.diffusion.stock_schedulers import as_network_input
@@ -265,13 +265,13 @@ def _takes_fractions(network: nn.Module, call: Call, timestep: str) -> bool:
 def output_map(off: Recording, spec: CallSpec, component: str) -> CallSpec:
     """The spec with the map from the network's output to what the scheduler is given."""
     maps: dict[Output, float] = {}
-    for output in ("identity", "negated", "first_half"):
+    for output in get_args(Output):
         errors = []
         for step in off.steps:
             raw = step.calls[0].output
             if not isinstance(raw, Tensor):
                 raise TraceError("output", f"{component} returns {type(raw).__name__}, expected a tensor")
-            if output == "first_half" and (raw.ndim < 2 or raw.shape[1] % 2):
+            if output.endswith("first_half") and (raw.ndim < 2 or raw.shape[1] % 2):
                 errors.append(float("inf"))
                 continue
             errors.append(deviation(replace(spec, output=output).decode_output(raw), step.model_output))
@@ -281,8 +281,8 @@ def output_map(off: Recording, spec: CallSpec, component: str) -> CallSpec:
     if maps[best] > tolerance(step.model_output.dtype):
         raise TraceError(
             "output",
-            f"{component}'s output reaches the scheduler neither unchanged, nor negated, nor as the first half of its "
-            f"channels; the closest, {best}, is off by {maps[best]:.1e}",
+            f"{component}'s output reaches the scheduler neither as it is nor as the first half of its channels, "
+            f"negated or not; the closest, {best.replace('_', ' ')}, is off by {maps[best]:.1e}",
         )
     if step.model_output.shape != step.sample.shape:
         raise TraceError(
@@ -304,16 +304,16 @@ def guidance_rule(
     if (calls > 1 and batched) or passes_of(on, spec) != 2:
         raise TraceError("guidance", f"{calls} calls per step on {'repeated' if batched else 'single'} batches")
     residuals: dict[tuple[bool, float, int | None], float] = {}
-    apart = 0.0
-    for step in on.steps:
-        raw = torch.cat([call.output for call in step.calls])
-        first, second = spec.decode_output(raw).double().chunk(2)
+    apart, pairs = 0.0, _outputs(on, spec)
+    channels = {cond_first: _guided_channels(pairs, cond_first) for cond_first in (True, False)}
+    for first, second, expected in pairs:
         apart = max(apart, deviation(first, second))
-        expected = step.model_output.double()
         for half in expected.chunk(len(expected) // on.count):
             for rule in itertools.product((True, False), (0.0, 1.0), (None, -1, *range(1, half.ndim - 1))):
                 cond_first, shift, norm_axis = rule
                 cond, uncond = (first, second) if cond_first else (second, first)
+                if channels[cond_first]:
+                    uncond = with_channels_of(cond, uncond, channels[cond_first])
                 combined = uncond + (scale + shift) * (cond - uncond)
                 combined = with_norm_of(cond, combined, norm_axis) if norm_axis else combined
                 residuals[rule] = max(residuals.get(rule, 0.0), deviation(combined, half))
@@ -332,7 +332,26 @@ def guidance_rule(
         )
     cond_first, shift, norm_axis = rule
     guidance = Guidance("batched" if batched else "two_calls", cond_first, scale, shift, residuals[rule])
-    return with_drawn(guidance, on, spec, conditions), replace(spec, norm_axis=norm_axis)
+    spec = replace(spec, norm_axis=norm_axis, guided_channels=channels[cond_first])
+    return with_drawn(guidance, on, spec, conditions), spec
+
+
+def _outputs(on: Recording, spec: CallSpec) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(the first pass's output, the second's, what the scheduler was given) at each step, float64."""
+    raws = (torch.cat([call.output for call in step.calls]) for step in on.steps)
+    halves = (spec.decode_output(raw).double().chunk(2) for raw in raws)
+    return [(*two, step.model_output.double()) for two, step in zip(halves, on.steps, strict=True)]
+
+
+def _guided_channels(pairs: Sequence[tuple[Tensor, Tensor, Tensor]], cond_first: bool) -> int | None:
+    """How many channels are guided, where those after them are the conditional pass's; None: all."""
+    given = [(expected[: len(first)], first if cond_first else second) for first, second, expected in pairs]
+    count = given[0][0].shape[1]
+    if given[0][0].ndim < 3:
+        return None
+    while count and all(close(out[:, count - 1], cond[:, count - 1]) for out, cond in given):
+        count -= 1
+    return count if 0 < count < given[0][0].shape[1] else None
 
 
 def passes_of(on: Recording, spec: CallSpec) -> int:

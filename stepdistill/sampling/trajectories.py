@@ -222,6 +222,8 @@ def _key(teacher: Denoiser, conditioning: Conditioning, times: Tensor, *values: 
     weights = network.state_dict() | dict(network.named_buffers())
     if spec.norm_axis or spec.helpers:
         values = (*values, spec.norm_axis)
+    if spec.guided_channels:
+        values = (*values, spec.guided_channels)
     if spec.experts:
         values = (*values, spec.experts)
     if spec.mix:

@@ -221,7 +221,12 @@ def test_a_pipeline_nobody_has_seen(two_calls):
 
 @pytest.mark.parametrize(
     ("channels", "read", "output"),
-    [(4, torch.neg, "negated"), (8, lambda raw: raw.chunk(2, 1)[0], "first_half"), (4, lambda raw: raw, "identity")],
+    [
+        (4, torch.neg, "negated"),
+        (8, lambda raw: raw.chunk(2, 1)[0], "first_half"),
+        (4, lambda raw: raw, "identity"),
+        (8, lambda raw: -raw.chunk(2, 1)[0], "negated_first_half"),
+    ],
 )
 def test_output_maps(channels, read, output):
     result = trace(toy(channels, read=read))
@@ -251,6 +256,7 @@ def norm_kept(axis):
         (norm_kept(1), 0.0, 1),
         (lambda c, u, w: c + w * (c - u), 1.0, None),
         (lambda c, u, w: u + w * (c - u), 0, None),
+        (lambda c, u, w: torch.cat([u + w * (c - u), c], 1)[:, [0, 1, 2, 7]], 0, None),
     ],
 )
 def test_guidance_rules(rule, shift, norm_axis):
