@@ -147,10 +147,10 @@ def attempt(case: Case, fresh: bool) -> Refusal | None:
                 trace(pipeline, case.arguments)
                 return None
             except (TraceError, InputError) as error:
-                hint = re.search(r"teacher\.arguments\.(\w+)=([\d.]*\d)", str(error))
+                hint = re.search(r"teacher\.arguments\.(\w+)=(false|[\d.]*\d)", str(error))
                 if hint is None or hint[1] in case.advised:
                     raise
-                case.advised[hint[1]] = case.arguments[hint[1]] = float(hint[2])
+                case.advised[hint[1]] = case.arguments[hint[1]] = json.loads(hint[2])
                 pipeline = build(case.test, fresh)
     except TraceError as error:
         return Refusal(error.check, said(error, named=False))

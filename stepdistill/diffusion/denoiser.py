@@ -41,6 +41,7 @@ class CallSpec:
         timestep_offset: the offset in it.
         timestep_dtype: what the network is handed; integer types are rounded to.
         times: further arguments that are given the same time at every call.
+        time_shape: further axes of those arguments, along which every image has one time (its frames, for AnyFlow).
         output: how the raw output becomes the prediction (the first half of the channels where the
             second is a learned variance).
         constants: arguments that are neither sample, time nor condition (img_ids, return_dict=False, ...),
@@ -72,6 +73,7 @@ class CallSpec:
     timestep_offset: float = 0.0
     timestep_dtype: torch.dtype = torch.float32
     times: frozenset[str] = frozenset()
+    time_shape: tuple[int, ...] = ()
     output: Output = "identity"
     constants: Mapping[str, Any] = field(default_factory=dict)
     expanded: frozenset[str] = frozenset()
@@ -314,7 +316,9 @@ class Denoiser:
             if name in spec.masks:
                 rows = [row[present] for row, present in zip(rows, flat.pop(spec.masks[name][0]), strict=True)]
             flat[name] = rows
-        flat |= dict.fromkeys((spec.timestep, *spec.times), spec.network_timestep(self.schedule.timestep(t)))
+        time = spec.network_timestep(self.schedule.timestep(t))
+        time = time.reshape(-1, *[1] * len(spec.time_shape)).expand(-1, *spec.time_shape)
+        flat |= dict.fromkeys((spec.timestep, *spec.times), time)
         if r is not None:
             if not self.takes_r:
                 name = type(innermost(self.network)).__name__

@@ -80,6 +80,37 @@ def other_guidance(pipeline: Any) -> str:
     return ""
 
 
+NEEDED = {
+    "strength": (
+        1.0,
+        "with less its first steps are left out, and the student is trained for all of them from pure noise",
+    ),
+    "use_mean_velocity": (
+        False,
+        "else its network is told the end of each step beside the time, and has no one velocity",
+    ),
+}
+"""Arguments that pipelines have to be called with, where they take them, and why."""
+
+
+def check_needed(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments, or defaults of the pipeline's call, that are not those NEEDED.
+
+    Raises:
+        InputError: one is another.
+    """
+    parameters = inspect.signature(pipeline.__call__).parameters
+    for name in NEEDED.keys() & parameters.keys():
+        value, (needed, why) = arguments.get(name, parameters[name].default), NEEDED[name]
+        if isinstance(value, int | float) and value != needed:
+            found = str(value).lower() + ("" if name in arguments else ", its default")
+            stated = str(needed).lower()
+            raise InputError(
+                f"arguments: {name}: expected {stated} for {type(pipeline).__name__}, found {found}; "
+                f"{why} (in a recipe: teacher.arguments.{name}={stated})"
+            )
+
+
 def fewest_steps(pipeline: Any) -> int:
     """The fewest steps that its scheduler has a grid of: 2 where it is stretched down to a ``shift_terminal``."""
     return 2 if pipeline.scheduler.config.get("shift_terminal") else 1

@@ -240,10 +240,11 @@ def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Modu
     name, scale, offset = best
     if not dtype_of_time.is_floating_point and _takes_fractions(network, off.steps[0].calls[0], name):
         dtype_of_time = torch.float32
-    calls = [call.arguments for step in steps for call in step.calls]
-    times = {other for other in calls[0] if other != name and all(_same_time(call, name, other) for call in calls)}
+    calls = [call for step in steps for call in step.calls]
+    others = [other for other in calls[0].arguments if other != name]
+    times = {other for other in others if all(_same_time(call.arguments, name, other) for call in calls)}
     spec = replace(spec, timestep=name, timestep_scale=scale, timestep_offset=offset, timestep_dtype=dtype_of_time)
-    return replace(spec, times=frozenset(times))
+    return replace(spec, times=frozenset(times), time_shape=_time_shape(network, calls[0], (name, *times)))
 
 
 def _same_time(arguments: Mapping[str, Any], name: str, other: str) -> bool:
@@ -255,9 +256,23 @@ def _same_time(arguments: Mapping[str, Any], name: str, other: str) -> bool:
 def _takes_fractions(network: nn.Module, call: Call, timestep: str) -> bool:
     """Whether the network is the same function of a floating timestep (it embeds it, it does not index with it)."""
     value = torch.as_tensor(call.arguments[timestep]).to(call.outputs[0].device)
+    return _gives_the_same(network, call, {timestep: value.float()})
+
+
+def _time_shape(network: nn.Module, call: Call, names: Sequence[str]) -> tuple[int, ...]:
+    """The axes of the time's arguments ``names`` after the first, if the network does not do with one time (B,)."""
+    value = call.arguments[names[0]]
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return ()
+    once = value.flatten(1)[:, 0]
+    return () if _gives_the_same(network, call, dict.fromkeys(names, once)) else tuple(value.shape[1:])
+
+
+def _gives_the_same(network: nn.Module, call: Call, changed: Mapping[str, Any]) -> bool:
+    """Whether the network's outputs are those of the call with some of its arguments ``changed``."""
     try:
-        outputs = tensors_in(network(**unflatten({**call.arguments, timestep: value.float()})))
-    except (RuntimeError, TypeError, IndexError):
+        outputs = tensors_in(network(**unflatten({**call.arguments, **changed})))
+    except (RuntimeError, TypeError, ValueError, IndexError):
         return False
     return all(map(close, outputs, call.outputs))
 

@@ -6,7 +6,6 @@ step with the learned description and compares it with the pipeline's own.
 """
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,13 +20,13 @@ from stepdistill.diffusion.experts import Experts, Turn
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
 from stepdistill.diffusion.stock_schedulers import as_network_input, without_learned_variance
-from stepdistill.errors import InputError
 from stepdistill.files import sha256
 from stepdistill.pipeline import explain, turns
 from stepdistill.pipeline.call import (
     COUNTS,
     TraceError,
     by_itself,
+    check_needed,
     entry_argument,
     fewest_steps,
     guidance_argument,
@@ -179,7 +178,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
             conditioning, constants, guidance, schedule, self-test.
     """
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
-    _check_strength(pipeline, arguments)
+    check_needed(pipeline, arguments)
     if hasattr(pipeline, "scheduler"):
         pipeline.scheduler = without_learned_variance(pipeline.scheduler)
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
@@ -273,21 +272,6 @@ def _helpers(
         helpers.append(Helper(name, Denoiser(networks[name], spec, schedule, kind), feeds))
         names += [helpers[-1].prefix + condition for condition in conditions]
     return tuple(helpers), names
-
-
-def _check_strength(pipeline: Any, arguments: Mapping[str, Any]) -> None:
-    """A pipeline that starts from a noised picture leaves out the first steps of its grid; all are to be there."""
-    parameter = inspect.signature(pipeline.__call__).parameters.get("strength")
-    if parameter is None:
-        return
-    strength = arguments.get("strength", parameter.default)
-    if isinstance(strength, int | float) and strength != 1:
-        origin = "" if "strength" in arguments else ", its default"
-        raise InputError(
-            f"arguments: strength: expected 1.0 for {type(pipeline).__name__}, found {strength:g}{origin}; with less "
-            "its first steps are left out, and the student is trained for all of them from pure noise (in a recipe: "
-            "teacher.arguments.strength=1.0)"
-        )
 
 
 def _probe_scale(pipeline: Any, arguments: Mapping[str, Any]) -> float:

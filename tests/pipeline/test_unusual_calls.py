@@ -78,6 +78,32 @@ def test_a_time_in_two_arguments():
     assert result.denoiser.spec.times == {"extra.bias"} and result.self_test_error <= 1e-5
 
 
+class Framed(ToyNetwork):
+    """Takes a time for each of two frames, and no other form of it."""
+
+    def forward(self, picture: Tensor, noise_level: Tensor, extra: dict[str, Any], flag: bool = False) -> Any:
+        first, second = noise_level.unbind(1)
+        return super().forward(picture, (first + second) / 2, extra, flag)
+
+
+class TimePerFrame(ToyPipeline):
+    """Tells its network a time for each frame of each image."""
+
+    frames = 2
+
+    def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
+        level = self.level(t).expand(len(x), self.frames)
+        return self.network(x, level, extra={"what": labels, "bias": self.bias(step, len(x))})[0]
+
+
+def test_a_time_for_each_frame():
+    result = trace(TimePerFrame(redraw(Framed(), 9), DDIMScheduler(clip_sample=False)))
+    assert result.denoiser.spec.time_shape == (2,) and result.self_test_error <= 1e-5
+    pipeline = TimePerFrame(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False))
+    pipeline.frames = 1
+    assert trace(pipeline).denoiser.spec.time_shape == ()  # one for each image does too
+
+
 class ShiftedSigmas(FlowMatchEulerDiscreteScheduler):
     """Its shift is in the sigmas of a grid, not in the timesteps."""
 
