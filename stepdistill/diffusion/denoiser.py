@@ -15,7 +15,7 @@ from stepdistill.diffusion.experts import Experts, Part, Turn
 from stepdistill.diffusion.features import FEATURE_DEPTHS, hidden_states
 from stepdistill.diffusion.nested import unflatten
 from stepdistill.diffusion.passes import in_pass
-from stepdistill.diffusion.row_layout import RowLayout
+from stepdistill.diffusion.row_layout import Appended, RowLayout
 from stepdistill.diffusion.schedule import Kind, Prediction, Schedule
 from stepdistill.errors import InputError
 from stepdistill.kernels import Rule
@@ -56,9 +56,9 @@ class CallSpec:
         masks: (mask, its dtype) of each condition that is padded with zeros to the longest of its rows. The mask is
             a condition too: the network's own argument, or (for a list) what is cut out of each row.
         helpers: networks that run first and whose outputs are arguments of this one (a ControlNet).
-        appended: where the sample argument is x_t and more after it (an inpainting network's mask and masked image):
-            the axis, and x_t's length along it. What comes after is a condition, named :attr:`extra`; of an output
-            that is as long (a reference picture's tokens after x_t's) what comes after is left off.
+        appended: where the sample argument is x_t and more after or before it (an inpainting network's mask and masked
+            image): where x_t is in it. The rest is a condition, named :attr:`extra`; of an output that is as long (a
+            reference picture's tokens after x_t's) the rest is left off.
         norm_axis: along which guided outputs are scaled back to the conditional ones' norm; None: they are not.
         guided_channels: how many channels are guided, where those after them are the conditional output's; None: all.
         rule: what guidance is besides uncond + w (cond - uncond).
@@ -83,7 +83,7 @@ class CallSpec:
     layouts: Mapping[str, RowLayout] = field(default_factory=dict)
     masks: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
     helpers: tuple["Helper", ...] = ()
-    appended: tuple[int, int] | None = None
+    appended: Appended | None = None
     norm_axis: int | None = None
     guided_channels: int | None = None
     rule: Rule = field(default_factory=Rule)
@@ -112,10 +112,7 @@ class CallSpec:
             tensor = tensor.chunk(2, dim=1)[0]
         if self.output.startswith("negated"):
             tensor = -tensor
-        if self.appended is None:
-            return tensor
-        axis, length = self.appended
-        return tensor.narrow(axis, 0, min(length, tensor.shape[axis]))
+        return tensor if self.appended is None else self.appended.parts(tensor)[0]
 
     def taken_apart(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call with the tensors of the lists that are :attr:`apart` under names of their own."""
@@ -135,9 +132,7 @@ class CallSpec:
         arguments, masks = self.taken_apart(arguments), {mask for mask, _ in self.masks.values()}
         for name in (name for name in names if name not in masks and not self._of_helper(name)):
             if self.appended is not None and name == self.extra:
-                axis, length = self.appended
-                whole = arguments[self.sample]
-                conditions[name] = whole.narrow(axis, length, whole.shape[axis] - length)
+                conditions[name] = self.appended.parts(arguments[self.sample])[1]
                 continue
             value = arguments[name]
             if name in self.masks:
@@ -306,7 +301,7 @@ class Denoiser:
             flat[name] = value.to(dtype) if dtype and value.is_floating_point() else value
         flat[spec.sample] = x_t.to(dtype) if dtype else x_t
         if spec.appended is not None:
-            flat[spec.sample] = torch.cat([flat[spec.sample], flat.pop(spec.extra)], spec.appended[0])
+            flat[spec.sample] = spec.appended.whole(flat[spec.sample], flat.pop(spec.extra))
         if spec.frame_axis is not None:
             flat[spec.sample] = flat[spec.sample].unsqueeze(spec.frame_axis)
         for name in spec.layouts.keys() & flat.keys():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.guiders import guided_at
-from stepdistill.pipeline.stock_call import pictures_in, ready
+from stepdistill.pipeline.stock_call import called, pictures_in, ready
 
 Made = TypeVar("Made")
 
@@ -120,7 +120,7 @@ def run(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any
     """Call the pipeline with :func:`call_arguments`, pictures opened and lists made the tuples that it declares."""
     call = ready(pipeline, call_arguments(pipeline, entries, arguments, **wishes))
     with guided_at(pipeline, wishes["guidance"]):
-        return pipeline(**call)
+        return called(pipeline, call)
 
 
 def call_arguments(

@@ -89,7 +89,7 @@ def _stand_in(trace: Trace, network: nn.Module, answer: Callable[[Tensor], Tenso
         x = signature.bind(*args, **kwargs).arguments[spec.sample]
         if isinstance(x, list):
             return Answer(([answer(row) for row in x],))
-        raw = answer(x if spec.appended is None else x.narrow(spec.appended[0], 0, spec.appended[1]))
+        raw = answer(x if spec.appended is None else spec.appended.parts(x)[0])
         return Answer((torch.cat([raw, raw], 1) if spec.output.endswith("first_half") else raw,))
 
     return forward

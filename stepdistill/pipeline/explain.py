@@ -18,6 +18,7 @@ from stepdistill.diffusion.denoiser import CallSpec, Conditions, Output, is_list
 from stepdistill.diffusion.guidance import with_channels_of, with_norm_of
 from stepdistill.diffusion.nested import unflatten
 from stepdistill.diffusion.passes import of_pass, plain_name
+from stepdistill.diffusion.row_layout import Appended
 from stepdistill.diffusion.stock_schedulers import as_network_input
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import close, deviation, rows_equal, same, single_value, tolerance
@@ -26,6 +27,9 @@ from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
 GUIDANCE_LIMIT = 1e-4
 PASSES = 3
 """The most that a guided step takes: a conditional one, one without the text, one without text and picture."""
+
+Layout = tuple[int | None, bool, Appended | None]
+NO_LAYOUT: Layout = (None, False, None)
 
 GuidanceKind = Literal["none", "batched", "two_calls", "embedded"]
 
@@ -145,17 +149,20 @@ def is_guided(recording: Recording) -> bool:
     component, step = denoiser_component(recording), recording.steps[0]
     calls = [call for call in step.calls if call.component == component]
     return len(calls) > 1 or any(
-        repeats(value, scaled_sample(step)[: recording.count]) > 1 for value in calls[0].arguments.values()
+        repeats(value, scaled_sample(step)[: recording.count])[0] > 1 for value in calls[0].arguments.values()
     )
 
 
-def repeats(value: Any, sample: Tensor) -> int:
-    """How often an argument is the sample (B, ...), all its rows one after the other; 0: it is something else."""
-    latents, _ = as_latents(value, sample)
-    for count in range(1, PASSES + 1):
+def repeats(value: Any, sample: Tensor) -> tuple[int, Layout]:
+    """(how often an argument is the sample (B, ...), all its rows one after the other, how it is laid out).
+
+    0: it is something else.
+    """
+    for after, count in itertools.product((True, False), range(1, PASSES + 1)):
+        latents, layout = as_latents(value, sample, after)
         if latents is not None and close(latents, torch.cat([sample] * count)):
-            return count
-    return 0
+            return count, layout
+    return 0, NO_LAYOUT
 
 
 def scaled_sample(step: Step) -> Tensor:
@@ -173,8 +180,9 @@ def sample_argument(off: Recording, on: Recording, component: str) -> tuple[Call
             for call in step.calls:
                 layouts_here = set()
                 for name, value in call.arguments.items():
-                    if often := repeats(value, scaled):
-                        layouts_here.add((name, *as_latents(value, scaled)[1]))
+                    often, layout = repeats(value, scaled)
+                    if often:
+                        layouts_here.add((name, *layout))
                         if recording is on:
                             lengths.add(often)
                 layouts = layouts_here if layouts is None else layouts & layouts_here
@@ -191,11 +199,12 @@ def sample_argument(off: Recording, on: Recording, component: str) -> tuple[Call
     return spec, lengths != {1}
 
 
-Layout = tuple[int | None, bool, tuple[int, int] | None]
+def as_latents(value: Any, like: Tensor, after: bool = True) -> tuple[Tensor | None, Layout]:
+    """``value`` laid out like ``like`` (None if it cannot be), and how: frame axis, list, what is appended to it.
 
-
-def as_latents(value: Any, like: Tensor) -> tuple[Tensor | None, Layout]:
-    """``value`` laid out like ``like`` (None if it cannot be), and how: frame axis, list, what is appended to it."""
+    Args:
+        after: whether what is appended comes after the sample.
+    """
     is_list = is_list_of_rows(value)
     tensor = torch.stack(value) if is_list else value
     if isinstance(tensor, Tensor) and tensor.ndim:
@@ -205,10 +214,10 @@ def as_latents(value: Any, like: Tensor) -> tuple[Tensor | None, Layout]:
             if tensor.shape[axis] == 1 and tensor.squeeze(axis).shape[1:] == like.shape[1:]:
                 return tensor.squeeze(axis), (axis, is_list, None)
             if not is_list and tensor.ndim == like.ndim and tensor.shape[axis] > like.shape[axis]:
-                first = tensor.narrow(axis, 0, like.shape[axis])
-                if first.shape[1:] == like.shape[1:]:
-                    return first, (None, False, (axis, like.shape[axis]))
-    return None, (None, False, None)
+                appended = Appended(axis, like.shape[axis], after)
+                if (part := appended.parts(tensor)[0]).shape[1:] == like.shape[1:]:
+                    return part, (None, False, appended)
+    return None, NO_LAYOUT
 
 
 def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Module) -> CallSpec:

@@ -145,6 +145,8 @@ def observe(
             if "clip_skip" in (arguments or {}) and "'text_model'" in reason:
                 reason += f"; {CLIP_SKIP}"
             raise TraceError("call", f"{type(pipeline).__name__} failed on {entries!r}: {reason}") from error
+    if record.steps and (rows := len(record.steps[0].sample)) % record.count:
+        raise TraceError("call", f"{type(pipeline).__name__} makes {rows} samples of {record.count} entries")
     return record
 
 

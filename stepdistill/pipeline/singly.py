@@ -74,7 +74,7 @@ def _stacked_step(
 def _passes(step: Step, call: Call) -> int:
     """How many rows a call for one image has, one for each pass of guidance that it makes; 0: it sees no sample."""
     scaled = scaled_sample(step)[:1]
-    return max((repeats(value, scaled) for value in call.arguments.values()), default=0)
+    return max((repeats(value, scaled)[0] for value in call.arguments.values()), default=0)
 
 
 class _Stack:

@@ -90,11 +90,21 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
 
     pipeline.scheduler.step = Replaced(pipeline.scheduler, step)
     torch.manual_seed(0)
-    images = pipeline(**ready(pipeline, call))[0]
+    images = called(pipeline, ready(pipeline, call))[0]
     if isinstance(images, torch.Tensor):
         result["images"] = images
     # Copies: the images of a pipeline without an autoencoder are its latents, and files hold no shared memory.
     return {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in result.items()}
+
+
+def called(pipeline, call: dict):
+    """What a call of the pipeline returns; of one that refuses its output type (latents, for Marigold), of its own."""
+    try:
+        return pipeline(**call)
+    except ValueError as error:
+        if "output_type" not in call or "output_type" not in str(error):
+            raise
+        return pipeline(**{name: value for name, value in call.items() if name != "output_type"})
 
 
 def ready(pipeline, call: dict) -> dict:

@@ -64,7 +64,7 @@ def recipe_of(folder, arguments, **keys) -> dict:
 def test_the_channels_after_the_sample_are_a_condition(traced):
     spec = traced.denoiser.spec
     assert traced.self_test_error <= 1e-5
-    assert (spec.sample, spec.appended, spec.extra) == ("sample", (1, 4), "sample appended")
+    assert (spec.sample, spec.appended, spec.extra) == ("sample", (1, 4, True), "sample appended")
     assert traced.latent_shape == (4, 8, 8) and traced.conditioning["sample appended"] == (5, 8, 8)
 
 

@@ -308,7 +308,7 @@ def test_an_output_as_long_as_the_sample_and_its_reference_is_cut():
         toy(feed=lambda x: torch.cat([x, torch.full((len(x), 4, 8, 2), 0.5)], 3), read=lambda raw: raw[..., :8])
     )
     spec = result.denoiser.spec
-    assert (spec.appended, spec.output) == ((3, 8), "identity") and result.self_test_error <= 1e-5
+    assert (spec.appended, spec.output) == ((3, 8, True), "identity") and result.self_test_error <= 1e-5
     cond = {"extra.what": torch.tensor([3]), spec.extra: torch.full((1, 4, 8, 2), 0.5)}
     assert result.denoiser(torch.randn(1, 4, 8, 8), torch.ones(1), cond).raw.shape == (1, 4, 8, 8)
 

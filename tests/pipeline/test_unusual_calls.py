@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -76,6 +78,42 @@ class TwiceTold(ToyPipeline):
 def test_a_time_in_two_arguments():
     result = trace(TwiceTold(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False)))
     assert result.denoiser.spec.times == {"extra.bias"} and result.self_test_error <= 1e-5
+
+
+class Beside(ToyNetwork):
+    """Takes more channels before those of the sample."""
+
+    def forward(self, picture: Tensor, noise_level: Tensor, extra: dict[str, Any], flag: bool = False) -> Any:
+        return super().forward(picture[:, -4:] + picture[:, :3].mean(1, keepdim=True), noise_level, extra, flag)
+
+
+class Estimator(ToyPipeline):
+    """Makes a map of each picture, which comes before the sample, and returns no latents."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any,
+        batch_size: int = 1,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 5,
+        output_type: str = "np",
+    ) -> tuple[Tensor]:
+        if output_type != "np":
+            raise ValueError("`output_type` must be `np`.")
+        pictures = [np.asarray(one, np.float32) / 255 for one in (image if isinstance(image, list) else [image])]
+        seen = torch.stack([torch.tensor(picture[:8, :8]).movedim(2, 0) for picture in pictures])
+        self.feed = lambda x: torch.cat([seen, x], 1)
+        return super().__call__([3] * len(pictures), 1.0, generator, num_inference_steps)
+
+
+def test_a_picture_before_the_sample_and_no_latents_to_return(tmp_path):
+    noisy = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(noisy).save(tmp_path / "picture.png")
+    arguments = {"image": str(tmp_path / "picture.png")}
+    result = trace(Estimator(redraw(Beside(), 9), DDIMScheduler(clip_sample=False)), arguments)
+    assert result.denoiser.spec.appended == (1, 4, False) and result.self_test_error <= 1e-5
+    assert result.arguments == {"image": [arguments["image"]]}  # one for each: all others would be left out
 
 
 class Framed(ToyNetwork):
