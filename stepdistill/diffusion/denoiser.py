@@ -50,8 +50,8 @@ class CallSpec:
             guidance scale, the size of each image).
         frame_axis: where the network has an axis of length 1 that latents have not, or None.
         lists: arguments that are lists with an entry per image; where the sample is one, so is the output.
-        apart: arguments that are lists of tensors with a row per image each (the pictures of several ControlNets): each
-            tensor is a condition, named "argument.number".
+        apart: arguments that are lists (or tuples: their type) of tensors with a row per image each (the pictures of
+            several ControlNets): each tensor is a condition, named "argument.number".
         layouts: of the conditions whose rows are not those of the argument's first axis.
         masks: (mask, its dtype) of each condition that is padded with zeros to the longest of its rows. The mask is
             a condition too: the network's own argument, or (for a list) what is cut out of each row.
@@ -79,7 +79,7 @@ class CallSpec:
     expanded: frozenset[str] = frozenset()
     frame_axis: int | None = None
     lists: frozenset[str] = frozenset()
-    apart: frozenset[str] = frozenset()
+    apart: Mapping[str, type] = field(default_factory=dict)
     layouts: Mapping[str, RowLayout] = field(default_factory=dict)
     masks: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
     helpers: tuple["Helper", ...] = ()
@@ -116,7 +116,7 @@ class CallSpec:
 
     def taken_apart(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call with the tensors of the lists that are :attr:`apart` under names of their own."""
-        lists = {name: arguments[name] for name in self.apart & arguments.keys()}
+        lists = {name: arguments[name] for name in self.apart.keys() & arguments.keys()}
         parts = {f"{name}.{number}": part for name, value in lists.items() for number, part in enumerate(value)}
         return {name: value for name, value in arguments.items() if name not in lists} | parts
 
@@ -319,7 +319,8 @@ class Denoiser:
                 name = type(innermost(self.network)).__name__
                 raise InputError(f"{name} has no input for a second time r; TimeEmbedded, in adapt(), adds one")
             flat[SECOND_TIME] = r
-        return unflatten(flat)
+        nested = unflatten(flat)
+        return nested | {name: kind(nested[name]) for name, kind in spec.apart.items() if name in nested}
 
 
 @dataclass(frozen=True)

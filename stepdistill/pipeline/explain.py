@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import CallSpec, Conditions, Output, is_list_of_rows, joined, tensors_in
-from stepdistill.diffusion.guidance import with_channels_of, with_norm_of
 from stepdistill.diffusion.nested import unflatten
-from stepdistill.diffusion.passes import of_pass, plain_name
+from stepdistill.diffusion.passes import of_pass
 from stepdistill.diffusion.row_layout import Appended
+from stepdistill.diffusion.schedule import FlowSchedule, Schedule
 from stepdistill.diffusion.stock_schedulers import as_network_input
 from stepdistill.pipeline.call import TraceError
-from stepdistill.pipeline.compare import close, deviation, rows_equal, same, single_value, tolerance
+from stepdistill.pipeline.compare import close, deviation, same, single_value, tolerance
 from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
 
 GUIDANCE_LIMIT = 1e-4
@@ -220,29 +220,23 @@ def as_latents(value: Any, like: Tensor, after: bool = True) -> tuple[Tensor | N
     return None, NO_LAYOUT
 
 
-def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Module) -> CallSpec:
-    """The spec with timestep argument = scale * scheduler's timestep + offset at every call."""
+def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Module, schedule: Schedule) -> CallSpec:
+    """The spec with timestep argument = scale * scheduler's timestep + offset at every call.
+
+    A flow scheduler may cut its timesteps off to integers; then what the network is told may be that of its sigmas.
+    """
     steps = [*off.steps, *on.steps]
-    given = torch.stack([step.timestep.double().cpu() for step in steps])
-    best, closest = None, float("inf")
-    for name in off.steps[0].calls[0].arguments:
-        values = [single_value(step.calls[0].arguments.get(name)) for step in steps]
-        if name == spec.sample or any(value is None for value in values):
-            continue
-        dtype = values[0].dtype
-        received = torch.stack([value.double().cpu() for value in values])
-        low, high = given.argmin(), given.argmax()
-        if given[high] > given[low]:
-            if received[high] == received[low]:
+    best, closest, dtype_of_time = None, float("inf"), torch.float32
+    for given in ([step.timestep for step in steps], [_exact(step, schedule) for step in steps]):
+        for name in off.steps[0].calls[0].arguments:
+            values = [single_value(step.calls[0].arguments.get(name)) for step in steps]
+            if name == spec.sample or any(value is None for value in values):
                 continue
-            scale = _rounded((received[high] - received[low]) / (given[high] - given[low]), dtype)
-            offset = received[high] - scale * given[high]
-            offset = 0.0 if offset.abs() <= tolerance(dtype) * received.abs().max() else _rounded(offset, dtype)
-        else:
-            scale, offset = _rounded(received[0] / given[0], dtype), 0.0
-        residual = deviation(scale * given + offset, received)
-        if residual < closest:
-            best, closest, dtype_of_time = (name, scale, offset), residual, dtype
+            scale, offset, residual = _affine(given, values)
+            if residual < closest:
+                best, closest, dtype_of_time = (name, scale, offset), residual, values[0].dtype
+        if best is not None and closest <= tolerance(dtype_of_time):
+            break
     if best is None or closest > tolerance(dtype_of_time):
         fit = f"; the closest, '{best[0]}', is off by {closest:.1e}" if best else ""
         raise TraceError("timestep", f"no argument is an affine function of the scheduler's timestep{fit}")
@@ -254,6 +248,40 @@ def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Modu
     times = {other for other in others if all(_same_time(call.arguments, name, other) for call in calls)}
     spec = replace(spec, timestep=name, timestep_scale=scale, timestep_offset=offset, timestep_dtype=dtype_of_time)
     return replace(spec, times=frozenset(times), time_shape=_time_shape(network, calls[0], (name, *times)))
+
+
+def _affine(timesteps: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[float, float, float]:
+    """(scale, offset, how far scale * timestep + offset is from what was received); a number each, step by step."""
+    dtype = values[0].dtype
+    given, received = (torch.stack([one.double().cpu() for one in column]) for column in (timesteps, values))
+    low, high = given.argmin(), given.argmax()
+    if given[high] == given[low]:
+        scale, offset = _rounded(received[0] / given[0], dtype), 0.0
+    elif received[high] == received[low]:
+        return 0.0, 0.0, float("inf")
+    else:
+        scale = _rounded((received[high] - received[low]) / (given[high] - given[low]), dtype)
+        offset = received[high] - scale * given[high]
+        offset = 0.0 if offset.abs() <= tolerance(dtype) * received.abs().max() else _rounded(offset, dtype)
+    return scale, offset, deviation(scale * given + offset, received)
+
+
+def _exact(step: Step, schedule: Schedule) -> Tensor:
+    """The timestep of a step, in flow that of its sigma."""
+    if not isinstance(schedule, FlowSchedule):
+        return step.timestep
+    place = (step.scheduler.timesteps == step.timestep).nonzero()
+    if not len(place):
+        return step.timestep
+    sigma = step.scheduler.sigmas[place[0, 0]].double()
+    return schedule.timestep(1 - sigma if schedule.inverted else sigma)
+
+
+def told(step: Step, spec: CallSpec, schedule: Schedule) -> Tensor:
+    """The timestep that the network was told at a step: the scheduler's, or that of its sigma."""
+    value = single_value(step.calls[0].arguments[spec.timestep]).double().cpu()
+    ways = (step.timestep, _exact(step, schedule))
+    return min(ways, key=lambda way: float((spec.network_timestep(way.cpu()).double() - value).abs()))
 
 
 def _same_time(arguments: Mapping[str, Any], name: str, other: str) -> bool:
@@ -315,80 +343,6 @@ def output_map(off: Recording, spec: CallSpec, component: str) -> CallSpec:
             "a learned variance that the scheduler uses is not supported",
         )
     return replace(spec, output=best)
-
-
-def guidance_rule(
-    off: Recording, on: Recording, spec: CallSpec, conditions: list[str], batched: bool, scale: float
-) -> tuple[Guidance, CallSpec]:
-    """How the guided run's outputs were combined, and the spec that knows whether the norm was kept."""
-    calls = len(on.steps[0].calls)
-    if calls == 1 and not batched:
-        embedded = any(isinstance(spec.constants[name], Tensor) for name in spec.expanded)
-        return (Guidance("embedded", scale=scale) if embedded else Guidance("none")), spec
-    if (calls > 1 and batched) or passes_of(on, spec) != 2:
-        raise TraceError("guidance", f"{calls} calls per step on {'repeated' if batched else 'single'} batches")
-    residuals: dict[tuple[bool, float, int | None], float] = {}
-    apart, pairs = 0.0, _outputs(on, spec)
-    channels = {cond_first: _guided_channels(pairs, cond_first) for cond_first in (True, False)}
-    for first, second, expected in pairs:
-        apart = max(apart, deviation(first, second))
-        for half in expected.chunk(len(expected) // on.count):
-            for rule in itertools.product((True, False), (0.0, 1.0), (None, -1, *range(1, half.ndim - 1))):
-                cond_first, shift, norm_axis = rule
-                cond, uncond = (first, second) if cond_first else (second, first)
-                if channels[cond_first]:
-                    uncond = with_channels_of(cond, uncond, channels[cond_first])
-                combined = uncond + (scale + shift) * (cond - uncond)
-                combined = with_norm_of(cond, combined, norm_axis) if norm_axis else combined
-                residuals[rule] = max(residuals.get(rule, 0.0), deviation(combined, half))
-    limit = max(GUIDANCE_LIMIT, tolerance(on.steps[0].model_output.dtype))
-    if apart * scale <= limit:
-        raise TraceError(
-            "guidance",
-            "the network's outputs are the same with and without its condition, so the guidance rule cannot be read",
-        )
-    rule = min(residuals, key=lambda rule: residuals[rule])
-    if residuals[rule] > limit:
-        raise TraceError(
-            "guidance",
-            "the pipeline's rule is not uncond + w (cond - uncond), nor that with the norm of cond: off by "
-            f"{residuals[rule]:.1e} at w = {scale}",
-        )
-    cond_first, shift, norm_axis = rule
-    guidance = Guidance("batched" if batched else "two_calls", cond_first, scale, shift, residuals[rule])
-    spec = replace(spec, norm_axis=norm_axis, guided_channels=channels[cond_first])
-    return with_drawn(guidance, on, spec, conditions), spec
-
-
-def _outputs(on: Recording, spec: CallSpec) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(the first pass's output, the second's, what the scheduler was given) at each step, float64."""
-    raws = (torch.cat([call.output for call in step.calls]) for step in on.steps)
-    halves = (spec.decode_output(raw).double().chunk(2) for raw in raws)
-    return [(*two, step.model_output.double()) for two, step in zip(halves, on.steps, strict=True)]
-
-
-def _guided_channels(pairs: Sequence[tuple[Tensor, Tensor, Tensor]], cond_first: bool) -> int | None:
-    """How many channels are guided, where those after them are the conditional pass's; None: all."""
-    given = [(expected[: len(first)], first if cond_first else second) for first, second, expected in pairs]
-    count = given[0][0].shape[1]
-    if given[0][0].ndim < 3:
-        return None
-    while count and all(close(out[:, count - 1], cond[:, count - 1]) for out, cond in given):
-        count -= 1
-    return count if 0 < count < given[0][0].shape[1] else None
-
-
-def passes_of(on: Recording, spec: CallSpec) -> int:
-    """How often every image goes through the network at a guided step."""
-    return sum(len(call.arguments[spec.sample]) for call in on.steps[0].calls) // on.count
-
-
-def with_drawn(guidance: Guidance, on: Recording, spec: CallSpec, conditions: list[str]) -> Guidance:
-    """The guidance with what is drawn anew for every unconditional row."""
-    own, null = guidance.split(on.steps[0].calls, spec, conditions, on.count)
-    rows = (null or {}).items()
-    drawn = {name for name, value in rows if not rows_equal(value) and not same(value, own[plain_name(name)])}
-    return replace(guidance, drawn=frozenset(drawn))
 
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> float:

@@ -15,7 +15,8 @@ from torch import Tensor
 from stepdistill.diffusion.denoiser import CallSpec
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import deviation, tolerance
-from stepdistill.pipeline.explain import GUIDANCE_LIMIT, Guidance, with_drawn
+from stepdistill.pipeline.explain import GUIDANCE_LIMIT, Guidance
+from stepdistill.pipeline.guidance_rule import with_drawn
 from stepdistill.pipeline.observe import Recording
 
 DIGITS = 3

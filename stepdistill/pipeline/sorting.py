@@ -47,7 +47,7 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec) -> tuple[CallS
     _check_steady(off, on, spec, rest)
     calls = [*off.steps[0].calls, *on.steps[0].calls]
     rows = [len(call.arguments[spec.sample]) for call in calls]
-    spec = replace(spec, apart=frozenset(name for name in rest if _is_list_of_batches(name, calls, rows)))
+    spec = replace(spec, apart={n: type(first_off[n]) for n in rest if _is_list_of_batches(n, calls, rows)})
     arguments = [spec.taken_apart(call.arguments) for call in calls]
     rest = [name for name in arguments[0] if name in rest or name.rpartition(".")[0] in spec.apart]
     guided = len(off.steps[0].calls)

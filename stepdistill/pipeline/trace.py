@@ -35,6 +35,7 @@ from stepdistill.pipeline.call import (
 )
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.explain import Guidance
+from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.observe import (
     CARRIED,
@@ -193,18 +194,18 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     if len({len(step.calls) for step in on.steps}) > 1:
         raise TraceError("guidance", f"{component} is called twice at some steps and once at others")
     spec, batched = explain.sample_argument(off, on, component)
-    spec = explain.timestep_map(off, on, spec, network)
+    spec = explain.timestep_map(off, on, spec, network, schedule)
     spec = explain.output_map(off, spec, component)
     spec, conditions = sort_arguments(off, on, replace(spec, helpers=helpers))
     conditions += helper_conditions
     off, on = (explain.only(recording, component, names) for recording in whole)
-    if explain.passes_of(on, spec) > 2:
+    if passes_of(on, spec) > 2:
         again = _few_steps(pipeline, PROBES[entry][:2], arguments, scale + 1, alone)
         runs = {scale: on, scale + 1: explain.only(again, component, names)}
         guidance, spec = linear_rule(runs, spec, conditions, batched)
     else:
         first = turns.steps_of(component, on) if experts else on
-        guidance, spec = explain.guidance_rule(off, first, spec, conditions, batched, scale)
+        guidance, spec = guidance_rule(first, spec, conditions, batched, scale)
     if experts:
         spec = replace(spec, experts=turns.with_scales(experts, on, spec, guidance))
         network = Experts({name: networks[name] for name in experts})
@@ -267,7 +268,7 @@ def _helpers(
     for name, feeds in explain.feeding(off, on, component, networks).items():
         alone = [explain.only(recording, name) for recording in (off, on)]
         spec, _ = explain.sample_argument(*alone, name)
-        spec = explain.timestep_map(*alone, spec, networks[name])
+        spec = explain.timestep_map(*alone, spec, networks[name], schedule)
         spec, conditions = sort_arguments(*alone, spec)
         helpers.append(Helper(name, Denoiser(networks[name], spec, schedule, kind), feeds))
         names += [helpers[-1].prefix + condition for condition in conditions]
@@ -361,7 +362,8 @@ def _self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guid
         for step in recording.steps:
             n = recording.count
             x_t = explain.scaled_sample(step)[:n]
-            t = denoiser.schedule.time(step.timestep.to(x_t.device)).expand(n)
+            timestep = explain.told(step, denoiser.spec, denoiser.schedule)
+            t = denoiser.schedule.time(timestep.to(x_t.device)).expand(n)
             if recording is on:
                 cond, null = guidance.split(step.calls, denoiser.spec, conditions, n)
                 scale = 1.0 if null is None else guidance.w

@@ -27,3 +27,12 @@ def test_a_call_counts_its_rows_and_its_arguments_alone_do_not():
     assert denoiser.evaluations == 3
     denoiser.features(x, t, {})
     assert denoiser.evaluations == 6
+
+
+def test_a_tuple_of_conditions_is_given_back_as_one():
+    spec = CallSpec("x", "t", apart={"pair": tuple})
+    given = (torch.ones(3, 2), torch.zeros(3, 4))
+    denoiser = Denoiser(Network(), spec, FlowSchedule(), "flow")
+    conditions = spec.conditions({"pair": given}, ["pair.0", "pair.1"])
+    pair = denoiser.arguments(torch.zeros(3, 2), torch.ones(3), conditions)["pair"]
+    assert isinstance(pair, tuple) and all(map(torch.equal, pair, given))

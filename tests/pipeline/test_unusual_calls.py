@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -140,6 +140,20 @@ def test_a_time_for_each_frame():
     pipeline = TimePerFrame(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False))
     pipeline.frames = 1
     assert trace(pipeline).denoiser.spec.time_shape == ()  # one for each image does too
+
+
+class ToldSigma(ToyPipeline):
+    """Tells its network the sigma of a step, whose timestep its scheduler cuts off to an integer."""
+
+    def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
+        self.level = lambda _: self.scheduler.sigmas[step]
+        return super()._network(x, t, labels, step)
+
+
+def test_a_time_that_is_the_exact_sigma():
+    flow = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    result = trace(ToldSigma(redraw(ToyNetwork(), 9), flow))
+    assert result.denoiser.spec.timestep_scale == 0.001 and result.self_test_error <= 1e-5
 
 
 class ShiftedSigmas(FlowMatchEulerDiscreteScheduler):
