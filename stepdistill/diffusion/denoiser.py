@@ -52,7 +52,7 @@ class CallSpec:
         lists: arguments that are lists with an entry per image; where the sample is one, so is the output.
         apart: arguments that are lists (or tuples: their type) of tensors with a row per image each (the pictures of
             several ControlNets): each tensor is a condition, named "argument.number".
-        layouts: of the conditions whose rows are not those of the argument's first axis.
+        layouts: of the arguments whose rows are not those of the first axis.
         masks: (mask, its dtype) of each condition that is padded with zeros to the longest of its rows. The mask is
             a condition too: the network's own argument, or (for a list) what is cut out of each row.
         helpers: networks that run first and whose outputs are arguments of this one (a ControlNet).
@@ -304,8 +304,6 @@ class Denoiser:
             flat[spec.sample] = spec.appended.whole(flat[spec.sample], flat.pop(spec.extra))
         if spec.frame_axis is not None:
             flat[spec.sample] = flat[spec.sample].unsqueeze(spec.frame_axis)
-        for name in spec.layouts.keys() & flat.keys():
-            flat[name] = spec.layouts[name].argument(flat[name])
         for name in spec.lists & flat.keys():
             rows = list(flat[name].unbind())
             if name in spec.masks:
@@ -314,6 +312,8 @@ class Denoiser:
         time = spec.network_timestep(self.schedule.timestep(t))
         time = time.reshape(-1, *[1] * len(spec.time_shape)).expand(-1, *spec.time_shape)
         flat |= dict.fromkeys((spec.timestep, *spec.times), time)
+        for name in spec.layouts.keys() & flat.keys():
+            flat[name] = spec.layouts[name].argument(flat[name])
         if r is not None:
             if not self.takes_r:
                 name = type(innermost(self.network)).__name__

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stepdistill.diffusion.denoiser import CallSpec, Conditions, Output, is_list_of_rows, joined, tensors_in
 from stepdistill.diffusion.nested import unflatten
 from stepdistill.diffusion.passes import of_pass
-from stepdistill.diffusion.row_layout import Appended
+from stepdistill.diffusion.row_layout import Appended, RowLayout
 from stepdistill.diffusion.schedule import FlowSchedule, Schedule
 from stepdistill.diffusion.stock_schedulers import as_network_input
 from stepdistill.pipeline.call import TraceError
@@ -28,8 +28,8 @@ GUIDANCE_LIMIT = 1e-4
 PASSES = 3
 """The most that a guided step takes: a conditional one, one without the text, one without text and picture."""
 
-Layout = tuple[int | None, bool, Appended | None]
-NO_LAYOUT: Layout = (None, False, None)
+Layout = tuple[int | None, bool, Appended | None, RowLayout | None]
+NO_LAYOUT: Layout = (None, False, None, None)
 
 GuidanceKind = Literal["none", "batched", "two_calls", "embedded"]
 
@@ -194,13 +194,13 @@ def sample_argument(off: Recording, on: Recording, component: str) -> tuple[Call
             f"no argument of {component} equals the scheduler's sample {list(off.steps[0].sample.shape)}, scaled or "
             f"doubled; its tensors are {tensors}",
         )
-    name, axis, is_list, appended = min(layouts)
+    name, axis, is_list, appended, rows = min(layouts, key=str)
     spec = CallSpec(name, "", frame_axis=axis, lists=frozenset([name] if is_list else []), appended=appended)
-    return spec, lengths != {1}
+    return replace(spec, layouts={} if rows is None else {name: rows}), lengths != {1}
 
 
 def as_latents(value: Any, like: Tensor, after: bool = True) -> tuple[Tensor | None, Layout]:
-    """``value`` laid out like ``like`` (None if it cannot be), and how: frame axis, list, what is appended to it.
+    """``value`` laid out like ``like`` (None if it cannot be), and how: frame axis, list, what is appended, its rows.
 
     Args:
         after: whether what is appended comes after the sample.
@@ -209,14 +209,18 @@ def as_latents(value: Any, like: Tensor, after: bool = True) -> tuple[Tensor | N
     tensor = torch.stack(value) if is_list else value
     if isinstance(tensor, Tensor) and tensor.ndim:
         if tensor.shape[1:] == like.shape[1:]:
-            return tensor, (None, is_list, None)
+            return tensor, (None, is_list, None, None)
         for axis in range(1, tensor.ndim):
             if tensor.shape[axis] == 1 and tensor.squeeze(axis).shape[1:] == like.shape[1:]:
-                return tensor.squeeze(axis), (axis, is_list, None)
+                return tensor.squeeze(axis), (axis, is_list, None, None)
             if not is_list and tensor.ndim == like.ndim and tensor.shape[axis] > like.shape[axis]:
                 appended = Appended(axis, like.shape[axis], after)
                 if (part := appended.parts(tensor)[0]).shape[1:] == like.shape[1:]:
-                    return part, (None, False, appended)
+                    return part, (None, False, appended, None)
+        for axis in range(2, like.ndim if tensor.ndim == like.ndim - 1 else 2):  # frames that are rows
+            layout = RowLayout(each=like.shape[axis], place=axis)
+            if len(tensor) % layout.each == 0 and (rows := layout.rows(tensor)).shape[1:] == like.shape[1:]:
+                return rows, (None, False, None, layout)
     return None, NO_LAYOUT
 
 
@@ -247,7 +251,10 @@ def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Modu
     others = [other for other in calls[0].arguments if other != name]
     times = {other for other in others if all(_same_time(call.arguments, name, other) for call in calls)}
     spec = replace(spec, timestep=name, timestep_scale=scale, timestep_offset=offset, timestep_dtype=dtype_of_time)
-    return replace(spec, times=frozenset(times), time_shape=_time_shape(network, calls[0], (name, *times)))
+    if (rows := spec.layouts.get(spec.sample)) is None:
+        return replace(spec, times=frozenset(times), time_shape=_time_shape(network, calls[0], (name, *times)))
+    layouts = {**spec.layouts, **dict.fromkeys((name, *times), RowLayout(each=rows.each))}
+    return replace(spec, times=frozenset(times), time_shape=(rows.each,), layouts=layouts)
 
 
 def _affine(timesteps: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[float, float, float]:

@@ -94,10 +94,12 @@ class _Stack:
         self.fixed: frozenset[str] | None = None
 
     def __call__(self, calls: Sequence[Call]) -> Call:
-        outputs = [_interleaved(column) for column in zip(*(call.outputs for call in calls), strict=True)]
+        outputs = [
+            _stacked("output", each, self.passes) for each in zip(*(call.outputs for call in calls), strict=True)
+        ]
         if self.fixed is None:
             self.fixed = self._found_fixed(calls, outputs)
-        output = _interleaved([call.output for call in calls])
+        output = _stacked("output", [call.output for call in calls], self.passes)
         return Call(calls[0].component, self._arguments(calls, self.fixed), output, outputs)
 
     def _found_fixed(self, calls: Sequence[Call], outputs: Sequence[Tensor]) -> frozenset[str]:
@@ -155,11 +157,14 @@ def _stacked(name: str, values: Sequence[Any], passes: int) -> Any:
         return [*map(_interleaved, zip(*values, strict=True))]
     if isinstance(first, list) and all(isinstance(value, list) and len(value) == passes for value in values):
         return [value[number] for number in range(passes) for value in values]
-    if all(same(value, first) for value in values):
-        return first
+    alike = all(same(value, first) for value in values)
     if isinstance(first, Tensor) and first.ndim and len(first) % passes == 0 and len({*map(_shape, values)}) == 1:
         rows = _interleaved([value.unflatten(0, (passes, -1)) for value in values])  # several for each image
         return rows.flatten(0, 1)
+    if shapes and not alike and {*map(_shapes, values)} == {shapes}:
+        return [_stacked(name, column, passes) for column in zip(*values, strict=True)]
+    if alike:
+        return first
     raise TraceError("constants", f"'{name}' differs between two prompts and has no batch dimension")
 
 

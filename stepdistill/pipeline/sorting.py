@@ -46,7 +46,8 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec) -> tuple[CallS
     rest = [name for name in first_off if name not in (spec.sample, spec.timestep, *spec.times) and name not in fed]
     _check_steady(off, on, spec, rest)
     calls = [*off.steps[0].calls, *on.steps[0].calls]
-    rows = [len(call.arguments[spec.sample]) for call in calls]
+    each = spec.layouts[spec.sample].each if spec.sample in spec.layouts else 1
+    rows = [len(call.arguments[spec.sample]) // each for call in calls]
     spec = replace(spec, apart={n: type(first_off[n]) for n in rest if _is_list_of_batches(n, calls, rows)})
     arguments = [spec.taken_apart(call.arguments) for call in calls]
     rest = [name for name in arguments[0] if name in rest or name.rpartition(".")[0] in spec.apart]
@@ -79,7 +80,7 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec) -> tuple[CallS
         else:
             raise TraceError("constants", f"'{name}' differs between two runs and has no batch dimension")
     found = {"constants": constants, "expanded": frozenset(expanded), "lists": lists, "masks": masks}
-    return replace(spec, **found, layouts=layouts), conditions
+    return replace(spec, **found, layouts={**spec.layouts, **layouts}), conditions
 
 
 def _check_steady(off: Recording, on: Recording, spec: CallSpec, names: Sequence[str]) -> None:

@@ -8,10 +8,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.tiny import redraw
 from pipeline.toy import ToyNetwork, ToyPipeline, toy
+from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.stock_call import record
 from stepdistill.pipeline.trace import TraceError, trace
@@ -140,6 +141,44 @@ def test_a_time_for_each_frame():
     pipeline = TimePerFrame(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False))
     pipeline.frames = 1
     assert trace(pipeline).denoiser.spec.time_shape == ()  # one for each image does too
+
+
+class Lines(nn.Module):
+    """Sees every line of the noisy sample as a row of its own, and returns a number for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, line: Tensor, noise_level: Tensor) -> tuple[Tensor]:
+        return (self.scale * line.std((1, 2)) + noise_level,)
+
+
+class LineByLine(ToyPipeline):
+    """A second network feeds the first, line by line; as ControlNets of a video do frame by frame."""
+
+    several = True
+
+    def __init__(self, network: nn.Module, scheduler: Any, control: nn.Module):
+        super().__init__(network, scheduler)
+        self.register_modules(control=control)
+
+    def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
+        if len(x) > 1 and not self.several:
+            raise ValueError("makes one image")
+        (made,) = self.control(x.movedim(2, 1).flatten(0, 1), self.level(t).expand(8 * len(x)))
+        self.bias = lambda _step, _count: made
+        return super()._network(x, t, labels, step)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_helper_that_sees_the_parts_of_a_sample_as_rows(several):
+    pipeline = LineByLine(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False), Lines())
+    pipeline.several = several
+    result = trace(pipeline)
+    (helper,) = result.denoiser.spec.helpers
+    assert helper.denoiser.spec.layouts["line"] == RowLayout(each=8, place=2)
+    assert helper.feeds == {"extra.bias": 0} and result.self_test_error <= 1e-5
 
 
 class ToldSigma(ToyPipeline):
