@@ -96,9 +96,10 @@ def denoiser_component(off: Recording) -> str:
     steady = {name for name in counts[-1] if all(count[name] == counts[-1][name] <= PASSES for count in counts)}
     if not steady:
         listing = "; ".join(", ".join(f"{name} {n}" for name, n in count.items()) or "none" for count in counts)
-        raise TraceError(
-            "denoiser", f"no component is called once or twice at every scheduler step; calls per step: {listing}"
-        )
+        reason = "no component is called once or twice at every scheduler step"
+        if not all(counts):
+            reason = "the scheduler is stepped several times for one call of the network"
+        raise TraceError("denoiser", f"{reason}; calls per step: {listing}")
     # A helper network that runs at every step feeds the denoiser, so the denoiser is called last.
     return [call.component for call in off.steps[-1].calls if call.component in steady][-1]
 
@@ -338,6 +339,8 @@ def output_map(off: Recording, spec: CallSpec, component: str) -> CallSpec:
     best = min(maps, key=lambda name: maps[name])
     step = off.steps[0]
     if maps[best] > tolerance(step.model_output.dtype):
+        if _is_velocity_of(spec.decode_output(step.calls[0].output), step):
+            raise TraceError("output", f"{component} predicts x_0, of which the pipeline makes a velocity")
         raise TraceError(
             "output",
             f"{component}'s output reaches the scheduler neither as it is nor as the first half of its channels, "
@@ -350,6 +353,14 @@ def output_map(off: Recording, spec: CallSpec, component: str) -> CallSpec:
             "a learned variance that the scheduler uses is not supported",
         )
     return replace(spec, output=best)
+
+
+def _is_velocity_of(x0: Tensor, step: Step) -> bool:
+    """Whether what the scheduler is given points from the sample to ``x0``."""
+    if not x0.shape == step.sample.shape == step.model_output.shape:
+        return False
+    difference, given = (step.sample - x0).double(), step.model_output.double()
+    return close((difference * given).sum() / given.square().sum() * given, difference)
 
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> float:

@@ -317,7 +317,8 @@ def _few_steps(
         else:
             break
     if not recording.steps:
-        raise TraceError("components", f"{type(pipeline).__name__} never called its scheduler's step()")
+        name = type(pipeline).__name__
+        raise TraceError("components", f"{name} never called its scheduler's step(), but perhaps those of copies")
     return turns.as_one(recording, turns.alike(recording, modules(pipeline)))
 
 
