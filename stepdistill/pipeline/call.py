@@ -100,8 +100,10 @@ def check_needed(pipeline: Any, arguments: Mapping[str, Any]) -> None:
         InputError: one is another.
     """
     parameters = inspect.signature(pipeline.__call__).parameters
-    for name in NEEDED.keys() & parameters.keys():
-        value, (needed, why) = arguments.get(name, parameters[name].default), NEEDED[name]
+    for name, (needed, why) in NEEDED.items():
+        if name not in parameters:
+            continue
+        value = arguments.get(name, parameters[name].default)
         if isinstance(value, int | float) and value != needed:
             found = str(value).lower() + ("" if name in arguments else ", its default")
             stated = str(needed).lower()

@@ -107,10 +107,12 @@ class _Stack:
         first, *others = (call.arguments for call in calls)
         rows = (name for name, value in first.items() if isinstance(value, Tensor | list))
         alike = [name for name in rows if all(same(first[name], other.get(name)) for other in others)]
-        for fixed in ((), *((name,) for name in alike), tuple(alike)):
+        usual = {name for name in alike if (_shape(first[name]) or (self.passes,))[0] != self.passes}
+        further = ((), *((name,) for name in alike), tuple(alike))
+        for fixed in dict.fromkeys(frozenset({*base, *more}) for base in (usual, ()) for more in further):
             if self._gives(self._arguments(calls, fixed), outputs):
-                return frozenset(fixed)
-        return frozenset()
+                return fixed
+        return frozenset(usual)
 
     def _gives(self, arguments: Mapping[str, Any], outputs: Sequence[Tensor]) -> bool:
         try:
@@ -157,14 +159,13 @@ def _stacked(name: str, values: Sequence[Any], passes: int) -> Any:
         return [*map(_interleaved, zip(*values, strict=True))]
     if isinstance(first, list) and all(isinstance(value, list) and len(value) == passes for value in values):
         return [value[number] for number in range(passes) for value in values]
-    alike = all(same(value, first) for value in values)
     if isinstance(first, Tensor) and first.ndim and len(first) % passes == 0 and len({*map(_shape, values)}) == 1:
         rows = _interleaved([value.unflatten(0, (passes, -1)) for value in values])  # several for each image
         return rows.flatten(0, 1)
-    if shapes and not alike and {*map(_shapes, values)} == {shapes}:
-        return [_stacked(name, column, passes) for column in zip(*values, strict=True)]
-    if alike:
+    if all(same(value, first) for value in values):
         return first
+    if shapes and {*map(_shapes, values)} == {shapes}:
+        return [_stacked(name, column, passes) for column in zip(*values, strict=True)]
     raise TraceError("constants", f"'{name}' differs between two prompts and has no batch dimension")
 
 
