@@ -159,10 +159,18 @@ def _recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     schedule = _schedule(old.schedule, trace.pipeline.scheduler, recording.grid)
     helpers = tuple(_helper(helper, call.arguments, schedule) for helper in old.spec.helpers)
     spec = replace(old.spec, constants=_constants(old.spec, call.arguments), helpers=helpers)
+    if spec.time_shape:
+        spec = replace(spec, time_shape=tuple(call.arguments[spec.timestep].shape[1:]))
     denoiser = Denoiser(old.network, spec, schedule, old.kind)
-    rows = spec.conditions(call.arguments, trace.conditioning)
-    t = schedule.time(step.timestep.to(step.sample.device)).expand(1)
-    raw = denoiser(explain.scaled_sample(step), t, rows).raw.to(step.model_output.dtype)
+    t = schedule.time(explain.told(step, spec, schedule).to(step.sample.device)).expand(1)
+    try:
+        rows = spec.conditions(call.arguments, trace.conditioning)
+        raw = denoiser(explain.scaled_sample(step), t, rows).raw.to(step.model_output.dtype)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TraceError(
+            "size", f"the network's call at this size is not the one that was explained: {reason}"
+        ) from error
     if not (error := deviation(raw, step.model_output)) <= tolerance(raw.dtype):
         raise TraceError("size", f"the network's output at this size is off the pipeline's own by {error:.1e}")
     conditioning = {}
