@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from stepdistill.diffusion.denoiser import CallSpec, Denoiser
 from stepdistill.diffusion.experts import Experts, Turn
 from stepdistill.diffusion.schedule import from_scheduler
+from stepdistill.diffusion.window import Window
 from stepdistill.errors import InputError
 from stepdistill.eval.report import between_markers
 from stepdistill.pipeline.trace import Guidance, Trace
@@ -127,7 +128,7 @@ MODELS = {
         QWEN3_4B,
         0.084e9,
         names=("x", "t"),
-        spec={"lists": frozenset({"x", "cap_feats"}), "frame_axis": 2, "output": "negated"},
+        spec={"lists": frozenset({"x", "cap_feats"}), "window": Window(frame_axis=2), "output": "negated"},
     ),
     "wan21-1.3b": Model("Wan 2.1 1.3B, 81 frames of 480 x 832", WAN_COND, UMT5_XXL, 0.127e9),
     "wan21-14b": Model("Wan 2.1 14B, 81 frames of 480 x 832", WAN_COND, UMT5_XXL, 0.127e9, WAN),

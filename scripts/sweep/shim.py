@@ -112,6 +112,8 @@ def llama(model_max_length: int = 2048) -> Any:
         model_max_length=model_max_length,
         additional_special_tokens=specials,
     )
+    begun = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # no prompt is of no tokens
+    tokenizer.backend_tokenizer.post_processor = begun
     tokenizer.chat_template = CHAT
     return tokenizer
 

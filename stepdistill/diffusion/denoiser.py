@@ -15,8 +15,9 @@ from stepdistill.diffusion.experts import Experts, Part, Turn
 from stepdistill.diffusion.features import FEATURE_DEPTHS, hidden_states
 from stepdistill.diffusion.nested import unflatten
 from stepdistill.diffusion.passes import in_pass
-from stepdistill.diffusion.row_layout import Appended, RowLayout
+from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.diffusion.schedule import Kind, Prediction, Schedule
+from stepdistill.diffusion.window import Window
 from stepdistill.errors import InputError
 from stepdistill.kernels import Rule
 
@@ -40,15 +41,16 @@ class CallSpec:
         timestep_scale: network's timestep = scale * scheduler's timestep + offset.
         timestep_offset: the offset in it.
         timestep_dtype: what the network is handed; integer types are rounded to.
+        timestep_mask: where the network is told a time for each frame or token: ones of shape (1, ...) where that is
+            the time, zeros where it is 0 at every step. None: it is told a time for each row, (B,).
         times: further arguments that are given the same time at every call.
-        time_shape: further axes of those arguments, along which every image has one time (its frames, for AnyFlow).
         output: how the raw output becomes the prediction (the first half of the channels where the
             second is a learned variance).
         constants: arguments that are neither sample, time nor condition (img_ids, return_dict=False, ...),
             named like conditions.
         expanded: the constants that are stored as one row and want the batch's length (an embedded
             guidance scale, the size of each image).
-        frame_axis: where the network has an axis of length 1 that latents have not, or None.
+        window: where x_t lies in the argument that takes it. What is beside it are conditions, see :attr:`beside`.
         lists: arguments that are lists with an entry per image; where the sample is one, so is the output.
         apart: arguments that are lists (or tuples: their type) of tensors with a row per image each (the pictures of
             several ControlNets): each tensor is a condition, named "argument.number".
@@ -56,9 +58,6 @@ class CallSpec:
         masks: (mask, its dtype) of each condition that is padded with zeros to the longest of its rows. The mask is
             a condition too: the network's own argument, or (for a list) what is cut out of each row.
         helpers: networks that run first and whose outputs are arguments of this one (a ControlNet).
-        appended: where the sample argument is x_t and more after or before it (an inpainting network's mask and masked
-            image): where x_t is in it. The rest is a condition, named :attr:`extra`; of an output that is as long (a
-            reference picture's tokens after x_t's) the rest is left off.
         norm_axis: along which guided outputs are scaled back to the conditional ones' norm; None: they are not.
         guided_channels: how many channels are guided, where those after them are the conditional output's; None: all.
         rule: what guidance is besides uncond + w (cond - uncond).
@@ -72,18 +71,17 @@ class CallSpec:
     timestep_scale: float = 1.0
     timestep_offset: float = 0.0
     timestep_dtype: torch.dtype = torch.float32
+    timestep_mask: Tensor | None = None
     times: frozenset[str] = frozenset()
-    time_shape: tuple[int, ...] = ()
     output: Output = "identity"
     constants: Mapping[str, Any] = field(default_factory=dict)
     expanded: frozenset[str] = frozenset()
-    frame_axis: int | None = None
+    window: Window = field(default_factory=Window)
     lists: frozenset[str] = frozenset()
     apart: Mapping[str, type] = field(default_factory=dict)
     layouts: Mapping[str, RowLayout] = field(default_factory=dict)
     masks: Mapping[str, tuple[str, torch.dtype]] = field(default_factory=dict)
     helpers: tuple["Helper", ...] = ()
-    appended: Appended | None = None
     norm_axis: int | None = None
     guided_channels: int | None = None
     rule: Rule = field(default_factory=Rule)
@@ -91,9 +89,9 @@ class CallSpec:
     mix: tuple[tuple[float, float], ...] = ()
 
     @property
-    def extra(self) -> str | None:
-        """The condition that is appended to x_t, None where nothing is."""
-        return None if self.appended is None else f"{self.sample} appended"
+    def beside(self) -> tuple[str, ...]:
+        """The names of the conditions that are beside x_t in its argument, one for each axis that holds more."""
+        return tuple(f"beside {self.sample} on axis {span.axis}" for span in self.window.spans)
 
     def _of_helper(self, name: str) -> bool:
         return any(name.startswith(helper.prefix) for helper in self.helpers)
@@ -105,14 +103,10 @@ class CallSpec:
 
     def decode_output(self, raw: Any) -> Tensor:
         """The prediction (B, ...) inside whatever the network returned."""
-        tensor = first_tensor(raw)
-        if self.frame_axis is not None:
-            tensor = tensor.squeeze(self.frame_axis)
+        tensor = self.window.prediction(first_tensor(raw))
         if self.output.endswith("first_half"):
             tensor = tensor.chunk(2, dim=1)[0]
-        if self.output.startswith("negated"):
-            tensor = -tensor
-        return tensor if self.appended is None else self.appended.parts(tensor)[0]
+        return -tensor if self.output.startswith("negated") else tensor
 
     def taken_apart(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call with the tensors of the lists that are :attr:`apart` under names of their own."""
@@ -130,10 +124,9 @@ class CallSpec:
             inner = helper.denoiser.spec.conditions(helper.own(arguments), helper.own(dict.fromkeys(names)))
             conditions |= {helper.prefix + name: value for name, value in inner.items()}
         arguments, masks = self.taken_apart(arguments), {mask for mask, _ in self.masks.values()}
+        if self.window.spans:
+            arguments |= dict(zip(self.beside, self.window.beside(arguments[self.sample]), strict=True))
         for name in (name for name in names if name not in masks and not self._of_helper(name)):
-            if self.appended is not None and name == self.extra:
-                conditions[name] = self.appended.parts(arguments[self.sample])[1]
-                continue
             value = arguments[name]
             if name in self.masks:
                 mask, dtype = self.masks[name]
@@ -287,7 +280,8 @@ class Denoiser:
         flat: dict[str, Any] = {}
         place = x_t.device, id(spec)
         if place not in self._placed:  # copied there once: each copy would wait for the device
-            self._placed[place] = spec, {name: _on(x_t.device, value) for name, value in spec.constants.items()}
+            constants = {**spec.constants, spec.timestep: spec.timestep_mask}
+            self._placed[place] = spec, {name: _on(x_t.device, value) for name, value in constants.items()}
         for name, value in self._placed[place][1].items():
             if name in spec.expanded:
                 value = value.expand(batch, *value.shape[1:]) if isinstance(value, Tensor) else value * batch
@@ -299,19 +293,16 @@ class Denoiser:
             flat |= helper.outputs(x_t, t, inner, dtype)
         for name, value in in_pass(cond, 0).items():
             flat[name] = value.to(dtype) if dtype and value.is_floating_point() else value
-        flat[spec.sample] = x_t.to(dtype) if dtype else x_t
-        if spec.appended is not None:
-            flat[spec.sample] = spec.appended.whole(flat[spec.sample], flat.pop(spec.extra))
-        if spec.frame_axis is not None:
-            flat[spec.sample] = flat[spec.sample].unsqueeze(spec.frame_axis)
+        beside = [flat.pop(name) for name in spec.beside]
+        flat[spec.sample] = spec.window.argument(x_t.to(dtype) if dtype else x_t, beside)
         for name in spec.lists & flat.keys():
             rows = list(flat[name].unbind())
             if name in spec.masks:
                 rows = [row[present] for row, present in zip(rows, flat.pop(spec.masks[name][0]), strict=True)]
             flat[name] = rows
-        time = spec.network_timestep(self.schedule.timestep(t))
-        time = time.reshape(-1, *[1] * len(spec.time_shape)).expand(-1, *spec.time_shape)
-        flat |= dict.fromkeys((spec.timestep, *spec.times), time)
+        told, mask = spec.network_timestep(self.schedule.timestep(t)), flat[spec.timestep]
+        told = told if mask is None else told.reshape(-1, *[1] * (mask.ndim - 1)) * mask
+        flat |= dict.fromkeys((spec.timestep, *spec.times), told)
         for name in spec.layouts.keys() & flat.keys():
             flat[name] = spec.layouts[name].argument(flat[name])
         if r is not None:

@@ -1,39 +1,8 @@
-"""Where a network's argument holds the rows of a batch's images, if not one after the other along its first axis.
-
-And where the argument for the noisy sample holds that, if there is more in it.
-"""
+"""Where a network's argument holds the rows of a batch's images, if not one after the other along its first axis."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-
-class Appended(NamedTuple):
-    """An argument (B, ...) that is x_t and more along one axis.
-
-    Args:
-        axis: the axis.
-        length: x_t's along it.
-        after: whether what is more comes after x_t; else x_t is last.
-    """
-
-    axis: int
-    length: int
-    after: bool = True
-
-    def parts(self, whole: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_t, the rest); of what has no rest it is empty."""
-        length = min(self.length, whole.shape[self.axis])
-        rest = whole.shape[self.axis] - length
-        if self.after:
-            return whole.narrow(self.axis, 0, length), whole.narrow(self.axis, length, rest)
-        return whole.narrow(self.axis, rest, length), whole.narrow(self.axis, 0, rest)
-
-    def whole(self, sample: Tensor, rest: Tensor) -> Tensor:
-        """The inverse of :meth:`parts`."""
-        return torch.cat([sample, rest] if self.after else [rest, sample], self.axis)
 
 
 @dataclass(frozen=True)

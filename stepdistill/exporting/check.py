@@ -87,7 +87,7 @@ def check(draft: Path, out: Path, session: Session, form: str) -> float:
         with session.at(size):
             made.append(_sampled(session))
     release(session)
-    return max(_compared(draft, out, request, ours, session.sampler.name) for ours in made)
+    return max(_compared(draft, out, request, ours, session) for ours in made)
 
 
 def _request(folder: Path, session: Session, lora: bool) -> dict[str, Any]:
@@ -117,12 +117,15 @@ def _sampled(session: Session) -> Sampled:
     )
     began = without_network(session, call)
     latents = repeated(session, session.method.roles.student, rows, began)
-    pictures = decode(session.trace, latents) if precision(session) == torch.float32 else None
+    with forked_random(session.device):
+        torch.manual_seed(0)  # as the plain call, all at once: a first frame that is kept is drawn from its encoding
+        batch = len(latents) if session.trace.pictures else None
+        pictures = decode(session.trace, latents, batch) if precision(session) == torch.float32 else None
     name = session.sizes[session.size].name
     return Sampled(name, call, began["noise"], latents.cpu(), pictures, allowed(session))
 
 
-def _compared(draft: Path, out: Path, request: dict[str, Any], ours: Sampled, sampler: str) -> float:
+def _compared(draft: Path, out: Path, request: dict[str, Any], ours: Sampled, session: Session) -> float:
     """How far a plain call is from ``ours``.
 
     Raises:
@@ -135,11 +138,11 @@ def _compared(draft: Path, out: Path, request: dict[str, Any], ours: Sampled, sa
     where = f" at {ours.size}" if ours.size else ""
     if not torch.equal(stock["noise"], ours.noise):
         raise ExportError(f"{out}: a plain call{where} starts from other noise than the same call of the teacher")
-    error = deviation(stock["latents"], ours.latents)
+    error = deviation(free_part(session.trace, stock["latents"]), ours.latents)
     if not error <= ours.limit:
         raise ExportError(
             f"{out}: the reloaded pipeline differs from the training-time sampler by {error:.2e}{where} "
-            f"(allowed {ours.limit:.0e}); the stock call of this pipeline does not run sampler {sampler}"
+            f"(allowed {ours.limit:.0e}); the stock call of this pipeline does not run sampler {session.sampler.name}"
         )
     if "images" in stock and ours.pictures is not None:  # which may be no tensor
         images = stock["images"]
@@ -213,7 +216,16 @@ def repeated(session: Session, student: Denoiser, rows: Tensor, stock: Mapping[s
     noise = session.sampler.seen(stock["noise"].to(session.device))
     with forked_random(noise.device):
         torch_of(noise.device).set_rng_state(stock["random_state"])
-        return session.sampler.sample(lambda x, t: student(x, t, cond), noise)
+        return session.sampler.sample(
+            lambda x, t: student(x, t, cond),
+            free_part(traced, noise),
+            lambda: free_part(traced, torch.randn_like(noise)),
+        )
+
+
+def free_part(traced: Trace, sample: Tensor) -> Tensor:
+    """The latents (N, *latent_shape) in what a scheduler steps."""
+    return sample if traced.free is None else traced.free.inside(sample)
 
 
 def call_elsewhere(request: dict[str, Any]) -> dict[str, Tensor]:

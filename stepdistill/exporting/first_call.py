@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stepdistill.errors import InputError
-from stepdistill.exporting.check import allowed, answer, repeated, stock_arguments, without_network
+from stepdistill.exporting.check import allowed, answer, free_part, repeated, stock_arguments, without_network
 from stepdistill.pipeline.compare import deviation
 from stepdistill.pipeline.decode import standing_in
 from stepdistill.pipeline.trace import Trace
@@ -55,7 +55,7 @@ def _compared(session: Session) -> float:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"teacher.pipeline: {calls} of {name} fails: {reason}{_remedy(traced)}") from error
         ours = repeated(session, traced.denoiser.on(traced.denoiser_in(traced.pipeline)), rows, stock)
-    error = deviation(stock["latents"], ours.cpu())
+    error = deviation(free_part(traced, stock["latents"]), ours.cpu())
     limit = allowed(session)
     if not error <= limit:
         raise InputError(
@@ -75,7 +75,7 @@ def _remedy(traced: Trace) -> str:
     arguments: dict[str, Any] = traced.arguments
     if arguments.get("eta"):
         return f"; leave teacher.arguments.eta out (found {arguments['eta']}), which adds noise at each step"
-    if "mask_image" in arguments and traced.denoiser.spec.appended is None:
+    if "mask_image" in arguments and not traced.denoiser.spec.beside:
         return (
             "; it puts its picture into the latents after each step, as its network takes no mask: use an inpainting "
             "network, which takes the mask beside the latents (9 channels in Stable Diffusion)"

@@ -113,6 +113,14 @@ def check_needed(pipeline: Any, arguments: Mapping[str, Any]) -> None:
             )
 
 
+def added_noise(pipeline: Any) -> str:
+    """What leaves out noise that is added at every step to what a pipeline keeps; may be empty."""
+    for name, parameter in inspect.signature(pipeline.__call__).parameters.items():
+        if name.endswith("cond_noise_scale") and isinstance(parameter.default, int | float) and parameter.default > 0:
+            return f"; teacher.arguments.{name}=0 leaves its noise out"
+    return ""
+
+
 def fewest_steps(pipeline: Any) -> int:
     """The fewest steps that its scheduler has a grid of: 2 where it is stretched down to a ``shift_terminal``."""
     return 2 if pipeline.scheduler.config.get("shift_terminal") else 1

@@ -41,11 +41,20 @@ def rows_equal(value: Tensor) -> bool:
     return close(value, value[:1].expand_as(value))
 
 
-def single_value(value: Any) -> Tensor | None:
-    """The one number that an argument holds, 0-dim; None when it holds several or is not a number."""
+def single_value(value: Any) -> tuple[Tensor, Tensor | None] | None:
+    """(the one number that an argument holds, 0-dim; where it does); None when it holds several or is not a number.
+
+    Where: None for everywhere, or ones and zeros (1, ...) where all rows (B, ...) hold it at the ones and 0 elsewhere.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
         return None
-    tensor = torch.as_tensor(value).reshape(-1)
-    if not len(tensor) or tensor.dtype == torch.bool or not (tensor == tensor[0]).all():
+    tensor = torch.as_tensor(value)
+    if not tensor.numel() or tensor.dtype == torch.bool:
         return None
-    return tensor[0]
+    mask = tensor != 0
+    number = tensor[mask][0] if mask.any() else tensor.new_zeros(())
+    if (tensor == number).all():
+        return number, None
+    if tensor.ndim < 2 or not torch.equal(mask, mask[:1].expand_as(mask)) or not (tensor == number * mask).all():
+        return None
+    return number, mask[:1].to(tensor.dtype)

@@ -42,6 +42,7 @@ def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
     parts = []
     for chunk in latents.split(trace.at_once(batch or at_once(trace.latent_shape, 2**16))):
         chunk = chunk.to(next(network.parameters()).device, network.dtype)
+        chunk = chunk if trace.free is None else trace.free.padded(chunk)
 
         @functools.wraps(scheduler.step)
         def given(*_args: Any, chunk: Tensor = chunk, **_kwargs: Any) -> Answer:
@@ -89,7 +90,9 @@ def _stand_in(trace: Trace, network: nn.Module, answer: Callable[[Tensor], Tenso
         x = signature.bind(*args, **kwargs).arguments[spec.sample]
         if isinstance(x, list):
             return Answer(([answer(row) for row in x],))
-        raw = answer(x if spec.appended is None else spec.appended.parts(x)[0])
+        for span in spec.window.spans:
+            x = x if span.axis in spec.window.cut else span.inside(x)
+        raw = answer(x)
         return Answer((torch.cat([raw, raw], 1) if spec.output.endswith("first_half") else raw,))
 
     return forward

@@ -4,8 +4,6 @@ Every function takes the recording of three images without guidance (``off``) an
 those numbers has a batch dimension.
 """
 
-import copy
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,22 +12,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from stepdistill.diffusion.denoiser import CallSpec, Conditions, Output, is_list_of_rows, joined, tensors_in
+from stepdistill.diffusion.denoiser import CallSpec, Conditions, Output, joined, tensors_in
 from stepdistill.diffusion.nested import unflatten
 from stepdistill.diffusion.passes import of_pass
-from stepdistill.diffusion.row_layout import Appended, RowLayout
+from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.diffusion.schedule import FlowSchedule, Schedule
-from stepdistill.diffusion.stock_schedulers import as_network_input
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import close, deviation, same, single_value, tolerance
 from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
+from stepdistill.pipeline.places import PASSES, place_of, scaled_sample
 
 GUIDANCE_LIMIT = 1e-4
-PASSES = 3
-"""The most that a guided step takes: a conditional one, one without the text, one without text and picture."""
-
-Layout = tuple[int | None, bool, Appended | None, RowLayout | None]
-NO_LAYOUT: Layout = (None, False, None, None)
 
 GuidanceKind = Literal["none", "batched", "two_calls", "embedded"]
 
@@ -149,80 +142,10 @@ def is_guided(recording: Recording) -> bool:
     """Whether the denoiser sees every sample more than once."""
     component, step = denoiser_component(recording), recording.steps[0]
     calls = [call for call in step.calls if call.component == component]
+    scaled = scaled_sample(step)[: recording.count]
     return len(calls) > 1 or any(
-        repeats(value, scaled_sample(step)[: recording.count])[0] > 1 for value in calls[0].arguments.values()
+        (place := place_of(value, scaled)) is not None and place.repeats > 1 for value in calls[0].arguments.values()
     )
-
-
-def repeats(value: Any, sample: Tensor) -> tuple[int, Layout]:
-    """(how often an argument is the sample (B, ...), all its rows one after the other, how it is laid out).
-
-    0: it is something else.
-    """
-    for after, count in itertools.product((True, False), range(1, PASSES + 1)):
-        latents, layout = as_latents(value, sample, after)
-        if latents is not None and close(latents, torch.cat([sample] * count)):
-            return count, layout
-    return 0, NO_LAYOUT
-
-
-def scaled_sample(step: Step) -> Tensor:
-    """The latents of a step as its scheduler scales them for the network."""
-    return as_network_input(copy.deepcopy(step.scheduler), step.sample, step.timestep)
-
-
-def sample_argument(off: Recording, on: Recording, component: str) -> tuple[CallSpec, bool]:
-    """(a spec that knows the argument which is the scheduler's sample, whether guidance doubles it)."""
-    layouts = None
-    lengths = set()
-    for recording in (off, on):
-        for step in recording.steps:
-            scaled = scaled_sample(step)[: recording.count]
-            for call in step.calls:
-                layouts_here = set()
-                for name, value in call.arguments.items():
-                    often, layout = repeats(value, scaled)
-                    if often:
-                        layouts_here.add((name, *layout))
-                        if recording is on:
-                            lengths.add(often)
-                layouts = layouts_here if layouts is None else layouts & layouts_here
-    if not layouts or len(lengths) != 1:
-        arguments = off.steps[0].calls[0].arguments
-        tensors = ", ".join(f"{name} {list(v.shape)}" for name, v in arguments.items() if isinstance(v, Tensor))
-        raise TraceError(
-            "sample",
-            f"no argument of {component} equals the scheduler's sample {list(off.steps[0].sample.shape)}, scaled or "
-            f"doubled; its tensors are {tensors}",
-        )
-    name, axis, is_list, appended, rows = min(layouts, key=str)
-    spec = CallSpec(name, "", frame_axis=axis, lists=frozenset([name] if is_list else []), appended=appended)
-    return replace(spec, layouts={} if rows is None else {name: rows}), lengths != {1}
-
-
-def as_latents(value: Any, like: Tensor, after: bool = True) -> tuple[Tensor | None, Layout]:
-    """``value`` laid out like ``like`` (None if it cannot be), and how: frame axis, list, what is appended, its rows.
-
-    Args:
-        after: whether what is appended comes after the sample.
-    """
-    is_list = is_list_of_rows(value)
-    tensor = torch.stack(value) if is_list else value
-    if isinstance(tensor, Tensor) and tensor.ndim:
-        if tensor.shape[1:] == like.shape[1:]:
-            return tensor, (None, is_list, None, None)
-        for axis in range(1, tensor.ndim):
-            if tensor.shape[axis] == 1 and tensor.squeeze(axis).shape[1:] == like.shape[1:]:
-                return tensor.squeeze(axis), (axis, is_list, None, None)
-            if not is_list and tensor.ndim == like.ndim and tensor.shape[axis] > like.shape[axis]:
-                appended = Appended(axis, like.shape[axis], after)
-                if (part := appended.parts(tensor)[0]).shape[1:] == like.shape[1:]:
-                    return part, (None, False, appended, None)
-        for axis in range(2, like.ndim if tensor.ndim == like.ndim - 1 else 2):  # frames that are rows
-            layout = RowLayout(each=like.shape[axis], place=axis)
-            if len(tensor) % layout.each == 0 and (rows := layout.rows(tensor)).shape[1:] == like.shape[1:]:
-                return rows, (None, False, None, layout)
-    return None, NO_LAYOUT
 
 
 def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Module, schedule: Schedule) -> CallSpec:
@@ -234,28 +157,34 @@ def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Modu
     best, closest, dtype_of_time = None, float("inf"), torch.float32
     for given in ([step.timestep for step in steps], [_exact(step, schedule) for step in steps]):
         for name in off.steps[0].calls[0].arguments:
-            values = [single_value(step.calls[0].arguments.get(name)) for step in steps]
-            if name == spec.sample or any(value is None for value in values):
+            found = [single_value(step.calls[0].arguments.get(name)) for step in steps]
+            if name == spec.sample or None in found:
+                continue
+            values = [value for value, _ in found]
+            masks = [mask for value, mask in found if value] or [None]  # at 0 none can be seen
+            if not all(same(mask, masks[0]) for mask in masks):
                 continue
             scale, offset, residual = _affine(given, values)
             if residual < closest:
-                best, closest, dtype_of_time = (name, scale, offset), residual, values[0].dtype
+                best, closest, dtype_of_time = (name, scale, offset, masks[0]), residual, values[0].dtype
         if best is not None and closest <= tolerance(dtype_of_time):
             break
     if best is None or closest > tolerance(dtype_of_time):
         fit = f"; the closest, '{best[0]}', is off by {closest:.1e}" if best else ""
         raise TraceError("timestep", f"no argument is an affine function of the scheduler's timestep{fit}")
-    name, scale, offset = best
+    name, scale, offset, mask = best
     if not dtype_of_time.is_floating_point and _takes_fractions(network, off.steps[0].calls[0], name):
         dtype_of_time = torch.float32
     calls = [call for step in steps for call in step.calls]
     others = [other for other in calls[0].arguments if other != name]
     times = {other for other in others if all(_same_time(call.arguments, name, other) for call in calls)}
     spec = replace(spec, timestep=name, timestep_scale=scale, timestep_offset=offset, timestep_dtype=dtype_of_time)
-    if (rows := spec.layouts.get(spec.sample)) is None:
-        return replace(spec, times=frozenset(times), time_shape=_time_shape(network, calls[0], (name, *times)))
-    layouts = {**spec.layouts, **dict.fromkeys((name, *times), RowLayout(each=rows.each))}
-    return replace(spec, times=frozenset(times), time_shape=(rows.each,), layouts=layouts)
+    if (rows := spec.window.frames) is not None:
+        layouts = {**spec.layouts, **dict.fromkeys((name, *times), RowLayout(each=rows.each))}
+        spec, mask = replace(spec, layouts=layouts), torch.ones(1, rows.each, dtype=dtype_of_time)
+    elif mask is None:
+        mask = _time_of_each(network, calls[0], (name, *times))
+    return replace(spec, timestep_mask=mask, times=frozenset(times))
 
 
 def _affine(timesteps: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[float, float, float]:
@@ -287,7 +216,7 @@ def _exact(step: Step, schedule: Schedule) -> Tensor:
 
 def told(step: Step, spec: CallSpec, schedule: Schedule) -> Tensor:
     """The timestep that the network was told at a step: the scheduler's, or that of its sigma."""
-    value = single_value(step.calls[0].arguments[spec.timestep]).double().cpu()
+    value = single_value(step.calls[0].arguments[spec.timestep])[0].double().cpu()
     ways = (step.timestep, _exact(step, schedule))
     return min(ways, key=lambda way: float((spec.network_timestep(way.cpu()).double() - value).abs()))
 
@@ -304,13 +233,13 @@ def _takes_fractions(network: nn.Module, call: Call, timestep: str) -> bool:
     return _gives_the_same(network, call, {timestep: value.float()})
 
 
-def _time_shape(network: nn.Module, call: Call, names: Sequence[str]) -> tuple[int, ...]:
-    """The axes of the time's arguments ``names`` after the first, if the network does not do with one time (B,)."""
+def _time_of_each(network: nn.Module, call: Call, names: Sequence[str]) -> Tensor | None:
+    """Ones (1, ...) like a row of the time's arguments ``names``; None: the network does with one time for each row."""
     value = call.arguments[names[0]]
     if not isinstance(value, Tensor) or value.ndim < 2:
-        return ()
+        return None
     once = value.flatten(1)[:, 0]
-    return () if _gives_the_same(network, call, dict.fromkeys(names, once)) else tuple(value.shape[1:])
+    return None if _gives_the_same(network, call, dict.fromkeys(names, once)) else torch.ones_like(value[:1])
 
 
 def _gives_the_same(network: nn.Module, call: Call, changed: Mapping[str, Any]) -> bool:

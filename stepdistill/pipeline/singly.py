@@ -19,8 +19,8 @@ from stepdistill.diffusion.denoiser import tensors_in
 from stepdistill.diffusion.nested import unflatten
 from stepdistill.pipeline.call import TraceError, by_itself
 from stepdistill.pipeline.compare import close, same
-from stepdistill.pipeline.explain import repeats, scaled_sample
 from stepdistill.pipeline.observe import Call, Recording, Step, modules, observe
+from stepdistill.pipeline.places import place_of, scaled_sample
 
 MASKS = (torch.bool, torch.int64, torch.float32)
 """What a mask of prompts may be made of."""
@@ -74,7 +74,8 @@ def _stacked_step(
 def _passes(step: Step, call: Call) -> int:
     """How many rows a call for one image has, one for each pass of guidance that it makes; 0: it sees no sample."""
     scaled = scaled_sample(step)[:1]
-    return max((repeats(value, scaled)[0] for value in call.arguments.values()), default=0)
+    places = [place_of(value, scaled) for value in call.arguments.values()]
+    return max((place.repeats for place in places if place is not None), default=0)
 
 
 class _Stack:

@@ -16,15 +16,17 @@ from torch import Tensor
 from stepdistill.data.sample import Pictures
 from stepdistill.diffusion.denoiser import CallSpec, Conditions, Denoiser, Helper
 from stepdistill.diffusion.schedule import FlowSchedule, Schedule, from_scheduler
+from stepdistill.diffusion.window import Span
 from stepdistill.errors import InputError
 from stepdistill.pipeline import explain
 from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps
-from stepdistill.pipeline.compare import close, deviation, rows_equal, tolerance
+from stepdistill.pipeline.compare import close, deviation, rows_equal, single_value, tolerance
 from stepdistill.pipeline.conditioning import Conditioning, encode
 from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.live import live
-from stepdistill.pipeline.observe import noise_shape, observe
+from stepdistill.pipeline.observe import Recording, Step, noise_shape, observe
+from stepdistill.pipeline.places import cut_by, kept_by_time, only_free, place_of, scaled_sample
 from stepdistill.pipeline.trace import PROBES, Trace, trace
 
 Size = tuple[int, int]
@@ -156,22 +158,21 @@ def _recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     names = [helper.name for helper in old.spec.helpers]
     step = explain.only(recording, trace.component, names).steps[0]
     call = step.calls[0]
+    spec, step, free = _placed(old.spec, step)
     schedule = _schedule(old.schedule, trace.pipeline.scheduler, recording.grid)
     helpers = tuple(_helper(helper, call.arguments, schedule) for helper in old.spec.helpers)
-    spec = replace(old.spec, constants=_constants(old.spec, call.arguments), helpers=helpers)
-    if spec.time_shape:
-        spec = replace(spec, time_shape=tuple(call.arguments[spec.timestep].shape[1:]))
+    spec = replace(spec, constants=_constants(spec, call.arguments), helpers=helpers)
     denoiser = Denoiser(old.network, spec, schedule, old.kind)
     t = schedule.time(explain.told(step, spec, schedule).to(step.sample.device)).expand(1)
     try:
         rows = spec.conditions(call.arguments, trace.conditioning)
-        raw = denoiser(explain.scaled_sample(step), t, rows).raw.to(step.model_output.dtype)
+        raw = denoiser(scaled_sample(step), t, rows).raw.to(step.model_output.dtype)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TraceError(
             "size", f"the network's call at this size is not the one that was explained: {reason}"
         ) from error
-    if not (error := deviation(raw, step.model_output)) <= tolerance(raw.dtype):
+    if not (error := deviation(raw, step.model_output)) <= tolerance(call.output.dtype):
         raise TraceError("size", f"the network's output at this size is off the pipeline's own by {error:.1e}")
     conditioning = {}
     for name, known in trace.conditioning.items():
@@ -184,8 +185,25 @@ def _recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
         conditioning=conditioning,
         self_test_error=max(trace.self_test_error, error),
         arguments=arguments,
+        free=free,
         set_ups={},
     )
+
+
+def _placed(spec: CallSpec, step: Step) -> tuple[CallSpec, Step, Span | None]:
+    """(the spec for the places in a step's call, the step of the free part of its sample, that part)."""
+    call = step.calls[0]
+    given = call.arguments[spec.sample]
+    place, time = place_of(given, scaled_sample(step)), single_value(call.arguments[spec.timestep])
+    if place is None or time is None:
+        raise TraceError("size", f"'{spec.sample}' is not the sample, or '{spec.timestep}' no time")
+    mask = time[1]
+    if mask is None and spec.timestep_mask is not None:  # a time for each frame, and all are the same
+        mask = torch.ones_like(call.arguments[spec.timestep][:1])
+    spec = replace(spec, window=cut_by(place.window, given, call.output), timestep_mask=mask)
+    spec, free = kept_by_time(spec, step, place.free)
+    (step,) = only_free(Recording(1, [step]), free).steps
+    return spec, step, free
 
 
 def _schedule(schedule: Schedule, scheduler: Any, grid: Mapping[str, Any]) -> Schedule:

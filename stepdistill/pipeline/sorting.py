@@ -35,8 +35,12 @@ class _Given:
         return all(len(value) in size for value, size in zip(given, self.sizes, strict=True))
 
 
-def sort_arguments(off: Recording, on: Recording, spec: CallSpec) -> tuple[CallSpec, list[str]]:
-    """(the spec with its constants, lists, layouts and masks; the names of the conditions)."""
+def sort_arguments(off: Recording, on: Recording, spec: CallSpec, hint: str = "") -> tuple[CallSpec, list[str]]:
+    """(the spec with its constants, lists, layouts and masks; the names of the conditions).
+
+    Args:
+        hint: What is known to change what is beside the sample from step to step, for the message.
+    """
     first_off, first_on = off.steps[0].calls[0].arguments, on.steps[0].calls[0].arguments
     if first_off.keys() != first_on.keys():
         raise TraceError(
@@ -44,9 +48,9 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec) -> tuple[CallS
         )
     fed = {name for helper in spec.helpers for name in helper.feeds}
     rest = [name for name in first_off if name not in (spec.sample, spec.timestep, *spec.times) and name not in fed]
-    _check_steady(off, on, spec, rest)
+    _check_steady(off, on, spec, rest, hint)
     calls = [*off.steps[0].calls, *on.steps[0].calls]
-    each = spec.layouts[spec.sample].each if spec.sample in spec.layouts else 1
+    each = spec.window.frames.each if spec.window.frames is not None else 1
     rows = [len(call.arguments[spec.sample]) // each for call in calls]
     spec = replace(spec, apart={n: type(first_off[n]) for n in rest if _is_list_of_batches(n, calls, rows)})
     arguments = [spec.taken_apart(call.arguments) for call in calls]
@@ -60,7 +64,7 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec) -> tuple[CallS
             layouts[name] = layout
             given.values[name] = [layout.rows(value) for value in given.values[name]]
     lists, masks = _padded(given, spec)
-    conditions = [*masks, *(mask for mask, _ in masks.values()), *([spec.extra] if spec.extra else [])]
+    conditions = [*masks, *(mask for mask, _ in masks.values()), *spec.beside]
     constants, expanded = {}, set()
     for name in (name for name in rest if name not in conditions):
         value, *others = given.values[name]
@@ -83,18 +87,19 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec) -> tuple[CallS
     return replace(spec, **found, layouts={**spec.layouts, **layouts}), conditions
 
 
-def _check_steady(off: Recording, on: Recording, spec: CallSpec, names: Sequence[str]) -> None:
+def _check_steady(off: Recording, on: Recording, spec: CallSpec, names: Sequence[str], hint: str) -> None:
     """Raises TraceError for an argument, or what follows the sample in its own, that changes from step to step."""
     for name, recording in itertools.product(names, (off, on)):
         for step in recording.steps:
             for call, first in zip(step.calls, recording.steps[0].calls, strict=True):
                 if not same(call.arguments.get(name), first.arguments[name]):
                     raise TraceError("constants", f"'{name}' changes from step to step and is not the timestep")
-    if spec.extra is not None:
-        for recording in (off, on):
-            first, *later = [spec.conditions(step.calls[0].arguments, [spec.extra]) for step in recording.steps]
-            if not all(same(first[spec.extra], other[spec.extra]) for other in later):
-                raise TraceError("constants", f"what follows the sample in '{spec.sample}' changes from step to step")
+    for recording in (off, on) if spec.beside else ():
+        first, *later = [spec.conditions(step.calls[0].arguments, spec.beside) for step in recording.steps]
+        if not all(same(first[name], other[name]) for other in later for name in spec.beside):
+            raise TraceError(
+                "constants", f"what is beside the sample in '{spec.sample}' changes from step to step{hint}"
+            )
 
 
 def _is_list_of_batches(name: str, calls: Sequence[Call], rows: Sequence[int]) -> bool:

@@ -20,11 +20,13 @@ from stepdistill.diffusion.experts import Experts, Turn
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
 from stepdistill.diffusion.stock_schedulers import as_network_input, without_learned_variance
+from stepdistill.diffusion.window import Span
 from stepdistill.files import sha256
 from stepdistill.pipeline import explain, turns
 from stepdistill.pipeline.call import (
     COUNTS,
     TraceError,
+    added_noise,
     by_itself,
     check_needed,
     entry_argument,
@@ -33,19 +35,12 @@ from stepdistill.pipeline.call import (
     in_any_way,
     other_guidance,
 )
-from stepdistill.pipeline.compare import deviation, tolerance
+from stepdistill.pipeline.compare import deviation, same, tolerance
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.observe import (
-    CARRIED,
-    Recording,
-    Step,
-    forked_random,
-    modules,
-    observe,
-    stepped,
-)
+from stepdistill.pipeline.observe import CARRIED, Recording, Step, forked_random, modules, observe, stepped
+from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument, scaled_sample
 from stepdistill.pipeline.several_passes import linear_rule
 from stepdistill.pipeline.singly import observe_each
 from stepdistill.pipeline.sorting import sort_arguments
@@ -74,13 +69,14 @@ class Trace:
     Args:
         component: the denoiser's attribute, such as "transformer"; that of the noise end where several take turns.
         entry: the argument that states the images: prompt, class_labels, or one of COUNTS.
-        latent_shape: one sample as the scheduler sees it.
+        latent_shape: one sample as the scheduler sees it; where it has a :attr:`free` part, that.
         conditioning: one row's shape by argument; None for the length of what grows with the prompt.
         arguments: what every call of the pipeline is given besides: height, num_frames, negative_prompt, ...
         self_test_error: the largest relative error of a replayed step.
         alone: its call is for one entry: it takes no list of prompts, or makes one image.
         encoders: the networks that work before the first step alone, and make conditions.
         fewest_steps: the fewest steps that its call takes.
+        free: the part of the scheduler's sample that is sampled, where the pipeline keeps the rest (a first frame).
         set_ups: how the pipeline sets up the schedulers that were run so far (filled by :func:`.set_up.set_up`).
     """
 
@@ -96,6 +92,7 @@ class Trace:
     alone: bool = False
     encoders: tuple[str, ...] = ()
     fewest_steps: int = 1
+    free: Span | None = None
     set_ups: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -193,15 +190,18 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     whole, (off, on) = (off, on), (explain.only(off, component), explain.only(on, component))
     if len({len(step.calls) for step in on.steps}) > 1:
         raise TraceError("guidance", f"{component} is called twice at some steps and once at others")
-    spec, batched = explain.sample_argument(off, on, component)
+    spec, free, batched = sample_argument(off, on, component)
     spec = explain.timestep_map(off, on, spec, network, schedule)
+    spec, free = kept_by_time(spec, off.steps[0], free)
+    whole = only_free(whole[0], free), only_free(whole[1], free)
+    off, on = (explain.only(recording, component) for recording in whole)
     spec = explain.output_map(off, spec, component)
-    spec, conditions = sort_arguments(off, on, replace(spec, helpers=helpers))
+    spec, conditions = sort_arguments(off, on, replace(spec, helpers=helpers), added_noise(pipeline))
     conditions += helper_conditions
     off, on = (explain.only(recording, component, names) for recording in whole)
     if passes_of(on, spec) > 2:
         again = _few_steps(pipeline, PROBES[entry][:2], arguments, scale + 1, alone)
-        runs = {scale: on, scale + 1: explain.only(again, component, names)}
+        runs = {scale: on, scale + 1: explain.only(only_free(again, free), component, names)}
         guidance, spec = linear_rule(runs, spec, conditions, batched)
     else:
         first = turns.steps_of(component, on) if experts else on
@@ -227,6 +227,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         alone=alone,
         encoders=explain.encoders(whole[0].steps[0], component, names),
         fewest_steps=_fewest_steps(pipeline, _first(entry, alone), arguments, component),
+        free=free,
     )
 
 
@@ -267,7 +268,7 @@ def _helpers(
     helpers, names = [], []
     for name, feeds in explain.feeding(off, on, component, networks).items():
         alone = [explain.only(recording, name) for recording in (off, on)]
-        spec, _ = explain.sample_argument(*alone, name)
+        spec, _, _ = sample_argument(*alone, name)
         spec = explain.timestep_map(*alone, spec, networks[name], schedule)
         spec, conditions = sort_arguments(*alone, spec)
         helpers.append(Helper(name, Denoiser(networks[name], spec, schedule, kind), feeds))
@@ -287,14 +288,27 @@ def _probe_scale(pipeline: Any, arguments: Mapping[str, Any]) -> float:
 
 
 def _fewest_steps(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], component: str) -> int:
-    """The fewest steps that the pipeline's call takes: some compute no grid of one."""
+    """The fewest steps that the pipeline's call takes: some compute no grid of one.
+
+    Raises:
+        TraceError: the call runs its grid again after the last step.
+    """
+    fewest = PROBE_STEPS
     for steps in range(fewest_steps(pipeline), PROBE_STEPS):
         try:
             observe(pipeline, entries, arguments, steps=steps, guidance=1.0, stop_calls=(component, 1))
         except TraceError:
             continue
-        return steps
-    return PROBE_STEPS
+        fewest = steps
+        break
+    try:
+        made = observe(pipeline, entries, arguments, steps=fewest, guidance=1.0, stop_steps=fewest + 1).steps
+    except TraceError:  # after the last step, in what a student's export does too
+        return fewest
+    if len(made) > fewest and same(made[fewest].timestep, made[0].timestep):
+        name = type(pipeline).__name__
+        raise TraceError("components", f"{name} runs its grid again for each part of an image; a student has one grid")
+    return fewest
 
 
 def _few_steps(
@@ -362,7 +376,7 @@ def _self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guid
     for recording in (on,) if guidance.kind == "embedded" else (off, on):
         for step in recording.steps:
             n = recording.count
-            x_t = explain.scaled_sample(step)[:n]
+            x_t = scaled_sample(step)[:n]
             timestep = explain.told(step, denoiser.spec, denoiser.schedule)
             t = denoiser.schedule.time(timestep.to(x_t.device)).expand(n)
             if recording is on:
@@ -374,7 +388,7 @@ def _self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guid
             raw = prediction.raw.to(step.model_output.dtype)
             copies = len(step.sample) // n
             worst = max(worst, deviation(step.replay(torch.cat([raw] * copies)), step.previous))
-    limit = max(SELF_TEST_LIMIT, tolerance(on.steps[0].model_output.dtype))
+    limit = max(SELF_TEST_LIMIT, tolerance(on.steps[0].calls[0].output.dtype))
     if not worst <= limit:
         raise TraceError("self-test", f"a replayed step is off the pipeline's own by {worst:.1e} (limit {limit:.0e})")
     return worst

@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from stepdistill.diffusion.denoiser import CallSpec, Conditions, Denoiser, Helper, tensors_in
 from stepdistill.diffusion.experts import Experts, Turn
 from stepdistill.diffusion.schedule import from_scheduler
+from stepdistill.diffusion.window import Window
 from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps, in_any_way
-from stepdistill.pipeline.explain import as_latents, encoders
+from stepdistill.pipeline.explain import encoders
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.hub import configs
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
@@ -37,6 +38,7 @@ from stepdistill.pipeline.observe import (
     observe,
     patched,
 )
+from stepdistill.pipeline.places import cut_by, windows
 from stepdistill.pipeline.single_file import config_folder
 from stepdistill.pipeline.trace import PROBES, Guidance, Trace
 from stepdistill.recipe import Teacher
@@ -207,7 +209,7 @@ def _feeding(step: Step, component: str) -> dict[str, dict[str, int | tuple[int,
     (call,) = calls_of(step.calls, component)
     feeding = {}
     for other in step.calls:
-        if other is call or not any(_is_sample(value, step.sample) for value in other.arguments.values()):
+        if other is call or not any(_place(value, step.sample) for value in other.arguments.values()):
             continue
         feeds, free = {}, dict(enumerate(other.outputs))
         for name, value in call.arguments.items():
@@ -222,20 +224,21 @@ def _feeding(step: Step, component: str) -> dict[str, dict[str, int | tuple[int,
     return feeding
 
 
-def _is_sample(value: Any, sample: Tensor) -> bool:
-    latents, _ = as_latents(value, sample)
-    return latents is not None and len(latents) == len(sample)
+def _place(value: Any, sample: Tensor) -> Window | None:
+    """Where an argument may hold the sample, as far as shapes tell."""
+    ways = (window for argument, window in windows(value, sample) if len(argument) == len(sample))
+    return next(ways, None)
 
 
 def _spec(three: Step, two: Sequence[Call], component: str, feeds: Iterable[str]) -> tuple[CallSpec, list[str]]:
     """How the network is called, as far as shapes tell, and which arguments are conditions; ``feeds`` are others'."""
     (call,), (other,) = (calls_of(calls, component) for calls in (three.calls, two))
     sample = three.sample
-    layouts = {name: as_latents(v, sample)[1] for name, v in call.arguments.items() if _is_sample(v, sample)}
+    places = {name: place for name, value in call.arguments.items() if (place := _place(value, sample))}
     # One that is the sample as it is goes before one that holds more.
-    x = min(layouts, key=lambda name: layouts[name][2] is not None, default=None)
+    x = min(places, key=lambda name: len(places[name].spans), default=None)
     time = next((name for name in call.arguments if name in ("timestep", "timesteps", "t")), None)
-    if x is None or time is None or layouts[x][1]:
+    if x is None or time is None or isinstance(call.arguments[x], list):
         raise InputError(f"plan: the arguments of {component} do not show what is the sample and what the time")
     rest = {name: value for name, value in call.arguments.items() if name not in (x, time, *feeds)}
     names = [
@@ -246,5 +249,6 @@ def _spec(three: Step, two: Sequence[Call], component: str, feeds: Iterable[str]
     constants = {name: value for name, value in rest.items() if name not in names}
     doubled = call.outputs[0].shape[1] == 2 * sample.shape[1]
     output = "first_half" if doubled else "identity"
-    spec = CallSpec(x, time, output=output, constants=constants, frame_axis=layouts[x][0], appended=layouts[x][2])
-    return spec, [*names, *([spec.extra] if spec.extra else [])]
+    window = cut_by(places[x], call.arguments[x], call.outputs[0])
+    spec = CallSpec(x, time, output=output, constants=constants, window=window)
+    return spec, [*names, *spec.beside]

@@ -86,7 +86,7 @@ class NumberEmbedded(Adapted):
         register = [
             partial(
                 module.linear_2.register_forward_hook,
-                lambda _module, _inputs, out, added=leaf(hidden): out + added.to(out.dtype),
+                lambda _module, _inputs, out, added=leaf(hidden): out + _row_by_row(added, out).to(out.dtype),
             )
             for module, leaf in zip(time_embeddings(self.network), self.leaves, strict=True)
         ]
@@ -150,6 +150,13 @@ class TimeEmbedded(NumberEmbedded):
         super().__init__(network, r, width)
 
 
+def _row_by_row(added: Tensor, embedding: Tensor) -> Tensor:
+    """``added`` (1 or B, width) for an embedding (B, width), or of times per token: (B, N, width) or (B N, width)."""
+    if embedding.ndim > 2:
+        return added.reshape(len(added), *[1] * (embedding.ndim - 2), -1)
+    return added if len(added) == 1 else added.repeat_interleave(len(embedding) // len(added), 0)
+
+
 def fourier(t: Tensor, features: int) -> Tensor:
     """Sines and cosines (B, features) of 1000 t, t (B,), at rates from 1 to 1/10000, as diffusers embeds timesteps."""
     half = features // 2
@@ -159,7 +166,7 @@ def fourier(t: Tensor, features: int) -> Tensor:
 
 
 def time_embeddings(network: nn.Module) -> list["TimestepEmbedding"]:
-    """The modules that embed the time, in the network's order; their outputs are (B, width).
+    """The modules that embed the time, in the network's order; of a time for each row their outputs are (B, width).
 
     Of each parent with sinusoids (diffusers' ``Timesteps``) the first: later ones embed sizes, an aspect or guidance.
     In a network with other sinusoids the first of each parent.

@@ -42,7 +42,7 @@ def test_image_to_video(tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     found = trace(pipeline, CALL | {"image": str(tmp_path / "first.png")})
     assert [turn.lowest for turn in found.denoiser.spec.experts.values()] == [900.0, 0.0]
-    assert found.denoiser.spec.appended == (1, 4, True) and found.self_test_error <= 1e-5
+    assert found.denoiser.spec.window.spans == ((1, 0, 4, 8),) and found.self_test_error <= 1e-5
 
 
 def test_what_is_said_of_them(traced):

@@ -19,6 +19,7 @@ from stepdistill.roles.build import LoRA, build_roles
 from stepdistill.run import train
 from stepdistill.sampling import trajectories
 
+BESIDE = "beside sample on axis 1"
 PROMPTS = ["a red shoe", "two birds on a wire"]
 
 
@@ -64,8 +65,8 @@ def recipe_of(folder, arguments, **keys) -> dict:
 def test_the_channels_after_the_sample_are_a_condition(traced):
     spec = traced.denoiser.spec
     assert traced.self_test_error <= 1e-5
-    assert (spec.sample, spec.appended, spec.extra) == ("sample", (1, 4, True), "sample appended")
-    assert traced.latent_shape == (4, 8, 8) and traced.conditioning["sample appended"] == (5, 8, 8)
+    assert (spec.sample, spec.window.spans, spec.beside) == ("sample", ((1, 0, 4, 5),), (BESIDE,))
+    assert traced.latent_shape == (4, 8, 8) and traced.conditioning[BESIDE] == (5, 8, 8)
 
 
 def test_the_network_is_called_as_the_pipeline_calls_it(traced):
@@ -75,12 +76,12 @@ def test_the_network_is_called_as_the_pipeline_calls_it(traced):
     with torch.no_grad():
         found = traced.denoiser(x, t, cond).raw
         timestep = traced.denoiser.schedule.timestep(t)
-        given = torch.cat([x, cond["sample appended"]], 1)
+        given = torch.cat([x, cond[BESIDE]], 1)
         expected = unet(given, timestep, cond["encoder_hidden_states"], return_dict=False)[0]
     torch.testing.assert_close(found, expected)
-    mask = cond["sample appended"][:, 0]
+    mask = cond[BESIDE][:, 0]
     assert mask[..., :4].eq(1).all() and mask[..., 4:].eq(0).all()
-    assert torch.equal(null["sample appended"], cond["sample appended"])
+    assert torch.equal(null[BESIDE], cond[BESIDE])
 
 
 def test_inpainting_is_distilled_and_exported(pictures, tmp_path, monkeypatch):
@@ -182,7 +183,7 @@ def test_an_edit_with_two_unconditional_passes(pictures, tmp_path, monkeypatch):
     assert traced.denoiser.spec.mix == ((1.5, -1.0), (-0.5, 0.0)) and traced.guidance.order == (0, 1, 2)
     for cache in (None, tmp_path / "cache"):
         _, null = encode(traced, PROMPTS, cache).batch(torch.tensor([0, 1]))
-        assert null["sample appended"].any() and not null["pass 1/sample appended"].any()
+        assert null[BESIDE].any() and not null[f"pass 1/{BESIDE}"].any()
         assert torch.equal(null["encoder_hidden_states"], null["pass 1/encoder_hidden_states"])
     save_pipeline(zoo.pix2pix(), tmp_path / "teacher")
     teacher = {

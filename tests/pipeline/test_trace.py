@@ -22,6 +22,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from torch.nn import functional
 
 from pipeline import tiny
 from pipeline.tiny import INSPECT_KEYS, redraw
@@ -314,13 +315,20 @@ def test_rows_that_do_not_follow_the_first_axis(bias, layout):
     assert encode(result, [1, 2]).cond["extra.bias"][1].flatten().tolist() == pytest.approx([0.1] * 8)
 
 
-def test_an_output_as_long_as_the_sample_and_its_reference_is_cut():
-    result = trace(
-        toy(feed=lambda x: torch.cat([x, torch.full((len(x), 4, 8, 2), 0.5)], 3), read=lambda raw: raw[..., :8])
-    )
+@pytest.mark.parametrize(
+    ("padding", "read", "spans"),
+    [
+        ((0, 2), lambda raw: raw[..., :8], ((3, 0, 8, 2),)),
+        ((2, 0), lambda raw: raw[..., 2:], ((3, 2, 8, 0),)),
+        ((0, 2, 1, 0), lambda raw: raw[..., 1:, :8], ((2, 1, 8, 0), (3, 0, 8, 2))),
+    ],
+)
+def test_an_output_as_long_as_the_sample_and_its_reference_is_cut(padding, read, spans):
+    result = trace(toy(feed=lambda x: functional.pad(x, padding, value=0.5), read=read))
     spec = result.denoiser.spec
-    assert (spec.appended, spec.output) == ((3, 8, True), "identity") and result.self_test_error <= 1e-5
-    cond = {"extra.what": torch.tensor([3]), spec.extra: torch.full((1, 4, 8, 2), 0.5)}
+    assert (spec.window.spans, spec.output) == (spans, "identity") and result.self_test_error <= 1e-5
+    cond = encode(result, [3]).cond
+    assert all(cond[name].eq(0.5).all() for name in spec.beside)
     assert result.denoiser(torch.randn(1, 4, 8, 8), torch.ones(1), cond).raw.shape == (1, 4, 8, 8)
 
 

@@ -113,7 +113,7 @@ def test_a_picture_before_the_sample_and_no_latents_to_return(tmp_path):
     Image.fromarray(noisy).save(tmp_path / "picture.png")
     arguments = {"image": str(tmp_path / "picture.png")}
     result = trace(Estimator(redraw(Beside(), 9), DDIMScheduler(clip_sample=False)), arguments)
-    assert result.denoiser.spec.appended == (1, 4, False) and result.self_test_error <= 1e-5
+    assert result.denoiser.spec.window.spans == ((1, 3, 4, 0),) and result.self_test_error <= 1e-5
     assert result.arguments == {"image": [arguments["image"]]}  # one for each: all others would be left out
 
 
@@ -137,10 +137,10 @@ class TimePerFrame(ToyPipeline):
 
 def test_a_time_for_each_frame():
     result = trace(TimePerFrame(redraw(Framed(), 9), DDIMScheduler(clip_sample=False)))
-    assert result.denoiser.spec.time_shape == (2,) and result.self_test_error <= 1e-5
+    assert result.denoiser.spec.timestep_mask.tolist() == [[1, 1]] and result.self_test_error <= 1e-5
     pipeline = TimePerFrame(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False))
     pipeline.frames = 1
-    assert trace(pipeline).denoiser.spec.time_shape == ()  # one for each image does too
+    assert trace(pipeline).denoiser.spec.timestep_mask is None  # one for each image does too
 
 
 class Lines(nn.Module):
@@ -177,7 +177,7 @@ def test_a_helper_that_sees_the_parts_of_a_sample_as_rows(several):
     pipeline.several = several
     result = trace(pipeline)
     (helper,) = result.denoiser.spec.helpers
-    assert helper.denoiser.spec.layouts["line"] == RowLayout(each=8, place=2)
+    assert helper.denoiser.spec.window.frames == RowLayout(each=8, place=2)
     assert helper.feeds == {"extra.bias": 0} and result.self_test_error <= 1e-5
 
 
@@ -193,6 +193,27 @@ def test_a_time_that_is_the_exact_sigma():
     flow = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     result = trace(ToldSigma(redraw(ToyNetwork(), 9), flow))
     assert result.denoiser.spec.timestep_scale == 0.001 and result.self_test_error <= 1e-5
+
+
+class PartByPart(ToyPipeline):
+    """Runs its grid once for each of two parts of an image, as pipelines of long videos do."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 5,
+    ) -> tuple[Tensor]:
+        parts = [super().__call__(class_labels, guidance_scale, generator, num_inference_steps)[0]]
+        parts += super().__call__(class_labels, guidance_scale, generator, num_inference_steps)
+        return (torch.cat(parts, 3),)
+
+
+def test_a_grid_that_is_run_again_is_refused():
+    with pytest.raises(TraceError, match="PartByPart runs its grid again"):
+        trace(PartByPart(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False)))
 
 
 class ShiftedSigmas(FlowMatchEulerDiscreteScheduler):

@@ -429,6 +429,51 @@ def wan(boundary_ratio: float | None = None) -> Any:
     )
 
 
+def wan_from_a_frame() -> Any:
+    """Wan 2.2 5B, image to video: the first frame is kept in the network's input, at time 0 among times per token."""
+    parts = wan().components | {"image_encoder": None, "image_processor": None}
+    return ready(diffusers.WanImageToVideoPipeline(**parts, expand_timesteps=True))
+
+
+def ltx_from_a_frame() -> Any:
+    """LTX, image to video: packed for the network, and unpacked for the scheduler without the first frame's tokens."""
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=32,
+    )
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=1,
+        encoder_causal=True,
+    )
+    tokenizer = t5_tokenizer()
+    return ready(
+        diffusers.LTXImageToVideoPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+            vae=redraw(vae, 1),
+            text_encoder=t5_encoder(tokenizer),
+            tokenizer=tokenizer,
+            transformer=redraw(transformer, 5),
+        )
+    )
+
+
+def ltx_with_conditions() -> Any:
+    """LTX Condition: its scheduler steps all tokens, by minus the prediction, and is told the time of each."""
+    return ready(diffusers.LTXConditionPipeline(**ltx_from_a_frame().components))
+
+
 def vace() -> Any:
     """Wan with a control video (none: an empty one); its call takes one prompt."""
     base = wan()

@@ -227,7 +227,7 @@ def test_pictures_are_told_to_the_networks(name, tmp_path):
     known = trace(pipeline, arguments)
     assert drawn.trace.conditioning == known.conditioning and drawn.trace.latent_shape == known.latent_shape
     spec, real = drawn.trace.denoiser.spec, known.denoiser.spec
-    assert (spec.sample, spec.appended) == (real.sample, real.appended)
+    assert (spec.sample, spec.window) == (real.sample, real.window)
     assert [helper.feeds for helper in spec.helpers] == [helper.feeds for helper in real.helpers]
 
 

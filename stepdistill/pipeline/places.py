@@ -1,0 +1,232 @@
+"""Find the scheduler's sample among a network's arguments, and the part of it that a pipeline lets be sampled.
+
+As in :mod:`stepdistill.pipeline.explain`, ``off`` is a run of three images without guidance and ``on`` one of two.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.denoiser import CallSpec, is_list_of_rows
+from stepdistill.diffusion.row_layout import RowLayout
+from stepdistill.diffusion.stock_schedulers import as_network_input
+from stepdistill.diffusion.window import Span, Window
+from stepdistill.pipeline.call import TraceError
+from stepdistill.pipeline.compare import close, deviation, tolerance
+from stepdistill.pipeline.observe import CARRIED, Recording, Step
+
+PASSES = 3
+"""The most that a guided step takes: a conditional one, one without the text, one without text and picture."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an argument holds a sample.
+
+    Args:
+        window: where.
+        free: the part of the sample that it holds; None: all. The rest is replaced by what is kept, a first frame.
+        repeats: how often it holds all rows, one after the other.
+    """
+
+    window: Window
+    free: Span | None
+    repeats: int
+
+
+@dataclass(kw_only=True)
+class Part(Step):
+    """A step as if its scheduler had stepped the free part of the sample alone, and had been told nothing more.
+
+    Args:
+        step: the pipeline's own.
+        free: that part; None: all is.
+        sign: -1 where the scheduler was given minus what it steps by.
+    """
+
+    step: Step
+    free: Span | None
+    sign: int = 1
+
+    def replay(self, model_output: Tensor) -> Tensor:
+        """As :meth:`Step.replay`, of that part."""
+        given = self.sign * model_output
+        if self.free is None:
+            return self.step.replay(given)
+        return self.free.inside(self.step.replay(self.free.whole(given, self.free.outside(self.step.model_output))))
+
+
+def scaled_sample(step: Step) -> Tensor:
+    """The latents of a step as its scheduler scales them for the network."""
+    return as_network_input(copy.deepcopy(step.scheduler), step.sample, step.timestep)
+
+
+def only_free(recording: Recording, free: Span | None) -> Recording:
+    """The recording as if the scheduler had stepped the free part of its sample alone (None: all of it is).
+
+    Raises:
+        TraceError: the scheduler is told more of each part of the sample than its time.
+    """
+    return replace(recording, steps=[_part_of(step, free) for step in recording.steps])
+
+
+def told_of_all(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of a step that are no tensors with a value for each part of the sample (times per token)."""
+    return {n: v for n, v in options.items() if n in CARRIED or not isinstance(v, Tensor) or v.ndim < 2}
+
+
+def _part_of(step: Step, free: Span | None) -> Step:
+    options = told_of_all(step.options)
+    if free is None and len(options) == len(step.options):
+        return step
+    values = {one.name: getattr(step, one.name) for one in fields(Step)} | {"options": options}
+    for name in ("sample", "model_output", "previous"):
+        values[name] = values[name] if free is None else free.inside(values[name])
+    part = Part(**values, step=step, free=free)
+    if len(options) == len(step.options):
+        return part
+    ways = []
+    for sign in (1, -1):
+        plain = Step(**{**values, "model_output": sign * part.model_output.float()})
+        ways.append((deviation(plain.replay(plain.model_output), part.previous), sign))
+    error, sign = min(ways)
+    if error <= tolerance(part.model_output.dtype):
+        return replace(part, model_output=sign * part.model_output, sign=sign)
+    more = ", ".join(step.options.keys() - options.keys())
+    raise TraceError("schedule", f"{type(step.scheduler).__name__} makes something else of a sample without its {more}")
+
+
+def kept_by_time(spec: CallSpec, step: Step, free: Span | None) -> tuple[CallSpec, Span | None]:
+    """(the spec, the free part of the sample), where tokens (B, N, C) that are told 0 at every step are not part of it.
+
+    Raises:
+        TraceError: parts of the sample are told 0, and it is no range of tokens that is not.
+    """
+    mask = spec.timestep_mask
+    if mask is None or mask.all() or spec.beside:
+        return spec, free
+    call = step.calls[0]
+    given = call.arguments[spec.sample]
+    span = _range(mask.flatten().bool(), 1) if mask.shape[1:] == given.shape[1:2] == step.sample.shape[1:2] else None
+    if span is None:
+        raise TraceError(
+            "timestep", f"'{spec.timestep}' is 0 for parts of the sample at every step, and not for others"
+        )
+    return replace(spec, window=cut_by(Window(spans=(span,)), given, call.output)), span
+
+
+def sample_argument(off: Recording, on: Recording, component: str) -> tuple[CallSpec, Span | None, bool]:
+    """(a spec that knows the argument which is the scheduler's sample, the sample's free part, whether it is doubled).
+
+    Raises:
+        TraceError: there is none.
+    """
+    found: dict[str, tuple[Window, Span | None]] | None = None
+    lengths: set[int] = set()
+    for run, step in [*((off, step) for step in off.steps), *((on, step) for step in on.steps)]:
+        scaled = scaled_sample(step)[: run.count]
+        for call in step.calls:
+            here = {name: place for name, value in call.arguments.items() if (place := place_of(value, scaled))}
+            places = {name: (place.window, place.free) for name, place in here.items()}
+            found = places if found is None else {name: p for name, p in found.items() if places.get(name) == p}
+            if run is on:
+                lengths |= {here[name].repeats for name in found}
+    call = off.steps[0].calls[0]
+    if not all(step.sample.isfinite().all() for run in (off, on) for step in run.steps):
+        raise TraceError("sample", f"{component} makes numbers that are not finite in {len(on.steps)} steps")
+    if not found or len(lengths) != 1:
+        tensors = ", ".join(f"{name} {list(v.shape)}" for name, v in call.arguments.items() if isinstance(v, Tensor))
+        raise TraceError(
+            "sample",
+            f"no argument of {component} equals the scheduler's sample {list(off.steps[0].sample.shape)}, scaled or "
+            f"doubled, or a part of it; its tensors are {tensors}",
+        )
+    # One that is the sample as it is goes before one that holds more, or less.
+    name = min(found, key=lambda name: (found[name][1] is not None, len(found[name][0].spans), name))
+    window, free = found[name]
+    given = call.arguments[name]
+    window = cut_by(window, given, call.output)
+    spec = CallSpec(name, "", window=window, lists=frozenset([name] if isinstance(given, list) else []))
+    return spec, free, lengths != {1}
+
+
+def cut_by(window: Window, argument: Any, output: Any) -> Window:
+    """The window that knows where the network's output is as long as its argument."""
+    if not window.spans or not isinstance(output, Tensor) or output.ndim != argument.ndim:
+        return window
+    axes = (span.axis for span in window.spans)
+    return replace(window, cut=frozenset(axis for axis in axes if output.shape[axis] == argument.shape[axis]))
+
+
+def place_of(value: Any, sample: Tensor) -> Place | None:
+    """Where an argument holds the sample (B, ...), or a part of it along one axis; None: it does not."""
+    partial = None
+    for argument, window in windows(value, sample):
+        once = window.laid_out(sample)
+        count, rest = divmod(len(argument), len(once))
+        if rest or not 1 <= count <= PASSES:
+            continue
+        laid_out = once.repeat(count, *[1] * (argument.ndim - 1))
+        inside = argument
+        for span in window.spans:
+            inside = span.inside(inside)
+        if close(inside, laid_out):
+            return Place(window, None, count)
+        if partial is None and window == Window(spans=window.spans):
+            partial = _partial(inside, laid_out, window, count)
+    return partial
+
+
+def _partial(inside: Tensor, sample: Tensor, window: Window, count: int) -> Place | None:
+    """The place of an argument that is the sample in one range of an axis only."""
+    equal = (inside - sample.to(inside)).abs() <= tolerance(inside.dtype) * sample.abs().max()
+    for axis in range(1, sample.ndim):
+        free = _range(equal.movedim(axis, 0).flatten(1).all(1), axis)
+        if free is None:
+            continue
+        spans = {span.axis: span for span in window.spans}
+        _, before, _, after = spans.get(axis, Span(axis, 0, 0, 0))
+        spans[axis] = Span(axis, before + free.before, free.length, after + free.after)
+        return Place(replace(window, spans=tuple(spans[key] for key in sorted(spans))), free, count)
+    return None
+
+
+def _range(chosen: Tensor, axis: int) -> Span | None:
+    """The chosen entries (N,) of an axis where they are some, not all, and next to each other."""
+    places = chosen.nonzero().flatten().tolist()
+    if not places or len(places) == len(chosen) or places != [*range(places[0], places[-1] + 1)]:
+        return None
+    return Span(axis, places[0], len(places), len(chosen) - places[-1] - 1)
+
+
+def windows(value: Any, sample: Tensor) -> Iterator[tuple[Tensor, Window]]:
+    """(the argument as a tensor, a window of it) for each way in which shapes let it hold the sample."""
+    is_list = is_list_of_rows(value)
+    argument = torch.stack(value) if is_list else value
+    if not isinstance(argument, Tensor) or not argument.ndim or not argument.is_floating_point():
+        return
+    plain = [Window()]
+    if argument.ndim == sample.ndim + 1:
+        plain = [Window(frame_axis=axis) for axis in range(1, argument.ndim) if argument.shape[axis] == 1]
+    elif argument.ndim < sample.ndim:
+        plain = [Window(grid=tuple(sample.shape[2:]))] if argument.ndim == 3 else []
+        if argument.ndim == sample.ndim - 1:
+            ways = (RowLayout(each=sample.shape[axis], place=axis) for axis in range(2, sample.ndim))
+            plain += [Window(frames=way) for way in ways]
+    for window in plain:
+        shape = window.laid_out(sample).shape
+        if len(shape) != argument.ndim:
+            continue
+        longer = [own - length for own, length in zip(argument.shape, shape, strict=True)]
+        axes = [axis for axis in range(1, len(shape)) if longer[axis] > 0]
+        if any(own < 0 for own in longer[1:]) or (axes and is_list):
+            continue
+        # What is beside the sample is behind it or before it.
+        for before in itertools.product(*((0, longer[axis]) for axis in axes)):
+            spans = (Span(a, b, shape[a], longer[a] - b) for a, b in zip(axes, before, strict=True))
+            yield argument, replace(window, spans=tuple(spans))
