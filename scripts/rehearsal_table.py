@@ -73,7 +73,7 @@ def method_of(recipe: Recipe) -> tuple[DistillMethod, Denoiser]:
     scheduler = getattr(diffusers, facts.scheduler)(**facts.scheduler_config)
     schedule, kind = from_scheduler(scheduler, facts.mu)
     if recipe.student.shift is not None:
-        schedule = FlowSchedule(recipe.student.shift, schedule.train_timesteps)
+        schedule = FlowSchedule(recipe.student.shift, schedule.train_timesteps, inverted=schedule.inverted)
 
     def grid(_scheduler: Any, steps: int) -> dict[str, Any]:
         if not facts.sigmas:

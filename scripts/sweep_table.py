@@ -26,7 +26,8 @@ WIDTH, LONGEST, A_LINE = 120, 160, 8
 TEXT = """\
 diffusers tests its pipelines on tiny random ones. Each of them is built here offline, with small tokenizers and text
 encoders in the place of those that its test would download. Then it is traced with the arguments of its test.
-`scripts/sweep/sweep.py` repeats this; its first lines say how.
+`scripts/sweep/sweep.py` repeats this; its first lines say how. The tests of SkyReels V2 and Cosmos 2.5 leave their
+scheduler at defaults that no flow network is sampled with; here it has settings of flow (`SCHEDULERS` there).
 
 Of {tests} tests (commit {commit}), {built} build a pipeline with diffusers {diffusers} here. **{traced} of these
 ({share}) are traced** by stepdistill {stepdistill}: recorded steps are repeated to 1e-5. For {advised} of them an
@@ -82,7 +83,7 @@ def section(stored: dict[str, Any]) -> str:
     built = [row for row in rows if row.get("built")]
     traced = [row for row in built if row["traced"]]
     advised = [row for row in traced if row.get("arguments")]
-    words = sorted({f"{name}: {value:g}" for row in advised for name, value in row["arguments"].items()})
+    words = sorted({f"{name}: {json.dumps(value)}" for row in advised for name, value in row["arguments"].items()})
     paragraphs = TEXT.format(
         tests=len(rows),
         built=len(built),

@@ -56,7 +56,7 @@ LONG_PROMPTS = {
     "ovis": 250,
     "cosmos2_5": 400,
 }
-# What schedulers of published pipelines say and the tests' leave at their class's default.
+# Networks that predict a flow are sampled so; the tests leave their scheduler at its class's default, epsilon.
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SCHEDULERS = {
     "skyreels_v2": FLOW,

@@ -71,7 +71,7 @@ class CallSpec:
     timestep_scale: float = 1.0
     timestep_offset: float = 0.0
     timestep_dtype: torch.dtype = torch.float32
-    timestep_mask: Tensor | None = None
+    timestep_mask: Tensor | None = field(default=None, compare=False)
     times: frozenset[str] = frozenset()
     output: Output = "identity"
     constants: Mapping[str, Any] = field(default_factory=dict)

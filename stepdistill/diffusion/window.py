@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +65,10 @@ class Window:
             return self.frames.argument(x)
         return x if self.frame_axis is None else x.unsqueeze(self.frame_axis)
 
+    def rows(self, argument: Sequence[Any]) -> int:
+        """How many samples an argument holds."""
+        return len(argument) // (1 if self.frames is None else self.frames.each)
+
     def argument(self, x: Tensor, beside: Sequence[Tensor]) -> Tensor:
         """The argument that holds x_t and what is beside it, see :meth:`beside`."""
         whole = self.laid_out(x)
@@ -81,7 +85,7 @@ class Window:
         return parts
 
     def prediction(self, output: Tensor) -> Tensor:
-        """An output as x_t is laid out, without what is beside it."""
+        """The prediction (B, C, ...) in an output, without what is beside it."""
         for span in self.spans:
             output = span.inside(output) if span.axis in self.cut else output
         if self.grid:

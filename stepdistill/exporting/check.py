@@ -118,7 +118,7 @@ def _sampled(session: Session) -> Sampled:
     began = without_network(session, call)
     latents = repeated(session, session.method.roles.student, rows, began)
     with forked_random(session.device):
-        torch.manual_seed(0)  # as the plain call, all at once: a first frame that is kept is drawn from its encoding
+        torch.manual_seed(0)  # the plain call's seed and batch: a kept first frame is drawn from its encoding
         batch = len(latents) if session.trace.pictures else None
         pictures = decode(session.trace, latents, batch) if precision(session) == torch.float32 else None
     name = session.sizes[session.size].name

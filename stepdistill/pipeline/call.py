@@ -87,7 +87,7 @@ NEEDED = {
     ),
     "use_mean_velocity": (
         False,
-        "else its network is told the end of each step beside the time, and has no one velocity",
+        "with it the network is told the end of each step too, and its output is no velocity at a time",
     ),
 }
 """Arguments that pipelines have to be called with, where they take them, and why."""
@@ -113,10 +113,11 @@ def check_needed(pipeline: Any, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def added_noise(pipeline: Any) -> str:
-    """What leaves out noise that is added at every step to what a pipeline keeps; may be empty."""
+def added_noise(pipeline: Any, arguments: Mapping[str, Any]) -> str:
+    """Which argument leaves out the noise that the pipeline adds at every step to what it keeps; may be empty."""
     for name, parameter in inspect.signature(pipeline.__call__).parameters.items():
-        if name.endswith("cond_noise_scale") and isinstance(parameter.default, int | float) and parameter.default > 0:
+        value = arguments.get(name, parameter.default)
+        if name.endswith("cond_noise_scale") and isinstance(value, int | float) and value > 0:
             return f"; teacher.arguments.{name}=0 leaves its noise out"
     return ""
 

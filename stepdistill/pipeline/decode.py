@@ -93,6 +93,7 @@ def _stand_in(trace: Trace, network: nn.Module, answer: Callable[[Tensor], Tenso
         for span in spec.window.spans:
             x = x if span.axis in spec.window.cut else span.inside(x)
         raw = answer(x)
-        return Answer((torch.cat([raw, raw], 1) if spec.output.endswith("first_half") else raw,))
+        channels = 2 if spec.window.grid or spec.window.frame_axis == 1 else 1
+        return Answer((torch.cat([raw, raw], channels) if spec.output.endswith("first_half") else raw,))
 
     return forward

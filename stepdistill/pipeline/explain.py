@@ -149,7 +149,7 @@ def is_guided(recording: Recording) -> bool:
 
 
 def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Module, schedule: Schedule) -> CallSpec:
-    """The spec with timestep argument = scale * scheduler's timestep + offset at every call.
+    """The spec with timestep argument = scale * scheduler's timestep + offset at every call, its mask, and its copies.
 
     A flow scheduler may cut its timesteps off to integers; then what the network is told may be that of its sigmas.
     """
@@ -179,12 +179,17 @@ def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Modu
     others = [other for other in calls[0].arguments if other != name]
     times = {other for other in others if all(_same_time(call.arguments, name, other) for call in calls)}
     spec = replace(spec, timestep=name, timestep_scale=scale, timestep_offset=offset, timestep_dtype=dtype_of_time)
-    if (rows := spec.window.frames) is not None:
-        layouts = {**spec.layouts, **dict.fromkeys((name, *times), RowLayout(each=rows.each))}
-        spec, mask = replace(spec, layouts=layouts), torch.ones(1, rows.each, dtype=dtype_of_time)
-    elif mask is None:
-        mask = _time_of_each(network, calls[0], (name, *times))
-    return replace(spec, timestep_mask=mask, times=frozenset(times))
+    spec = replace(spec, times=frozenset(times))
+    if spec.window.frames is not None:
+        return with_times_of_frames(spec)
+    return replace(spec, timestep_mask=_time_of_each(network, calls[0], (name, *times)) if mask is None else mask)
+
+
+def with_times_of_frames(spec: CallSpec) -> CallSpec:
+    """The spec of a network that sees frames as rows: it is told a time for each."""
+    each = spec.window.frames.each
+    layouts = {**spec.layouts, **dict.fromkeys((spec.timestep, *spec.times), RowLayout(each=each))}
+    return replace(spec, layouts=layouts, timestep_mask=torch.ones(1, each, dtype=spec.timestep_dtype))
 
 
 def _affine(timesteps: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[float, float, float]:
@@ -207,10 +212,13 @@ def _exact(step: Step, schedule: Schedule) -> Tensor:
     """The timestep of a step, in flow that of its sigma."""
     if not isinstance(schedule, FlowSchedule):
         return step.timestep
-    place = (step.scheduler.timesteps == step.timestep).nonzero()
-    if not len(place):
-        return step.timestep
-    sigma = step.scheduler.sigmas[place[0, 0]].double()
+    scheduler, index = step.scheduler, getattr(step.scheduler, "step_index", None)
+    if index is None:
+        places = (scheduler.timesteps == step.timestep.to(scheduler.timesteps.device)).nonzero()
+        if not len(places):
+            return step.timestep
+        index = places[0, 0]
+    sigma = scheduler.sigmas[index].double()
     return schedule.timestep(1 - sigma if schedule.inverted else sigma)
 
 
@@ -260,16 +268,18 @@ def output_map(off: Recording, spec: CallSpec, component: str) -> CallSpec:
             raw = step.calls[0].output
             if not isinstance(raw, Tensor):
                 raise TraceError("output", f"{component} returns {type(raw).__name__}, expected a tensor")
-            if output.endswith("first_half") and (raw.ndim < 2 or raw.shape[1] % 2):
+            try:
+                decoded = replace(spec, output=output).decode_output(raw)
+            except (RuntimeError, IndexError):  # it has no channels, or is not laid out as the argument
                 errors.append(float("inf"))
-                continue
-            errors.append(deviation(replace(spec, output=output).decode_output(raw), step.model_output))
+            else:
+                errors.append(deviation(decoded, step.model_output))
         maps[output] = max(errors)
     best = min(maps, key=lambda name: maps[name])
     step = off.steps[0]
     if maps[best] > tolerance(step.model_output.dtype):
-        if _is_velocity_of(spec.decode_output(step.calls[0].output), step):
-            raise TraceError("output", f"{component} predicts x_0, of which the pipeline makes a velocity")
+        if maps["identity"] < float("inf") and _is_velocity_of(spec.decode_output(step.calls[0].output), step):
+            raise TraceError("output", f"{component} predicts x_0, and the scheduler is given a velocity")
         raise TraceError(
             "output",
             f"{component}'s output reaches the scheduler neither as it is nor as the first half of its channels, "

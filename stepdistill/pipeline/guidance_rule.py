@@ -53,8 +53,8 @@ def guidance_rule(
     if residuals[rule] > limit:
         raise TraceError(
             "guidance",
-            "the pipeline's rule is not uncond + w (cond - uncond), nor that with the norm of cond: off by "
-            f"{residuals[rule]:.1e} at w = {scale}",
+            "the pipeline's rule is not uncond + w (cond - uncond), of all channels or the first, with or without the "
+            f"norm of cond: off by {residuals[rule]:.1e} at w = {scale}",
         )
     cond_first, shift, norm_axis = rule
     guidance = Guidance("batched" if batched else "two_calls", cond_first, scale, shift, residuals[rule])
@@ -82,7 +82,7 @@ def _guided_channels(pairs: Sequence[tuple[Tensor, Tensor, Tensor]], cond_first:
 
 def passes_of(on: Recording, spec: CallSpec) -> int:
     """How often every image goes through the network at a guided step."""
-    return sum(len(call.arguments[spec.sample]) for call in on.steps[0].calls) // on.count
+    return sum(spec.window.rows(call.arguments[spec.sample]) for call in on.steps[0].calls) // on.count
 
 
 def with_drawn(guidance: Guidance, on: Recording, spec: CallSpec, conditions: list[str]) -> Guidance:

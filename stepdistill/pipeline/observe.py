@@ -146,7 +146,7 @@ def observe(
                 reason += f"; {CLIP_SKIP}"
             raise TraceError("call", f"{type(pipeline).__name__} failed on {entries!r}: {reason}") from error
     if record.steps and (rows := len(record.steps[0].sample)) % record.count:
-        raise TraceError("call", f"{type(pipeline).__name__} makes {rows} samples of {record.count} entries")
+        raise TraceError("call", f"{type(pipeline).__name__} makes {rows} samples for {record.count} entries")
     return record
 
 

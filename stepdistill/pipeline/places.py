@@ -98,7 +98,8 @@ def _part_of(step: Step, free: Span | None) -> Step:
     if error <= tolerance(part.model_output.dtype):
         return replace(part, model_output=sign * part.model_output, sign=sign)
     more = ", ".join(step.options.keys() - options.keys())
-    raise TraceError("schedule", f"{type(step.scheduler).__name__} makes something else of a sample without its {more}")
+    name = type(step.scheduler).__name__
+    raise TraceError("schedule", f"{name} steps the sample otherwise without {more}, which a student's is not told")
 
 
 def kept_by_time(spec: CallSpec, step: Step, free: Span | None) -> tuple[CallSpec, Span | None]:
@@ -115,7 +116,9 @@ def kept_by_time(spec: CallSpec, step: Step, free: Span | None) -> tuple[CallSpe
     span = _range(mask.flatten().bool(), 1) if mask.shape[1:] == given.shape[1:2] == step.sample.shape[1:2] else None
     if span is None:
         raise TraceError(
-            "timestep", f"'{spec.timestep}' is 0 for parts of the sample at every step, and not for others"
+            "timestep",
+            f"'{spec.timestep}' is 0 at every step for parts of the sample that are no range of tokens; one range of "
+            "them can be kept, such as a first frame",
         )
     return replace(spec, window=cut_by(Window(spans=(span,)), given, call.output)), span
 

@@ -25,7 +25,7 @@ from stepdistill.pipeline.conditioning import Conditioning, encode
 from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.live import live
-from stepdistill.pipeline.observe import Recording, Step, noise_shape, observe
+from stepdistill.pipeline.observe import Call, Recording, Step, noise_shape, observe
 from stepdistill.pipeline.places import cut_by, kept_by_time, only_free, place_of, scaled_sample
 from stepdistill.pipeline.trace import PROBES, Trace, trace
 
@@ -156,19 +156,19 @@ def _recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     )
     old = trace.denoiser
     names = [helper.name for helper in old.spec.helpers]
-    step = explain.only(recording, trace.component, names).steps[0]
-    call = step.calls[0]
-    spec, step, free = _placed(old.spec, step)
+    whole = explain.only(recording, trace.component, names).steps[0]
+    call = whole.calls[0]
+    spec, step, free = _placed(old.spec, whole)
     schedule = _schedule(old.schedule, trace.pipeline.scheduler, recording.grid)
-    helpers = tuple(_helper(helper, call.arguments, schedule) for helper in old.spec.helpers)
+    helpers = tuple(_helper(helper, whole, schedule) for helper in old.spec.helpers)
     spec = replace(spec, constants=_constants(spec, call.arguments), helpers=helpers)
     denoiser = Denoiser(old.network, spec, schedule, old.kind)
     t = schedule.time(explain.told(step, spec, schedule).to(step.sample.device)).expand(1)
     try:
         rows = spec.conditions(call.arguments, trace.conditioning)
         raw = denoiser(scaled_sample(step), t, rows).raw.to(step.model_output.dtype)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TraceError(
             "size", f"the network's call at this size is not the one that was explained: {reason}"
         ) from error
@@ -197,10 +197,17 @@ def _placed(spec: CallSpec, step: Step) -> tuple[CallSpec, Step, Span | None]:
     place, time = place_of(given, scaled_sample(step)), single_value(call.arguments[spec.timestep])
     if place is None or time is None:
         raise TraceError("size", f"'{spec.sample}' is not the sample, or '{spec.timestep}' no time")
-    mask = time[1]
-    if mask is None and spec.timestep_mask is not None:  # a time for each frame, and all are the same
-        mask = torch.ones_like(call.arguments[spec.timestep][:1])
-    spec = replace(spec, window=cut_by(place.window, given, call.output), timestep_mask=mask)
+    known, mask = spec.timestep_mask, time[1]
+    if not time[0] and known is not None and not known.all():
+        raise TraceError("size", f"'{spec.timestep}' begins at 0, so that what is kept cannot be told from what is not")
+    if place.window.frames is not None and spec.window.frames is not None:
+        before, each = spec.window.frames.each, place.window.frames.each
+        layouts = {name: replace(rows, each=each) for name, rows in spec.layouts.items() if rows.each == before}
+        spec = explain.with_times_of_frames(replace(spec, window=place.window, layouts={**spec.layouts, **layouts}))
+    else:
+        if mask is None and known is not None:  # a time for each frame, and all are the same
+            mask = torch.ones_like(call.arguments[spec.timestep][:1])
+        spec = replace(spec, window=cut_by(place.window, given, call.output), timestep_mask=mask)
     spec, free = kept_by_time(spec, step, place.free)
     (step,) = only_free(Recording(1, [step]), free).steps
     return spec, step, free
@@ -217,9 +224,10 @@ def _constants(spec: CallSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: arguments[name][:1] if name in spec.expanded else arguments[name] for name in spec.constants}
 
 
-def _helper(helper: Helper, arguments: Mapping[str, Any], schedule: Schedule) -> Helper:
-    old = helper.denoiser
-    spec = replace(old.spec, constants=_constants(old.spec, helper.own(arguments)))
+def _helper(helper: Helper, step: Step, schedule: Schedule) -> Helper:
+    old, own = helper.denoiser, helper.own(step.calls[0].arguments)
+    spec, _, _ = _placed(old.spec, replace(step, calls=[Call(helper.name, own)]))
+    spec = replace(spec, constants=_constants(spec, own))
     return replace(helper, denoiser=Denoiser(old.network, spec, schedule, old.kind))
 
 

@@ -39,7 +39,7 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec, hint: str = ""
     """(the spec with its constants, lists, layouts and masks; the names of the conditions).
 
     Args:
-        hint: What is known to change what is beside the sample from step to step, for the message.
+        hint: what is known to change what is beside the sample from step to step, for the message.
     """
     first_off, first_on = off.steps[0].calls[0].arguments, on.steps[0].calls[0].arguments
     if first_off.keys() != first_on.keys():
@@ -50,8 +50,7 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec, hint: str = ""
     rest = [name for name in first_off if name not in (spec.sample, spec.timestep, *spec.times) and name not in fed]
     _check_steady(off, on, spec, rest, hint)
     calls = [*off.steps[0].calls, *on.steps[0].calls]
-    each = spec.window.frames.each if spec.window.frames is not None else 1
-    rows = [len(call.arguments[spec.sample]) // each for call in calls]
+    rows = [spec.window.rows(call.arguments[spec.sample]) for call in calls]
     spec = replace(spec, apart={n: type(first_off[n]) for n in rest if _is_list_of_batches(n, calls, rows)})
     arguments = [spec.taken_apart(call.arguments) for call in calls]
     rest = [name for name in arguments[0] if name in rest or name.rpartition(".")[0] in spec.apart]
@@ -88,7 +87,7 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec, hint: str = ""
 
 
 def _check_steady(off: Recording, on: Recording, spec: CallSpec, names: Sequence[str], hint: str) -> None:
-    """Raises TraceError for an argument, or what follows the sample in its own, that changes from step to step."""
+    """Raises TraceError for an argument, or what is beside the sample in its own, that changes from step to step."""
     for name, recording in itertools.product(names, (off, on)):
         for step in recording.steps:
             for call, first in zip(step.calls, recording.steps[0].calls, strict=True):

@@ -98,7 +98,7 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
 
 
 def called(pipeline, call: dict):
-    """What a call of the pipeline returns; of one that refuses its output type (latents, for Marigold), of its own."""
+    """What a call of the pipeline returns; without ``output_type`` if it refuses that one (Marigold has no latents)."""
     try:
         return pipeline(**call)
     except ValueError as error:

@@ -185,7 +185,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
     component = explain.denoiser_component(off)
     network = networks[component]
-    helpers, helper_conditions = _helpers(off, on, component, networks, schedule, kind)
+    helpers, helper_conditions, seen = _helpers(off, on, component, networks, schedule, kind)
     names = [helper.name for helper in helpers]
     whole, (off, on) = (off, on), (explain.only(off, component), explain.only(on, component))
     if len({len(step.calls) for step in on.steps}) > 1:
@@ -193,10 +193,13 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     spec, free, batched = sample_argument(off, on, component)
     spec = explain.timestep_map(off, on, spec, network, schedule)
     spec, free = kept_by_time(spec, off.steps[0], free)
+    for name, part in seen.items():
+        if part != free:
+            raise TraceError("sample", f"{name} sees another part of the sample than {component}, which keeps a part")
     whole = only_free(whole[0], free), only_free(whole[1], free)
     off, on = (explain.only(recording, component) for recording in whole)
     spec = explain.output_map(off, spec, component)
-    spec, conditions = sort_arguments(off, on, replace(spec, helpers=helpers), added_noise(pipeline))
+    spec, conditions = sort_arguments(off, on, replace(spec, helpers=helpers), added_noise(pipeline, arguments))
     conditions += helper_conditions
     off, on = (explain.only(recording, component, names) for recording in whole)
     if passes_of(on, spec) > 2:
@@ -263,17 +266,18 @@ def _first(entry: str, alone: bool) -> Any:
 
 def _helpers(
     off: Recording, on: Recording, component: str, networks: Mapping[str, nn.Module], schedule: Schedule, kind: Kind
-) -> tuple[tuple[Helper, ...], list[str]]:
-    """The networks that make arguments of the denoiser's at every step, and the names of their conditions."""
-    helpers, names = [], []
+) -> tuple[tuple[Helper, ...], list[str], dict[str, Span | None]]:
+    """The networks that make arguments of the denoiser's at every step, their conditions, the free part each sees."""
+    helpers, names, seen = [], [], {}
     for name, feeds in explain.feeding(off, on, component, networks).items():
         alone = [explain.only(recording, name) for recording in (off, on)]
-        spec, _, _ = sample_argument(*alone, name)
+        spec, free, _ = sample_argument(*alone, name)
         spec = explain.timestep_map(*alone, spec, networks[name], schedule)
+        spec, seen[name] = kept_by_time(spec, alone[0].steps[0], free)
         spec, conditions = sort_arguments(*alone, spec)
         helpers.append(Helper(name, Denoiser(networks[name], spec, schedule, kind), feeds))
         names += [helpers[-1].prefix + condition for condition in conditions]
-    return tuple(helpers), names
+    return tuple(helpers), names, seen
 
 
 def _probe_scale(pipeline: Any, arguments: Mapping[str, Any]) -> float:
@@ -303,7 +307,7 @@ def _fewest_steps(pipeline: Any, entries: Sequence[Any] | str, arguments: Mappin
         break
     try:
         made = observe(pipeline, entries, arguments, steps=fewest, guidance=1.0, stop_steps=fewest + 1).steps
-    except TraceError:  # after the last step, in what a student's export does too
+    except TraceError:  # it fails after its last step, as a student's export would
         return fewest
     if len(made) > fewest and same(made[fewest].timestep, made[0].timestep):
         name = type(pipeline).__name__
@@ -332,7 +336,7 @@ def _few_steps(
             break
     if not recording.steps:
         name = type(pipeline).__name__
-        raise TraceError("components", f"{name} never called its scheduler's step(), but perhaps those of copies")
+        raise TraceError("components", f"{name} never steps its own scheduler; perhaps it steps copies of it")
     return turns.as_one(recording, turns.alike(recording, modules(pipeline)))
 
 

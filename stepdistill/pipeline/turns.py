@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import CallSpec
 from stepdistill.diffusion.experts import Turn
-from stepdistill.diffusion.guidance import with_norm_of
+from stepdistill.diffusion.guidance import with_channels_of, with_norm_of
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.explain import GUIDANCE_LIMIT, Guidance
@@ -169,6 +169,8 @@ def with_scales(turns: dict[str, Turn], on: Recording, spec: CallSpec, guidance:
     for step, name in zip(on.steps, on.experts, strict=True):
         first, second = spec.decode_output(torch.cat([call.output for call in step.calls])).double().chunk(2)
         cond, uncond = (first, second) if guidance.cond_first else (second, first)
+        if spec.guided_channels is not None:
+            uncond = with_channels_of(cond, uncond, spec.guided_channels)
         combined = step.model_output.double()[: on.count]
         difference = cond - uncond
         w = ((combined - uncond) * difference).sum() / difference.square().sum()

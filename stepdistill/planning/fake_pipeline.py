@@ -227,7 +227,7 @@ def _feeding(step: Step, component: str) -> dict[str, dict[str, int | tuple[int,
 def _place(value: Any, sample: Tensor) -> Window | None:
     """Where an argument may hold the sample, as far as shapes tell."""
     ways = (window for argument, window in windows(value, sample) if len(argument) == len(sample))
-    return next(ways, None)
+    return next((one for one in ways if one.frames is None and not (one.grid and len(one.spans) > 1)), None)
 
 
 def _spec(three: Step, two: Sequence[Call], component: str, feeds: Iterable[str]) -> tuple[CallSpec, list[str]]:
