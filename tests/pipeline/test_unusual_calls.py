@@ -14,6 +14,7 @@ from pipeline.tiny import redraw
 from pipeline.toy import ToyNetwork, ToyPipeline, toy
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.pipeline.conditioning import encode, entries
+from stepdistill.pipeline.sizes import at_size
 from stepdistill.pipeline.stock_call import record
 from stepdistill.pipeline.trace import TraceError, trace
 
@@ -166,7 +167,7 @@ class LineByLine(ToyPipeline):
     def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
         if len(x) > 1 and not self.several:
             raise ValueError("makes one image")
-        (made,) = self.control(x.movedim(2, 1).flatten(0, 1), self.level(t).expand(8 * len(x)))
+        (made,) = self.control(x.movedim(2, 1).flatten(0, 1), self.level(t).expand(self.side * len(x)))
         self.bias = lambda _step, _count: made
         return super()._network(x, t, labels, step)
 
@@ -179,6 +180,30 @@ def test_a_helper_that_sees_the_parts_of_a_sample_as_rows(several):
     (helper,) = result.denoiser.spec.helpers
     assert helper.denoiser.spec.window.frames == RowLayout(each=8, place=2)
     assert helper.feeds == {"extra.bias": 0} and result.self_test_error <= 1e-5
+
+
+class SquareByLine(LineByLine):
+    """At a size that is an argument."""
+
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 5,
+        height: int = 8,
+        width: int = 8,
+    ) -> tuple[Tensor]:
+        assert height == width
+        self.side = height
+        return super().__call__(class_labels, guidance_scale, generator, num_inference_steps)
+
+
+def test_a_helper_sees_other_rows_at_another_size(monkeypatch):
+    monkeypatch.setattr("stepdistill.pipeline.sizes.picture_size", lambda trace: trace.latent_shape[1:])
+    result = trace(SquareByLine(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False), Lines()))
+    (helper,) = at_size(result, (12, 12)).denoiser.spec.helpers
+    assert helper.denoiser.spec.window.frames.each == 12 and helper.denoiser.spec.timestep_mask.shape == (1, 12)
 
 
 class ToldSigma(ToyPipeline):

@@ -44,6 +44,7 @@ class ToyPipeline(DiffusionPipeline):
         self.read: Callable[[Tensor], Tensor] = lambda raw: raw
         self.rule: Callable[[Tensor, Tensor, float], Tensor] = lambda c, u, w: u + w * (c - u)
         self.calls = 1
+        self.side = 8
         self.bias: Callable[[int, int], Any] = lambda step, count: 0.25
 
     def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
@@ -61,7 +62,7 @@ class ToyPipeline(DiffusionPipeline):
         num_inference_steps: int = 5,
     ) -> tuple[Tensor]:
         labels, null = torch.tensor(class_labels), torch.full((len(class_labels),), 10)
-        x = torch.randn(len(class_labels), 4, 8, 8, generator=generator)
+        x = torch.randn(len(class_labels), 4, self.side, self.side, generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)
         for step, t in enumerate(self.scheduler.timesteps):
             if guidance_scale <= 1:
