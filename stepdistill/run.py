@@ -196,6 +196,4 @@ def write_report(folder: Path, recipe: Recipe, protocol: Protocol, entries: Sequ
         say(f"no report: {str(error).splitlines()[0]}; to make it later: {again}")
         return None
     fill_in_quality(RunFolder(folder).export / "README.md", report.to_markdown())
-    for verdict in report.verdict:
-        say(verdict.text)
     return out

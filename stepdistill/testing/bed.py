@@ -13,6 +13,8 @@ from stepdistill.diffusion.schedule import EDMSchedule, FlowSchedule, Kind, Sche
 
 SD_TABLE = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
 SCHEDULES: dict[str, Schedule] = {"vp": VPSchedule(SD_TABLE), "flow": FlowSchedule(), "edm": EDMSchedule()}
+KINDS: tuple[Kind, ...] = ("epsilon", "v", "edm", "flow", "sample")
+"""Of predictions; "inverted flow" is flow's with the other sign."""
 
 # Bed M1 (mixture) and bed G1 (Gaussian): see test_analytic.py for their golden numbers.
 M1 = ([0.4, 0.6], [-1.5, 1.0], [0.3, 0.5])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from stepdistill.diffusion.schedule import KINDS, Prediction
+from stepdistill.diffusion.schedule import Prediction
 from stepdistill.methods import METHODS, Roles
 from stepdistill.methods.adversarial import LADD
 from stepdistill.methods.parts.gan import Discriminator
@@ -16,6 +16,7 @@ from stepdistill.roles.heads import Heads
 from stepdistill.testing.analytic import GaussianDenoiser
 from stepdistill.testing.bed import (
     G1,
+    KINDS,
     SCHEDULES,
     OnGrid,
     OptimalHeads,

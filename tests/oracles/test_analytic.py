@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from stepdistill.diffusion.guidance import guided
-from stepdistill.diffusion.schedule import KINDS, EDMSchedule, FlowSchedule, VPSchedule
+from stepdistill.diffusion.schedule import EDMSchedule, FlowSchedule, VPSchedule
 from stepdistill.testing.analytic import LABELS, AnalyticDenoiser, GaussianDenoiser, MixtureDenoiser, affine_critic
-from stepdistill.testing.bed import G1, M1, SCHEDULES, SD_TABLE, at, column, corners, ddim_path
+from stepdistill.testing.bed import G1, KINDS, M1, SCHEDULES, SD_TABLE, at, column, corners, ddim_path
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 # Sigma small enough for the clean end to be reached to seven digits.

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from stepdistill.diffusion.schedule import KINDS, VPSchedule
+from stepdistill.diffusion.schedule import VPSchedule
 from stepdistill.methods import METHODS, Roles
 from stepdistill.testing.analytic import GaussianDenoiser, affine_critic
 from stepdistill.testing.bed import (
     G1,
+    KINDS,
     SCHEDULES,
     OnGrid,
     OptimalHeads,

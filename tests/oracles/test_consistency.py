@@ -13,7 +13,7 @@ from pipeline.tiny import tiny_dit
 from stepdistill.diffusion.denoiser import CallSpec, Denoiser
 from stepdistill.diffusion.samplers import TCD as TCDSampler
 from stepdistill.diffusion.samplers import Renoise, Step, renoise_up
-from stepdistill.diffusion.schedule import KINDS, Prediction, Schedule, from_scheduler
+from stepdistill.diffusion.schedule import Prediction, Schedule, from_scheduler
 from stepdistill.errors import InputError
 from stepdistill.methods import Roles
 from stepdistill.methods.consistency import LCM, TCD, ConsistencyConfig, boundary, solver_grid
@@ -22,6 +22,7 @@ from stepdistill.roles.added import GuidanceEmbedded
 from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser
 from stepdistill.testing.bed import (
     G1,
+    KINDS,
     M1,
     SCHEDULES,
     Map,

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from stepdistill.diffusion.denoiser import CallSpec, Denoiser
-from stepdistill.diffusion.schedule import KINDS, Prediction, Schedule
+from stepdistill.diffusion.schedule import Prediction, Schedule
 from stepdistill.errors import InputError
 from stepdistill.methods import Roles
 from stepdistill.methods.continuous import SCM, TBCM, SCMConfig, TBCMConfig, TrigFlow
 from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser
-from stepdistill.testing.bed import G1, M1, SCHEDULES, OnGrid, Spy, at, batch, column, gradients, player
+from stepdistill.testing.bed import G1, KINDS, M1, SCHEDULES, OnGrid, Spy, at, batch, column, gradients, player
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 # Epsilon has no x_0 at flow's t = 1, where alpha is 0 and trajectories start.

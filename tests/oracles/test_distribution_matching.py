@@ -9,12 +9,12 @@ from torch import nn
 
 from stepdistill.data.batch import Batch, PathRows
 from stepdistill.diffusion.denoiser import CallSpec, Denoiser
-from stepdistill.diffusion.schedule import KINDS
 from stepdistill.methods import METHODS, Roles
 from stepdistill.roles.build import LoRA, build_roles
 from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser, affine_critic
 from stepdistill.testing.bed import (
     G1,
+    KINDS,
     M1,
     SCHEDULES,
     OnGrid,

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill.diffusion.samplers import Renoise
-from stepdistill.diffusion.schedule import KINDS, from_scheduler
+from stepdistill.diffusion.schedule import from_scheduler
 from stepdistill.methods import Roles
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.parts.losses import denoising_loss, dmd_gradient, surrogate
@@ -15,6 +15,7 @@ from stepdistill.methods.trajectory import TrajectoryConfig, TrajectoryRegressio
 from stepdistill.testing.analytic import GaussianDenoiser, affine_critic
 from stepdistill.testing.bed import (
     G1,
+    KINDS,
     SCHEDULES,
     OnGrid,
     OptimalHeads,

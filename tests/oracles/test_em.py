@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_distribution_matching import given, one_step
 
-from stepdistill.diffusion.schedule import KINDS, VPSchedule
+from stepdistill.diffusion.schedule import VPSchedule
 from stepdistill.methods import METHODS
 from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser, affine_critic
-from stepdistill.testing.bed import G1, M1, SCHEDULES, Spy, at, batch, column, generator, gradients
+from stepdistill.testing.bed import G1, KINDS, M1, SCHEDULES, Spy, at, batch, column, generator, gradients
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 # alpha .8 and sigma .6 at t = .5.

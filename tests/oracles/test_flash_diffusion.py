@@ -7,11 +7,22 @@ import torch
 from torch import nn
 
 from stepdistill.diffusion.samplers import solver_grid
-from stepdistill.diffusion.schedule import KINDS
 from stepdistill.methods import METHODS, Roles
 from stepdistill.methods.flash_diffusion import start_shares
 from stepdistill.testing.analytic import GaussianDenoiser
-from stepdistill.testing.bed import G1, SCHEDULES, OnGrid, WithFeatures, at, batch, column, ddim_path, gradients, player
+from stepdistill.testing.bed import (
+    G1,
+    KINDS,
+    SCHEDULES,
+    OnGrid,
+    WithFeatures,
+    at,
+    batch,
+    column,
+    ddim_path,
+    gradients,
+    player,
+)
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 

@@ -5,14 +5,13 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.guidance import guided, outputs, rule_of, rule_text
-from stepdistill.diffusion.schedule import KINDS
 from stepdistill.kernels import Rule
 from stepdistill.pipeline.exports import ExportFacts
 from stepdistill.recipe.section import Guidance
 from stepdistill.sampling.rules.steps import Projected, Step, cfg_plus_plus
 from stepdistill.sampling.trajectories import first_order_table
 from stepdistill.testing.analytic import LABELS, MixtureDenoiser
-from stepdistill.testing.bed import M1, SCHEDULES, Spy, at
+from stepdistill.testing.bed import KINDS, M1, SCHEDULES, Spy, at
 
 COND, NULL = ({LABELS: torch.full((4,), label)} for label in (1, 2))
 

@@ -10,11 +10,11 @@ from torch import nn
 from stepdistill.data.batch import Batch, PathRows
 from stepdistill.diffusion.denoiser import CallSpec, Denoiser
 from stepdistill.diffusion.samplers import DDIM, solver_grid
-from stepdistill.diffusion.schedule import KINDS, per_sample
+from stepdistill.diffusion.schedule import per_sample
 from stepdistill.errors import InputError
 from stepdistill.methods import METHODS, Roles
 from stepdistill.testing.analytic import MixtureDenoiser
-from stepdistill.testing.bed import M1, SCHEDULES, Map, OnGrid, at, batch, column, gradients
+from stepdistill.testing.bed import KINDS, M1, SCHEDULES, Map, OnGrid, at, batch, column, gradients
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 CLASS, NULL, SCALE = 1, 2, 1.5

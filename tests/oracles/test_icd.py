@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.schedule import KINDS, Schedule
+from stepdistill.diffusion.schedule import Schedule
 from stepdistill.methods import Roles
 from stepdistill.methods.icd import ICD, ICDConfig
 from stepdistill.methods.pcm import segment_points
 from stepdistill.testing.analytic import GaussianDenoiser
-from stepdistill.testing.bed import G1, SCHEDULES, EvenGrid, Spy, at, batch, column, gradients, player
+from stepdistill.testing.bed import G1, KINDS, SCHEDULES, EvenGrid, Spy, at, batch, column, gradients, player
 
 # Epsilon has no x_0 at flow's t = 1, where alpha is 0 and every solver starts.
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS if (name, kind) != ("flow", "epsilon")]

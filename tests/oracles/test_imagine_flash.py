@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from stepdistill.diffusion.samplers import DDIM
-from stepdistill.diffusion.schedule import KINDS
 from stepdistill.methods import METHODS, Roles
 from stepdistill.sampling.rules.steps import Step, noise_correction
 from stepdistill.testing.analytic import GaussianDenoiser
 from stepdistill.testing.bed import (
     G1,
+    KINDS,
     SCHEDULES,
     OnGrid,
     Spy,

@@ -7,10 +7,9 @@ import torch
 from pydantic import ValidationError
 from test_distribution_matching import given
 
-from stepdistill.diffusion.schedule import KINDS
 from stepdistill.methods import METHODS, Roles
 from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser, affine_critic
-from stepdistill.testing.bed import M1, SCHEDULES, OnGrid, Spy, WithFeatures, at, batch, column, generator
+from stepdistill.testing.bed import KINDS, M1, SCHEDULES, OnGrid, Spy, WithFeatures, at, batch, column, generator
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 # Class 0 is N(1, .5^2), class 1 stands for the empty condition, N(0, 1.5^2).

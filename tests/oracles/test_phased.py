@@ -8,11 +8,10 @@ import torch
 from stepdistill.diffusion.denoiser import CallSpec, Denoiser
 from stepdistill.diffusion.experts import Turn
 from stepdistill.diffusion.samplers import DDIM
-from stepdistill.diffusion.schedule import KINDS
 from stepdistill.errors import InputError
 from stepdistill.methods import METHODS, Roles
 from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser
-from stepdistill.testing.bed import G1, M1, SCHEDULES, OnGrid, at, batch, column, gradients, player, table
+from stepdistill.testing.bed import G1, KINDS, M1, SCHEDULES, OnGrid, at, batch, column, gradients, player, table
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 GRID = [0.95, 0.7, 0.5, 0.25]

@@ -9,12 +9,13 @@ from torch import nn
 
 from stepdistill.diffusion.denoiser import CallSpec, Denoiser
 from stepdistill.diffusion.samplers import DDIM
-from stepdistill.diffusion.schedule import KINDS, from_scheduler
+from stepdistill.diffusion.schedule import from_scheduler
 from stepdistill.methods import Roles
 from stepdistill.methods.progressive import ProgressiveConfig, ProgressiveDistillation
 from stepdistill.testing.analytic import GaussianDenoiser
 from stepdistill.testing.bed import (
     G1,
+    KINDS,
     SCHEDULES,
     OnGrid,
     Spy,

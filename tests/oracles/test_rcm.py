@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
-from stepdistill.diffusion.schedule import KINDS
 from stepdistill.methods import METHODS, Roles
 from stepdistill.methods.continuous import TrigFlow
 from stepdistill.testing.analytic import GaussianDenoiser
-from stepdistill.testing.bed import G1, SCHEDULES, OnGrid, at, batch, column, gradients, player
+from stepdistill.testing.bed import G1, KINDS, SCHEDULES, OnGrid, at, batch, column, gradients, player
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 FROM = 0.95

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.diffusion.samplers import TCD as TCDSampler
-from stepdistill.diffusion.schedule import KINDS, Schedule, from_scheduler
+from stepdistill.diffusion.schedule import Schedule, from_scheduler
 from stepdistill.methods import Roles
 from stepdistill.methods.pcm import PCM, TSCD, segment_points
 from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser
 from stepdistill.testing.bed import (
     G1,
+    KINDS,
     M1,
     SCHEDULES,
     SD_TABLE,

@@ -8,13 +8,13 @@ from torch import nn
 
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import CallSpec, Denoiser
-from stepdistill.diffusion.schedule import KINDS
 from stepdistill.methods import METHODS, Roles
 from stepdistill.methods.parts.losses import denoising_loss, identity_loss
 from stepdistill.methods.sid import SiD
 from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser, affine_critic
 from stepdistill.testing.bed import (
     G1,
+    KINDS,
     M1,
     SCHEDULES,
     OnGrid,

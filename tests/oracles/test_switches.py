@@ -7,13 +7,12 @@ import torch
 from torch import nn
 
 from stepdistill.diffusion.samplers import DDIM
-from stepdistill.diffusion.schedule import KINDS
 from stepdistill.errors import InputError
 from stepdistill.methods import METHODS, Roles
 from stepdistill.methods.dmdr import beta
 from stepdistill.roles.views import AdapterView
 from stepdistill.testing.analytic import GaussianDenoiser
-from stepdistill.testing.bed import G1, SCHEDULES, OnGrid, at, batch, column, player
+from stepdistill.testing.bed import G1, KINDS, SCHEDULES, OnGrid, at, batch, column, player
 
 GRID = [0.9, 0.7, 0.4, 0.2]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.samplers import TCD as TCDSampler
 from stepdistill.diffusion.samplers import solver_grid
-from stepdistill.diffusion.schedule import KINDS, from_scheduler
+from stepdistill.diffusion.schedule import from_scheduler
 from stepdistill.errors import InputError
 from stepdistill.kernels import Rule
 from stepdistill.methods import Roles
@@ -18,6 +18,7 @@ from stepdistill.methods.tdd import TDD, TDDConfig, schedule_times
 from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser
 from stepdistill.testing.bed import (
     G1,
+    KINDS,
     M1,
     SCHEDULES,
     SD_TABLE,

@@ -9,7 +9,7 @@ import torch
 
 from stepdistill.data.batch import Batch, PathRows
 from stepdistill.diffusion.samplers import DDIM, dpm_solver_step
-from stepdistill.diffusion.schedule import KINDS, Prediction, from_scheduler
+from stepdistill.diffusion.schedule import Prediction, from_scheduler
 from stepdistill.methods import Roles
 from stepdistill.methods.parts.losses import feature_distance
 from stepdistill.methods.trajectory import OdeConfig, OdeRegression, TrajectoryConfig, TrajectoryRegression
@@ -18,6 +18,7 @@ from stepdistill.sampling.trajectories import teacher_paths
 from stepdistill.testing.analytic import GaussianDenoiser, MixtureDenoiser
 from stepdistill.testing.bed import (
     G1,
+    KINDS,
     M1,
     SCHEDULES,
     OnGrid,
