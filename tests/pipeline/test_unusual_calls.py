@@ -254,3 +254,51 @@ def test_timesteps_that_are_not_shifted_with_their_sigmas():
     half = torch.tensor([500.0])
     torch.testing.assert_close(schedule.time(half), torch.tensor([0.75]).double())
     torch.testing.assert_close(schedule.timestep(schedule.time(half)), half.double())
+
+
+class Tokens(ToyNetwork):
+    """Takes tokens, and returns a learned variance beside each."""
+
+    def forward(self, picture: Tensor, noise_level: Tensor, extra: dict[str, Any], flag: bool = False) -> Any:
+        side = round(picture.shape[1] ** 0.5)
+        (raw,) = super().forward(picture.transpose(1, 2).unflatten(2, (side, side)), noise_level, extra, flag)
+        return (torch.cat([raw, 2 * raw], 1).flatten(2).transpose(1, 2),)
+
+
+def test_the_first_half_of_an_odd_number_of_tokens_is_of_their_channels():
+    pipeline = toy(
+        feed=lambda x: x.flatten(2).transpose(1, 2), read=lambda raw: raw.transpose(1, 2).unflatten(2, (3, 3))[:, :4]
+    )
+    pipeline.network, pipeline.side = redraw(Tokens(), 9), 3
+    result = trace(pipeline)
+    assert (result.denoiser.spec.window.grid, result.denoiser.spec.output) == ((3, 3), "first_half")
+    assert result.self_test_error <= 1e-5
+
+
+class OneLine(nn.Module):
+    """Sees the whole noisy sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, whole: Tensor, noise_level: Tensor) -> tuple[Tensor]:
+        return (self.scale * whole.std((1, 2, 3)) + noise_level,)
+
+
+class KeptFromOne(ToyPipeline):
+    """Keeps a line of the sample at zero in what the first network sees, and not in what its helper does."""
+
+    def __init__(self, network: nn.Module, scheduler: Any, control: nn.Module):
+        super().__init__(network, scheduler)
+        self.register_modules(control=control)
+
+    def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
+        (made,) = self.control(x, self.level(t).expand(len(x)))
+        self.bias = lambda _step, _count: made
+        return super()._network(torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, 1:]], 2), t, labels, step)
+
+
+def test_a_helper_that_sees_another_part_of_the_sample_is_refused():
+    with pytest.raises(TraceError, match="control sees another part of the sample than network"):
+        trace(KeptFromOne(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False), OneLine()))
