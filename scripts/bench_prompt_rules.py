@@ -86,17 +86,17 @@ def drawn(
     """(passes an image, images) under a rule."""
     denoisers = [one.denoiser for one in (trace, *helpers)]
     before = sum(one.evaluations for one in denoisers)
-    told, settings = encode(trace, judge.prompts), {"steps": steps, "guidance": 1.0, "seed": SEED, "rule": make}
-    latents = generate(trace, trace.pipeline.scheduler, told, judge.index, **settings)
+    encoded, settings = encode(trace, judge.prompts), {"steps": steps, "guidance": 1.0, "seed": SEED, "rule": make}
+    latents = generate(trace, trace.pipeline.scheduler, encoded, judge.index, **settings)
     return (sum(one.evaluations for one in denoisers) - before) / len(judge.index), decode(trace, latents)
 
 
 def teachers_rows(teacher: Trace, judge: Judge, steps: int, scale: float, only: Sequence[str]) -> list[dict[str, Any]]:
     """The teacher under each rule, or under those of the rows ``only``."""
-    rows, told = [], encode(teacher, judge.prompts)
+    rows, encoded = [], encode(teacher, judge.prompts)
     for name, rule, w, interval in chosen(only):
         w = w if w == 1 else SCALES.get(rule, scale)
-        make = rule_for(teacher, told, rule, steps=steps, guidance=w, seed=SEED, interval=interval)
+        make = rule_for(teacher, encoded, rule, steps=steps, guidance=w, seed=SEED, interval=interval)
         rows.append(judge(name, steps, w, *drawn(teacher, judge, make, steps)))
     return rows
 

@@ -42,8 +42,8 @@ def type_prompt(browser: Page, prompt: str, samplers: int, picture: Path) -> str
     shown = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
     shown.quantize(256).save(picture, optimize=True)
     hint = browser.locator(".hint")
-    told = [hint.inner_text()] if hint.count() else []
-    return "\n".join([*told, *browser.locator(".shelf figcaption").all_inner_texts()])
+    texts = [hint.inner_text()] if hint.count() else []
+    return "\n".join([*texts, *browser.locator(".shelf figcaption").all_inner_texts()])
 
 
 def main() -> None:
@@ -63,8 +63,8 @@ def main() -> None:
             browser.goto(url)
             for prompt in arguments.prompts:
                 name = re.sub(r"\W+", "-", prompt.lower())
-                told = type_prompt(browser, prompt, len(demo.samplers), arguments.out / f"{name}.png")
-                print(f"{prompt}\n{told}\n", flush=True)
+                shown = type_prompt(browser, prompt, len(demo.samplers), arguments.out / f"{name}.png")
+                print(f"{prompt}\n{shown}\n", flush=True)
     finally:
         blocks.close()
 

@@ -96,10 +96,10 @@ def train_heads(images: Tensor, texts: list[Tensor], captions: list[list[str]], 
     for step in range(steps):
         rows = next(feed).tolist()
         drawn = [dice.randrange(len(captions[i])) if dice.random() < OTHERS else 0 for i in rows]
-        told = torch.tensor([known[captions[i][k]] for i, k in zip(rows, drawn, strict=True)])
+        numbers = torch.tensor([known[captions[i][k]] for i, k in zip(rows, drawn, strict=True)])
         seen = run(heads[0], (images[rows] - shift) / scales[0])
         read_ = run(heads[1], torch.stack([texts[i][k] for i, k in zip(rows, drawn, strict=True)]) / scales[1])
-        equal = (told[:, None] == told).float()
+        equal = (numbers[:, None] == numbers).float()
         target, logits = equal / equal.sum(1, keepdim=True), seen @ read_.T * heat.exp().clamp(max=100)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         for group in optimizer.param_groups:
@@ -139,9 +139,9 @@ def several(facts: Facts, rows: Tensor) -> list[Tensor]:
 def test(heads: list[nn.Sequential], facts: Facts, images: Tensor, texts: list[Tensor]) -> dict[str, dict]:
     """Retrieval among all captions, and among those of the same style."""
     own = torch.stack([rows[0] for rows in texts])
-    seen, told = (F.normalize(head(x), dim=1) for head, x in zip(heads, (images, own), strict=True))
-    return {"all": retrieval(seen, told)} | {
-        style: retrieval(seen[rows], told[rows])
+    seen, numbers = (F.normalize(head(x), dim=1) for head, x in zip(heads, (images, own), strict=True))
+    return {"all": retrieval(seen, numbers)} | {
+        style: retrieval(seen[rows], numbers[rows])
         for style in sorted({one["style"] for one in facts})
         if (rows := [i for i, one in enumerate(facts) if one["style"] == style])
     }

@@ -34,8 +34,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-import common
 import diffusers
+import diffusers_tests
 import shim
 import torch
 import transformers
@@ -109,7 +109,7 @@ def redraw(module: torch.nn.Module, seed: int) -> None:
 
 def build(test: Any, fresh: bool) -> Any:
     """The test's pipeline, with redrawn weights where ``fresh``."""
-    components = common.dummy_components(test)
+    components = diffusers_tests.dummy_components(test)
     for seed, (name, part) in enumerate(sorted(components.items())):
         if isinstance(part, torch.nn.Module):
             part.eval()
@@ -131,8 +131,8 @@ def said(error: BaseException, named: bool = True) -> str:
 
 def arguments_of(case: Case) -> dict[str, Any]:
     """The arguments to trace with: the test's, and those that refusals named."""
-    inputs = common.dummy_inputs(case.test)
-    arguments = common.arguments_of(inputs, case.place, lists="Multi" in case.name)
+    inputs = diffusers_tests.dummy_inputs(case.test)
+    arguments = diffusers_tests.arguments_of(inputs, case.place, lists="Multi" in case.name)
     if "use_resolution_binning" in inspect.signature(case.test.pipeline_class.__call__).parameters:
         arguments["use_resolution_binning"] = False  # which makes 32 x 32 pixels a million
     for word, length in LONG_PROMPTS.items():
@@ -189,25 +189,25 @@ def result(module: str, name: str, place: Path) -> dict[str, Any]:
     """The line of a test: its pipeline is built and traced here."""
     row = row_of(module, name)
     try:
-        test = common.instance(module, name)
+        test = diffusers_tests.instance(module, name)
         pipeline = test.pipeline_class.__name__
         row["name"] = pipeline.removesuffix("Wrapper")
         if hasattr(test, "setUp"):
             with contextlib.suppress(Exception):
                 test.setUp()
-        row["kind"] = common.kind_of(module.split(".")[2], pipeline, common.dummy_inputs(test))
+        row["kind"] = diffusers_tests.kind_of(module.split(".")[2], pipeline, diffusers_tests.dummy_inputs(test))
         build(test, fresh=True)
     except BaseException as error:  # pytest's skips are none of Exception
         return row | {"reason": said(error)}
     case = Case(module, name, test, place)
     refusal = refused(case)
     if refusal is None:
-        objects = not all(map(common.plain, case.arguments.values()))
+        objects = not all(map(diffusers_tests.plain, case.arguments.values()))
         return row | {"built": True, "traced": True, "arguments": case.advised, "objects": objects}
     if refusal.check in ("call", "traceback", "input"):
         try:
             with torch.no_grad():
-                build(test, fresh=False)(**common.dummy_inputs(test))
+                build(test, fresh=False)(**diffusers_tests.dummy_inputs(test))
         except BaseException as error:
             return row | {"reason": f"its own call: {said(error)}"}
     return row | {"built": True, "reason": refusal.reason}
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parts of tests' names, comma-separated")
     parser.add_argument("--limit", type=float, default=240, help="seconds for a test")
     chosen = parser.parse_args()
-    tests = common.listed(chosen.tests)
+    tests = diffusers_tests.listed(chosen.tests)
     if not tests:
         parser.error(f"no tests in {chosen.tests / 'tests' / 'pipelines'}; expected a checkout of diffusers")
     sys.path.insert(0, str(chosen.tests.resolve()))

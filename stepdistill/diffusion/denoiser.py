@@ -41,8 +41,8 @@ class CallSpec:
         timestep_scale: network's timestep = scale * scheduler's timestep + offset.
         timestep_offset: the offset in it.
         timestep_dtype: what the network is handed; integer types are rounded to.
-        timestep_mask: where the network is told a time for each frame or token: ones of shape (1, ...) where that is
-            the time, zeros where it is 0 at every step. None: it is told a time for each row, (B,).
+        timestep_mask: of a network that takes a time for each frame or token: ones of shape (1, ...), and zeros where
+            its time is 0 at every step. None: it takes a time for each row, (B,).
         times: further arguments that are given the same time at every call.
         output: how the raw output becomes the prediction (the first half of the channels where the
             second is a learned variance).
@@ -300,9 +300,9 @@ class Denoiser:
             if name in spec.masks:
                 rows = [row[present] for row, present in zip(rows, flat.pop(spec.masks[name][0]), strict=True)]
             flat[name] = rows
-        told, mask = spec.network_timestep(self.schedule.timestep(t)), flat[spec.timestep]
-        told = told if mask is None else told.reshape(-1, *[1] * (mask.ndim - 1)) * mask
-        flat |= dict.fromkeys((spec.timestep, *spec.times), told)
+        times, mask = spec.network_timestep(self.schedule.timestep(t)), flat[spec.timestep]
+        times = times if mask is None else times.reshape(-1, *[1] * (mask.ndim - 1)) * mask
+        flat |= dict.fromkeys((spec.timestep, *spec.times), times)
         for name in spec.layouts.keys() & flat.keys():
             flat[name] = spec.layouts[name].argument(flat[name])
         if r is not None:

@@ -201,12 +201,12 @@ class FlowSchedule(Schedule):
         return 1 - t.double(), t.double()
 
     def timestep(self, t: Tensor) -> Tensor:
-        told = shifted(t.double(), 1 / self.left_out)
-        return (1 - told if self.inverted else told) * self.train_timesteps
+        fraction = shifted(t.double(), 1 / self.left_out)
+        return (1 - fraction if self.inverted else fraction) * self.train_timesteps
 
     def time(self, timestep: Tensor) -> Tensor:
-        told = timestep.double() / self.train_timesteps
-        return shifted(1 - told if self.inverted else told, self.left_out)
+        fraction = timestep.double() / self.train_timesteps
+        return shifted(1 - fraction if self.inverted else fraction, self.left_out)
 
     def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps - x0

@@ -87,7 +87,7 @@ NEEDED = {
     ),
     "use_mean_velocity": (
         False,
-        "with it the network is told the end of each step too, and its output is no velocity at a time",
+        "otherwise its network takes the end of each step as a second time, and predicts no velocity at one time",
     ),
 }
 """Arguments that pipelines have to be called with, where they take them, and why."""

@@ -149,9 +149,9 @@ def is_guided(recording: Recording) -> bool:
 
 
 def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Module, schedule: Schedule) -> CallSpec:
-    """The spec with timestep argument = scale * scheduler's timestep + offset at every call, its mask, and its copies.
+    """The spec with timestep argument = scale * scheduler's timestep + offset at every call, and all that is the time.
 
-    A flow scheduler may cut its timesteps off to integers; then what the network is told may be that of its sigmas.
+    A flow scheduler may truncate its timesteps to integers. Then the network may get the exact ones, of its sigmas.
     """
     steps = [*off.steps, *on.steps]
     best, closest, dtype_of_time = None, float("inf"), torch.float32
@@ -186,7 +186,7 @@ def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Modu
 
 
 def with_times_of_frames(spec: CallSpec) -> CallSpec:
-    """The spec of a network that sees frames as rows: it is told a time for each."""
+    """The spec of a network that takes frames as rows, and a time for each frame."""
     each = spec.window.frames.each
     layouts = {**spec.layouts, **dict.fromkeys((spec.timestep, *spec.times), RowLayout(each=each))}
     return replace(spec, layouts=layouts, timestep_mask=torch.ones(1, each, dtype=spec.timestep_dtype))
@@ -222,8 +222,8 @@ def _exact(step: Step, schedule: Schedule) -> Tensor:
     return schedule.timestep(1 - sigma if schedule.inverted else sigma)
 
 
-def told(step: Step, spec: CallSpec, schedule: Schedule) -> Tensor:
-    """The timestep that the network was told at a step: the scheduler's, or that of its sigma."""
+def received_timestep(step: Step, spec: CallSpec, schedule: Schedule) -> Tensor:
+    """The timestep that the network received at a step: the scheduler's, or the exact one of its sigma."""
     value = single_value(step.calls[0].arguments[spec.timestep])[0].double().cpu()
     ways = (step.timestep, _exact(step, schedule))
     return min(ways, key=lambda way: float((spec.network_timestep(way.cpu()).double() - value).abs()))

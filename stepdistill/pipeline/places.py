@@ -41,7 +41,7 @@ class Place:
 
 @dataclass(kw_only=True)
 class Part(Step):
-    """A step as if its scheduler had stepped the free part of the sample alone, and had been told nothing more.
+    """A step as if its scheduler had stepped the free part of the sample alone, with no other option.
 
     Args:
         step: the pipeline's own.
@@ -70,18 +70,18 @@ def only_free(recording: Recording, free: Span | None) -> Recording:
     """The recording as if the scheduler had stepped the free part of its sample alone (None: all of it is).
 
     Raises:
-        TraceError: the scheduler is told more of each part of the sample than its time.
+        TraceError: the scheduler takes more for each part of the sample than its time.
     """
     return replace(recording, steps=[_part_of(step, free) for step in recording.steps])
 
 
-def told_of_all(options: Mapping[str, Any]) -> dict[str, Any]:
+def options_of_all(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those options of a step that are no tensors with a value for each part of the sample (times per token)."""
     return {n: v for n, v in options.items() if n in CARRIED or not isinstance(v, Tensor) or v.ndim < 2}
 
 
 def _part_of(step: Step, free: Span | None) -> Step:
-    options = told_of_all(step.options)
+    options = options_of_all(step.options)
     if free is None and len(options) == len(step.options):
         return step
     values = {one.name: getattr(step, one.name) for one in fields(Step)} | {"options": options}
@@ -99,14 +99,14 @@ def _part_of(step: Step, free: Span | None) -> Step:
         return replace(part, model_output=sign * part.model_output, sign=sign)
     more = ", ".join(step.options.keys() - options.keys())
     name = type(step.scheduler).__name__
-    raise TraceError("schedule", f"{name} steps the sample otherwise without {more}, which a student's is not told")
+    raise TraceError("schedule", f"{name} steps the sample otherwise without {more}, which a student's does not take")
 
 
 def kept_by_time(spec: CallSpec, step: Step, free: Span | None) -> tuple[CallSpec, Span | None]:
-    """(the spec, the free part of the sample), where tokens (B, N, C) that are told 0 at every step are not part of it.
+    """(the spec, the free part of the sample), where tokens (B, N, C) whose time is 0 at every step are not part of it.
 
     Raises:
-        TraceError: parts of the sample are told 0, and it is no range of tokens that is not.
+        TraceError: the time of parts of the sample is 0, and the rest is no range of tokens.
     """
     mask = spec.timestep_mask
     if mask is None or mask.all() or spec.beside:

@@ -8,7 +8,7 @@ import torch
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.observe import observe, patched
-from stepdistill.pipeline.places import told_of_all
+from stepdistill.pipeline.places import options_of_all
 from stepdistill.pipeline.trace import Trace
 
 
@@ -37,7 +37,7 @@ def set_up(trace: Trace, scheduler: Any, steps: int) -> tuple[dict[str, Any], di
                 f"teacher.pipeline: {type(trace.pipeline).__name__} does not sample with its component 'scheduler' "
                 "when another is put there, so that no student's sampler can be"
             )
-        options = told_of_all(recording.steps[0].options)
+        options = options_of_all(recording.steps[0].options)
         options.pop("return_dict", None)
         trace.set_ups[key] = (recording.grid, options)
     return trace.set_ups[key]

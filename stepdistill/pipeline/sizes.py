@@ -163,7 +163,7 @@ def _recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     helpers = tuple(_helper(helper, whole, schedule) for helper in old.spec.helpers)
     spec = replace(spec, constants=_constants(spec, call.arguments), helpers=helpers)
     denoiser = Denoiser(old.network, spec, schedule, old.kind)
-    t = schedule.time(explain.told(step, spec, schedule).to(step.sample.device)).expand(1)
+    t = schedule.time(explain.received_timestep(step, spec, schedule).to(step.sample.device)).expand(1)
     try:
         rows = spec.conditions(call.arguments, trace.conditioning)
         raw = denoiser(scaled_sample(step), t, rows).raw.to(step.model_output.dtype)
@@ -199,7 +199,7 @@ def _placed(spec: CallSpec, step: Step) -> tuple[CallSpec, Step, Span | None]:
         raise TraceError("size", f"'{spec.sample}' is not the sample, or '{spec.timestep}' no time")
     known, mask = spec.timestep_mask, time[1]
     if not time[0] and known is not None and not known.all():
-        raise TraceError("size", f"'{spec.timestep}' begins at 0, so that what is kept cannot be told from what is not")
+        raise TraceError("size", f"'{spec.timestep}' begins at 0, which does not show the part that is kept")
     if place.window.frames is not None and spec.window.frames is not None:
         before, each = spec.window.frames.each, place.window.frames.each
         layouts = {name: replace(rows, each=each) for name, rows in spec.layouts.items() if rows.each == before}

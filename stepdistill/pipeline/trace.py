@@ -381,7 +381,7 @@ def _self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guid
         for step in recording.steps:
             n = recording.count
             x_t = scaled_sample(step)[:n]
-            timestep = explain.told(step, denoiser.spec, denoiser.schedule)
+            timestep = explain.received_timestep(step, denoiser.spec, denoiser.schedule)
             t = denoiser.schedule.time(timestep.to(x_t.device)).expand(n)
             if recording is on:
                 cond, null = guidance.split(step.calls, denoiser.spec, conditions, n)

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import CallSpec, Denoiser
 from stepdistill.diffusion.samplers import DDIM, Renoise, Sampler, Step
+from stepdistill.diffusion.schedule import KINDS as ALL_KINDS
 from stepdistill.diffusion.schedule import EDMSchedule, FlowSchedule, Kind, Schedule, VPSchedule
 
 SD_TABLE = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
 SCHEDULES: dict[str, Schedule] = {"vp": VPSchedule(SD_TABLE), "flow": FlowSchedule(), "edm": EDMSchedule()}
-KINDS: tuple[Kind, ...] = ("epsilon", "v", "edm", "flow", "sample")
+KINDS: tuple[Kind, ...] = tuple(kind for kind in ALL_KINDS if kind != "inverted flow")
 """Of predictions; "inverted flow" is flow's with the other sign."""
 
 # Bed M1 (mixture) and bed G1 (Gaussian): see test_analytic.py for their golden numbers.

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.tiny import redraw
-from pipeline.toy import ToyNetwork, ToyPipeline, toy
+from pipeline.toy import Control, ControlledPipeline, ToyNetwork, ToyPipeline, toy
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.pipeline.conditioning import encode, entries
 from stepdistill.pipeline.sizes import at_size
@@ -155,21 +155,17 @@ class Lines(nn.Module):
         return (self.scale * line.std((1, 2)) + noise_level,)
 
 
-class LineByLine(ToyPipeline):
+class LineByLine(ControlledPipeline):
     """A second network feeds the first, line by line; as ControlNets of a video do frame by frame."""
 
     several = True
-
-    def __init__(self, network: nn.Module, scheduler: Any, control: nn.Module):
-        super().__init__(network, scheduler)
-        self.register_modules(control=control)
 
     def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
         if len(x) > 1 and not self.several:
             raise ValueError("makes one image")
         (made,) = self.control(x.movedim(2, 1).flatten(0, 1), self.level(t).expand(self.side * len(x)))
         self.bias = lambda _step, _count: made
-        return super()._network(x, t, labels, step)
+        return ToyPipeline._network(self, x, t, labels, step)
 
 
 @pytest.mark.parametrize("several", [True, False])
@@ -275,30 +271,9 @@ def test_the_first_half_of_an_odd_number_of_tokens_is_of_their_channels():
     assert result.self_test_error <= 1e-5
 
 
-class OneLine(nn.Module):
-    """Sees the whole noisy sample."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, whole: Tensor, noise_level: Tensor) -> tuple[Tensor]:
-        return (self.scale * whole.std((1, 2, 3)) + noise_level,)
-
-
-class KeptFromOne(ToyPipeline):
-    """Keeps a line of the sample at zero in what the first network sees, and not in what its helper does."""
-
-    def __init__(self, network: nn.Module, scheduler: Any, control: nn.Module):
-        super().__init__(network, scheduler)
-        self.register_modules(control=control)
-
-    def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
-        (made,) = self.control(x, self.level(t).expand(len(x)))
-        self.bias = lambda _step, _count: made
-        return super()._network(torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, 1:]], 2), t, labels, step)
-
-
 def test_a_helper_that_sees_another_part_of_the_sample_is_refused():
+    """A line that the denoiser keeps at zero is part of what its helper sees."""
+    pipeline = ControlledPipeline(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False), Control())
+    pipeline.feed = lambda x: torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, 1:]], 2)
     with pytest.raises(TraceError, match="control sees another part of the sample than network"):
-        trace(KeptFromOne(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False), OneLine()))
+        trace(pipeline)

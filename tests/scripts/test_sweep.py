@@ -20,13 +20,13 @@ def scripts() -> Iterator[SimpleNamespace]:
     """The scripts, found beside each other as when one is run."""
     sys.path.insert(0, str(SCRIPTS))
     try:
-        import common
+        import diffusers_tests
         import sweep
 
-        yield SimpleNamespace(common=common, sweep=sweep)
+        yield SimpleNamespace(diffusers_tests=diffusers_tests, sweep=sweep)
     finally:
         sys.path.remove(str(SCRIPTS))
-        for name in ("common", "sweep", "shim"):
+        for name in ("diffusers_tests", "sweep", "shim"):
             sys.modules.pop(name, None)
 
 
@@ -36,7 +36,7 @@ def test_a_test_class_is_one_that_makes_components(scripts, tmp_path):
     makes = "    def get_dummy_components{0}(self): ...\n"
     classes = {"One": makes.format(""), "Two": makes.format("_tiny"), "Dummies": makes.format(""), "Slow": "    ...\n"}
     file.write_text("import no_such_module\n" + "".join(f"class {name}:\n{body}" for name, body in classes.items()))
-    found = scripts.common.listed(tmp_path)
+    found = scripts.diffusers_tests.listed(tmp_path)
     assert found == [("tests.pipelines.flux.test_flux", name) for name in ("One", "Two")]
 
 
@@ -45,10 +45,10 @@ def test_inputs_are_stated_as_a_user_does(scripts, tmp_path):
     inputs = {"prompt": "a", "generator": torch.Generator(), "num_inference_steps": 2, "negative_prompt": None}
     inputs |= {"image": torch.full((1, 3, 4, 6), -1.0), "mask_image": [np.ones((8, 8, 1), dtype=np.float32)]}
     inputs |= {"height": 32, "sizes": (1, 2), "eta": None, "prompt_embeds": tensors}
-    stated = scripts.common.arguments_of(inputs, tmp_path)
+    stated = scripts.diffusers_tests.arguments_of(inputs, tmp_path)
     files = {name: str(tmp_path / f"{name}.png") for name in ("image", "mask_image")}
     assert stated == files | {"height": 32, "sizes": [1, 2], "eta": None, "prompt_embeds": tensors}
-    assert [scripts.common.plain(value) for value in stated.values()] == [True] * 5 + [False]
+    assert [scripts.diffusers_tests.plain(value) for value in stated.values()] == [True] * 5 + [False]
     with PIL.Image.open(files["image"]) as image, PIL.Image.open(files["mask_image"]) as mask:
         assert (image.size, image.getpixel((0, 0)), mask.size, mask.getpixel((0, 0))) == (
             (6, 4),
@@ -57,14 +57,15 @@ def test_inputs_are_stated_as_a_user_does(scripts, tmp_path):
             255,
         )
     assert (
-        scripts.common.arguments_of({"image": [inputs["image"]]}, tmp_path, lists=True)["image"][0] is inputs["image"]
+        scripts.diffusers_tests.arguments_of({"image": [inputs["image"]]}, tmp_path, lists=True)["image"][0]
+        is inputs["image"]
     )
 
 
 def test_the_kind_follows_from_folder_and_inputs(scripts):
     kinds = [("flux", {"prompt": "a"}), ("dit", {"class_labels": [1]}), ("wan", {"prompt": "a"})]
     kinds += [("flux", {"image": torch.zeros(1, 3, 4, 4)}), ("wan", {"image": PIL.Image.new("RGB", (4, 4))})]
-    assert [scripts.common.kind_of(folder, "Pipeline", inputs) for folder, inputs in kinds] == [
+    assert [scripts.diffusers_tests.kind_of(folder, "Pipeline", inputs) for folder, inputs in kinds] == [
         "text-to-image",
         "classes or none",
         "text-to-video",
@@ -94,7 +95,7 @@ def test_lines_are_those_that_the_page_takes(scripts, tmp_path, monkeypatch):
     made = SimpleNamespace(pipeline_class=type("TinyPipelineWrapper", (), {}))
     made.get_dummy_inputs = lambda: {"prompt": "a", "image": torch.zeros(1, 3, 4, 4)}
     pipelines = []
-    monkeypatch.setattr(scripts.common, "instance", lambda module, name: made)
+    monkeypatch.setattr(scripts.diffusers_tests, "instance", lambda module, name: made)
     monkeypatch.setattr(sweep, "build", lambda test, fresh: pipelines.append(fresh))
     lines = []
     for name, trace in (
