@@ -1,7 +1,8 @@
 """The export of a whole pipeline: what was trained is written, all else is copied from the teacher's folder.
 
 Copied files are the teacher's to the bit, so whatever could load the teacher can load them. What ``save_pretrained``
-writes again is in the format of the libraries that are installed here, and earlier ones may not read it.
+writes again is in the format of the libraries that are installed here, and earlier ones may not read it. The one thing
+that is taken out is where on this machine a component was loaded from.
 """
 
 import json
@@ -68,6 +69,26 @@ def holds_half(folder: Path) -> bool:
             if any(file.get_slice(name).get_dtype() in ("F16", "BF16") for name in file.keys()):  # noqa: SIM118
                 return True
     return False
+
+
+def forget_places(folder: Path) -> None:
+    """Take the folders of this machine out of the configurations in ``folder``: the libraries note where they loaded."""
+    for path in folder.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        if "name_or_path" not in text:
+            continue
+        facts = json.loads(text)
+        places = [key for key in ("_name_or_path", "name_or_path") if _is_place(facts.get(key))]
+        if places:
+            kept = {key: value for key, value in facts.items() if key not in places}
+            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_place(value: Any) -> bool:
+    """Whether a name is that of a folder on some machine, and not of the hub."""
+    if not isinstance(value, str) or not value:
+        return False
+    return value.startswith("~") or Path(value).is_absolute() or Path(value).exists()
 
 
 def _copy(folder: Path, out: Path, variant: str | None) -> None:

@@ -15,7 +15,7 @@ from stepdistill.errors import InputError
 from stepdistill.exporting import check as proof
 from stepdistill.exporting import comfyui
 from stepdistill.exporting.card import model_card
-from stepdistill.exporting.copied import holds_half, save_student
+from stepdistill.exporting.copied import forget_places, holds_half, save_student
 from stepdistill.exporting.lora import Keys, fold_scale, save_lora, why_not_lora
 from stepdistill.files import atomic, cache_folder
 from stepdistill.pipeline import ip_adapter
@@ -180,6 +180,7 @@ def _export(session: Session, recipe: Recipe, path: Path, out: Path, settings: E
         else:
             _write_pipeline(session, draft, DTYPES[settings.dtype])
         _write_extras(session, draft)
+        forget_places(draft)
         facts = _facts(recipe, session, step, form)
         facts.write(draft)
         half = form == "pipeline" and holds_half(draft)

@@ -71,6 +71,19 @@ def run(tmp_path_factory):
     return place
 
 
+def test_no_configuration_names_a_folder_of_this_machine(run, tmp_path):
+    encoder = run / "teacher" / "text_encoder" / "config.json"  # as it lies in the teacher's folder, saved elsewhere
+    was = encoder.read_text()
+    encoder.write_text(json.dumps(json.loads(was) | {"_name_or_path": "/home/somebody/mine"}))
+    try:
+        out = export(run / "run", tmp_path / "out").folder
+    finally:
+        encoder.write_text(was)
+    texts = {path.relative_to(out): path.read_text() for path in out.glob("*/*.json")}
+    assert not [path for path, text in texts.items() if str(run) in text or "/home/somebody" in text]
+    assert "hidden_size" in texts[Path("text_encoder/config.json")]
+
+
 def test_what_was_not_trained_is_copied_to_the_byte(run):
     result = export(run / "run", run / "out")
     assert result.form == "pipeline" and result.max_error <= 1e-5
