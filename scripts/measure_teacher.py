@@ -5,7 +5,8 @@
 Writes, beside the teacher, the protocol's reference (and pins its SHA-256 and the classifier's in the protocol file,
 where they are still null) and measurements.json, from which ``stepdistill bench`` takes rows instead of measuring
 them again. Every row is stored as soon as it is known; run the same command again to go on. Rows and floors of these
---samples that lack a metric which is younger than they are get it added; what they hold already stays as it is. After
+--samples that lack a metric or a standard error which is younger than they are get it added; what they hold already
+stays as it is. After
 a change of teacher or classifier set the two SHA-256 in the protocol file back to null, take out its key, and delete
 both files.
 """
@@ -30,6 +31,7 @@ from stepdistill.eval.names import metric_text
 from stepdistill.eval.protocol import Protocol, load_protocol, pin
 from stepdistill.eval.references import build_reference
 from stepdistill.eval.row_cache import read_measurements
+from stepdistill.eval.verdict import VERDICT_METRIC
 from stepdistill.files import sha256, write_json
 
 FLOORS = (1000, 2000, 10_000)
@@ -129,13 +131,15 @@ def main() -> None:
         at_size = replace(bench, samples=samples)
         for sampler in samplers:
             key = at_size.key(sampler)
-            known = stored["rows"].get(key, {"metrics": {}})
-            if not lacking(known["metrics"], protocol):
+            known = stored["rows"].get(key, {"metrics": {}, "diagnostics": {}})
+            if not lacking(known["metrics"], protocol) and f"{VERDICT_METRIC}_error" in known["diagnostics"]:
                 continue
             row = at_size.measured(sampler, at_size.views(sampler, at_size.real))
             # Read again: another process may have stored rows of its own in the meantime.
             stored = read_measurements(path, protocol.digest)
-            stored["rows"][key] = asdict(row) | known | {"metrics": added(known["metrics"], row.metrics)}
+            facts = {"metrics": added(known["metrics"], row.metrics)}
+            facts["diagnostics"] = row.diagnostics | known["diagnostics"]
+            stored["rows"][key] = asdict(row) | known | facts
             write_json(path, stored)
             say(f"{row.name}, {row.steps} steps, N = {samples}: {line(row.metrics)}")
 

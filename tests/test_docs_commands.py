@@ -79,7 +79,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert cli.run(["train", name, *SHORTER["train"]]) == 0
         for name in ("NAME", "quickstart", "fashion_dmd2", "emoji_dmd2", "short"):
             shutil.copytree("runs/recipe", f"runs/{name}")
-        shutil.copytree("runs/mine", "runs/my-student")
+        for name in ("sdxl", "my-student"):
+            shutil.copytree("runs/mine", f"runs/{name}")
         shutil.copytree("runs/recipe/export", "my-student")
         shutil.copytree("PIPELINE", "my-teacher")
         for name in ("assets", "docs", "recipes", "Makefile", "pyproject.toml"):

@@ -92,6 +92,8 @@ def verdict(
         text="",
     )
     result.text = f"{result.word}: {_words(metric, labels, student, teacher, best, result)}"
+    if all(_error(metric, row) is None for row in (student, teacher, *solvers)):
+        result.text += " How much other samples would move these values is not known, so that it goes by them alone."
     if passed is None:
         lowest = min(value for values in certainty.values() for value in values)
         result.text += f" The samples are too few to be 95 % sure{_enough(student.samples, lowest)}."
@@ -101,11 +103,20 @@ def verdict(
 def certain(metric: str, weighted: Sequence[tuple["Row", float]]) -> float:
     """How far a weighted sum of independent rows is from zero, as a share of what makes one 95 % sure of its sign.
 
-    Where no error is known it is infinitely far; an unknown one beside others counts as 0.
+    Where no error is known it is infinitely far. An unknown one beside others is taken to be as large a part of its
+    value as the largest of these.
     """
     value = sum(weight * row.metrics[metric] for row, weight in weighted)
-    error = math.hypot(*(weight * (row.diagnostics.get(f"{metric}_error") or 0.0) for row, weight in weighted))
+    errors = [_error(metric, row) for row, _ in weighted]
+    part = max((e / row.metrics[metric] for e, (row, _) in zip(errors, weighted, strict=True) if e), default=0.0)
+    known = [part * row.metrics[metric] if e is None else e for e, (row, _) in zip(errors, weighted, strict=True)]
+    error = math.hypot(*(weight * one for one, (_, weight) in zip(known, weighted, strict=True)))
     return abs(value) / (SURE * error) if error > 0 else math.inf
+
+
+def _error(metric: str, row: "Row") -> float | None:
+    """The standard error of a row's value; None: not known."""
+    return row.diagnostics.get(f"{metric}_error")
 
 
 def verdict_metric(labels: Mapping[str, str] | None) -> str:
@@ -144,7 +155,7 @@ def _words(
 
 
 def _value(row: "Row", metric: str) -> str:
-    error = row.diagnostics.get(f"{metric}_error")
+    error = _error(metric, row)
     return f"{row.metrics[metric]:.2f}" + ("" if error is None else f" ± {INTERVAL * error:.2f}")
 
 

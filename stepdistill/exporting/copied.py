@@ -72,7 +72,7 @@ def holds_half(folder: Path) -> bool:
 
 
 def forget_places(folder: Path) -> None:
-    """Take the folders of this machine out of the configurations in ``folder``: the libraries note where they loaded."""
+    """Take the folders of this machine out of configurations in ``folder``: libraries note where they loaded."""
     for path in folder.rglob("*.json"):
         text = path.read_text(encoding="utf-8")
         if "name_or_path" not in text:

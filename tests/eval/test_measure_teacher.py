@@ -51,16 +51,25 @@ def test_the_script_builds_pins_measures_resumes_and_feeds_the_benchmark(protoco
     after = json.loads(measurements.read_text())["rows"]
     assert len(after) == 4 and after[dropped]["metrics"] == before["metrics"]
 
-    # A row from before a metric gets it, and keeps the rest to the bit.
+    # A row from before a metric or its error gets them, and keeps the rest to the bit.
     stored["rows"][dropped] = old = json.loads(json.dumps(before))
-    young = old["metrics"].pop("diversity_enet")
+    young, error = old["metrics"].pop("diversity_enet"), old["diagnostics"].pop("fd_classifier_error")
     old["metrics"]["fd_enet"] *= 1.001
     old["cost"]["seconds_per_image"] = 7.0
     stored["floors"] = {"10": {"fd_enet": 1.0}}
     measurements.write_text(json.dumps(stored))
     script.main()
     again = json.loads(measurements.read_text())
-    assert again["rows"][dropped] == old | {"metrics": {**old["metrics"], "diversity_enet": young}}
+    assert again["rows"][dropped] == old | {
+        "metrics": {**old["metrics"], "diversity_enet": young},
+        "diagnostics": {**old["diagnostics"], "fd_classifier_error": error},
+    }
+    without = next(key for key in again["rows"] if key != dropped)
+    error = again["rows"][without]["diagnostics"].pop("fd_classifier_error")
+    measurements.write_text(json.dumps(again))
+    script.main()
+    again = json.loads(measurements.read_text())
+    assert again["rows"][without]["diagnostics"]["fd_classifier_error"] == error
     assert again["floors"] == stored["floors"]
     old["metrics"]["fd_enet"] *= 1.1
     measurements.write_text(json.dumps(stored))

@@ -56,8 +56,16 @@ def test_what_the_errors_leave_open_and_what_they_do_not():
         and level.passed
         and "within the errors (10.30 ± 0.50), so no gap can be" in (level.text)
     )
-    # Rows of unknown errors are taken as they are.
-    assert verdict(row("a", "student", 4, 11.9), TEACHER, SOLVERS).passed
+
+
+def test_errors_that_are_not_known():
+    """Without any the values alone decide, and the sentence says so; beside others they are as large as these."""
+    found = verdict(row("a", "student", 4, 11.9), TEACHER, SOLVERS)
+    assert found.passed and found.text.endswith("is not known, so that it goes by them alone.")
+    student, exact, unknown = measured("a", "student", 4, 10.9, 0.9), measured("t", "teacher", 50, 10.0, 0.0), TEACHER
+    assert TEACHER.metrics["fd_classifier"] == 10
+    assert verdict(student, exact, []).passed and verdict(student, unknown, []).passed is None
+    assert "not known" not in verdict(student, unknown, []).text
 
 
 def test_no_verdict_without_its_metric():
