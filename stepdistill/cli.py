@@ -25,7 +25,10 @@ from stepdistill.cli_facts import (
     encode,
     init,
     inspect,
+    interval_of,
     methods,
+    numbers,
+    picture_size,
     print_facts,
     print_result,
     recipes,
@@ -33,7 +36,9 @@ from stepdistill.cli_facts import (
     watch,
 )
 from stepdistill.errors import InputError, RunError
+from stepdistill.pipeline.names import check_name
 from stepdistill.progress import WorkProgress
+from stepdistill.training.layout import RunFolder
 
 app = typer.Typer(
     name="stepdistill",
@@ -140,6 +145,7 @@ def export(
         from stepdistill.exporting.hub import check_name, push
 
         check_name(hub)
+    RunFolder(run).check()
     result = stepdistill.export(run, out, fuse, keys, half, safe, dtype, to, check)
     facts = {result.form: str(result.folder), "max_error": result.max_error}
     if hub is not None:
@@ -170,7 +176,7 @@ def plan(
         # torch is not needed for --help.
         from stepdistill.planning import scale
 
-        estimates = scale.scale(recipe, overrides or (), _numbers("--gpus", gpus))
+        estimates = scale.scale(recipe, overrides or (), numbers("--gpus", gpus))
         print(json.dumps(scale.as_dict(estimates, gpu), indent=2) if as_json else scale.as_text(estimates, gpu))
         return
     from stepdistill.planning import plan as planning
@@ -227,15 +233,16 @@ def sample(
         raise InputError("--prompts: expected it without --prompt and --classes, found both")
     settings = {
         "rule": rule,
-        "interval": _interval(interval) if interval else None,
+        "interval": interval_of(interval) if interval else None,
         "teacher": teacher,
         "teacher_steps": teacher_steps,
         "refine": refine,
         "negative": negative,
         "negative_scale": negative_scale,
-        "size": _size(size),
+        "size": picture_size(size),
         "conditions": prompts or [*named, *(prompt or ())],
     }
+    check_name(path)
     result = stepdistill.sample(path, steps=steps, guidance=guidance, seed=seed, count=count, out=out, **settings)
     facts = {"grid": str(result.path), "images": len(result.images), "seconds": round(result.seconds, 3)}
     facts["nfe"] = round(result.nfe, 2)
@@ -258,6 +265,7 @@ def edit(
     as_json: AsJson = False,
 ) -> None:
     """Invert a real picture with an iCD student's encoder, and draw it again under another condition."""
+    check_name(path)
     settings = {"guidance": guidance, "tau": tau, "tau_high": tau_high, "seed": seed, "out": out}
     result = stepdistill.edit(path, image, source, target, **settings)
     facts = {"picture": str(result.path), "reconstruction_error": round(result.error, 5)}
@@ -276,10 +284,12 @@ def demo(
     size: PictureSize = None,
 ) -> None:
     """Open a local page that draws with a student beside its teacher, from the same noise."""
+    if student:
+        check_name(student)
     # gradio takes seconds to import, and is an extra.
     from stepdistill.demo.page import serve
 
-    serve(student or assets.find("students/emoji"), teacher, port, _size(size))
+    serve(student or assets.find("students/emoji"), teacher, port, picture_size(size))
 
 
 @app.command()
@@ -313,10 +323,12 @@ def bench(
         report = merged(sources, out, single_file)
         print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
         return
+    for source in sources:
+        check_name(source)
     with WorkProgress() as progress:
         report = stepdistill.bench(
             sources,
-            _numbers("--steps", steps),
+            numbers("--steps", steps),
             samples,
             seed,
             out,
@@ -369,29 +381,3 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> None:
     """Entry point of the console script."""
     sys.exit(run(sys.argv[1:]))
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    """Positive numbers separated by commas."""
-    if not all(one.strip().isdecimal() and int(one) for one in text.split(",")):
-        raise InputError(f"{option}: expected numbers separated by commas, found '{text}'")
-    return [int(one) for one in text.split(",")]
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    """HEIGHTxWIDTH as two numbers."""
-    if text is None:
-        return None
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise InputError(f"--size: expected HEIGHTxWIDTH in pixels, such as 832x1216, found '{text}'")
-    return int(height), int(width)
-
-
-def _interval(text: str) -> tuple[float, float]:
-    """LOW,HIGH as two numbers."""
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        raise InputError(f"--interval: expected LOW,HIGH, found '{text}'") from None
-    return low, high

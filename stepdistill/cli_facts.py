@@ -14,7 +14,9 @@ import stepdistill
 from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.files import cache_folder, write_text
+from stepdistill.pipeline.names import check_name
 from stepdistill.recipe import shipped, yaml_lines
+from stepdistill.training.layout import RunFolder
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -76,6 +78,7 @@ def inspect(
     """Trace a pipeline and print how its denoiser is driven."""
     named = dict(argument.partition("=")[::2] for argument in arguments or ())
     values = {name: yaml_lines.read(value, f"--argument {name}")[0] for name, value in named.items()}
+    check_name(pipeline)
     traced = stepdistill.inspect(pipeline, arguments=values or None, variant=variant, config=config)
     facts = traced.summary()
     if "experts" in facts and not as_json:
@@ -193,6 +196,7 @@ def watch(
     ] = None,
 ) -> None:
     """Open a local page on a run: its state, newest preview, curves and last numbers, renewed while it trains."""
+    RunFolder(run).check()
     from stepdistill.demo.page import watch as open_page  # gradio takes seconds to import, and is an extra
 
     open_page(run, port)
@@ -283,3 +287,29 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
         if isinstance(value, dict):
             value = ", ".join(f"{key} {part}" for key, part in value.items())
         print(f"{name:{width}}  {'-' if value is None else value}")
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Positive numbers separated by commas."""
+    if not all(one.strip().isdecimal() and int(one) for one in text.split(",")):
+        raise InputError(f"{option}: expected numbers separated by commas, found '{text}'")
+    return [int(one) for one in text.split(",")]
+
+
+def picture_size(text: str | None) -> tuple[int, int] | None:
+    """HEIGHTxWIDTH as two numbers."""
+    if text is None:
+        return None
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise InputError(f"--size: expected HEIGHTxWIDTH in pixels, such as 832x1216, found '{text}'")
+    return int(height), int(width)
+
+
+def interval_of(text: str) -> tuple[float, float]:
+    """LOW,HIGH as two numbers."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise InputError(f"--interval: expected LOW,HIGH, found '{text}'") from None
+    return low, high

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,8 @@ def doctor() -> list[Finding]:
     findings.append(Finding("python", True, f"{platform.python_version()} on {platform.platform()}"))
     findings += [_library(name, "pip install stepdistill") for name in _REQUIRED]
     findings += [_library(name, f"optional: pip install -e '.[{extra}]'") for name, extra in _EXTRAS.items()]
-    return [*findings, *_devices(), _teachers(), _recipes(), _fashion_mnist(), _cache()]
+    findings.append(_library("bitsandbytes", "optional, for quantize: nf4 and adamw8bit: pip install bitsandbytes"))
+    return [*findings, *_devices(), _memory(), _teachers(), _recipes(), _fashion_mnist(), _cache(), _login()]
 
 
 def _library(name: str, advice: str) -> Finding:
@@ -81,6 +83,16 @@ def _devices() -> list[Finding]:
     return findings
 
 
+def _memory() -> Finding:
+    # psutil is not needed for --help.
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return Finding(
+        "memory", True, f"{memory.total / 2**30:.0f} GiB of the host, {memory.available / 2**30:.0f} GiB free"
+    )
+
+
 def _teachers() -> Finding:
     names = assets.teachers()
     where = assets.root() / "assets" / "teachers"
@@ -110,6 +122,15 @@ def _cache() -> Finding:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
-            return Finding("hub cache", True, f"{folder} (writable)")
+            free = shutil.disk_usage(existing).free / 2**30
+            return Finding("hub cache", True, f"{folder} (writable, {free:.0f} GiB free)")
     except OSError as error:
         return Finding("hub cache", False, f"{folder}: {error.strerror}", "set HF_HOME to a folder you can write to")
+
+
+def _login() -> Finding:
+    from huggingface_hub import get_token
+
+    if get_token():
+        return Finding("hub login", True, "a token is there")
+    return Finding("hub login", False, "no token", "only gated models (SD 3.5, FLUX.1-dev) and uploads: hf auth login")

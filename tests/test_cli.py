@@ -128,12 +128,20 @@ def test_clean_removes_nothing_without_yes(
 
 
 LIGHT = (["-h"], ["methods"], ["recipes"], ["runs", "."], ["clean"], ["train", "sdxl"], ["recipes", "quickstart"])
+NOTHING_THERE = (
+    ["inspect", "./no"],
+    ["export", "no", "out"],
+    ["sample", "./no"],
+    ["bench", "runs/no"],
+    ["watch", "no"],
+)
 
 
 def test_commands_without_weights_load_no_torch() -> None:
     """They answer at once: torch alone takes seconds."""
     program = "import sys\nfrom stepdistill import cli\n"
-    program += f"for one in {LIGHT}:\n    cli.run(one)\n    assert 'torch' not in sys.modules, one"
+    program += f"for one in {LIGHT}:\n    cli.run(one)\n    assert 'torch' not in sys.modules, one\n"
+    program += f"for one in {NOTHING_THERE}:\n    assert cli.run(one) == 2\n    assert 'torch' not in sys.modules, one"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT / "docs")
     assert done.returncode == 0, done.stderr[-500:]
 
@@ -230,7 +238,7 @@ def test_doctor(capsys: pytest.CaptureFixture) -> None:
         (["sample", "{teacher}", "--classes", "Bagg"], "did you mean 'Bag'?"),
         (["sample", "{teacher}", "--classes", "10"], "from 0 to 9"),
         (["inspect", "{here}"], "model_index.json"),
-        (["bench", "x", "--steps", "1,two"], "--steps: expected numbers separated by commas, found '1,two'"),
+        (["bench", "{teacher}", "--steps", "1,two"], "--steps: expected numbers separated by commas, found '1,two'"),
         (["export", "{here}", "{here}/out"], "expected a run folder"),
     ],
 )
@@ -243,16 +251,16 @@ def test_wrong_input_is_one_line_and_exit_2(
 
 
 def test_anything_else_is_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the disk\nis full")
 
-    monkeypatch.setattr(stepdistill, "export", fail, raising=False)
-    assert cli.run(["export", "a", "b"]) == 1
+    monkeypatch.setattr(stepdistill, "inspect", fail, raising=False)
+    assert cli.run(["inspect", "emoji"]) == 1
     error = capsys.readouterr().err
     assert "failed: RuntimeError: the disk is full" in error and "STEPDISTILL_TRACEBACK=1" in error
     assert "Traceback" not in error
     monkeypatch.setenv("STEPDISTILL_TRACEBACK", "1")
-    assert cli.run(["export", "a", "b"]) == 1
+    assert cli.run(["inspect", "emoji"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ from stepdistill.eval.bench.samples import check_classes
 from stepdistill.eval.files import obtain
 from stepdistill.eval.measure import load_view
 from stepdistill.eval.protocol import Protocol, load_protocol
-from stepdistill.pipeline.load import source
+from stepdistill.pipeline.names import source
 from stepdistill.pipeline.trace import Trace
 
 OWN = {"emoji": "emoji-v1"}

@@ -20,7 +20,8 @@ from stepdistill.eval.bench.sources import read_source
 from stepdistill.files import read_text
 from stepdistill.pipeline.conditioning import class_names
 from stepdistill.pipeline.exports import FACTS, ExportFacts
-from stepdistill.pipeline.load import pipeline_of, source
+from stepdistill.pipeline.load import pipeline_of
+from stepdistill.pipeline.names import source
 from stepdistill.pipeline.open import open_teacher
 from stepdistill.pipeline.set_up import can_run
 from stepdistill.pipeline.sizes import Size, at_size

@@ -28,7 +28,8 @@ from stepdistill.pipeline.decode import decode, standing_in
 from stepdistill.pipeline.exports import further_loras
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.guiders import guided_at, guiders
-from stepdistill.pipeline.load import load_pipeline, source
+from stepdistill.pipeline.load import load_pipeline
+from stepdistill.pipeline.names import source
 from stepdistill.pipeline.observe import forked_random, modules, patched
 from stepdistill.pipeline.trace import Trace
 from stepdistill.roles.attach import CONFIG as ATTACHED

@@ -84,8 +84,7 @@ def export(
         ExportError: the reloaded pipeline differs by more than 1e-5, or bfloat16's rounding on a device.
     """
     run, out = Path(run), Path(out)
-    if not RunFolder(run).recipe.is_file():
-        raise InputError(f"{run}: expected a run folder with a recipe.yaml, found none")
+    RunFolder(run).check()
     _check_out(out)
     recipe = load(RunFolder(run).recipe, safe=safe)
     path = _best_or_newest(run)

@@ -19,6 +19,7 @@ from stepdistill.pipeline.complete import all_weights_found, some, whole_before_
 from stepdistill.pipeline.folder import load_folder, quiet, save_pipeline
 from stepdistill.pipeline.hub import why_not
 from stepdistill.pipeline.loras import fuse_lora
+from stepdistill.pipeline.names import check_file
 from stepdistill.pipeline.single_file import config_folder, read_checkpoint, shapes
 from stepdistill.progress import say
 from stepdistill.recipe.schema import Teacher
@@ -84,15 +85,6 @@ def write_assembled(teacher: Teacher, base: Path, out: Path) -> str:
 def made_of(folder: Path) -> dict[str, Any]:
     """What the pipeline in a folder is made of, with the SHA-256 of each file; empty for one like any other."""
     return read_json(folder / CONTENT) if (folder / CONTENT).is_file() else {}
-
-
-def check_file(where: str, path: Path) -> None:
-    """Raises InputError, which begins with ``where``, unless ``path`` is a file of safetensors by its name."""
-    if not path.is_file():
-        raise InputError(f"{where}: expected a .safetensors file, found nothing at {path}")
-    if path.suffix != ".safetensors":
-        kind = path.suffix or "a file without an ending"
-        raise InputError(f"{where}: expected a .safetensors file, found {kind} at {path}; pickles are not read")
 
 
 def _settings(teacher: Teacher) -> dict[str, Any]:

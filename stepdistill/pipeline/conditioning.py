@@ -355,6 +355,8 @@ def check_entries(trace: Trace, entries: Sequence[str | int]) -> Sequence[str]:
 def _class_id(entry: str | int, names: tuple[str, ...]) -> int:
     if isinstance(entry, str) and entry in names:
         return names.index(entry)
+    if len(alike := [number for number, name in enumerate(names) if name.lower() == str(entry).lower()]) == 1:
+        return alike[0]
     if str(entry).isdecimal() and int(entry) < len(names):
         return int(entry)
     close = difflib.get_close_matches(str(entry), names, n=1)

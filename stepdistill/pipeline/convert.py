@@ -15,8 +15,9 @@ from stepdistill.errors import InputError
 from stepdistill.files import atomic, weight_file
 from stepdistill.pipeline.assemble import write_assembled
 from stepdistill.pipeline.complete import components
-from stepdistill.pipeline.hub import why_not
-from stepdistill.pipeline.load import as_teacher, source
+from stepdistill.pipeline.hub import unreachable, why_not
+from stepdistill.pipeline.load import as_teacher
+from stepdistill.pipeline.names import source
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -79,7 +80,8 @@ def _download(name: str, revision: str | None) -> Path:
     patterns = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.bin", "*/*.safetensors"]
     unused = ["*.fp16*", "*.non_ema*", "*/openvino_*", "*/onnx/*"]
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=unused)
+        options = {"allow_patterns": patterns, "ignore_patterns": unused, "local_files_only": unreachable() is not None}
+        folder = snapshot_download(name, revision=revision, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"pipeline {name}: {why_not(name, revision, None, error)}") from error
     return Path(folder)

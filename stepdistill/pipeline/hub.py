@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -12,12 +12,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session
 
 from stepdistill.errors import InputError
 from stepdistill.files import lacking
 
 FILES = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model"]
 """All that a pipeline is, but its weights."""
+PATIENCE = 5
+"""Seconds in which the hub has to answer; huggingface_hub itself tries for half a minute, with a line each time."""
 # The first that fits counts: a gated repository is one that was not found, to huggingface_hub.
 _REASONS = {
     GatedRepoError: "it is gated: accept the licence on its page, then hf auth login",
@@ -33,7 +36,8 @@ def download(name: str, revision: str | None = None, variant: str | None = None)
         InputError: it is not there, has no such weights, or the hub cannot be reached.
     """
     try:
-        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
+        options = {"revision": revision, "variant": variant, "local_files_only": unreachable() is not None}
+        return Path(DiffusionPipeline.download(name, use_safetensors=True, **options))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"pipeline {name}: {why_not(name, revision, variant, error)}") from error
 
@@ -48,9 +52,19 @@ def configs(name: str, revision: str | None = None, patterns: Sequence[str] = FI
         InputError: it is not there, or the hub cannot be reached.
     """
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        options = {"allow_patterns": list(patterns), "local_files_only": unreachable() is not None}
+        return Path(snapshot_download(name, revision=revision, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(f"pipeline {name}: {why_not(name, revision, None, error)}") from error
+
+
+def unreachable() -> str | None:
+    """Why the hub does not answer; None where it does."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error:  # what cannot be reached has as many classes as there are ways to ask
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def why_not(name: str, revision: str | None, variant: str | None, error: Exception) -> str:
@@ -58,12 +72,14 @@ def why_not(name: str, revision: str | None, variant: str | None, error: Excepti
     for kind, words in _REASONS.items():
         if isinstance(error, kind):
             return f"cannot be loaded from the hub: {words}{_typo(name)}"
+    reason = unreachable()
     try:
-        files = HfApi().list_repo_files(name, revision=revision)
+        files = [] if reason else HfApi().list_repo_files(name, revision=revision)
     except tuple(_REASONS) as refused:
         return why_not(name, revision, variant, refused)
-    except Exception as unreachable:  # what cannot be reached has as many classes as there are ways to ask
-        reason = " ".join(str(unreachable).split()) or type(unreachable).__name__
+    except Exception as silent:  # as in unreachable()
+        reason = " ".join(str(silent).split()) or type(silent).__name__
+    if reason:
         return (
             f"cannot be loaded: there is no such folder here{_typo(name)}, the cache of the Hugging Face hub does not "
             f"hold it, and the hub cannot be reached ({reason}); with a network, once: hf download {name}"

@@ -1,21 +1,20 @@
 """Pipelines from embedded teachers, folders, single files and the hub: safetensors only, no code but diffusers' own."""
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 
-from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.files import files_in, lacking
-from stepdistill.pipeline.assemble import assembled, check_file, made_of
+from stepdistill.pipeline.assemble import assembled, made_of
 from stepdistill.pipeline.complete import all_weights_found
 from stepdistill.pipeline.exports import ExportFacts, fuse, is_lora
 from stepdistill.pipeline.folder import load_folder, quiet
 from stepdistill.pipeline.hub import download
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
+from stepdistill.pipeline.names import source
 from stepdistill.pipeline.stock_call import without_black_pictures
 from stepdistill.recipe import IPAdapter, Teacher
 
@@ -101,32 +100,6 @@ def load_network(kind: type, folder: Path, variant: str | None = None) -> Any:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{folder}: cannot be loaded as a {kind.__name__}: {' '.join(str(error).split())}") from error
-
-
-def source(path: str | Path) -> str:
-    """What diffusers loads for the name of an embedded teacher, a folder, a checkpoint file or a hub id.
-
-    Raises:
-        InputError: it is none of them, or a file of another kind than safetensors.
-    """
-    name = str(path)
-    if (Path(name) / "model_index.json").is_file():
-        return name
-    if name in assets.teachers():
-        return str(assets.find(f"teachers/{name}"))
-    if Path(name).is_file():
-        check_file(f"pipeline {name}", Path(name))
-        return name
-    if Path(name).exists():
-        raise InputError(f"pipeline {name}: expected a diffusers folder with model_index.json, found none in it")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-        close = difflib.get_close_matches(name, assets.teachers(), n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        known = ", ".join(assets.teachers()) or "none"
-        raise InputError(
-            f"pipeline {name}: expected a folder, a hub id or an embedded teacher ({known}), found no such thing{hint}"
-        )
-    return name
 
 
 def is_export(folder: Path) -> bool:

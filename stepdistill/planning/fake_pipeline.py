@@ -28,7 +28,7 @@ from stepdistill.pipeline.explain import encoders
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.hub import configs
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
-from stepdistill.pipeline.load import source
+from stepdistill.pipeline.names import source
 from stepdistill.pipeline.observe import (
     Call,
     Recording,

@@ -32,8 +32,7 @@ def compare_runs(folders: Sequence[str | Path]) -> dict[str, Any]:
         raise InputError(f"compare: expected at least two runs, found {len(folders)}")
     runs = [RunFolder(folder) for folder in folders]
     for run in runs:
-        if not run.recipe.is_file():
-            raise InputError(f"{run.path}: expected a run folder with a recipe.yaml, found none")
+        run.check()
     settings = _rows([_flat(_recipe(run)) for run in runs])
     own = ("output", "resume")
     return {

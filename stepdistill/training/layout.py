@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from stepdistill.errors import InputError
+
 
 class RunFolder:
     """What lies where in the folder of a run (docs/contracts.md).
@@ -30,6 +32,11 @@ class RunFolder:
     def has_run(self) -> bool:
         """Whether a run took steps there; what a start that failed leaves behind is no run."""
         return self.recipe.exists() and (self.metrics.exists() or any(self.checkpoints.glob("*")))
+
+    def check(self) -> None:
+        """Raises InputError where no run has been."""
+        if not self.recipe.is_file():
+            raise InputError(f"{self.path}: expected a run folder with a recipe.yaml, found none")
 
     def stacks(self, rank: int) -> Path:
         """Where the process of this rank writes the stacks of its threads when it hangs."""

@@ -142,7 +142,7 @@ def test_classes_have_names():
 def test_entries_from_what_a_person_wrote(tmp_path):
     classes, prompts = traced("tiny_dit"), traced("tiny_sd")
     assert entries(classes, "classes") == list(range(10))
-    assert entries(classes, ["Bag", "3", 9]) == [8, 3, 9]
+    assert entries(classes, ["Bag", "3", 9, "bag"]) == [8, 3, 9, 8]
     assert entries(prompts, ["a", "b"]) == ["a", "b"]
     (tmp_path / "prompts.txt").write_text("a red shoe\n\n  rain \n", encoding="utf-8")
     assert entries(prompts, str(tmp_path / "prompts.txt")) == ["a red shoe", "rain"]

@@ -118,9 +118,16 @@ def test_variants_are_asked_for_by_name(tmp_path):
 
 
 def test_without_a_network_the_message_says_so(tmp_path, monkeypatch):
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"there is a folder runs here, without typo.*cannot be reached \(") as caught:
+    asked = []
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: asked.append("again"))
+    with pytest.raises(
+        InputError, match=r"there is a folder models here, without typo.*cannot be reached \("
+    ) as caught:
+        load_pipeline("models/typo")
+    assert not asked  # each question to a hub that does not answer takes half a minute
+    with pytest.raises(InputError, match="expected a run, found none there"):
         load_pipeline("runs/typo")
     assert "local_files_only" not in str(caught.value) and "stacktrace" not in str(caught.value)
 
@@ -136,6 +143,7 @@ def test_what_a_hub_repository_lacks_is_read_off_its_list_of_files(monkeypatch, 
     def refuse(*_, **__):
         raise OSError("Could not find the necessary safetensors weights")
 
+    monkeypatch.setattr("stepdistill.pipeline.hub.unreachable", lambda: None)
     monkeypatch.setattr(DiffusionPipeline, "download", refuse)
     monkeypatch.setattr("stepdistill.pipeline.hub.HfApi.list_repo_files", lambda *_, **__: files)
     with pytest.raises(InputError, match=said):
