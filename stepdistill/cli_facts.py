@@ -107,18 +107,29 @@ def methods(
     images: Annotated[
         bool | None, typer.Option("--images/--no-images", help="Those that can train on images; those that need none.")
     ] = None,
+    base: Annotated[str | None, typer.Option(help="Those with a recipe of this base, such as sdxl.")] = None,
+    gpu: Annotated[float | None, typer.Option(min=0, help="Those with a recipe for so much memory in GB.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Those with a recipe of so many steps.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the distillation methods; with --json also their recipe keys."""
-    rows = shipped.shipped_methods(family, images)
+    """List the distillation methods by family; with --json also their recipe keys."""
+    rows = shipped.shipped_methods(family, images, base, gpu, steps)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    header = ("method", "family", "images", "critic", "what it is")
-    cells = [
-        (row["name"], row["family"], row["images"], "yes" if row["critic"] else "-", row["summary"]) for row in rows
-    ]
-    print(shipped.as_table(header, cells))
+    header = ("method", "images", "critic", "steps", "what it is")
+    for number, name in enumerate(dict.fromkeys(row["family"] for row in rows)):
+        cells = [
+            (
+                *(row["name"], row["images"], "yes" if row["critic"] else "-"),
+                *(",".join(map(str, row["steps"])), row["summary"]),
+            )
+            for row in rows
+            if row["family"] == name
+        ]
+        print("\n" * (number > 0) + name.upper(), shipped.as_table(header, cells), sep="\n")
+    if not rows:
+        print("no method fits")
 
 
 def recipes(
@@ -269,7 +280,9 @@ def print_result(result: Any, as_json: bool) -> None:
     """What ``train`` prints at its end: where things are, and what a person does next."""
     facts = {"run": str(result.folder), "step": result.step, "interrupted": result.interrupted}
     if as_json or result.interrupted:
-        print_facts(facts | {"report": result.report and str(result.report)}, as_json)
+        export = RunFolder(result.folder).export
+        facts |= {"export": str(export) if export.is_dir() else None, "report": result.report and str(result.report)}
+        print_facts(facts, as_json)
         return
     from stepdistill.exporting.afterwards import afterwards  # the command has loaded torch by now
 

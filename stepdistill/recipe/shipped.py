@@ -97,16 +97,31 @@ def _read(name: str) -> ShippedRecipe:
     )
 
 
-def shipped_methods(family: str | None = None, images: bool | None = None) -> list[dict[str, Any]]:
-    """The methods that fit: name, family, summary, images, critic and keys of each.
+def shipped_methods(
+    family: str | None = None,
+    images: bool | None = None,
+    base: str | None = None,
+    gpu: float | None = None,
+    steps: int | None = None,
+) -> list[dict[str, Any]]:
+    """The methods that fit: name, family, summary, images, critic and keys of each, and the steps of its recipes.
 
     Args:
         family: a part of its name.
         images: True: those that can train on images; False: those that need none by default.
+        base: those with a recipe of such a base, as for :func:`shipped_recipes`.
+        gpu: those with a recipe for a GPU of so much memory in GB.
+        steps: those with a recipe of so many steps.
     """
     every = read_json(assets.find(METHODS_FILE))["methods"]
     suited = ("no", "yes", "can") if images is None else ("yes", "can") if images else ("no", "can")
-    return [one for one in every if (family or "").lower() in one["family"].lower() and one["images"] in suited]
+    fitting = [one for one in every if (family or "").lower() in one["family"].lower() and one["images"] in suited]
+    steps_of: dict[str, set[int]] = {}
+    for row in shipped_recipes(base, None, gpu, None, steps):
+        steps_of.setdefault(row.method, set()).add(row.steps)
+    if (base, gpu, steps) != (None, None, None):
+        fitting = [one for one in fitting if one["name"] in steps_of]
+    return [one | {"steps": sorted(steps_of.get(one["name"], ()))} for one in fitting]
 
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
