@@ -63,7 +63,8 @@ def test_train_leaves_what_the_contract_says(run_folder: Path) -> None:
 
 def test_train_again_has_nothing_left_to_do(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
     facts = printed_json(["train", str(run_folder / "recipe.yaml")], capsys)
-    assert facts == {"run": str(run_folder), "step": 2, "interrupted": False, "report": None}
+    expected = {"run": str(run_folder), "step": 2, "interrupted": False, "export": str(run_folder / "export")}
+    assert facts == expected | {"report": None}
 
 
 def test_dry_run_prints_the_resolved_recipe(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
