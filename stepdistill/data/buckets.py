@@ -1,7 +1,7 @@
 """Buckets of real images: sizes of one area and different proportions, and the one that a picture is cut to."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ Size = tuple[int, int]
 
 STEPS = 16
 """Buckets' sides are multiples of about this part of the mean side: 64 pixels of 1024."""
+UNKNOWN = -1
+"""In the place of a bucket's number."""
 WIDEST = 2.0
 """The largest proportion of one side to the other."""
 
@@ -49,20 +51,30 @@ class Bucket:
         sizes: of all buckets.
         number: of this one.
         seed: of the place that is cut out of each picture; None: the middle.
+        numbers: the bucket of each picture, UNKNOWN of one that cannot be read; None: its size has to be looked at.
+        source: the identity of what they are pictures of; None: to be looked up.
     """
 
     sizes: tuple[Size, ...]
     number: int
     seed: int | None = None
+    numbers: Sequence[int] | None = None
+    source: str | None = None
 
     @property
     def size(self) -> Size:
         """Of this bucket."""
         return self.sizes[self.number]
 
-    def holds(self, size: tuple[int, int]) -> bool:
-        """Whether a picture of this width and height is in this bucket."""
-        return nearest(*size, self.sizes) == self.number
+    def holds(self, row: int, size: Callable[[], tuple[int, int]]) -> bool:
+        """Whether picture number ``row`` is in this bucket.
+
+        Args:
+            size: reads its width and height, and raises what a picture that cannot be read raises.
+        """
+        if self.numbers is not None and self.numbers[row] != UNKNOWN:
+            return self.numbers[row] == self.number
+        return nearest(*size(), self.sizes) == self.number
 
     def cut(self, image: Image.Image, row: int) -> Image.Image:
         """The part of picture number ``row`` that has the bucket's proportions."""

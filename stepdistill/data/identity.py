@@ -13,11 +13,14 @@ from stepdistill.data.sources import FORMS, dataset_library, form
 from stepdistill.files import digest
 
 
-def identity(source: str) -> str:
+def identity(source: str, named: bool = True) -> str:
     """A hash of the names, sizes and times of change of a source's files; of a data set on the hub of its builder.
 
     Files of an archive are part of the archive. Of a table (.jsonl, .csv) the files count that its values name; of URLs
     the names alone do.
+
+    Args:
+        named: whether the files that a table's values name count, which takes a look at each.
     """
     if form(source) == "hub":
         return digest(source, dataset_library(source).load_dataset_builder(source.split(":")[1]).hash)
@@ -26,7 +29,7 @@ def identity(source: str) -> str:
         places = matching(source)
     else:
         places = [source] if folder is None else [inside(folder, name) for name in listing(folder)]
-    tables = [place for place in places if FORMS.get(ending(place)) in ("jsonl", "csv")]
+    tables = [place for place in places if FORMS.get(ending(place)) in ("jsonl", "csv")] if named else []
     places += [place for table in tables for place in _named(table)]
     root = folder or parent(source)
     return digest(sorted(_facts(place, root) for place in dict.fromkeys(places)))

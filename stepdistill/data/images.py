@@ -1,7 +1,9 @@
 """What ``data.images`` and ``data.conditions`` stand for: Fashion-MNIST, a shipped list, or any source of samples."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,12 +12,12 @@ from torch import Tensor
 
 from stepdistill import assets
 from stepdistill.data import fashion_mnist, picture
-from stepdistill.data.buckets import Bucket, Size, nearest
+from stepdistill.data.buckets import UNKNOWN, Bucket, Size, nearest
 from stepdistill.data.identity import identity
 from stepdistill.data.sample import UNREADABLE, Data, Pictures, Sample, Tally
 from stepdistill.data.sources import count, form, samples
 from stepdistill.errors import InputError
-from stepdistill.files import digest, read_json, write_json
+from stepdistill.files import digest, read_json, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def stream(
             yield None
             continue
         try:
-            if bucket is not None and not bucket.holds(_upright_size(sample.image)):
+            if bucket is not None and not bucket.holds(row, partial(_upright_size, sample.image)):
                 yield None
                 continue
             with sample.image() as file:
@@ -82,16 +84,27 @@ def stream(
         yield Item(sample.name, picture.scaled(part, channels, *sides), sample.caption or "", cut)
 
 
-def bucket_counts(data: Data, sizes: Sequence[Size]) -> list[int]:
-    """How many of the images of ``data.images`` are nearest in proportions to each of the sizes."""
-    counts = [0] * len(sizes)
+def bucket_numbers(data: Data, sizes: Sequence[Size], cache: Path | None = None) -> list[int]:
+    """Of each of the images of ``data.images`` the number of the size that is nearest in proportions; else UNKNOWN.
+
+    Args:
+        cache: folder in which the numbers are kept, so that the images are looked at once.
+    """
+    source = None if cache is None else identity(data.images or "")
+    name = digest(source, sizes, data.caption_key, data.image_key, data.arguments, data.limit)
+    file = cache / f"buckets-{name}.json" if cache is not None else None
+    if file is not None and file.is_file():
+        return read_json(file)["numbers"]
+    numbers = []
     for sample, own, _ in _usable(data, "images", Tally("data.images", 1.0)):
-        try:
+        number = UNKNOWN
+        with suppress(*UNREADABLE):  # which stream() counts
             if own is not None and sample.image is not None:
-                counts[nearest(*_upright_size(sample.image), sizes)] += 1
-        except UNREADABLE:
-            continue  # which stream() counts
-    return counts
+                number = nearest(*_upright_size(sample.image), sizes)
+        numbers.append(number)
+    if file is not None:
+        write_json(file, {"numbers": numbers})
+    return numbers
 
 
 def _upright_size(image: Callable[[], BinaryIO]) -> tuple[int, int]:
@@ -158,7 +171,29 @@ def conditions(data: Data, log: bool = True, cache: Path | None = None) -> tuple
         return str(assets.prompts(source)), None
     if source != "captions" and form(source) == "text":
         return source, None
-    return captions(data, key, log), None
+    return (captions(data, key, log) if cache is None else _kept_captions(data, key, log, cache)), None
+
+
+def _kept_captions(data: Data, key: str, log: bool, cache: Path) -> str | list[str]:
+    """A file in the cache with the captions, a line each, so that the source is read once; the list of them where one
+    has several lines."""
+    if (source := getattr(data, key)) == "fashion-mnist":
+        return captions(data, key, log)
+    settings = data.caption_key, data.image_key, data.limit, data.max_rejected
+    name = digest(identity(source, named=key == "images"), key, settings)
+    lines, facts = cache / f"captions-{name}.txt", cache / f"captions-{name}.json"
+    tally = Tally(f"data.{key}", data.max_rejected)
+    if facts.is_file():
+        kept = read_json(facts)
+        tally.add(kept["tally"])
+        tally.close(log)
+        return kept["captions"] or str(lines)
+    found = list(dict.fromkeys(caption for caption, _ in _requests(data, key, log, tally)))
+    several = any(caption.splitlines() != [caption.strip()] for caption in found)
+    if not several:
+        write_text(lines, "\n".join(found))
+    write_json(facts, {"tally": tally.facts(), "captions": found if several else None})
+    return found if several else str(lines)
 
 
 def captions(data: Data, key: str = "images", log: bool = True) -> list[str]:
@@ -218,8 +253,8 @@ class OwnPictures:
         return next(islice(self._stream, skipped, None))
 
 
-def _requests(data: Data, key: str, log: bool) -> Iterator[tuple[str, Pictures]]:
-    tally, found = Tally(f"data.{key}", data.max_rejected), 0
+def _requests(data: Data, key: str, log: bool, tally: Tally | None = None) -> Iterator[tuple[str, Pictures]]:
+    tally, found = tally or Tally(f"data.{key}", data.max_rejected), 0
     for sample, own, notes in _usable(data, key, tally):
         if own is not None:
             tally.note(sample, *notes)

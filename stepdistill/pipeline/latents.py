@@ -169,7 +169,9 @@ def store_images(
     shape = image_shape(trace) if bucket is None else _shape(trace)
     settings = {name: str(value) for name, value in vae.config.items() if name[0] != "_"}  # wherever it was loaded from
     network = type(trace.pipeline).__name__, settings, dict(vae.named_parameters())
-    source = "fashion-mnist" if data.images == "fashion-mnist" else identity(data.images)
+    source = bucket and bucket.source
+    if source is None:
+        source = "fashion-mnist" if data.images == "fashion-mnist" else identity(data.images)
     keys = data.caption_key, data.image_key, data.limit, data.arguments
     keys += () if bucket is None else (bucket.sizes, bucket.number, bucket.seed)
     key = digest(network, trace.latent_shape, shape, source, keys)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.data import images
 from stepdistill.data.ahead import Ahead
 from stepdistill.data.batch import Batch
 from stepdistill.data.host_rows import pinned, to_device
+from stepdistill.data.identity import identity
 from stepdistill.data.shards import Share
 from stepdistill.data.store import Rows, Store
 from stepdistill.diffusion.experts import Experts
@@ -229,14 +231,17 @@ def encode_data(
         conditioning = encode(traced, stated, cache, pictures, share, verify)
     with share.after_the_first():
         _say_what_is_unread(traced, conditioning)
-        probable = sizes_and_shares(recipe, traced)
+        probable = sizes_and_shares(recipe, traced, cache=cache)
         sizes = sizes_of(recipe, traced, sampler, conditioning, probable, cache, pictures)
     if not buckets:
         return conditioning, [replace(one, real=real) for one in sizes]
+    source = identity(recipe.data.images)
+    numbers = images.bucket_numbers(recipe.data, [size for size, _ in probable], cache)
     log = True  # what cannot be used is the same for each
     for number, one in enumerate(sizes):
         if one.share:
-            found = real_images(recipe, one.trace, cache, share, verify, one.bucket, log)
+            bucket = replace(one.bucket, numbers=numbers, source=source)
+            found = real_images(recipe, one.trace, cache, share, verify, bucket, log)
             sizes[number], log = replace(one, real=found), False
     return conditioning, sizes
 

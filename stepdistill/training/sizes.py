@@ -118,13 +118,16 @@ def _key(recipe: Recipe) -> str:
     return "data.buckets" if recipe.train.sizes is None else "train.sizes"
 
 
-def sizes_and_shares(recipe: Recipe, traced: Trace, counted: bool = True) -> list[tuple[Size, float]]:
+def sizes_and_shares(
+    recipe: Recipe, traced: Trace, counted: bool = True, cache: Path | None = None
+) -> list[tuple[Size, float]]:
     """The sizes of a run, the traced one first, and the probability of each; none where it has the pipeline's own.
 
     Args:
         traced: the pipeline at the first size that the recipe states, see :func:`at_first_size`.
         counted: the probabilities of buckets are the shares of the images in them; False: the images may be gone, and
             the first and the last bucket stand for all.
+        cache: where the bucket of each image is kept.
 
     Raises:
         InputError: no image can be opened.
@@ -136,7 +139,8 @@ def sizes_and_shares(recipe: Recipe, traced: Trace, counted: bool = True) -> lis
         sizes = bucket_sizes(picture_size(traced), multiple(traced) or 1)
     if not counted:
         return [(size, 0.5) for size in dict.fromkeys((sizes[0], sizes[-1]))]
-    counts = images.bucket_counts(recipe.data, sizes)
+    numbers = images.bucket_numbers(recipe.data, sizes, cache)
+    counts = [numbers.count(number) for number in range(len(sizes))]
     if not any(counts):
         raise InputError(f"data.images: expected images in {recipe.data.images}, found none")
     return [(size, count / sum(counts)) for size, count in zip(sizes, counts, strict=True)]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.loaded import loaded
 from stepdistill.data import images
-from stepdistill.data.buckets import Bucket, bucket_sizes, nearest
+from stepdistill.data.buckets import UNKNOWN, Bucket, bucket_sizes, nearest
 from stepdistill.recipe import Data
 
 SIZES = ((16, 16), (16, 24), (24, 16))
@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 
 def test_each_bucket_has_its_pictures_scaled_and_cropped(folder):
-    assert images.bucket_counts(folder, SIZES) == [1, 1, 1]
+    assert images.bucket_numbers(folder, SIZES) == [0, 1, 2, UNKNOWN]
     for number, name in enumerate(("square", "wide", "high")):
         pixels, captions, _ = loaded(folder, 3, 0, Bucket(SIZES, number))
         assert captions == [name] and pixels.shape == (1, 3, *SIZES[number])
@@ -64,4 +64,17 @@ def test_an_upright_picture_is_measured_as_it_is_read(tmp_path):
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (96, 64)).save(tmp_path / "a.jpg", exif=exif)
     (tmp_path / "a.txt").write_text("a")
-    assert images.bucket_counts(Data(images=str(tmp_path)), SIZES) == [0, 0, 1]
+    assert images.bucket_numbers(Data(images=str(tmp_path)), SIZES) == [2]
+
+
+def test_each_picture_is_looked_at_once(folder, tmp_path_factory, monkeypatch):
+    """With many buckets it would be opened for each of them, and at every start again."""
+    looked, cache = [], tmp_path_factory.mktemp("cache")
+    measured = images._upright_size
+    monkeypatch.setattr(images, "_upright_size", lambda image: looked.append(image) or measured(image))
+    first = images.bucket_numbers(folder, SIZES, cache)
+    assert len(looked) == 4 and images.bucket_numbers(folder, SIZES, cache) == first and len(looked) == 4
+    for number in range(len(SIZES)):
+        plain, known = (loaded(folder, 3, 0, Bucket(SIZES, number, None, of)) for of in (None, first))
+        assert (plain[0] == known[0]).all() and plain[1] == known[1]
+    assert len(looked) == 4 + 3 * 4 + 3  # without the numbers all; with them the one that cannot be read

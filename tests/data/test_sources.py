@@ -1,7 +1,9 @@
 """Every form of a source gives the same captions and the same pixels, and a bad one is counted, not trusted."""
 
+import json
 import sys
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +69,23 @@ BAD_LINES = {
     "text is NoneType, expected text": '{"text": null}',
     "empty caption": '{"text": "  "}',
 }
+
+
+@pytest.mark.parametrize("caption", ["rain", "rain\nand sun"])
+def test_captions_are_read_once(caption, tmp_path, capsys, monkeypatch):
+    """A later start takes them from the cache, and says again what was rejected."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in ("a shoe", caption, "a shoe", None)))
+    data = Data(conditions=str(file), max_rejected=0.5)
+    first, _ = images.conditions(data, cache=tmp_path)
+    assert (Path(first).read_text().splitlines() if isinstance(first, str) else first) == ["a shoe", caption]
+    said = capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "samples", None)
+        assert images.conditions(data, cache=tmp_path)[0] == first
+    assert capsys.readouterr().err.partition(", the first")[0] == said.partition(", the first")[0] != ""
+    file.write_text('{"text": "another"}')
+    assert images.conditions(data, cache=tmp_path)[0] != first
 
 
 @pytest.mark.parametrize("reason", BAD_LINES)
