@@ -133,6 +133,9 @@ def plan(
         )
         for name, (parameters, size) in weights.items()
     ]
+    if store.live:  # they are there for every batch
+        lines.append(encoders)
+        encoders = Line(ENCODERS)
     lines.append(Line("data of a batch", weights=store.batch(recipe.train.batch_size)))
     fixed = sum(line.weights + line.optimizer + line.average for line in lines)
     made = trajectories(recipe, drawn, method, known)

@@ -26,6 +26,7 @@ class Stored:
         row: bytes of one condition.
         latents: bytes of one image's latents.
         halves: 2 where guidance doubles a batch's conditions, 1 otherwise.
+        live: conditions are encoded for each batch, and none is stored.
     """
 
     conditions: int
@@ -33,11 +34,12 @@ class Stored:
     row: int
     latents: int
     halves: int
+    live: bool = False
 
     @property
     def disk(self) -> int:
         """Their stores, at most: zeros that pad a condition are left out there."""
-        return self.conditions * self.row + self.images * self.latents
+        return (0 if self.live else self.conditions * self.row) + self.images * self.latents
 
     def host(self, size: int) -> int:
         """In the host's memory: a shard twice while it is written, or two batches, the one after being gathered."""
@@ -49,8 +51,9 @@ class Stored:
         return 2 * self.halves * min(CHUNK, self.conditions) * self.row
 
     def batch(self, size: int) -> int:
-        """On the device in training: the conditions and latents of a batch."""
-        return size * (self.halves * self.row + (self.latents if self.images else 0))
+        """On the device in training: the conditions and latents of a batch, and what they are encoded among."""
+        own = size * (self.halves * self.row + (self.latents if self.images else 0))
+        return own + (self.chunk if self.live else 0)
 
 
 def stored(recipe: Recipe, drawn: Blueprint) -> Stored:
@@ -61,6 +64,7 @@ def stored(recipe: Recipe, drawn: Blueprint) -> Stored:
         sum(row.numel() * row.element_size() for row in drawn.condition.values()),
         torch.Size(drawn.trace.latent_shape).numel() * 4,
         1 if guidance_scale(recipe, drawn.trace) == 1 else 2,
+        recipe.data.encode == "live",
     )
 
 

@@ -126,6 +126,10 @@ def test_encoders_count_only_while_they_work(tmp_path):
     assert found.peak == rest + max(line.gradients + line.activations for line in found.lines)
     text = plan.as_text(found, [], 24)
     assert "in the host's memory" in text and max(map(len, text.splitlines())) <= 80
+    stays = plan.plan(recipe | {"data": {"conditions": ["a red shoe"], "encode": "live"}})
+    assert stays.stored == 0 and found.stored == prompt
+    assert stays.peak - found.peak == held["text_encoder"] + 2 * 2 * prompt
+    assert "released" in text and "released" not in plan.as_text(stays, [], 24)
     heavy = plan.Plan(found.lines, found.encoding, plan.ENCODERS, found.encoders, found.encoding)
     assert "while conditions are encoded" in plan.as_text(heavy, [], None)
 
