@@ -118,7 +118,8 @@ def fill(folder: Path, key: str, content: Content, share: Share) -> None:
     missing, done = sum(stop - start for start, stop in gaps), 0
     if not missing:
         return
-    _check_space(folder, content, missing)
+    # What the others write has to fit as well.
+    _check_space(folder, content, sum(stop - start for start, stop in _gaps(folder, key, 0, content.items)))
     with WorkProgress() as progress:
         for start, stop in gaps:
             part = _Part(start)
