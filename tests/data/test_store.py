@@ -206,7 +206,7 @@ def test_a_full_disk_is_found_before(tmp_path, monkeypatch):
     with pytest.raises(shards.InputError, match="GiB of free disk for 23 rows"):
         ensure(tmp_path / "e", "key", content)
     with pytest.raises(shards.InputError, match="for 23 rows"):  # those of all processes
-        shards.fill(tmp_path / "e", "key", content(), shards.Share(0, 4))
+        shards.fill(tmp_path / "e", "key", content(), shards.Share(0, 2))
 
 
 def test_the_pages_of_a_store_do_not_stay(tmp_path):
