@@ -40,6 +40,18 @@ UNGUIDED = ("embedded", "none")
 """Kinds of guidance without a second pass that could be weighed."""
 SHOWN_WORDS = 12
 MANY = 24
+EXAMPLES = {
+    "emoji": tuple(
+        f"{style} emoji of {thing}"
+        for style, things in (
+            ("3d", ("red heart", "grinning face", "umbrella", "cat face", "strawberry", "airplane")),
+            ("flat", ("red apple", "crab", "dog face", "soccer ball", "butterfly", "flag of italy", "house")),
+            ("shaded", ("banana", "bicycle", "fish")),
+        )
+        for thing in things
+    )
+}
+"""Of a shipped list of prompts: those whose pictures by the shipped teacher are plain to see."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,8 @@ class Demo:
     def examples(self) -> list[str]:
         """What to start with: the classes, or prompts that the student was trained with, from all over their list."""
         prompts = self.facts.conditions
+        if prompts in EXAMPLES:
+            return list(EXAMPLES[prompts])
         if prompts in assets.prompt_lists():
             prompts = read_text(assets.prompts(prompts)).splitlines()
             prompts = prompts[len(prompts) // MANY // 2 :: max(1, len(prompts) // MANY)]
