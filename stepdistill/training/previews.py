@@ -100,8 +100,8 @@ def sheet(rows: Mapping[str, Tensor], captions: Sequence[str], enlarge: bool = F
     grids = [
         image_grid(torch.cat([one[block.start : block.stop] for one in rows.values()]), len(block)) for block in blocks
     ]
-    if shown.shape[3] < READABLE and len(grids) == 1:
-        return grids[0]
+    if shown.shape[3] < READABLE:  # the names of the rows alone
+        captions = [""] * count
     return _captioned(grids, blocks, [*rows], captions, shown.shape[2] + GAP, shown.shape[3] + GAP)
 
 

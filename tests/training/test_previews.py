@@ -25,7 +25,10 @@ def test_a_preview_is_at_most_2048_pixels_wide_and_keeps_the_shape_of_pictures(h
 
 
 def test_small_pictures_stay_as_they_are_but_where_captions_are_to_be_read() -> None:
-    assert sheet(rows(16, 32, 32), ["x"] * 16).size == (16 * 34 - 2, 2 * 34 - 2)
+    page = sheet(rows(16, 32, 32), ["x"] * 16).convert("L")
+    pictures, names = page.crop((56, 6, page.width, 6 + 2 * 34 - 2)), page.crop((0, 0, 56, page.height))
+    assert pictures.size == (16 * 34 - 2, 2 * 34 - 2) and pictures.getextrema() == (128, 255)
+    assert names.getextrema()[0] < 64  # who drew each row
     page = sheet(rows(2, 32, 32), ["x", "y"], enlarge=True)
     assert page.width >= 2 * 96 and page.convert("L").getextrema() == (0, 255)
 
