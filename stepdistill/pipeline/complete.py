@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
 from stepdistill.errors import InputError
+from stepdistill.files import INDEXES, index_of
 
 NAMED = 3
 """How many keys a message names."""
@@ -159,12 +160,17 @@ def components(folder: Path) -> Iterable[tuple[str, str]]:
     """(name, class) of the components that the pipeline in ``folder`` lists.
 
     Raises:
-        InputError: its model_index.json is no JSON object.
+        InputError: its index is no JSON object.
     """
-    index = folder / "model_index.json"
+    index = index_of(folder) or folder / INDEXES[0]
     try:
         facts = json.loads(index.read_text(encoding="utf-8"))
-        pairs = [(name, value) for name, value in facts.items() if isinstance(value, list) and len(value) == 2]
+        listed = {name: value for name, value in facts.items() if isinstance(value, list) and len(value) in (2, 3)}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{index}: expected a JSON object of components, found {error}") from None
-    return [(name, value[1]) for name, value in pairs if isinstance(value[1], str)]
+    # A modular one says of a component that it has never held what class it would be.
+    kinds = {
+        name: (value[-1].get("type_hint") or value)[1] if len(value) == 3 else value[1]
+        for name, value in listed.items()
+    }
+    return [(name, kind) for name, kind in kinds.items() if isinstance(kind, str)]

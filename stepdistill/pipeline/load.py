@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 from stepdistill import assets
 from stepdistill.errors import InputError
-from stepdistill.files import files_in, lacking
+from stepdistill.files import files_in, index_of, lacking
 from stepdistill.pipeline.assemble import assembled, check_file, made_of
 from stepdistill.pipeline.complete import all_weights_found
 from stepdistill.pipeline.exports import ExportFacts, fuse, is_lora
@@ -110,7 +110,7 @@ def source(path: str | Path) -> str:
         InputError: it is none of them, or a file of another kind than safetensors.
     """
     name = str(path)
-    if (Path(name) / "model_index.json").is_file():
+    if index_of(Path(name)):
         return name
     if name in assets.teachers():
         return str(assets.find(f"teachers/{name}"))
@@ -131,7 +131,7 @@ def source(path: str | Path) -> str:
 
 def is_export(folder: Path) -> bool:
     """Whether :func:`load_pipeline` takes ``folder``: a pipeline, or an exported LoRA."""
-    return (folder / "model_index.json").is_file() or is_lora(folder)
+    return index_of(folder) is not None or is_lora(folder)
 
 
 def pipeline_of(path: str | Path) -> str | Path:

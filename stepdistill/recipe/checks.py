@@ -14,7 +14,7 @@ from stepdistill.data import picture
 from stepdistill.data.sample import SUFFIXES
 from stepdistill.data.sources import form
 from stepdistill.errors import InputError, found, suggest
-from stepdistill.files import files_in, lacking
+from stepdistill.files import files_in, index_of, lacking
 from stepdistill.recipe.published_runs import RUNS
 from stepdistill.recipe.yaml_lines import Keys
 
@@ -56,7 +56,7 @@ def teacher_pipeline(recipe: "Recipe", config: Any) -> Problems:
             known = f"an embedded teacher ({', '.join(embedded) or 'none here'}), an existing folder or a hub id"
             key, problem = _expected("teacher.pipeline", f"{known} owner/name", pipeline)
             yield key, f"{problem}{suggest(pipeline, embedded)}"
-    elif not (folder / "model_index.json").is_file():
+    elif index_of(folder) is None:
         problem = f"expected a pipeline in diffusers format, found no model_index.json in {folder}"
         yield ("teacher", "pipeline"), problem
     elif (lack := lacking(files_in(folder), recipe.teacher.variant)) is not None:
