@@ -16,7 +16,7 @@ from stepdistill.pipeline.call import COUNTS, guidance_argument
 from stepdistill.pipeline.exports import ExportFacts, into, lora_files
 from stepdistill.pipeline.guiders import guiders
 from stepdistill.pipeline.ip_adapter import stock_arguments
-from stepdistill.pipeline.stock_call import declared, pictures_in
+from stepdistill.pipeline.stock_call import declared, off, pictures_in
 from stepdistill.pipeline.trace import Trace
 
 PLACE = "PATH_OF_THIS_FOLDER"
@@ -126,7 +126,8 @@ def _snippet(facts: ExportFacts, trace: Trace, half: bool) -> str:
         for component, file in list(lora_files(trace.components).items())[1:]:
             lines.append(f'pipe.load_lora_weights("{PLACE}"{_keywords({"weight_name": file} | into(component))})')
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained("{PLACE}", subfolder="scheduler")')
-        lines += [f"pipe.{name} = pipe.{name}.new(enabled=False)" for name in guiders(trace.pipeline)]
+        for one, guider in guiders(trace.pipeline).items():
+            lines.append(f"pipe.{one} = pipe.{one}.new({_keywords(off(guider)).removeprefix(', ')})")
     elif facts.adapter:
         lines.append(f'stepdistill.attach(pipe, "{PLACE}", scale={facts.guidance:g})')
     if lora and embedded:

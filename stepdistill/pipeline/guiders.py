@@ -13,7 +13,7 @@ from diffusers import ClassifierFreeGuidance
 from diffusers.guiders import BaseGuidance
 
 from stepdistill.pipeline.folder import quiet
-from stepdistill.pipeline.stock_call import parameters
+from stepdistill.pipeline.stock_call import off, parameters
 
 
 def guiders(pipeline: Any) -> dict[str, BaseGuidance]:
@@ -46,4 +46,4 @@ def guided_at(pipeline: Any, scale: float) -> Iterator[None]:
 def switched_off(guider: BaseGuidance) -> BaseGuidance:
     """The same guider for one pass per step."""
     with quiet():
-        return guider.new(enabled=False)
+        return guider.new(**off(guider))

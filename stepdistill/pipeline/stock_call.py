@@ -51,7 +51,8 @@ def main(request_path: str, result_path: str) -> None:
         scheduler = getattr(diffusers, request["scheduler"])
         pipeline.scheduler = scheduler.from_pretrained(request["lora"], subfolder="scheduler")
     for name in request["guiders"]:
-        setattr(pipeline, name, getattr(pipeline, name).new(enabled=False))
+        guider = getattr(pipeline, name)
+        setattr(pipeline, name, guider.new(**off(guider)))
     without_black_pictures(pipeline)
     if request["device"] != "cpu":
         if getattr(pipeline, "model_cpu_offload_seq", None) is None:
@@ -140,6 +141,14 @@ def _blocks_run(pipeline):
         return blocks.get_execution_blocks(prompt="")
     except NotImplementedError:  # it has no choice
         return blocks
+
+
+def off(guider) -> dict:
+    """Settings of a guider for one pass per step: some blocks enable it anew, so that its scales are neutral as well."""
+    neutral = {name: 0.0 for name in guider.config if name.endswith("guidance_scale")}
+    if "guidance_scale" in neutral and not guider.config.get("use_original_formulation"):
+        neutral["guidance_scale"] = 1.0
+    return {"enabled": False, **neutral}
 
 
 def called(pipeline, call: dict):
