@@ -16,7 +16,7 @@ from stepdistill.pipeline.call import COUNTS, guidance_argument
 from stepdistill.pipeline.exports import ExportFacts, into, lora_files
 from stepdistill.pipeline.guiders import guiders
 from stepdistill.pipeline.ip_adapter import stock_arguments
-from stepdistill.pipeline.stock_call import declared, off, pictures_in
+from stepdistill.pipeline.stock_call import declared, is_modular, off, pictures_in, result_name
 from stepdistill.pipeline.trace import Trace
 
 PLACE = "PATH_OF_THIS_FOLDER"
@@ -142,8 +142,14 @@ def _snippet(facts: ExportFacts, trace: Trace, half: bool) -> str:
         lines.append(f"pipe.set_ip_adapter_scale({adapter.scale:g})")
     imports.append(f"from diffusers import {f'{scheduler}, {name}' if lora else name}")
     result = "frames" if _is_video(trace) else "images"
-    load = f"pipe = {name}.from_pretrained({base}){'.to(torch.float32)' if half else ''}"
-    return "\n".join([*imports, "", load, *lines, f"{result} = pipe({_call(facts, trace)}).{result}"])
+    if is_modular(trace.pipeline):
+        load = f"pipe = {name}.from_pretrained({base})\npipe.load_components({'dtype=torch.float32' if half else ''})"
+        result = result_name(trace.pipeline)
+        drawn = f'pipe({_call(facts, trace)}, output="{result}")'
+    else:
+        load = f"pipe = {name}.from_pretrained({base}){'.to(torch.float32)' if half else ''}"
+        drawn = f"pipe({_call(facts, trace)}).{result}"
+    return "\n".join([*imports, "", load, *lines, f"{result} = {drawn}"])
 
 
 def _base(facts: ExportFacts) -> str:

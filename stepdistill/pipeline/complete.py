@@ -162,15 +162,21 @@ def components(folder: Path) -> Iterable[tuple[str, str]]:
     Raises:
         InputError: its index is no JSON object.
     """
+    return [(name, kind) for name, (_, kind) in classes(folder).items()]
+
+
+def classes(folder: Path) -> dict[str, tuple[str, str]]:
+    """(library, class) by name of the components that the pipeline in ``folder`` lists.
+
+    Raises:
+        InputError: its index is no JSON object.
+    """
     index = index_of(folder) or folder / INDEXES[0]
     try:
         facts = json.loads(index.read_text(encoding="utf-8"))
         listed = {name: value for name, value in facts.items() if isinstance(value, list) and len(value) in (2, 3)}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{index}: expected a JSON object of components, found {error}") from None
-    # A modular one says of a component that it has never held what class it would be.
-    kinds = {
-        name: (value[-1].get("type_hint") or value)[1] if len(value) == 3 else value[1]
-        for name, value in listed.items()
-    }
-    return [(name, kind) for name, kind in kinds.items() if isinstance(kind, str)]
+    # A modular one states the class beside the place, even of a component that it has never held.
+    stated = {name: value[2].get("type_hint") or value if len(value) == 3 else value for name, value in listed.items()}
+    return {name: (value[0], value[1]) for name, value in stated.items() if isinstance(value[1], str)}

@@ -48,7 +48,7 @@ def load_folder(
             # Newer versions call the argument dtype, and warn; older ones know only this name.
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
             if holds_modular(folder):
-                pipeline = load_modular(folder, variant, dtype, quantization.quant_mapping if quantization else {})
+                pipeline = load_modular(folder, dtype, variant, quantization.quant_mapping if quantization else {})
             else:
                 options: dict[str, Any] = {} if variant is None else {"variant": variant}
                 options |= {} if quantization is None else {"quantization_config": quantization}

@@ -7,6 +7,7 @@ guider, FLUX.3's scheduler) is listed as well where it is a student's.
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,21 @@ def holds_modular(folder: Path) -> bool:
     return (index := index_of(folder)) is not None and index.name == INDEX
 
 
-def load_modular(folder: Path, variant: str | None, dtype: torch.dtype, quantization: dict[str, Any]) -> Any:
+def load_modular(
+    folder: Path,
+    dtype: torch.dtype,
+    variant: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
+    networks: Mapping[str, nn.Module] | None = None,
+) -> Any:
     """The pipeline in a folder with all components that its index lists; no code but the libraries' own.
 
     Args:
         folder: with modular_model_index.json.
-        variant: of the weights' files, where a component has it.
         dtype: of all its networks.
+        variant: of the weights' files, where a component has it.
         quantization: configuration by component.
+        networks: those that are not read from their files.
 
     Raises:
         InputError: a component is not in the folder, or is no class of diffusers or transformers.
@@ -45,15 +53,16 @@ def load_modular(folder: Path, variant: str | None, dtype: torch.dtype, quantiza
         raise InputError(f"pipeline {folder}: modular pipelines need a newer diffusers, found {diffusers.__version__}")
     _check_index(folder)
     pipeline = diffusers.ModularPipeline.from_pretrained(str(folder), trust_remote_code=False)
-    made = {}
+    made = dict(networks or {})
     for name in pipeline.pretrained_component_names:
         spec = pipeline.get_component_spec(name)
-        if spec.pretrained_model_name_or_path != str(folder):  # one that it does without, a ControlNet perhaps
+        # One that lies elsewhere it does without: a ControlNet perhaps.
+        if name in made or spec.pretrained_model_name_or_path != str(folder):
             continue
         options: dict[str, Any] = {"variant": variant if _has(folder / name, variant) else None}
         if spec.type_hint is None or issubclass(spec.type_hint, nn.Module):
             options |= {"torch_dtype": dtype, "use_safetensors": True}
-            options |= {"quantization_config": quantization[name]} if name in quantization else {}
+            options |= {"quantization_config": config} if (config := (quantization or {}).get(name)) else {}
         made[name] = spec.load(**options)
     pipeline.register_components(**made)
     return pipeline

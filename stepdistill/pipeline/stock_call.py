@@ -144,7 +144,7 @@ def _blocks_run(pipeline):
 
 
 def off(guider) -> dict:
-    """Settings of a guider for one pass per step: some blocks enable it anew, so that its scales are neutral as well."""
+    """Settings of a guider for one pass per step, its scales among them: some blocks enable it anew."""
     neutral = {name: 0.0 for name in guider.config if name.endswith("guidance_scale")}
     if "guidance_scale" in neutral and not guider.config.get("use_original_formulation"):
         neutral["guidance_scale"] = 1.0
