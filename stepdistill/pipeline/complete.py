@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import transformers
 from diffusers import ModelMixin
 from transformers import PreTrainedModel
@@ -154,6 +155,12 @@ def check_tokenizers(pipeline: str | Path, folder: Path) -> None:
                 f"pipeline {pipeline}: {name} of class {kind} expected tokenizer.json or {' and '.join(expected)}, "
                 f"found no {' and no '.join(lacking)}"
             )
+
+
+def is_foreign(library: Any) -> bool:
+    """Whether a library that an index names is other code than diffusers' and transformers'; None is no library."""
+    own = library in (None, "diffusers", "transformers")
+    return not (own or (isinstance(library, str) and hasattr(diffusers.pipelines, library)))
 
 
 def components(folder: Path) -> Iterable[tuple[str, str]]:

@@ -5,7 +5,6 @@ that is always a folder beside the index that has the component's name. What the
 guider, FLUX.3's scheduler) is listed as well where it is a student's.
 """
 
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +18,10 @@ from torch import nn
 
 from stepdistill.errors import InputError
 from stepdistill.files import INDEXES, index_of, read_json, weight_file, write_json
+from stepdistill.pipeline.complete import is_foreign
 from stepdistill.pipeline.stock_call import is_modular
 
 INDEX = INDEXES[1]
-LIBRARIES = ("diffusers", "transformers")
 
 
 def holds_modular(folder: Path) -> bool:
@@ -108,11 +107,9 @@ def _check_index(folder: Path) -> None:
     for name, entry in read_json(folder / INDEX).items():
         if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[2], dict):
             continue
-        library, kind = entry[2].get("type_hint") or entry[:2]
-        if library is not None and library not in LIBRARIES:
+        library = (entry[2].get("type_hint") or entry)[0]
+        if is_foreign(library):
             raise InputError(f"{folder / INDEX}: {name}: cannot be loaded: code of {json.dumps(library)}")
-        if library is not None and not hasattr(importlib.import_module(library), str(kind)):
-            raise InputError(f"{folder / INDEX}: {name}: {library} has no class {kind}; perhaps a newer one has")
         place, below = entry[2].get("pretrained_model_name_or_path"), entry[2].get("subfolder")
         needed = entry[1] is not None or place is not None
         if needed and (below != name or not (folder / name).is_dir()):

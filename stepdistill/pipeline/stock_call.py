@@ -64,13 +64,14 @@ def main(request_path: str, result_path: str) -> None:
 
 def loaded(place: str, revision: str | None, variant: str | None, dtype: torch.dtype):
     """The pipeline of a folder or hub id; a modular one with its components."""
-    if Path(place, "modular_model_index.json").is_file() and not Path(place, "model_index.json").is_file():
-        pipeline = diffusers.ModularPipeline.from_pretrained(place)
-        pipeline.load_components(torch_dtype=dtype, **({"variant": variant} if variant else {}))
-        return pipeline
+    modular = Path(place, "modular_model_index.json").is_file() and not Path(place, "model_index.json").is_file()
     with warnings.catch_warnings():
         # Newer versions call the argument dtype, and warn; older ones know only this name.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
+        if modular:
+            pipeline = diffusers.ModularPipeline.from_pretrained(place)
+            pipeline.load_components(torch_dtype=dtype, **({"variant": variant} if variant else {}))
+            return pipeline
         return diffusers.DiffusionPipeline.from_pretrained(
             place, revision=revision, variant=variant, use_safetensors=True, torch_dtype=dtype
         )

@@ -36,7 +36,7 @@ from stepdistill.pipeline.call import (
 from stepdistill.pipeline.compare import same
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
-from stepdistill.pipeline.guiders import negative_prompt
+from stepdistill.pipeline.guiders import guiders, negative_prompt
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.observe import Recording, modules, observe
 from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument
@@ -242,7 +242,14 @@ def _watched(
     """
     three, two = PROBES[entry], PROBES[entry][:2]
     for unguided in (1.0, 0.0):
-        off = _few_steps(pipeline, three, arguments, unguided, alone)
+        try:
+            off = _few_steps(pipeline, three, arguments, unguided, alone)
+        except TraceError as error:
+            if error.check != "call" or not guiders(pipeline):
+                raise
+            _few_steps(pipeline, two, arguments, scale, alone, most=1)  # which fails for the same reason, or not
+            reason = "its blocks run with guidance alone, and a student is called without, with one pass per step"
+            raise TraceError("call", f"{error.reason}; {reason}") from error
         if not explain.is_guided(off):
             break
     else:
