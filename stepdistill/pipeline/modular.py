@@ -29,6 +29,11 @@ def holds_modular(folder: Path) -> bool:
     return (index := index_of(folder)) is not None and index.name == INDEX
 
 
+def loads_modular() -> bool:
+    """Whether diffusers loads components from beside an index, whatever place the index names: since 0.42."""
+    return [int(number) for number in diffusers.__version__.split(".")[:2]] >= [0, 42]
+
+
 def load_modular(
     folder: Path,
     dtype: torch.dtype,
@@ -48,17 +53,18 @@ def load_modular(
     Raises:
         InputError: a component is not in the folder, or is no class of diffusers or transformers.
     """
-    if not hasattr(diffusers, "ModularPipeline"):
-        raise InputError(f"pipeline {folder}: modular pipelines need a newer diffusers, found {diffusers.__version__}")
+    if not loads_modular():
+        found = diffusers.__version__
+        raise InputError(f"pipeline {folder}: a modular pipeline needs diffusers 0.42 or later, found {found}")
     _check_index(folder)
     pipeline = diffusers.ModularPipeline.from_pretrained(str(folder), trust_remote_code=False)
     made = dict(networks or {})
     for name in pipeline.pretrained_component_names:
         spec = pipeline.get_component_spec(name)
-        # One that lies elsewhere it does without: a ControlNet perhaps.
-        if name in made or spec.pretrained_model_name_or_path != str(folder):
+        if name in made or not (folder / name).is_dir():  # one that it could have: a ControlNet perhaps
             continue
-        options: dict[str, Any] = {"variant": variant if _has(folder / name, variant) else None}
+        options: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "subfolder": name, "revision": None}
+        options["variant"] = variant if _has(folder / name, variant) else None
         if spec.type_hint is None or issubclass(spec.type_hint, nn.Module):
             options |= {"torch_dtype": dtype, "use_safetensors": True}
             options |= {"quantization_config": config} if (config := (quantization or {}).get(name)) else {}

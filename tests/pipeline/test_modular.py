@@ -14,11 +14,13 @@ from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.folder import quiet, save_pipeline
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.modular import INDEX
+from stepdistill.pipeline.modular import INDEX, loads_modular
 from stepdistill.pipeline.trace import trace
 from stepdistill.planning.fake_pipeline import blueprint
 from stepdistill.recipe import Teacher
 from stepdistill.run import train
+
+pytestmark = pytest.mark.skipif(not loads_modular(), reason="needs diffusers 0.42")
 
 
 @pytest.fixture(scope="module")
