@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from stepdistill.errors import InputError
-from stepdistill.pipeline.guiders import guided_at
+from stepdistill.pipeline.guiders import guided_at, negative_prompt
 from stepdistill.pipeline.stock_call import called, parameters, pictures_in, ready
 
 Made = TypeVar("Made")
@@ -199,26 +199,26 @@ def in_any_way(
     arguments: Mapping[str, Any],
     *,
     alone: bool,
-    otherwise: Mapping[str, Any] | None = None,
+    pipeline: Any = None,
 ) -> tuple[Made, dict[str, Any], bool]:
     """What ``call`` makes in the first way in which the pipeline can be called: (made, arguments, prompts alone).
 
-    The ways: as stated; with arguments besides; with a picture for each entry where one is stated for all; one entry at
-    a time.
+    The ways: as stated; with an empty negative prompt; with a picture for each entry where one is stated for all; one
+    entry at a time.
 
     Args:
         call: of the arguments, and whether each entry is called alone.
         arguments: those stated.
         alone: whether one entry at a time is a way.
-        otherwise: the arguments besides; None: that is no way.
+        pipeline: that may need a negative prompt; None: that is no way.
 
     Raises:
         TraceError: the first call's, where all ways fail; or what is wrong with a run that did not fail.
     """
     single = {name for name, value in arguments.items() if isinstance(value, str) and pictures_in(value)}
     ways = [(dict(arguments), False)]
-    if otherwise:
-        ways.append((arguments | otherwise, False))
+    if pipeline is not None and (empty := negative_prompt(pipeline, arguments)):
+        ways.append((arguments | empty, False))
     if single:
         ways.append(({name: [value] if name in single else value for name, value in arguments.items()}, False))
     if alone:

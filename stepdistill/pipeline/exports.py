@@ -123,7 +123,8 @@ class ExportFacts:
     def teacher_guidance(self) -> Guidance:
         """The guidance that is distilled, with the rule of the recipe."""
         settings = self._teacher.get("guidance", {})
-        rule = {name: settings[name] for name in ("interval", "rescale", "rule", "eta", "norm") if name in settings}
+        names = ("interval", "rescale", "rule", "eta", "norm", "guider")
+        rule = {name: settings[name] for name in names if name in settings}
         return Guidance(scale=self.guidance, **rule)
 
     @property

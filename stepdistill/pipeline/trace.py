@@ -179,8 +179,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         pipeline.scheduler = without_learned_variance(pipeline.scheduler)
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
-    otherwise = negative_prompt(pipeline, arguments)
-    (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True, otherwise=otherwise)
+    (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
     schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
     component = explain.denoiser_component(off)
     network = networks[component]

@@ -244,7 +244,7 @@ def guidance(recipe: "Recipe", config: Any) -> Problems:
         yield _expected("teacher.guidance.interval", "[low, high] with 0 <= low < high <= 1", guidance.interval)
     yield from _numbers_of_rule(guidance)
     if method.implementation.guides_itself:
-        for key, off in (("interval", None), ("rescale", 0.0), ("rule", "cfg")):
+        for key, off in (("interval", None), ("rescale", 0.0), ("rule", "cfg"), ("guider", None)):
             if (value := getattr(guidance, key)) != off:
                 expected = f"{found(off)} for {method.name}, which forms guidance itself"
                 yield _expected(f"teacher.guidance.{key}", expected, value)
@@ -252,6 +252,12 @@ def guidance(recipe: "Recipe", config: Any) -> Problems:
 
 def _numbers_of_rule(guidance: "Guidance") -> Problems:
     """Numbers that this rule of guidance does not have."""
+    if guidance.guider is not None:
+        if not isinstance(guidance.guider.get("name"), str):
+            yield _expected("teacher.guidance.guider", "{name: AutoGuidance, ...}", guidance.guider)
+        for key, off in (("interval", None), ("rescale", 0.0), ("rule", "cfg")):
+            if (value := getattr(guidance, key)) != off:
+                yield _expected(f"teacher.guidance.{key}", f"{found(off)} beside teacher.guidance.guider", value)
     if guidance.rule == "apg":
         if guidance.momentum:
             why = "a training sample has no step before it; stepdistill sample --rule apg:ETA,NORM,MOMENTUM takes it"
