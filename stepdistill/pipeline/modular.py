@@ -97,6 +97,15 @@ def write_index(folder: Path, teacher: Path, components: dict[str, Any]) -> None
     write_json(folder / INDEX, index)
 
 
+def name_repository(folder: Path, repository: str) -> None:
+    """Have the index of a modular pipeline in ``folder`` say where its components lie once it is uploaded."""
+    index = read_json(folder / INDEX)
+    for name, entry in index.items():
+        if isinstance(entry, list) and len(entry) == 3 and (folder / name).is_dir():
+            entry[2]["pretrained_model_name_or_path"] = repository
+    write_json(folder / INDEX, index)
+
+
 def put(pipeline: Any, **components: Any) -> None:
     """Give a pipeline, modular or not, other components."""
     (pipeline.register_components if is_modular(pipeline) else pipeline.register_modules)(**components)
