@@ -227,6 +227,15 @@ def weight_file(name: str) -> tuple[str, str | None] | None:
     return None
 
 
+INDEXES = ("model_index.json", "modular_model_index.json")
+"""The files that list a pipeline's components: of one class, or of blocks; the first that is there counts."""
+
+
+def index_of(folder: Path) -> Path | None:
+    """The file that lists the components of the pipeline in ``folder``; None: it holds none."""
+    return next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+
+
 def lacking(files: Iterable[str], variant: str | None = None) -> tuple[str, str] | None:
     """(key of the recipe's teacher section, problem) of a pipeline that cannot be loaded; None for one that can.
 

@@ -64,6 +64,7 @@ class CallSpec:
         experts: when each is called, from the noise end to the clean end, where several networks take turns.
         mix: (a, b) of each unconditional pass, the first of which is the null condition, where there are several: the
             guided output is w cond + the sum of (a + b w) times theirs. Empty: there is one.
+        guider: a :class:`stepdistill.diffusion.guiders.Guider` in the place of all these rules; None: these rules.
     """
 
     sample: str
@@ -87,6 +88,7 @@ class CallSpec:
     rule: Rule = field(default_factory=Rule)
     experts: Mapping[str, Turn] = field(default_factory=dict)
     mix: tuple[tuple[float, float], ...] = ()
+    guider: Any = None
 
     @property
     def beside(self) -> tuple[str, ...]:

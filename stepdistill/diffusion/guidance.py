@@ -131,7 +131,11 @@ def outputs(
     """
     if not isinstance(scale, Tensor) and scale == 1:
         return Pair(denoiser, denoiser(x_t, t, cond))
+    guider = denoiser.spec.guider if rule is None and isinstance(denoiser, Denoiser) else None
     rule, scale = denoiser.rule if rule is None else rule, scale_at(denoiser, t, scale)
+    if guider is not None:
+        conditional, raw = guider.outputs(denoiser, x_t, t, cond, null, scale)
+        return Pair(denoiser, conditional, raw, 0.0, Rule())
     if null is None:
         raise ValueError(f"guidance scale {scale} needs a null condition, and this teacher has none")
     if getattr(denoiser, "mix", ()):

@@ -16,8 +16,9 @@ from stepdistill.pipeline.call import COUNTS, guidance_argument
 from stepdistill.pipeline.exports import ExportFacts, into, lora_files
 from stepdistill.pipeline.guiders import guiders
 from stepdistill.pipeline.ip_adapter import stock_arguments
-from stepdistill.pipeline.stock_call import declared, pictures_in
+from stepdistill.pipeline.stock_call import declared, is_modular, off, pictures_in, result_name
 from stepdistill.pipeline.trace import Trace
+from stepdistill.recipe.section import Guidance
 
 PLACE = "PATH_OF_THIS_FOLDER"
 """Where the card's snippets name the folder; an upload puts the repository there."""
@@ -57,7 +58,7 @@ def model_card(
         pipeline=type(trace.pipeline).__name__,
         scheduler=type(scheduler).__name__,
         stretched=bool(scheduler.config.get("shift_terminal")),
-        guidance=f"{facts.guidance:g}{rule_text(facts.teacher_guidance.combination)}",
+        guidance=f"{facts.guidance:g}{_by(facts.teacher_guidance)}",
         place=_place(facts),
         parts=_parts(facts),
         snippet=_snippet(facts, trace, half),
@@ -65,6 +66,11 @@ def model_card(
         others=others,
         quality=NOT_MEASURED,
     )
+
+
+def _by(guidance: Guidance) -> str:
+    """The rule in words that follow a scale."""
+    return rule_text(guidance.combination) + (f" by {guidance.guider['name']}" if guidance.guider else "")
 
 
 def is_local(place: str) -> bool:
@@ -126,7 +132,8 @@ def _snippet(facts: ExportFacts, trace: Trace, half: bool) -> str:
         for component, file in list(lora_files(trace.components).items())[1:]:
             lines.append(f'pipe.load_lora_weights("{PLACE}"{_keywords({"weight_name": file} | into(component))})')
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained("{PLACE}", subfolder="scheduler")')
-        lines += [f"pipe.{name} = pipe.{name}.new(enabled=False)" for name in guiders(trace.pipeline)]
+        for one, guider in guiders(trace.pipeline).items():
+            lines.append(f"pipe.{one} = pipe.{one}.new({_keywords(off(guider)).removeprefix(', ')})")
     elif facts.adapter:
         lines.append(f'stepdistill.attach(pipe, "{PLACE}", scale={facts.guidance:g})')
     if lora and embedded:
@@ -141,8 +148,14 @@ def _snippet(facts: ExportFacts, trace: Trace, half: bool) -> str:
         lines.append(f"pipe.set_ip_adapter_scale({adapter.scale:g})")
     imports.append(f"from diffusers import {f'{scheduler}, {name}' if lora else name}")
     result = "frames" if _is_video(trace) else "images"
-    load = f"pipe = {name}.from_pretrained({base}){'.to(torch.float32)' if half else ''}"
-    return "\n".join([*imports, "", load, *lines, f"{result} = pipe({_call(facts, trace)}).{result}"])
+    if is_modular(trace.pipeline):
+        load = f"pipe = {name}.from_pretrained({base})\npipe.load_components({'dtype=torch.float32' if half else ''})"
+        result = result_name(trace.pipeline)
+        drawn = f'pipe({_call(facts, trace)}, output="{result}")'
+    else:
+        load = f"pipe = {name}.from_pretrained({base}){'.to(torch.float32)' if half else ''}"
+        drawn = f"pipe({_call(facts, trace)}).{result}"
+    return "\n".join([*imports, "", load, *lines, f"{result} = {drawn}"])
 
 
 def _base(facts: ExportFacts) -> str:

@@ -17,6 +17,7 @@ from stepdistill.files import weight_file
 from stepdistill.pipeline.complete import components
 from stepdistill.pipeline.folder import adapter_apart, save_pipeline
 from stepdistill.pipeline.guiders import guiders, switched_off
+from stepdistill.pipeline.modular import holds_modular, write_index
 
 INDEX = "model_index.json"
 FOREIGN = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml")
@@ -49,6 +50,9 @@ def save_student(pipeline: Any, trained: Sequence[str], out: Path) -> None:
             network.save_pretrained(out / name, safe_serialization=True)
     scheduler.save_pretrained(out / "scheduler")
     _switch_off(pipeline, out)
+    if holds_modular(folder):
+        write_index(out, folder, {"scheduler": scheduler} | guiders(pipeline))
+        return
     shutil.copyfile(folder / INDEX, out / INDEX)
     facts = json.loads((out / INDEX).read_text(encoding="utf-8"))
     if facts["scheduler"] != (entry := ["diffusers", type(scheduler).__name__]):

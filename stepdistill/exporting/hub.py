@@ -12,6 +12,7 @@ from stepdistill.errors import InputError
 from stepdistill.exporting.card import PLACE
 from stepdistill.files import read_json
 from stepdistill.pipeline.exports import FACTS
+from stepdistill.pipeline.modular import holds_modular, name_repository
 
 
 def push(folder: Path, repository: str, private: bool = True) -> str:
@@ -27,6 +28,8 @@ def push(folder: Path, repository: str, private: bool = True) -> str:
     check_name(repository)
     card = folder / "README.md"
     card.write_text(card.read_text(encoding="utf-8").replace(PLACE, repository), encoding="utf-8")
+    if holds_modular(folder):
+        name_repository(folder, repository)
     api = HfApi()
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)

@@ -4,7 +4,6 @@ It states the student's grid as noise levels, so it needs no scheduler and no sh
 sampler for gets no workflow, and a reason.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from stepdistill.diffusion.samplers import Sampler
 from stepdistill.diffusion.schedule import Schedule
 from stepdistill.pipeline.exports import ExportFacts
+from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.trace import Trace
 
 SAMPLERS = {"renoise": "lcm", "ddim": "euler"}
@@ -187,7 +187,7 @@ def _sampling(trace: Trace, sampler: Sampler) -> dict[str, Any]:
 
 def _size(trace: Trace, video: bool) -> dict[str, int]:
     """Width and height in pixels, and a video's frames, of a plain call."""
-    pipeline, declared = trace.pipeline, inspect.signature(type(trace.pipeline).__call__).parameters
+    pipeline, declared = trace.pipeline, parameters(trace.pipeline)
     side = getattr(pipeline, "default_sample_size", None) or getattr(trace.network.config, "sample_size", None)
     square = side * pipeline.vae_scale_factor if isinstance(side, int) else 1024
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from stepdistill.errors import InputError
-from stepdistill.pipeline.guiders import guided_at
-from stepdistill.pipeline.stock_call import called, pictures_in, ready
+from stepdistill.pipeline.guiders import guided_at, negative_prompt
+from stepdistill.pipeline.stock_call import called, parameters, pictures_in, ready
 
 Made = TypeVar("Made")
 
@@ -45,7 +45,7 @@ def entry_argument(pipeline: Any) -> str:
     Raises:
         TraceError: none of them.
     """
-    accepted = inspect.signature(pipeline.__call__).parameters
+    accepted = parameters(pipeline)
     for name in ENTRY_ARGUMENTS:
         if name in accepted:
             return name
@@ -59,7 +59,7 @@ def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
 
     Of several the first that is on by default: the others are for variants of the network.
     """
-    accepted = inspect.signature(pipeline.__call__).parameters
+    accepted = parameters(pipeline)
     present = [accepted[name] for name in GUIDANCE_ARGUMENTS if name in accepted]
     on = [one for one in present if isinstance(one.default, int | float) and one.default > 1]
     return next(iter([*on, *present]), None)
@@ -67,12 +67,12 @@ def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
 
 def other_guidance(pipeline: Any) -> str:
     """What switches off a guidance that has its own scale; may be empty."""
-    parameters = inspect.signature(pipeline.__call__).parameters
-    if "pag_scale" in parameters:
+    accepted = parameters(pipeline)
+    if "pag_scale" in accepted:
         return "; its perturbed attention is a further pass, which teacher.arguments.pag_scale=0 leaves out"
     scales = [
         name
-        for name, parameter in parameters.items()
+        for name, parameter in accepted.items()
         if name.endswith("guidance_scale") and isinstance(parameter.default, int | float) and parameter.default > 1
     ]
     if guidance_argument(pipeline) is None and len(scales) == 1:
@@ -99,11 +99,11 @@ def check_needed(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     Raises:
         InputError: one is another.
     """
-    parameters = inspect.signature(pipeline.__call__).parameters
+    accepted = parameters(pipeline)
     for name, (needed, why) in NEEDED.items():
-        if name not in parameters:
+        if name not in accepted:
             continue
-        value = arguments.get(name, parameters[name].default)
+        value = arguments.get(name, accepted[name].default)
         if isinstance(value, int | float) and value != needed:
             found = str(value).lower() + ("" if name in arguments else ", its default")
             stated = str(needed).lower()
@@ -115,7 +115,7 @@ def check_needed(pipeline: Any, arguments: Mapping[str, Any]) -> None:
 
 def added_noise(pipeline: Any, arguments: Mapping[str, Any]) -> str:
     """Which argument leaves out the noise that the pipeline adds at every step to what it keeps; may be empty."""
-    for name, parameter in inspect.signature(pipeline.__call__).parameters.items():
+    for name, parameter in parameters(pipeline).items():
         value = arguments.get(name, parameter.default)
         if name.endswith("cond_noise_scale") and isinstance(value, int | float) and value > 0:
             return f"; teacher.arguments.{name}=0 leaves its noise out"
@@ -153,7 +153,7 @@ def call_arguments(
     Raises:
         InputError: the pipeline takes no argument of such a name, or another key of the recipe sets it.
     """
-    accepted = inspect.signature(pipeline.__call__).parameters
+    accepted = parameters(pipeline)
     entry = entry_argument(pipeline)
     alone = isinstance(entries, str)
     count = 1 if alone else len(entries)
@@ -195,22 +195,30 @@ def one_each(value: Any) -> bool:
 
 
 def in_any_way(
-    call: Callable[[Mapping[str, Any], bool], Made], arguments: Mapping[str, Any], *, alone: bool
+    call: Callable[[Mapping[str, Any], bool], Made],
+    arguments: Mapping[str, Any],
+    *,
+    alone: bool,
+    pipeline: Any = None,
 ) -> tuple[Made, dict[str, Any], bool]:
     """What ``call`` makes in the first way in which the pipeline can be called: (made, arguments, prompts alone).
 
-    The ways: as stated; with a picture for each entry where one is stated for all; one entry at a time.
+    The ways: as stated; with an empty negative prompt; with a picture for each entry where one is stated for all; one
+    entry at a time.
 
     Args:
         call: of the arguments, and whether each entry is called alone.
         arguments: those stated.
         alone: whether one entry at a time is a way.
+        pipeline: that may need a negative prompt; None: that is no way.
 
     Raises:
         TraceError: the first call's, where all ways fail; or what is wrong with a run that did not fail.
     """
     single = {name for name, value in arguments.items() if isinstance(value, str) and pictures_in(value)}
     ways = [(dict(arguments), False)]
+    if pipeline is not None and (empty := negative_prompt(pipeline, arguments)):
+        ways.append((arguments | empty, False))
     if single:
         ways.append(({name: [value] if name in single else value for name, value in arguments.items()}, False))
     if alone:

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import transformers
 from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
 from stepdistill.errors import InputError
+from stepdistill.files import INDEXES, index_of
 
 NAMED = 3
 """How many keys a message names."""
@@ -155,16 +157,33 @@ def check_tokenizers(pipeline: str | Path, folder: Path) -> None:
             )
 
 
+def is_foreign(library: Any) -> bool:
+    """Whether a library that an index names is other code than diffusers' and transformers'; None is no library."""
+    own = library in (None, "diffusers", "transformers")
+    return not (own or (isinstance(library, str) and hasattr(diffusers.pipelines, library)))
+
+
 def components(folder: Path) -> Iterable[tuple[str, str]]:
     """(name, class) of the components that the pipeline in ``folder`` lists.
 
     Raises:
-        InputError: its model_index.json is no JSON object.
+        InputError: its index is no JSON object.
     """
-    index = folder / "model_index.json"
+    return [(name, kind) for name, (_, kind) in classes(folder).items()]
+
+
+def classes(folder: Path) -> dict[str, tuple[str, str]]:
+    """(library, class) by name of the components that the pipeline in ``folder`` lists.
+
+    Raises:
+        InputError: its index is no JSON object.
+    """
+    index = index_of(folder) or folder / INDEXES[0]
     try:
         facts = json.loads(index.read_text(encoding="utf-8"))
-        pairs = [(name, value) for name, value in facts.items() if isinstance(value, list) and len(value) == 2]
+        listed = {name: value for name, value in facts.items() if isinstance(value, list) and len(value) in (2, 3)}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{index}: expected a JSON object of components, found {error}") from None
-    return [(name, value[1]) for name, value in pairs if isinstance(value[1], str)]
+    # A modular one states the class beside the place, even of a component that it has never held.
+    stated = {name: value[2].get("type_hint") or value if len(value) == 3 else value for name, value in listed.items()}
+    return {name: (value[0], value[1]) for name, value in stated.items() if isinstance(value[1], str)}

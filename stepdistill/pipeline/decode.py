@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stepdistill.diffusion.denoiser import first_tensor
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.observe import Answer, forked_random, patched
+from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.trace import Trace
 
 
@@ -38,7 +39,7 @@ def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
     """
     pipeline = trace.pipeline
     network, scheduler = trace.network, pipeline.scheduler
-    accepted = inspect.signature(pipeline.__call__).parameters
+    accepted = parameters(pipeline)
     parts = []
     for chunk in latents.split(trace.at_once(batch or at_once(trace.latent_shape, 2**16))):
         chunk = chunk.to(next(network.parameters()).device, network.dtype)

@@ -148,6 +148,14 @@ def is_guided(recording: Recording) -> bool:
     )
 
 
+def repeats(on: Recording) -> bool:
+    """Whether a guided step calls the denoiser several times with the same arguments."""
+    first, *others = only(on, denoiser_component(on)).steps[0].calls
+    return any(
+        all(same(value, other.arguments.get(name)) for name, value in first.arguments.items()) for other in others
+    )
+
+
 def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Module, schedule: Schedule) -> CallSpec:
     """The spec with timestep argument = scale * scheduler's timestep + offset at every call, and all that is the time.
 

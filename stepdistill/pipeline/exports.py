@@ -13,6 +13,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from stepdistill.errors import InputError
 from stepdistill.files import read_json, write_text
+from stepdistill.pipeline.modular import put
 from stepdistill.recipe import IPAdapter, Teacher
 from stepdistill.recipe.section import Guidance
 from stepdistill.roles.views import AdapterView, adapter_layers
@@ -122,7 +123,8 @@ class ExportFacts:
     def teacher_guidance(self) -> Guidance:
         """The guidance that is distilled, with the rule of the recipe."""
         settings = self._teacher.get("guidance", {})
-        rule = {name: settings[name] for name in ("interval", "rescale", "rule", "eta", "norm") if name in settings}
+        names = ("interval", "rescale", "rule", "eta", "norm", "guider")
+        rule = {name: settings[name] for name in names if name in settings}
         return Guidance(scale=self.guidance, **rule)
 
     @property
@@ -157,7 +159,7 @@ def fuse(pipeline: Any, folder: Path) -> Any:
     pipeline.fuse_lora(**({"components": [pipeline.transformer_name, *others]} if others else {}))
     pipeline.unload_lora_weights()
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    pipeline.register_modules(scheduler=getattr(diffusers, config["_class_name"]).from_config(config))
+    put(pipeline, scheduler=getattr(diffusers, config["_class_name"]).from_config(config))
     return pipeline
 
 

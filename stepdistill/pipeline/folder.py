@@ -16,6 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.complete import all_weights_found, check_tokenizers
+from stepdistill.pipeline.modular import holds_modular, load_modular, save_modular
+from stepdistill.pipeline.stock_call import is_modular
 from stepdistill.roles.attach import CONFIG, attach, write_adapter
 from stepdistill.roles.guidance_adapters import NAME, fastened
 
@@ -40,14 +42,17 @@ def load_folder(
         InputError: it cannot be loaded that way.
     """
     check_tokenizers(path, folder)
-    options: dict[str, Any] = {"torch_dtype": dtype} | ({} if variant is None else {"variant": variant})
-    if quantize is not None:
-        options["quantization_config"] = _quantization(quantize, dtype)
+    quantization = None if quantize is None else _quantization(quantize, dtype)
     try:
         with quiet(), warnings.catch_warnings(), all_weights_found(path):
             # Newer versions call the argument dtype, and warn; older ones know only this name.
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-            pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **options)
+            if holds_modular(folder):
+                pipeline = load_modular(folder, dtype, variant, quantization.quant_mapping if quantization else {})
+            else:
+                options: dict[str, Any] = {} if variant is None else {"variant": variant}
+                options |= {} if quantization is None else {"quantization_config": quantization}
+                pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype, **options)
             if quantize is None:
                 pipeline.to(dtype)  # what the libraries keep in float32, and buffers
     except InputError:
@@ -88,7 +93,10 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     with ExitStack() as stack:
         for name, network in pipeline.components.items():
             stack.enter_context(adapter_apart(name, network, folder))
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        if is_modular(pipeline):
+            save_modular(pipeline, folder)
+        else:
+            pipeline.save_pretrained(folder, safe_serialization=True)
     if labels := getattr(pipeline, "labels", None):
         names: dict[str, str] = {}
         for name, number in labels.items():

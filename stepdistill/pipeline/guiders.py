@@ -5,7 +5,7 @@ distils is the recipe's guidance, whatever the guider is: plain guidance takes i
 with a scale, and one pass per step where it is called without. Exports hold it switched off.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +13,18 @@ from diffusers import ClassifierFreeGuidance
 from diffusers.guiders import BaseGuidance
 
 from stepdistill.pipeline.folder import quiet
+from stepdistill.pipeline.stock_call import off, parameters
 
 
 def guiders(pipeline: Any) -> dict[str, BaseGuidance]:
     """The components of a pipeline that combine the passes of a step, by name; empty for most pipelines."""
     return {name: part for name, part in pipeline.components.items() if isinstance(part, BaseGuidance)}
+
+
+def negative_prompt(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """An empty negative prompt, which some pipelines with a guider need and do not fill in themselves; else empty."""
+    missing = "negative_prompt" in parameters(pipeline) and "negative_prompt" not in arguments
+    return {"negative_prompt": ""} if guiders(pipeline) and missing else {}
 
 
 @contextmanager
@@ -39,4 +46,4 @@ def guided_at(pipeline: Any, scale: float) -> Iterator[None]:
 def switched_off(guider: BaseGuidance) -> BaseGuidance:
     """The same guider for one pass per step."""
     with quiet():
-        return guider.new(enabled=False)
+        return guider.new(**off(guider))

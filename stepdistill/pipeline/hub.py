@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 
 from stepdistill.errors import InputError
-from stepdistill.files import lacking
+from stepdistill.files import INDEXES, lacking
 
 FILES = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model"]
 """All that a pipeline is, but its weights."""
@@ -84,6 +84,8 @@ def why_not(name: str, revision: str | None, variant: str | None, error: Excepti
             f"cannot be loaded: there is no such folder here{_typo(name)}, the cache of the Hugging Face hub does not "
             f"hold it, and the hub cannot be reached ({reason}); with a network, once: hf download {name}"
         )
+    if INDEXES[1] in files and INDEXES[0] not in files:
+        return f"a modular pipeline is loaded from a folder alone: hf download {name} --local-dir FOLDER"
     if (fault := lacking(files, variant)) is not None:
         key, problem = fault
         return problem if key == "pipeline" else f"teacher.{key}: {problem}"

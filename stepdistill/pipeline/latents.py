@@ -27,6 +27,7 @@ from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.decode import at_once, decode
 from stepdistill.pipeline.folder import quiet
+from stepdistill.pipeline.modular import free_hooks
 from stepdistill.pipeline.observe import patched
 from stepdistill.pipeline.trace import Trace
 
@@ -95,7 +96,7 @@ def layout(trace: Trace) -> Layout:
                 decode(trace, probes[done:].reshape(-1, *trace.latent_shape), batch=len(probes))
                 break  # without its autoencoder
             except _Seen:
-                trace.pipeline.maybe_free_model_hooks()
+                free_hooks(trace.pipeline)
     z = torch.cat(seen).flatten(1) if seen else torch.empty(0, 0)
     if len(z) == len(probes):
         shift, scale = z[0], z[1] - z[0]

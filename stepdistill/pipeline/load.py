@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepdistill.errors import InputError
-from stepdistill.files import files_in, lacking
+from stepdistill.files import files_in, index_of, lacking
 from stepdistill.pipeline.assemble import assembled, made_of
 from stepdistill.pipeline.complete import all_weights_found
 from stepdistill.pipeline.exports import ExportFacts, fuse, is_lora
@@ -104,7 +104,7 @@ def load_network(kind: type, folder: Path, variant: str | None = None) -> Any:
 
 def is_export(folder: Path) -> bool:
     """Whether :func:`load_pipeline` takes ``folder``: a pipeline, or an exported LoRA."""
-    return (folder / "model_index.json").is_file() or is_lora(folder)
+    return index_of(folder) is not None or is_lora(folder)
 
 
 def pipeline_of(path: str | Path) -> str | Path:

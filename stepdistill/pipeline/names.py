@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stepdistill import assets
 from stepdistill.errors import InputError
+from stepdistill.files import index_of
 
 
 def source(path: str | Path) -> str:
@@ -14,7 +15,7 @@ def source(path: str | Path) -> str:
         InputError: it is none of them, or a file of another kind than safetensors.
     """
     name = str(path)
-    if (Path(name) / "model_index.json").is_file():
+    if index_of(Path(name)):
         return name
     if name in assets.teachers():
         return str(assets.find(f"teachers/{name}"))

@@ -17,6 +17,7 @@ from stepdistill.diffusion.devices import torch_of
 from stepdistill.diffusion.nested import flatten
 from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, run
+from stepdistill.pipeline.modular import free_hooks
 from stepdistill.pipeline.stock_call import Replaced
 
 CLIP_SKIP = (
@@ -136,7 +137,7 @@ def observe(
         try:
             run(pipeline, entries, arguments, steps=steps, guidance=guidance, output_type="latent", **wishes)
         except _Enough:
-            pipeline.maybe_free_model_hooks()
+            free_hooks(pipeline)
         except InputError:
             raise
         except Exception as error:
@@ -169,7 +170,7 @@ def noise_shape(
         try:
             run(pipeline, entries, arguments, steps=steps, guidance=1.0, output_type="latent")
         except Exception:  # of any kind: the run that counts reports it
-            pipeline.maybe_free_model_hooks()
+            free_hooks(pipeline)
     return shape[0] if shape else None
 
 

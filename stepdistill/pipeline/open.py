@@ -12,7 +12,7 @@ from stepdistill.pipeline.load import as_teacher, load_pipeline
 from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.sizes import trace_small
 from stepdistill.pipeline.trace import Trace
-from stepdistill.pipeline.variants import with_guidance, with_rule
+from stepdistill.pipeline.variants import with_guidance, with_guider, with_rule
 from stepdistill.recipe import IPAdapter, Teacher
 from stepdistill.recipe.section import Guidance
 from stepdistill.roles.stored_weights import Frozen, store
@@ -54,7 +54,8 @@ def open_teacher(
         facts = ExportFacts.read(as_teacher(name).pipeline)
         arguments = {} if facts is None else facts.arguments
     traced = trace_small(pipeline, arguments)
-    return with_rule(with_guidance(traced, guidance.scale), guidance.combination)
+    ruled = with_rule(with_guidance(traced, guidance.scale), guidance.combination)
+    return with_guider(ruled, guidance.guider)
 
 
 def _denoisers(pipeline: Any, frozen: Frozen) -> list[torch.nn.Module]:

@@ -58,7 +58,8 @@ def passes(trace: Trace, scheduler: Any, steps: int, guidance: float) -> int:
     count = len(ready.timesteps)  # more than the steps under schedulers of second order, and PNDM's
     if guidance == 1:
         return count
-    further = max(1, len(trace.denoiser.mix))
+    guider = trace.denoiser.spec.guider
+    further = guider.passes - 1 if guider else max(1, len(trace.denoiser.mix))
     if trace.denoiser.rule.interval is None:
         return (1 + further) * count
     return count + further * int(trace.denoiser.rule.inside(trace.denoiser.schedule.time(ready.timesteps)).sum())

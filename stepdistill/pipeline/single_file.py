@@ -16,7 +16,7 @@ from torch import nn
 from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.files import files_in, lacking, read_json
-from stepdistill.pipeline.complete import all_weights_found, check_tokenizers, some, whole_before_moved
+from stepdistill.pipeline.complete import all_weights_found, check_tokenizers, is_foreign, some, whole_before_moved
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.hub import FILES, configs
 from stepdistill.progress import say
@@ -155,7 +155,7 @@ def _pipeline_class(file: Path, folder: Path) -> Any:
         raise InputError(f"pipeline {file}: diffusers reads no single files of a {name}, the pipeline in {folder}")
     for part, entry in facts.items():
         library = entry[0] if isinstance(entry, list) and entry else None
-        if library not in (None, "diffusers", "transformers") and not hasattr(diffusers.pipelines, str(library)):
+        if is_foreign(library):
             raise InputError(f"{folder / 'model_index.json'}: {part}: cannot be loaded: code of {json.dumps(library)}")
     if (fault := lacking(files_in(folder))) is not None and fault[0] == "pipeline":
         raise InputError(f"teacher.config: {folder}: {fault[1]}")

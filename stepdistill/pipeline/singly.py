@@ -118,7 +118,7 @@ class _Stack:
     def _gives(self, arguments: Mapping[str, Any], outputs: Sequence[Tensor]) -> bool:
         try:
             made = tensors_in(self.network(**unflatten(arguments)))
-        except (RuntimeError, TypeError, ValueError, IndexError):
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return False
         return len(made) == len(outputs) and all(map(close, made, outputs))
 

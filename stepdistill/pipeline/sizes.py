@@ -4,7 +4,6 @@ What depends on the size is recorded again: the latents' shape, the network's co
 grid, conditions (SDXL's sizes). All else is taken from the trace, and held to the pipeline's own step at that size.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.live import live
 from stepdistill.pipeline.observe import Call, Recording, Step, noise_shape, observe
 from stepdistill.pipeline.places import cut_by, kept_by_time, only_free, place_of, scaled_sample
+from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.trace import PROBES, Trace, trace
 
 Size = tuple[int, int]
@@ -56,7 +56,7 @@ def at_size(trace: Trace, size: Size, key: str = "size") -> Trace:
         InputError: the pipeline takes no height and width, or makes no pictures of this size.
     """
     problem, sized, name = "", None, type(trace.pipeline).__name__
-    if lacking := {"height", "width"} - inspect.signature(trace.pipeline.__call__).parameters.keys():
+    if lacking := {"height", "width"} - parameters(trace.pipeline).keys():
         raise InputError(f"{key}: {name} takes no {' and no '.join(sorted(lacking))}: its pictures have one size")
     try:
         sized = _recorded(trace, _with_size(trace, size))
@@ -96,7 +96,7 @@ def trace_small(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Tr
 
 def _smaller(pipeline: Any) -> Iterator[dict[str, int]]:
     """Arguments of small sizes, the smallest first; none of a call that takes no size."""
-    accepted = inspect.signature(pipeline.__call__).parameters
+    accepted = parameters(pipeline)
     frames = [{"num_frames": number} for number in FEW_FRAMES] if "num_frames" in accepted else [{}]
     sides = [dict(zip(("height", "width"), size, strict=True)) for size in SMALL_SIZES]
     for few in frames:

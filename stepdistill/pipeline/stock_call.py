@@ -10,6 +10,7 @@ import inspect
 import json
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 """Endings of pictures' files, those of the samples' own."""
+RESULTS = ("images", "videos", "image", "video")
+"""What blocks call the output that they draw."""
 
 
 def main(request_path: str, result_path: str) -> None:
@@ -36,16 +39,7 @@ def main(request_path: str, result_path: str) -> None:
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     dtype = getattr(torch, request["dtype"])
-    with warnings.catch_warnings():
-        # Newer versions call the argument dtype, and warn; older ones know only this name.
-        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            request["pipeline"],
-            revision=request["revision"],
-            variant=request["variant"],
-            use_safetensors=True,
-            torch_dtype=dtype,
-        )
+    pipeline = loaded(request["pipeline"], request["revision"], request["variant"], dtype)
     if request["ip_adapter"]:
         pipeline.load_ip_adapter(**request["ip_adapter"])
         pipeline.set_ip_adapter_scale(request["ip_adapter_scale"])
@@ -57,14 +51,30 @@ def main(request_path: str, result_path: str) -> None:
         scheduler = getattr(diffusers, request["scheduler"])
         pipeline.scheduler = scheduler.from_pretrained(request["lora"], subfolder="scheduler")
     for name in request["guiders"]:
-        setattr(pipeline, name, getattr(pipeline, name).new(enabled=False))
+        guider = getattr(pipeline, name)
+        setattr(pipeline, name, guider.new(**off(guider)))
     without_black_pictures(pipeline)
     if request["device"] != "cpu":
-        if pipeline.model_cpu_offload_seq is None:
+        if getattr(pipeline, "model_cpu_offload_seq", None) is None:
             pipeline.to(request["device"])
         else:
             pipeline.enable_model_cpu_offload(device=request["device"])
     save_file(record(pipeline, request["call"]), result_path)
+
+
+def loaded(place: str, revision: str | None, variant: str | None, dtype: torch.dtype):
+    """The pipeline of a folder or hub id; a modular one with its components."""
+    modular = Path(place, "modular_model_index.json").is_file() and not Path(place, "model_index.json").is_file()
+    with warnings.catch_warnings():
+        # Newer versions call the argument dtype, and warn; older ones know only this name.
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
+        if modular:
+            pipeline = diffusers.ModularPipeline.from_pretrained(place)
+            pipeline.load_components(torch_dtype=dtype, **({"variant": variant} if variant else {}))
+            return pipeline
+        return diffusers.DiffusionPipeline.from_pretrained(
+            place, revision=revision, variant=variant, use_safetensors=True, torch_dtype=dtype
+        )
 
 
 def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
@@ -97,14 +107,74 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
     return {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in result.items()}
 
 
+def is_modular(pipeline) -> bool:
+    """Whether a pipeline is made of blocks: it has no signature, and is asked for one of its blocks' outputs."""
+    return isinstance(pipeline, getattr(diffusers, "ModularPipeline", ()))
+
+
+def parameters(pipeline) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a pipeline's call, by name.
+
+    Of a modular one the inputs of its blocks. Defaults are those of the blocks that a prompt alone would run.
+    """
+    if not is_modular(pipeline):
+        return inspect.signature(pipeline.__call__).parameters
+    defaults = {one.name: one.default for one in _blocks_run(pipeline).inputs}
+    return {
+        one.name: inspect.Parameter(
+            one.name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(one.name), annotation=one.type_hint
+        )
+        for one in pipeline.blocks.inputs
+        if one.name
+    }
+
+
+def result_name(pipeline) -> str:
+    """The output of a modular pipeline that holds what it draws: the last of its blocks'."""
+    names = _blocks_run(pipeline).output_names
+    return next((name for name in RESULTS if name in names), names[-1])
+
+
+def _blocks_run(pipeline):
+    """The blocks that run on a prompt alone: others wait for a picture, a mask, ..."""
+    blocks = pipeline.blocks
+    try:
+        return blocks.get_execution_blocks(prompt="")
+    except NotImplementedError:  # it has no choice
+        return blocks
+
+
+def off(guider) -> dict:
+    """Settings of a guider for one pass per step, its scales among them: some blocks enable it anew."""
+    neutral = {name: 0.0 for name in guider.config if name.endswith("guidance_scale")}
+    if "guidance_scale" in neutral and not guider.config.get("use_original_formulation"):
+        neutral["guidance_scale"] = 1.0
+    return {"enabled": False, **neutral}
+
+
 def called(pipeline, call: dict):
     """What a call of the pipeline returns; without ``output_type`` if it refuses that one (Marigold has no latents)."""
+    if is_modular(pipeline):
+        return _called_in_blocks(pipeline, call)
     try:
         return pipeline(**call)
     except ValueError as error:
         if "output_type" not in call or "output_type" not in str(error):
             raise
         return pipeline(**{name: value for name, value in call.items() if name != "output_type"})
+
+
+def _called_in_blocks(pipeline, call: dict) -> tuple:
+    """What a modular pipeline draws, alone in a tuple; its blocks take no latents as the type of their output."""
+    wanted, accepted = result_name(pipeline), parameters(pipeline)
+    if call.get("output_type") == "latent":
+        wanted, call = "latents", call | {"output_type": "pt"}
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # it reports each exception at each level
+    try:
+        return (pipeline(**{name: value for name, value in call.items() if name in accepted}, output=wanted),)
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
 
 
 def ready(pipeline, call: dict) -> dict:
@@ -121,10 +191,10 @@ def ready(pipeline, call: dict) -> dict:
 
 def declared(pipeline, call: dict) -> dict:
     """The arguments of a call, with tuples for the lists of YAML and JSON where the pipeline declares tuples alone."""
-    parameters = inspect.signature(pipeline.__call__).parameters
+    accepted = parameters(pipeline)
 
     def wants_tuple(name: str) -> bool:
-        words = str(getattr(parameters.get(name), "annotation", "")).lower()
+        words = str(getattr(accepted.get(name), "annotation", "")).lower()
         return "tuple[" in words and "list[" not in words
 
     return {

@@ -5,7 +5,6 @@ them; what cannot be explained is refused with the name of the check. A self-tes
 step with the learned description and compares it with the pipeline's own.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,9 +16,8 @@ from torch import nn
 
 from stepdistill.diffusion.denoiser import Denoiser, Helper, innermost
 from stepdistill.diffusion.experts import Experts, Turn
-from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
-from stepdistill.diffusion.stock_schedulers import as_network_input, without_learned_variance
+from stepdistill.diffusion.stock_schedulers import without_learned_variance
 from stepdistill.diffusion.window import Span
 from stepdistill.files import sha256
 from stepdistill.pipeline import explain, turns
@@ -35,12 +33,14 @@ from stepdistill.pipeline.call import (
     in_any_way,
     other_guidance,
 )
-from stepdistill.pipeline.compare import deviation, same, tolerance
+from stepdistill.pipeline.compare import same
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
+from stepdistill.pipeline.guiders import guiders, negative_prompt
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.observe import CARRIED, Recording, Step, forked_random, modules, observe, stepped
-from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument, scaled_sample
+from stepdistill.pipeline.observe import Recording, modules, observe
+from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument
+from stepdistill.pipeline.self_test import check_schedule, self_test
 from stepdistill.pipeline.several_passes import linear_rule
 from stepdistill.pipeline.singly import observe_each
 from stepdistill.pipeline.sorting import sort_arguments
@@ -58,8 +58,6 @@ PROBES: dict[str, tuple[Any, ...]] = {
 PROBE_STEPS = 3
 MOST_STEPS = 50
 PROBE_SCALE = 4.0
-SELF_TEST_LIMIT = 1e-5
-SCHEDULE_LIMIT = 0.1
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         pipeline.scheduler = without_learned_variance(pipeline.scheduler)
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
-    (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True)
+    (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
     schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
     component = explain.denoiser_component(off)
     network = networks[component]
@@ -213,7 +211,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         spec = replace(spec, experts=turns.with_scales(experts, on, spec, guidance))
         network = Experts({name: networks[name] for name in experts})
     denoiser = Denoiser(network, spec, schedule, kind)
-    _check_schedule(off.steps[0], schedule, kind)
+    check_schedule(off.steps[0], schedule, kind)
     padded = {name for owner, (mask, _) in spec.masks.items() for name in (owner, mask)}
     rows = spec.conditions(off.steps[0].calls[0].arguments, conditions)
     shapes = {name: tuple(value.shape[1:]) for name, value in rows.items()}
@@ -225,7 +223,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         guidance=guidance,
         latent_shape=tuple(off.steps[0].sample.shape[1:]),
         conditioning={name: (None, *shape[1:]) if name in padded else shape for name, shape in shapes.items()},
-        self_test_error=_self_test(off, on, denoiser, guidance, conditions),
+        self_test_error=self_test(off, on, denoiser, guidance, conditions),
         arguments=arguments,
         alone=alone,
         encoders=explain.encoders(whole[0].steps[0], component, names),
@@ -243,7 +241,14 @@ def _watched(
     """
     three, two = PROBES[entry], PROBES[entry][:2]
     for unguided in (1.0, 0.0):
-        off = _few_steps(pipeline, three, arguments, unguided, alone)
+        try:
+            off = _few_steps(pipeline, three, arguments, unguided, alone)
+        except TraceError as error:
+            if error.check != "call" or not guiders(pipeline):
+                raise
+            _few_steps(pipeline, two, arguments, scale, alone, most=1)  # which fails for the same reason, or not
+            reason = "its blocks run with guidance alone, and a student is called without, with one pass per step"
+            raise TraceError("call", f"{error.reason}; {reason}") from error
         if not explain.is_guided(off):
             break
     else:
@@ -256,7 +261,10 @@ def _watched(
     while experts.keys() - {*off.experts} and steps < MOST_STEPS:  # each is to be seen
         steps *= 2
         off = _few_steps(pipeline, three, arguments, unguided, alone, steps)
-    return off, _few_steps(pipeline, two, arguments, scale, alone, steps), experts
+    on = _few_steps(pipeline, two, arguments, scale, alone, steps)
+    if negative_prompt(pipeline, arguments) and explain.repeats(on):
+        raise TraceError("call", "both passes of a guided step are the same, as no negative prompt is stated")
+    return off, on, experts
 
 
 def _first(entry: str, alone: bool) -> Any:
@@ -338,61 +346,3 @@ def _few_steps(
         name = type(pipeline).__name__
         raise TraceError("components", f"{name} never steps its own scheduler; perhaps it steps copies of it")
     return turns.as_one(recording, turns.alike(recording, modules(pipeline)))
-
-
-def _check_schedule(step: Step, schedule: Schedule, kind: Kind) -> None:
-    """A scheduler that gets exact outputs for a known image must arrive at that image."""
-    scheduler = copy.deepcopy(step.scheduler)
-    device = step.sample.device
-    if begin := getattr(scheduler, "begin_index", None):
-        raise TraceError(
-            "schedule",
-            f"the pipeline begins at step {begin + 1} of its grid; students are trained from pure noise",
-        )
-    with forked_random(device):
-        x0 = torch.rand(step.sample.shape, device=device) * 1.6 - 0.8
-        eps = torch.randn(step.sample.shape, device=device)
-        x, options = None, {name: None for name in step.options if name in CARRIED} | {"return_dict": False}
-        for timestep in scheduler.timesteps:
-            t = schedule.time(timestep.to(device)).expand(len(x0))
-            if x is None:
-                unit = torch.ones_like(x0)
-                x = schedule.add_noise(x0, eps, t) / as_network_input(scheduler, unit, timestep)
-            x_t = as_network_input(scheduler, x, timestep)
-            x, options = stepped(scheduler, schedule.from_x0(x0, x_t, t, kind), timestep, x, options)
-    error = float((x - x0).square().mean().sqrt() / x0.square().mean().sqrt())
-    if not error <= SCHEDULE_LIMIT:
-        raise TraceError(
-            "schedule",
-            f"{type(step.scheduler).__name__}, given exact {kind} predictions of an image, does not arrive at it "
-            f"(off by {error:.1e})",
-        )
-
-
-def _self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guidance, conditions: list[str]) -> float:
-    """The largest relative error of the recorded steps replayed with the learned description.
-
-    Raises:
-        TraceError: it is above 1e-5 (float32).
-    """
-    worst = 0.0
-    # An embedded scale is a constant of the network, learned at the scale of the guided run.
-    for recording in (on,) if guidance.kind == "embedded" else (off, on):
-        for step in recording.steps:
-            n = recording.count
-            x_t = scaled_sample(step)[:n]
-            timestep = explain.received_timestep(step, denoiser.spec, denoiser.schedule)
-            t = denoiser.schedule.time(timestep.to(x_t.device)).expand(n)
-            if recording is on:
-                cond, null = guidance.split(step.calls, denoiser.spec, conditions, n)
-                scale = 1.0 if null is None else guidance.w
-                prediction = guided(denoiser, x_t, t, cond, null, scale)
-            else:
-                prediction = denoiser(x_t, t, denoiser.spec.conditions(step.calls[0].arguments, conditions))
-            raw = prediction.raw.to(step.model_output.dtype)
-            copies = len(step.sample) // n
-            worst = max(worst, deviation(step.replay(torch.cat([raw] * copies)), step.previous))
-    limit = max(SELF_TEST_LIMIT, tolerance(on.steps[0].calls[0].output.dtype))
-    if not worst <= limit:
-        raise TraceError("self-test", f"a replayed step is off the pipeline's own by {worst:.1e} (limit {limit:.0e})")
-    return worst

@@ -1,12 +1,12 @@
 """Prompts that are longer than a pipeline reads."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from stepdistill.pipeline.folder import quiet
+from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.trace import Trace
 
 
@@ -21,7 +21,7 @@ def unread(trace: Trace, prompts: Sequence[str]) -> dict[str, str]:
 
 def _room(trace: Trace, tokenizer: Any) -> int:
     """How many tokens the pipeline takes of one tokenizer; those of CLIP have room for what they were trained on."""
-    limit = inspect.signature(trace.pipeline.__call__).parameters.get("max_sequence_length")
+    limit = parameters(trace.pipeline).get("max_sequence_length")
     longest = trace.arguments.get("max_sequence_length", limit and limit.default)
     if isinstance(longest, int) and "CLIP" not in type(tokenizer).__name__:
         return min(longest, tokenizer.model_max_length)

@@ -1,11 +1,14 @@
 """A traced pipeline with one thing changed: the scale that its network takes, its guidance's rule, its grids' shift."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import rule_text
+from stepdistill.diffusion.guiders import Guider
 from stepdistill.diffusion.schedule import FlowSchedule
 from stepdistill.errors import InputError
 from stepdistill.kernels import Rule
@@ -54,6 +57,26 @@ def with_rule(trace: Trace, rule: Rule) -> Trace:
         )
     old = trace.denoiser
     return replace(trace, denoiser=Denoiser(old.network, replace(old.spec, rule=rule), old.schedule, old.kind))
+
+
+def with_guider(trace: Trace, settings: Mapping[str, Any] | None) -> Trace:
+    """The same pipeline guided by a guider of diffusers; None: by its rule.
+
+    Args:
+        settings: ``name``, and arguments of that class.
+
+    Raises:
+        InputError: no such guider, or none for this pipeline.
+    """
+    if settings is None:
+        return trace
+    old = trace.denoiser
+    if trace.guidance.kind in ("none", "embedded") or old.mix or old.spec.experts:
+        kind = "one of several passes or networks" if old.mix or old.spec.experts else trace.guidance.kind
+        raise InputError(f"teacher.guidance.guider: expected null for a pipeline whose guidance is {kind}")
+    guider = Guider(settings["name"], {name: value for name, value in settings.items() if name != "name"})
+    guider.made(2.0)  # refused here, at any scale at which it is on
+    return replace(trace, denoiser=Denoiser(old.network, replace(old.spec, guider=guider), old.schedule, old.kind))
 
 
 def with_shift(trace: Trace, shift: float | None) -> Trace:

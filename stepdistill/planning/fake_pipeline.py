@@ -24,10 +24,12 @@ from stepdistill.diffusion.schedule import from_scheduler
 from stepdistill.diffusion.window import Window
 from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps, in_any_way
+from stepdistill.pipeline.complete import classes
 from stepdistill.pipeline.explain import encoders
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.hub import configs
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
+from stepdistill.pipeline.modular import holds_modular, load_modular
 from stepdistill.pipeline.names import source
 from stepdistill.pipeline.observe import (
     Call,
@@ -170,10 +172,9 @@ def _configs(teacher: Teacher) -> Path:
 def from_configs(folder: Path, dtype: torch.dtype, mode: AbstractContextManager) -> Any:
     """The pipeline that the configs in ``folder`` describe, with fresh weights; without data in a fake ``mode``."""
     networks = {}
-    for name, entry in DiffusionPipeline.load_config(folder).items():
-        if not isinstance(entry, list) or entry[0] is None:
+    for name, (library, class_name) in classes(folder).items():
+        if not (folder / name).is_dir():  # a modular pipeline lists what it could have as well
             continue
-        library, class_name = entry
         module = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
         kind = getattr(importlib.import_module(module), class_name)
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
@@ -186,7 +187,10 @@ def from_configs(folder: Path, dtype: torch.dtype, mode: AbstractContextManager)
             with quiet():  # of parts that are better kept in float32
                 networks[name] = network.to(dtype).eval()
     with quiet():
-        pipeline = DiffusionPipeline.from_pretrained(folder, **networks)
+        if holds_modular(folder):
+            pipeline = load_modular(folder, dtype, networks=networks)
+        else:
+            pipeline = DiffusionPipeline.from_pretrained(folder, **networks)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -14,7 +14,7 @@ from stepdistill.data import picture
 from stepdistill.data.sample import SUFFIXES
 from stepdistill.data.sources import form
 from stepdistill.errors import InputError, found, suggest
-from stepdistill.files import files_in, lacking
+from stepdistill.files import files_in, index_of, lacking
 from stepdistill.recipe.published_runs import RUNS
 from stepdistill.recipe.yaml_lines import Keys
 
@@ -56,7 +56,7 @@ def teacher_pipeline(recipe: "Recipe", config: Any) -> Problems:
             known = f"an embedded teacher ({', '.join(embedded) or 'none here'}), an existing folder or a hub id"
             key, problem = _expected("teacher.pipeline", f"{known} owner/name", pipeline)
             yield key, f"{problem}{suggest(pipeline, embedded)}"
-    elif not (folder / "model_index.json").is_file():
+    elif index_of(folder) is None:
         problem = f"expected a pipeline in diffusers format, found no model_index.json in {folder}"
         yield ("teacher", "pipeline"), problem
     elif (lack := lacking(files_in(folder), recipe.teacher.variant)) is not None:
@@ -244,7 +244,7 @@ def guidance(recipe: "Recipe", config: Any) -> Problems:
         yield _expected("teacher.guidance.interval", "[low, high] with 0 <= low < high <= 1", guidance.interval)
     yield from _numbers_of_rule(guidance)
     if method.implementation.guides_itself:
-        for key, off in (("interval", None), ("rescale", 0.0), ("rule", "cfg")):
+        for key, off in (("interval", None), ("rescale", 0.0), ("rule", "cfg"), ("guider", None)):
             if (value := getattr(guidance, key)) != off:
                 expected = f"{found(off)} for {method.name}, which forms guidance itself"
                 yield _expected(f"teacher.guidance.{key}", expected, value)
@@ -252,6 +252,12 @@ def guidance(recipe: "Recipe", config: Any) -> Problems:
 
 def _numbers_of_rule(guidance: "Guidance") -> Problems:
     """Numbers that this rule of guidance does not have."""
+    if guidance.guider is not None:
+        if not isinstance(guidance.guider.get("name"), str):
+            yield _expected("teacher.guidance.guider", "{name: AutoGuidance, ...}", guidance.guider)
+        for key, off in (("interval", None), ("rescale", 0.0), ("rule", "cfg")):
+            if (value := getattr(guidance, key)) != off:
+                yield _expected(f"teacher.guidance.{key}", f"{found(off)} beside teacher.guidance.guider", value)
     if guidance.rule == "apg":
         if guidance.momentum:
             why = "a training sample has no step before it; stepdistill sample --rule apg:ETA,NORM,MOMENTUM takes it"

@@ -39,6 +39,11 @@ class Guidance(Section):
     )
     eta: float = Field(0.0, description="factor on the part of the difference along the conditional x_0; 1: as in cfg")
     norm: float = Field(0.0, ge=0, description="largest norm of a sample's difference, in latents; 0: any")
+    guider: dict[str, Any] | None = Field(
+        None,
+        description="a guider of diffusers in the place of the rule, with its settings: {name: "
+        "ClassifierFreeZeroStarGuidance, zero_init_steps: 0}; its guidance_scale is the scale; null: the rule",
+    )
     momentum: float = Field(0.0, description="apg's momentum over steps; must be 0 in training; see sample --rule apg")
 
     @property

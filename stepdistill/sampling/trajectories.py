@@ -228,6 +228,8 @@ def _key(teacher: Denoiser, conditioning: Conditioning, times: Tensor, *values: 
         values = (*values, spec.experts)
     if spec.mix:
         values = (*values, spec.mix)
+    if spec.guider:
+        values = (*values, spec.guider)
     for helper in spec.helpers:
         own = helper.denoiser
         values = (*values, helper.name, helper.feeds, own.spec.constants, own.network.state_dict())

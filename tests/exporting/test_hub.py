@@ -1,5 +1,6 @@
 """An upload: the folder as it is, its card complete; the hub itself is a stand-in."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,9 @@ class FakeHub:
         return f"https://huggingface.co/{repository}"
 
     def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str, ignore_patterns: list[str]) -> None:
-        files = {p.name: p.read_text() for p in Path(folder_path).iterdir() if p.name not in ignore_patterns}
+        files = {
+            p.name: p.read_text() for p in Path(folder_path).iterdir() if p.is_file() and p.name not in ignore_patterns
+        }
         self.calls.append(("upload", repo_id, files))
 
     def upload_file(self, path_or_fileobj: bytes, path_in_repo: str, repo_id: str, commit_message: str) -> None:
@@ -92,7 +95,8 @@ def test_the_command_uploads_what_it_exported(calls, tmp_path, monkeypatch, caps
     (tmp_path / "README.md").write_text(PLACE)
     result = ExportResult(tmp_path, 1e-7, "lora")
     monkeypatch.setattr(stepdistill, "export", lambda *_: result, raising=False)
-    assert cli.run(["export", "run", "out", "--hub", "me/student"]) == 0
+    (tmp_path / "recipe.yaml").write_text("")
+    assert cli.run(["export", str(tmp_path), "out", "--hub", "me/student"]) == 0
     assert calls[0] == ("create", "me/student", True, True)
     assert "https://huggingface.co/me/student" in capsys.readouterr().out
 
@@ -111,3 +115,15 @@ def test_without_a_login_it_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(create_repo=refuse))
     with pytest.raises(InputError, match="--hub: expected a login"):
         hub.push(tmp_path, "me/student")
+
+
+def test_an_uploaded_index_says_where_the_components_lie(calls, tmp_path):
+    (tmp_path / "README.md").write_text("card")
+    (tmp_path / "unet").mkdir()
+    entry = {"pretrained_model_name_or_path": None, "subfolder": "unet"}
+    index = {"unet": ["diffusers", "UNet2DConditionModel", entry], "controlnet": [None, None, entry]}
+    (tmp_path / "modular_model_index.json").write_text(json.dumps(index))
+    hub.push(tmp_path, "me/student")
+    uploaded = json.loads(calls[1][2]["modular_model_index.json"])
+    places = {name: value[2]["pretrained_model_name_or_path"] for name, value in uploaded.items()}
+    assert places == {"unet": "me/student", "controlnet": None}
