@@ -45,6 +45,7 @@ from stepdistill.pipeline.several_passes import linear_rule
 from stepdistill.pipeline.singly import observe_each
 from stepdistill.pipeline.sorting import sort_arguments
 from stepdistill.pipeline.stock_call import pictures_in
+from stepdistill.roles.views import noting_inputs
 
 __all__ = ["Guidance", "Trace", "TraceError", "load_pipeline", "trace"]
 
@@ -225,7 +226,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         guidance=guidance,
         latent_shape=tuple(off.steps[0].sample.shape[1:]),
         conditioning={name: (None, *shape[1:]) if name in padded else shape for name, shape in shapes.items()},
-        self_test_error=_self_test(off, on, denoiser, guidance, conditions),
+        self_test_error=noting_inputs(network)(_self_test)(off, on, denoiser, guidance, conditions),
         arguments=arguments,
         alone=alone,
         encoders=explain.encoders(whole[0].steps[0], component, names),
