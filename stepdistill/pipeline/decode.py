@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import first_tensor
+from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.observe import Answer, forked_random, patched
 from stepdistill.pipeline.trace import Trace
@@ -34,7 +35,7 @@ def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
     The pipeline runs a step, or two, in which the denoiser is silent and the scheduler returns ``latents``.
 
     Raises:
-        TraceError: the pipeline does not return images as a tensor.
+        TraceError: the pipeline's decoding fails, or does not return images as a tensor.
     """
     pipeline = trace.pipeline
     network, scheduler = trace.network, pipeline.scheduler
@@ -57,7 +58,13 @@ def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
         ):
             entries = trace.probe if many or trace.alone else trace.probe * len(chunk)
             wishes = {"guidance": trace.guidance.plain_scale, "output_type": "pt", **many}
-            images = first_tensor(run(pipeline, entries, trace.arguments, steps=trace.fewest_steps, **wishes))
+            try:
+                images = first_tensor(run(pipeline, entries, trace.arguments, steps=trace.fewest_steps, **wishes))
+            except InputError:
+                raise
+            except (NotImplementedError, TypeError, ValueError, IndexError, AttributeError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise TraceError("decode", f"{type(pipeline).__name__} fails after its last step: {reason}") from error
         if not isinstance(images, Tensor) or len(images) != len(chunk):
             raise TraceError("decode", f"{type(pipeline).__name__} does not return its images as one tensor")
         if images.ndim == 5:

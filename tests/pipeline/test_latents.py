@@ -94,6 +94,17 @@ def test_a_pipeline_that_decodes_image_by_image(monkeypatch):
     assert torch.equal(layout(traced).order, expected.order)
 
 
+def test_a_decoder_that_fails_says_why():
+    """Allegro's decodes in tiles alone, which have to be switched on."""
+    traced = trace(tiny_sd())
+
+    def decode_tiles(*_args, **_kwargs):
+        raise NotImplementedError("Decoding without tiling has not been implemented yet.")
+
+    with patched(traced.pipeline.vae, "decode", decode_tiles), pytest.raises(InputError, match="step: Decoding with"):
+        decode(traced, torch.zeros(1, *traced.latent_shape))
+
+
 def test_a_decoder_has_a_graph():
     traced = trace(ZOO["flux"].build(), ZOO["flux"].arguments)
     latents = torch.randn(1, *traced.latent_shape, requires_grad=True)
