@@ -40,7 +40,7 @@ from stepdistill.training import previews, run_samples, selfcheck
 
 PROMPTS = ["a red shoe", "two birds on a wire"]
 FEWER = {(run_samples, "TEACHER_STEPS"): 2, (previews, "COUNT"): 2, (cost, "REPEATS"): 1}
-FEWER |= {(selfcheck, "TRAJECTORY_STEPS"): 2, (selfcheck, "FEW"): 1}
+FEWER |= {(selfcheck, "TRAJECTORY_STEPS"): 2, (selfcheck, "ROWS"): 4, (selfcheck, "FEW"): 1}
 # What a refusal says, and what of the recipe it makes a user change.
 WAYS_OUT: list[tuple[str, Mapping[str, Any]]] = [
     (r"guidance\.scale", {"teacher.guidance.scale": 1.0}),
