@@ -7,7 +7,7 @@ RESULTS.jsonl is written by scripts/sweep/sweep.py and whole.py beside it, a lin
 ``test`` wins over an earlier one. ``name`` is the pipeline's class, ``kind`` text-to-image or another, ``built`` and
 ``traced`` are booleans, ``reason`` says why not. ``arguments`` are those that a refusal named and that were then set;
 ``objects`` says that some are no plain values. ``whole`` is what came of the whole way: ``passed``, the ``form`` of the
-export, the ``method``, what was trained (``train``), and the ``reason`` where it did not pass.
+export, the ``sampler``, what was trained (``train``), and the ``reason`` where it did not pass.
 """
 
 import argparse
@@ -24,7 +24,6 @@ ROOT = Path(__file__).parents[1]
 PAGE, STORED = ROOT / "docs" / "pipelines.md", ROOT / "assets" / "benchmarks" / "sweep.json"
 BEGIN, END = "<!-- sweep: written by scripts/sweep_table.py -->", "<!-- end of sweep -->"
 WIDTH, LONGEST, A_LINE = 120, 160, 8
-WHAT = {"lora": "a LoRA", "full": "all weights"}
 TEXT = """\
 diffusers tests its pipelines on tiny random ones. Each of them is built here offline, with small tokenizers and text
 encoders in the place of those that its test would download. Then it is traced with the arguments of its test.
@@ -35,10 +34,11 @@ Of {tests} tests (commit {commit}), {built} build a pipeline with diffusers {dif
 ({share}) are traced** by stepdistill {stepdistill}: recorded steps are repeated to 1e-5. For {advised} of them an
 argument was set that the first refusal had named (`{names}`).
 
-**{passed} of the {tried} that were tried ({passed_share}) go the whole way** (`scripts/sweep/whole.py`): the pipeline is
-saved as a folder, and `stepdistill train` distils it two steps with a recipe. The export is loaded by stock diffusers,
-and a plain call of it repeats the student's samples to 1e-5. {loras} of the exports are LoRAs, {wholes} whole pipelines.
-{methods}
+**{passed} of the {tried} that were tried ({passed_share}) go the whole way** (`scripts/sweep/whole.py`): the pipeline
+is saved as a folder, and `stepdistill train` distils it with a recipe: two steps of DMD2, a LoRA. The export is loaded
+by stock diffusers, and a plain call of it repeats the student's samples to 1e-5. {loras} of the exports are LoRAs,
+{wholes} whole pipelines. {full} students were trained whole, as a refusal said, and {ddim} with DDIM's or Euler's step,
+because the pipeline's call knows no other.
 """
 
 
@@ -71,13 +71,6 @@ def totals(rows: Sequence[dict[str, Any]]) -> list[str]:
 def whole(row: dict[str, Any]) -> dict[str, Any]:
     """What came of a test's whole way."""
     return row.get("whole") or {"passed": False}
-
-
-def methods(rows: Sequence[dict[str, Any]]) -> str:
-    """With which methods, and what, the pipelines that passed were trained."""
-    each = Counter((whole(row)["method"], whole(row)["train"]) for row in rows)
-    parts = [f"{count} by {method} ({WHAT[train]})" for (method, train), count in each.most_common()]
-    return f"They were trained {', '.join(parts)}." if parts else ""
 
 
 def names(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -118,7 +111,8 @@ def section(stored: dict[str, Any]) -> str:
         passed_share=share(len(passed), len(passed) + len(failed)),
         loras=sum(whole(row)["form"] == "lora" for row in passed),
         wholes=sum(whole(row)["form"] == "pipeline" for row in passed),
-        methods=methods(passed),
+        ddim=sum(whole(row)["sampler"] == "ddim" for row in passed),
+        full=sum(whole(row)["train"] == "full" for row in passed),
         commit=stored["tests"][:10],
         **stored["versions"],
     )

@@ -44,7 +44,7 @@ FEWER |= {(selfcheck, "TRAJECTORY_STEPS"): 2, (selfcheck, "ROWS"): 4, (selfcheck
 # What a refusal says, and what of the recipe it makes a user change.
 WAYS_OUT: list[tuple[str, Mapping[str, Any]]] = [
     (r"guidance\.scale", {"teacher.guidance.scale": 1.0}),
-    (r"sampler renoise|method: sfd", {"method": {"name": "sfd", "substeps": 1}}),
+    (r"sampler ddim|differs from sampler renoise", {"method.sampler": "ddim"}),
     (r"student\.train|student\.targets", {"student.train": "full"}),
 ]
 
@@ -84,7 +84,7 @@ def changed(recipe: dict[str, Any], refusal: str) -> bool:
             place = recipe
             for section in sections:
                 place = place[section]
-            if re.search(pattern, refusal) and place[last] != value:
+            if re.search(pattern, refusal) and place.get(last) != value:
                 place[last] = value
                 return True
     return False
@@ -159,7 +159,7 @@ def result(row: Mapping[str, Any], place: Path) -> dict[str, Any]:
         of_weights = any(f"check '{one}'" in found.get("reason", "") for one in sweep.OF_WEIGHTS)
         if found["passed"] or not of_weights:
             break
-    return found | {"method": recipe["method"]["name"], "train": recipe["student"]["train"]}
+    return found | {"sampler": recipe["method"].get("sampler", "renoise"), "train": recipe["student"]["train"]}
 
 
 def line(row: Mapping[str, Any], place: Path) -> dict[str, Any]:

@@ -292,11 +292,15 @@ def check_start(schedule: Schedule, start: int, steps: int) -> None:
         raise InputError(f"student.start: expected a timestep from {steps - 1} to {last}, found {start}")
 
 
+OF_DDIM = (
+    "methods of sampler ddim are sfd, ode-regression, pcm and pd, and dmd2, sid and others take method.sampler: ddim"
+)
+
+
 def _not_edm(schedule: Schedule, sampler: str) -> None:
     if schedule.name == "edm":
         raise InputError(
-            f"sampler {sampler}: expected ddim for an EDM schedule, no stock scheduler noises afresh there; methods of "
-            "that sampler are sfd, ode-regression, pcm and pd, and dmd2, sid and others take method.sampler: ddim"
+            f"sampler {sampler}: expected ddim for an EDM schedule, no stock scheduler noises afresh there; {OF_DDIM}"
         )
 
 

@@ -21,7 +21,7 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.devices import empty_cache, torch_of
 from stepdistill.errors import RunError
 from stepdistill.pipeline import ip_adapter, stock_call
-from stepdistill.pipeline.call import call_arguments
+from stepdistill.pipeline.call import TraceError, call_arguments
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.conditioning import plain_conditions
 from stepdistill.pipeline.decode import decode, standing_in
@@ -109,9 +109,9 @@ def _request(folder: Path, session: Session, lora: bool) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _sampled(session: Session) -> Sampled:
-    """What the student makes at the session's size."""
-    rows = torch.arange(session.trace.at_once(CHECKED)) % len(session.conditioning)
+def _sampled(session: Session, count: int = CHECKED) -> Sampled:
+    """What the student makes at the session's size: ``count`` samples, or one where the pipeline decodes no several."""
+    rows = torch.arange(session.trace.at_once(count)) % len(session.conditioning)
     call = stock_arguments(
         session.trace, [session.conditioning.entries[i] for i in rows.tolist()], session.sampler.steps
     )
@@ -119,8 +119,12 @@ def _sampled(session: Session) -> Sampled:
     latents = repeated(session, session.method.roles.student, rows, began)
     with forked_random(session.device):
         torch.manual_seed(0)  # the plain call's seed and batch: a kept first frame is drawn from its encoding
-        batch = len(latents) if session.trace.pictures else None
-        pictures = decode(session.trace, latents, batch) if precision(session) == torch.float32 else None
+        try:
+            pictures = decode(session.trace, latents, len(latents)) if precision(session) == torch.float32 else None
+        except TraceError:
+            if len(latents) == 1:
+                raise
+            return _sampled(session, 1)
     name = session.sizes[session.size].name
     return Sampled(name, call, began["noise"], latents.cpu(), pictures, allowed(session))
 

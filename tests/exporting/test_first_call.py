@@ -83,6 +83,11 @@ def test_noise_that_the_call_adds(tmp_path):
     assert "differs from sampler ddim" in line and "teacher.arguments.eta" in line
 
 
+def test_a_call_that_tells_its_scheduler_what_another_does_not_take(tmp_path):
+    line = refused(tmp_path, ZOO["lcm"].build(), zoo.SMALL, method={"name": "sfd", "substeps": 1})
+    assert line.startswith("sampler ddim: ") and "original_inference_steps" in line and "renoise are dmd2" in line
+
+
 @pytest.mark.parametrize(("strength", "said"), [({}, "0.8, its default"), ({"strength": 0.9999}, "found 0.9999")])
 def test_a_strength_that_leaves_steps_out(strength, said, pictures, tmp_path):
     line = refused(tmp_path, image_to_image(), {"image": pictures["image"]} | strength)
