@@ -139,7 +139,7 @@ def arguments_of(case: Case) -> dict[str, Any]:
     if "use_resolution_binning" in inspect.signature(case.test.pipeline_class.__call__).parameters:
         arguments["use_resolution_binning"] = False  # which makes 32 x 32 pixels a million
     for word, length in LONG_PROMPTS.items():
-        if word in case.module and "max_sequence_length" in arguments:
+        if word in f"{case.module}." and "max_sequence_length" in arguments:
             arguments["max_sequence_length"] = length
     if case.tensors:
         files = [name for name, value in arguments.items() if str(value).endswith(".png") and name in inputs]
