@@ -111,7 +111,7 @@ def arguments_of(inputs: Mapping[str, Any], folder: Path, lists: bool = False) -
 
 
 def as_files(arguments: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Arguments as a recipe states them, with pictures and lists of pictures as files; other tensors stay.
+    """Arguments as a recipe states them: pictures, tensors and lists of them are files.
 
     Args:
         arguments: Of :func:`arguments_of`.
@@ -126,7 +126,11 @@ def as_files(arguments: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         flat = value[..., None] if isinstance(value, np.ndarray) and value.ndim == 2 else value
         image = picture(flat) if any(word in name for word in (*PICTURES, "video")) else None
         if image is None:
-            return value
+            if not isinstance(value, (torch.Tensor, np.ndarray)):
+                return value
+            file = folder / f"{name}.npy"
+            np.save(file, np.asarray(value))
+            return str(file)
         file = folder / f"{name}.png"
         image.save(file)
         return str(file)

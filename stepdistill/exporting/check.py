@@ -29,7 +29,7 @@ from stepdistill.pipeline.exports import further_loras
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.guiders import guided_at, guiders
 from stepdistill.pipeline.load import load_pipeline, source
-from stepdistill.pipeline.observe import forked_random, modules, patched
+from stepdistill.pipeline.observe import forked_random, modules, scheduled
 from stepdistill.pipeline.trace import Trace
 from stepdistill.roles.attach import CONFIG as ATTACHED
 from stepdistill.training.session import Session
@@ -192,7 +192,7 @@ def without_network(session: Session, call: dict[str, Any]) -> dict[str, Tensor]
     # Some pipelines write into the list of prompts that they are given (Z-Image puts them into a chat template).
     own = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
     with (
-        patched(traced.pipeline, "scheduler", copy.deepcopy(session.sampler.scheduler)),
+        scheduled(traced.pipeline, copy.deepcopy(session.sampler.scheduler)),
         standing_in(traced, answer),
         forked_random(session.device),
         guided_at(traced.pipeline, 1.0),

@@ -132,9 +132,10 @@ def observe(
         )
         grid = Replaced(scheduler, _recording_grid(record, scheduler))
         stack.enter_context(patched(scheduler, "set_timesteps", grid))
-        wishes = {} if plain else {"generator": torch.Generator().manual_seed(seed)}
+        wishes: dict[str, Any] = {} if plain else {"generator": torch.Generator().manual_seed(seed)}
         try:
-            run(pipeline, entries, arguments, steps=steps, guidance=guidance, output_type="latent", **wishes)
+            wishes |= {"steps": steps, "guidance": guidance, "output_type": "latent"}
+            run(pipeline, entries, arguments, lambda: bool(record.steps), **wishes)
         except _Enough:
             pipeline.maybe_free_model_hooks()
         except InputError:
@@ -206,6 +207,17 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
             del owner.__dict__[name]
         else:
             owner.__dict__[name] = before
+
+
+@contextmanager
+def scheduled(pipeline: Any, scheduler: Any) -> Iterator[None]:
+    """Inside, ``scheduler`` is the pipeline's, and that of a pipeline inside it that has the same (Kandinsky 2.2)."""
+    own = pipeline.scheduler
+    with ExitStack() as stack:
+        for owner in [pipeline, *vars(pipeline).values()]:
+            if getattr(owner, "scheduler", None) is own:
+                stack.enter_context(patched(owner, "scheduler", scheduler))
+        yield
 
 
 def forked_random(device: torch.device) -> Any:
