@@ -22,6 +22,7 @@ from stepdistill.pipeline import ip_adapter
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.exports import FACTS, ExportFacts
 from stepdistill.pipeline.folder import quiet
+from stepdistill.pipeline.observe import reschedule
 from stepdistill.progress import phase, say
 from stepdistill.recipe import Recipe, load
 from stepdistill.recipe.section import CheckedOn, Export
@@ -170,7 +171,7 @@ def _export(session: Session, recipe: Recipe, path: Path, out: Path, settings: E
     """
     phase(f"exporting {path.name}")
     step = load_student(session, path)
-    session.trace.pipeline.register_modules(scheduler=session.sampler.scheduler)
+    reschedule(session.trace.pipeline, session.sampler.scheduler)
     form, reason = _form(session, settings.fuse)
     if reason and not settings.fuse and recipe.student.train == "lora":
         say(f"the LoRA student is exported as a whole pipeline: {reason}")

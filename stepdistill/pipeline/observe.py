@@ -211,13 +211,22 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 @contextmanager
 def scheduled(pipeline: Any, scheduler: Any) -> Iterator[None]:
-    """Inside, ``scheduler`` is the pipeline's, and that of a pipeline inside it that has the same (Kandinsky 2.2)."""
-    own = pipeline.scheduler
+    """Inside, ``scheduler`` is where :func:`reschedule` puts it."""
     with ExitStack() as stack:
-        for owner in [pipeline, *vars(pipeline).values()]:
-            if getattr(owner, "scheduler", None) is own:
-                stack.enter_context(patched(owner, "scheduler", scheduler))
+        for owner in _owners(pipeline):
+            stack.enter_context(patched(owner, "scheduler", scheduler))
         yield
+
+
+def reschedule(pipeline: Any, scheduler: Any) -> None:
+    """Make it the pipeline's, and that of a pipeline inside it that has the same as the pipeline (Kandinsky 2.2)."""
+    for owner in _owners(pipeline):
+        owner.scheduler = scheduler
+
+
+def _owners(pipeline: Any) -> list[Any]:
+    inside = [part for part in vars(pipeline).values() if getattr(part, "scheduler", None) is pipeline.scheduler]
+    return [pipeline, *inside]
 
 
 def forked_random(device: torch.device) -> Any:
