@@ -58,6 +58,7 @@ LONG_PROMPTS = {
     "ovis": 250,
     "cosmos2_5": 400,
     "flux2.test_pipeline_flux2.": 400,
+    "dreamlite": 400,
 }
 # Networks that predict a flow are sampled so; the tests leave their scheduler at its class's default, epsilon.
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -211,22 +212,23 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 @contextmanager
 def scheduled(pipeline: Any, scheduler: Any) -> Iterator[None]:
-    """Inside, ``scheduler`` is where :func:`reschedule` puts it."""
+    """Inside, ``scheduler`` is the pipeline's, where :func:`put` puts it."""
     with ExitStack() as stack:
-        for owner in _owners(pipeline):
-            stack.enter_context(patched(owner, "scheduler", scheduler))
+        for owner, name in _places(pipeline, pipeline.scheduler):
+            stack.enter_context(patched(owner, name, scheduler))
         yield
 
 
-def reschedule(pipeline: Any, scheduler: Any) -> None:
-    """Make it the pipeline's, and that of a pipeline inside it that has the same as the pipeline (Kandinsky 2.2)."""
-    for owner in _owners(pipeline):
-        owner.scheduler = scheduler
+def put(pipeline: Any, name: str, part: Any) -> None:
+    """Make ``part`` the component ``name``, of a pipeline inside as well that has the same one (Kandinsky)."""
+    for owner, own in _places(pipeline, getattr(pipeline, name)):
+        setattr(owner, own, part)
 
 
-def _owners(pipeline: Any) -> list[Any]:
-    inside = [part for part in vars(pipeline).values() if getattr(part, "scheduler", None) is pipeline.scheduler]
-    return [pipeline, *inside]
+def _places(pipeline: Any, part: Any) -> list[tuple[Any, str]]:
+    """Where a component is: (pipeline, its name there)."""
+    inside = [value for value in vars(pipeline).values() if isinstance(value, DiffusionPipeline)]
+    return [(owner, name) for owner in (pipeline, *inside) for name, value in vars(owner).items() if value is part]
 
 
 def forked_random(device: torch.device) -> Any:

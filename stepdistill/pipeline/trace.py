@@ -39,7 +39,7 @@ from stepdistill.pipeline.compare import deviation, same, tolerance
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.observe import CARRIED, Recording, Step, forked_random, modules, observe, reschedule, stepped
+from stepdistill.pipeline.observe import CARRIED, Recording, Step, forked_random, modules, observe, put, stepped
 from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument, scaled_sample
 from stepdistill.pipeline.several_passes import linear_rule
 from stepdistill.pipeline.singly import observe_each
@@ -179,7 +179,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
     check_needed(pipeline, arguments)
     if hasattr(pipeline, "scheduler"):
-        reschedule(pipeline, without_learned_variance(pipeline.scheduler))
+        put(pipeline, "scheduler", without_learned_variance(pipeline.scheduler))
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
     (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True)

@@ -15,7 +15,7 @@ from pipeline.toy import Control, ControlledPipeline, ToyNetwork, ToyPipeline, t
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import encode, entries
-from stepdistill.pipeline.observe import reschedule
+from stepdistill.pipeline.observe import put
 from stepdistill.pipeline.set_up import set_up
 from stepdistill.pipeline.sizes import at_size
 from stepdistill.pipeline.stock_call import record
@@ -165,12 +165,15 @@ class Outer(ToyPipeline):
         return self.inner(class_labels, guidance_scale, generator, num_inference_steps)
 
 
-def test_a_scheduler_is_put_into_a_pipeline_inside():
+def test_a_component_is_put_into_a_pipeline_inside():
     result = trace(Outer(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False)))
     grid, _ = set_up(result, DDPMScheduler(clip_sample=False), 4)
     assert grid == {"num_inference_steps": 4}
-    reschedule(result.pipeline, DDPMScheduler(clip_sample=False))  # as for an export, whose call is proven
+    # As for an export, whose call is proven.
+    put(result.pipeline, "scheduler", DDPMScheduler(clip_sample=False))
+    put(result.pipeline, "network", redraw(ToyNetwork(), 3))
     assert "noise" in record(result.pipeline, {"class_labels": [1], "num_inference_steps": 2})
+    assert result.pipeline.inner.network is result.pipeline.network
 
 
 def test_an_argument_is_a_tensor_in_a_file(tmp_path):
