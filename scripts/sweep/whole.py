@@ -179,6 +179,8 @@ def result(row: Mapping[str, Any], place: Path) -> dict[str, Any]:
         of_weights = any(one in found.get("reason", "") for one in OF_WEIGHTS)
         if found["passed"] or not of_weights:
             break
+    if "reason" in found:
+        found["reason"] = found["reason"].replace(f"{folder}/", "")
     return found | {"sampler": recipe["method"].get("sampler", "renoise"), "train": recipe["student"]["train"]}
 
 
