@@ -85,6 +85,8 @@ def reasons(rows: Sequence[dict[str, Any]]) -> list[str]:
         text = " ".join(row["reason"].replace("|", "/").split())
         # One reason for all, whatever the pipeline's name.
         text = re.sub(r"^(\w+: )\w+(?= (takes|failed|never))", r"\1the pipeline", text)
+        text = re.sub(r"^teacher\.pipeline: a plain call .* what is trained; ", "plain call: ", text)
+        text = re.sub(r"(?<=own )\w+ failed on \[[^\]]*\](?=: )", "the pipeline failed", text)
         text = re.sub(r"; (its tensors are|the closest).*| \[[\d, ]+\](?=, scaled)|:? \(?off by .*", "", text)
         groups.setdefault(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…", []).append(row)
     return [f"| {', '.join(names(some))} | {reason} |" for reason, some in groups.items()]
