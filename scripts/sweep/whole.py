@@ -169,8 +169,6 @@ def result(row: Mapping[str, Any], place: Path) -> dict[str, Any]:
     for fresh in (True, False):
         torch.manual_seed(0)
         pipeline = sweep.build(test, fresh)
-        if hasattr(pipeline, "movq"):
-            sweep.redraw(pipeline.movq, 0)  # at its own random weights rounding shows in its pictures
         folder = place / ("fresh" if fresh else "own")
         try:
             save(pipeline, folder / "teacher")

@@ -154,7 +154,9 @@ class Renoise(Sampler):
 
         if self.schedule.name == "flow":
             if self.schedule.inverted:
-                raise InputError(f"sampler {self.name}: expected ddim, FlowMatchLCMScheduler inverts no sigmas")
+                raise InputError(
+                    f"sampler {self.name}: expected ddim, FlowMatchLCMScheduler inverts no sigmas; {OF_DDIM}"
+                )
             return self._flow(FlowMatchLCMScheduler, steps)
         _not_edm(self.schedule, self.name)
         # From the whole table any number of steps is evenly spaced: 999, 749, 499, 249 for 4.
