@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,7 +73,7 @@ def _decoded(trace: Trace, latents: Tensor) -> Tensor:
         forked_random(latents.device),
     ):
         try:
-            images = first_tensor(run(pipeline, entries, trace.arguments, steps=trace.fewest_steps, **wishes))
+            made = run(pipeline, entries, trace.arguments, steps=trace.fewest_steps, **wishes)
         except (InputError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -80,6 +81,9 @@ def _decoded(trace: Trace, latents: Tensor) -> Tensor:
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TraceError("decode", f"{name} fails after its last step: {reason}") from error
+    images = made[0] if isinstance(made[0], np.ndarray) else first_tensor(made)
+    if isinstance(images, np.ndarray) and images.ndim == 4:  # of a pipeline that knows no tensors (T2I adapters)
+        images = torch.from_numpy(images).movedim(-1, 1)
     if not isinstance(images, Tensor) or len(images) != len(latents):
         raise TraceError("decode", f"{name} does not return its images as one tensor")
     if images.ndim == 5:
