@@ -37,8 +37,7 @@ argument was set that the first refusal had named (`{names}`).
 **{passed} of the {tried} that were tried ({passed_share}) go the whole way** (`scripts/sweep/whole.py`): the pipeline
 is saved as a folder, and `stepdistill train` distils it with a recipe: two steps of DMD2, a LoRA. The export is loaded
 by stock diffusers, and a plain call of it repeats the student's samples to 1e-5. {loras} of the exports are LoRAs,
-{wholes} whole pipelines. {full} students were trained whole, as a refusal said, and {ddim} with DDIM's or Euler's step,
-because the pipeline's call knows no other.
+{wholes} whole pipelines. {ddim} students take DDIM's or Euler's step, because the pipeline's call knows no other.
 """
 
 
@@ -85,6 +84,7 @@ def reasons(rows: Sequence[dict[str, Any]]) -> list[str]:
         text = " ".join(row["reason"].replace("|", "/").split())
         # One reason for all, whatever the pipeline's name.
         text = re.sub(r"^(\w+: )\w+(?= (takes|failed|never))", r"\1the pipeline", text)
+        text = re.sub(r"^trace: check '([\w-]+)' failed: ", r"\1: ", text)
         text = re.sub(r"^teacher\.pipeline: a plain call .* what is trained; ", "plain call: ", text)
         text = re.sub(r"(?<=own )\w+ failed on \[[^\]]*\](?=: )", "the pipeline failed", text)
         text = re.sub(r"; (its tensors are|the closest).*| \[[\d, ]+\](?=, scaled)|:? \(?off by .*", "", text)
@@ -114,7 +114,6 @@ def section(stored: dict[str, Any]) -> str:
         loras=sum(whole(row)["form"] == "lora" for row in passed),
         wholes=sum(whole(row)["form"] == "pipeline" for row in passed),
         ddim=sum(whole(row)["sampler"] == "ddim" for row in passed),
-        full=sum(whole(row)["train"] == "full" for row in passed),
         commit=stored["tests"][:10],
         **stored["versions"],
     )

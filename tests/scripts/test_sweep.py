@@ -63,11 +63,12 @@ def test_inputs_are_stated_as_a_user_does(scripts, tmp_path):
     )
 
 
-def test_lists_of_pictures_are_files_in_a_recipe(scripts, tmp_path):
+def test_lists_of_pictures_and_tensors_are_files_in_a_recipe(scripts, tmp_path):
     tensors, frames = torch.zeros(1, 7), [PIL.Image.new("RGB", (4, 4)), PIL.Image.new("RGB", (4, 4), "white")]
     arguments = {"video": frames, "mask_image": np.ones((4, 4)), "sizes": (1, 2), "image_embeds": tensors}
     stated = scripts.diffusers_tests.as_files(arguments, tmp_path)
-    assert stated["sizes"] == [1, 2] and stated["image_embeds"] is tensors
+    assert stated["sizes"] == [1, 2]
+    assert np.array_equal(np.load(stated["image_embeds"]), tensors.numpy())
     pixels = []
     for file in (*stated["video"], stated["mask_image"]):
         with PIL.Image.open(file) as picture:
