@@ -3,10 +3,11 @@
     python scripts/sweep_table.py RESULTS.jsonl --tests COMMIT   # stores assets/benchmarks/sweep.json, then as below
     python scripts/sweep_table.py                                # writes the section of what is stored
 
-RESULTS.jsonl is written by scripts/sweep/sweep.py, a line for each test; a later line of a ``test`` wins over an
-earlier one. ``name`` is the pipeline's class, ``kind`` text-to-image or another, ``built`` and ``traced`` are booleans,
-``reason`` says why not. ``arguments`` are those that a refusal named and that were then set; ``objects`` says that some
-are no plain values, so that no recipe states them.
+RESULTS.jsonl is written by scripts/sweep/sweep.py and whole.py beside it, a line for each test; a later line of a
+``test`` wins over an earlier one. ``name`` is the pipeline's class, ``kind`` text-to-image or another, ``built`` and
+``traced`` are booleans, ``reason`` says why not. ``arguments`` are those that a refusal named and that were then set;
+``objects`` says that some are no plain values. ``whole`` is what came of the whole way: ``passed``, the ``form`` of the
+export, the ``sampler``, what was trained (``train``), and the ``reason`` where it did not pass.
 """
 
 import argparse
@@ -31,9 +32,12 @@ scheduler at defaults that no flow network is sampled with; here it has settings
 
 Of {tests} tests (commit {commit}), {built} build a pipeline with diffusers {diffusers} here. **{traced} of these
 ({share}) are traced** by stepdistill {stepdistill}: recorded steps are repeated to 1e-5. For {advised} of them an
-argument was set that the first refusal had named (`{names}`). {objects} have arguments that only Python can state, such
-as tensors. Training, export and reload were not run for this
-section; the table at the top of this page lists the pipelines for which tests run them.
+argument was set that the first refusal had named (`{names}`).
+
+**{passed} of the {tried} that were tried ({passed_share}) go the whole way** (`scripts/sweep/whole.py`): the pipeline
+is saved as a folder, and `stepdistill train` distils it with a recipe: two steps of DMD2, a LoRA. The export is loaded
+by stock diffusers, and a plain call of it repeats the student's samples to 1e-5. {loras} of the exports are LoRAs,
+{wholes} whole pipelines. {ddim} students take DDIM's or Euler's step, because the pipeline's call knows no other.
 """
 
 
@@ -52,12 +56,20 @@ def share(part: int, whole: int) -> str:
 
 def totals(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each kind of pipeline and one for all."""
-    lines = ["| kind | tests | built | traced | of those built |", "|---|---|---|---|---|"]
+    lines = ["| kind | tests | built | traced | of those built | the whole way | of those traced |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for kind in [*dict.fromkeys(row["kind"] for row in rows), None]:
         some = [row for row in rows if kind in (row["kind"], None)]
         built, traced = (sum(bool(row.get(key)) for row in some) for key in ("built", "traced"))
-        lines.append(f"| {kind or '**all**'} | {len(some)} | {built} | {traced} | {share(traced, built)} |")
+        passed = sum(whole(row)["passed"] for row in some)
+        counts = f"{len(some)} | {built} | {traced} | {share(traced, built)} | {passed} | {share(passed, traced)}"
+        lines.append(f"| {kind or '**all**'} | {counts} |")
     return lines
+
+
+def whole(row: dict[str, Any]) -> dict[str, Any]:
+    """What came of a test's whole way."""
+    return row.get("whole") or {"passed": False}
 
 
 def names(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -72,6 +84,9 @@ def reasons(rows: Sequence[dict[str, Any]]) -> list[str]:
         text = " ".join(row["reason"].replace("|", "/").split())
         # One reason for all, whatever the pipeline's name.
         text = re.sub(r"^(\w+: )\w+(?= (takes|failed|never))", r"\1the pipeline", text)
+        text = re.sub(r"^trace: check '([\w-]+)' failed: ", r"\1: ", text)
+        text = re.sub(r"^teacher\.pipeline: a plain call .* what is trained; ", "plain call: ", text)
+        text = re.sub(r"(?<=own )\w+ failed on \[[^\]]*\](?=: )", "the pipeline failed", text)
         text = re.sub(r"; (its tensors are|the closest).*| \[[\d, ]+\](?=, scaled)|:? \(?off by .*", "", text)
         groups.setdefault(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…", []).append(row)
     return [f"| {', '.join(names(some))} | {reason} |" for reason, some in groups.items()]
@@ -83,6 +98,8 @@ def section(stored: dict[str, Any]) -> str:
     built = [row for row in rows if row.get("built")]
     traced = [row for row in built if row["traced"]]
     advised = [row for row in traced if row.get("arguments")]
+    passed = [row for row in traced if whole(row)["passed"]]
+    failed = [row | {"reason": whole(row)["reason"]} for row in traced if "reason" in whole(row)]
     words = sorted({f"{name}: {json.dumps(value)}" for row in advised for name, value in row["arguments"].items()})
     paragraphs = TEXT.format(
         tests=len(rows),
@@ -91,17 +108,23 @@ def section(stored: dict[str, Any]) -> str:
         share=share(len(traced), len(built)),
         advised=len(advised),
         names="`, `".join(words),
-        objects=sum(row.get("objects", False) for row in traced),
+        tried=len(passed) + len(failed),
+        passed=len(passed),
+        passed_share=share(len(passed), len(passed) + len(failed)),
+        loras=sum(whole(row)["form"] == "lora" for row in passed),
+        wholes=sum(whole(row)["form"] == "pipeline" for row in passed),
+        ddim=sum(whole(row)["sampler"] == "ddim" for row in passed),
         commit=stored["tests"][:10],
         **stored["versions"],
     )
     text = "\n\n".join(textwrap.fill(one, WIDTH, break_on_hyphens=False) for one in paragraphs.split("\n\n"))
     refused = [row for row in built if not row["traced"]]
     lines = [BEGIN, "", text, "", *totals(rows), "", "Refused, with the [check](#what-is-refused) that failed:", ""]
-    lines += ["| pipeline | reason |", "|---|---|", *reasons(refused), "", "Traced:", ""]
-    lines += ["| kind | pipelines |", "|---|---|"]
-    for kind in dict.fromkeys(row["kind"] for row in traced):
-        each = names([row for row in traced if row["kind"] == kind])
+    lines += ["| pipeline | reason |", "|---|---|", *reasons(refused), ""]
+    lines += ["Traced, but not taken the whole way:", "", "| pipeline | reason |", "|---|---|", *reasons(failed), ""]
+    lines += ["The whole way:", "", "| kind | pipelines |", "|---|---|"]
+    for kind in dict.fromkeys(row["kind"] for row in passed):
+        each = names([row for row in passed if row["kind"] == kind])
         lines += [f"| {kind} | {', '.join(each[at : at + A_LINE])} |" for at in range(0, len(each), A_LINE)]
     lines += ["", "Not built here:", "", "| pipeline | reason |", "|---|---|"]
     return "\n".join([*lines, *reasons([row for row in rows if not row.get("built")]), "", END])

@@ -110,6 +110,34 @@ def arguments_of(inputs: Mapping[str, Any], folder: Path, lists: bool = False) -
     return arguments
 
 
+def as_files(arguments: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Arguments as a recipe states them: pictures, tensors and lists of them are files.
+
+    Args:
+        arguments: Of :func:`arguments_of`.
+        folder: Where the files are written.
+    """
+
+    def stated(value: Any, name: str) -> Any:
+        if plain(value):
+            return list(value) if isinstance(value, tuple) else value
+        if isinstance(value, (list, tuple)):
+            return [stated(one, f"{name}_{place}") for place, one in enumerate(value)]
+        flat = value[..., None] if isinstance(value, np.ndarray) and value.ndim == 2 else value
+        image = picture(flat) if any(word in name for word in (*PICTURES, "video")) else None
+        if image is None:
+            if not isinstance(value, (torch.Tensor, np.ndarray)):
+                return value
+            file = folder / f"{name}.npy"
+            np.save(file, np.asarray(value))
+            return str(file)
+        file = folder / f"{name}.png"
+        image.save(file)
+        return str(file)
+
+    return {name: stated(value, name) for name, value in arguments.items()}
+
+
 def kind_of(folder: str, pipeline: str, inputs: Mapping[str, Any]) -> str:
     """What a pipeline makes of what, as the page groups them.
 

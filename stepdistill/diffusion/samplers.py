@@ -154,7 +154,9 @@ class Renoise(Sampler):
 
         if self.schedule.name == "flow":
             if self.schedule.inverted:
-                raise InputError(f"sampler {self.name}: expected ddim, FlowMatchLCMScheduler inverts no sigmas")
+                raise InputError(
+                    f"sampler {self.name}: expected ddim, FlowMatchLCMScheduler inverts no sigmas; {OF_DDIM}"
+                )
             return self._flow(FlowMatchLCMScheduler, steps)
         _not_edm(self.schedule, self.name)
         # From the whole table any number of steps is evenly spaced: 999, 749, 499, 249 for 4.
@@ -292,11 +294,15 @@ def check_start(schedule: Schedule, start: int, steps: int) -> None:
         raise InputError(f"student.start: expected a timestep from {steps - 1} to {last}, found {start}")
 
 
+OF_DDIM = (
+    "methods of sampler ddim are sfd, ode-regression, pcm and pd, and dmd2, sid and others take method.sampler: ddim"
+)
+
+
 def _not_edm(schedule: Schedule, sampler: str) -> None:
     if schedule.name == "edm":
         raise InputError(
-            f"sampler {sampler}: expected ddim for an EDM schedule, no stock scheduler noises afresh there; methods of "
-            "that sampler are sfd, ode-regression, pcm and pd, and dmd2, sid and others take method.sampler: ddim"
+            f"sampler {sampler}: expected ddim for an EDM schedule, no stock scheduler noises afresh there; {OF_DDIM}"
         )
 
 

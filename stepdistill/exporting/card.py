@@ -124,7 +124,10 @@ def _snippet(facts: ExportFacts, trace: Trace, half: bool) -> str:
     name, scheduler = type(trace.pipeline).__name__, type(trace.pipeline.scheduler).__name__
     lora, embedded = facts.form == "lora", facts.teacher in assets.teachers()
     imports = ["import torch"] if half else []
-    imports += ["from diffusers.utils import load_image"] if trace.pictures else []
+    files = [file for name in trace.pictures for file in pictures_in(trace.arguments[name])]
+    tensors = [file for file in files if file.endswith(".npy")]
+    imports += ["import numpy", "import torch"][: 1 if half else 2] if tensors else []
+    imports += ["from diffusers.utils import load_image"] if len(tensors) < len(files) else []
     base, lines = f'"{PLACE}"', []
     if lora:
         base = f'assets.find("teachers/{facts.teacher}")' if embedded else _base(facts)
@@ -181,8 +184,12 @@ def _call(facts: ExportFacts, trace: Trace) -> str:
 
 
 def _loaded(pictures: str | list[str]) -> str:
-    """The code that loads a picture, or a list of several; a list of one stands for a picture for each prompt."""
-    each = [f'load_image("{Path(file).name}")' for file in pictures_in(pictures)]
+    """The code that loads a picture or a tensor, or a list of several; a list of one is one for each prompt."""
+    names = [Path(file).name for file in pictures_in(pictures)]
+    each = [
+        f'torch.from_numpy(numpy.load("{name}"))' if name.endswith(".npy") else f'load_image("{name}")'
+        for name in names
+    ]
     return f"[{', '.join(each)}]" if len(each) > 1 else each[0]
 
 

@@ -21,7 +21,7 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.devices import empty_cache, torch_of
 from stepdistill.errors import RunError
 from stepdistill.pipeline import ip_adapter, stock_call
-from stepdistill.pipeline.call import call_arguments
+from stepdistill.pipeline.call import TraceError, call_arguments
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.conditioning import plain_conditions
 from stepdistill.pipeline.decode import decode, standing_in
@@ -30,7 +30,7 @@ from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.guiders import guided_at, guiders
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.names import source
-from stepdistill.pipeline.observe import forked_random, modules, patched
+from stepdistill.pipeline.observe import forked_random, modules, scheduled
 from stepdistill.pipeline.trace import Trace
 from stepdistill.roles.attach import CONFIG as ATTACHED
 from stepdistill.training.session import Session
@@ -110,9 +110,9 @@ def _request(folder: Path, session: Session, lora: bool) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _sampled(session: Session) -> Sampled:
-    """What the student makes at the session's size."""
-    rows = torch.arange(session.trace.at_once(CHECKED)) % len(session.conditioning)
+def _sampled(session: Session, count: int = CHECKED) -> Sampled:
+    """What the student makes at the session's size: ``count`` samples, or one where the pipeline decodes no several."""
+    rows = torch.arange(session.trace.at_once(count)) % len(session.conditioning)
     call = stock_arguments(
         session.trace, [session.conditioning.entries[i] for i in rows.tolist()], session.sampler.steps
     )
@@ -120,8 +120,12 @@ def _sampled(session: Session) -> Sampled:
     latents = repeated(session, session.method.roles.student, rows, began)
     with forked_random(session.device):
         torch.manual_seed(0)  # the plain call's seed and batch: a kept first frame is drawn from its encoding
-        batch = len(latents) if session.trace.pictures else None
-        pictures = decode(session.trace, latents, batch) if precision(session) == torch.float32 else None
+        try:
+            pictures = decode(session.trace, latents, len(latents)) if precision(session) == torch.float32 else None
+        except TraceError:
+            if len(latents) == 1:
+                raise
+            return _sampled(session, 1)
     name = session.sizes[session.size].name
     return Sampled(name, call, began["noise"], latents.cpu(), pictures, allowed(session))
 
@@ -189,7 +193,7 @@ def without_network(session: Session, call: dict[str, Any]) -> dict[str, Tensor]
     # Some pipelines write into the list of prompts that they are given (Z-Image puts them into a chat template).
     own = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
     with (
-        patched(traced.pipeline, "scheduler", copy.deepcopy(session.sampler.scheduler)),
+        scheduled(traced.pipeline, copy.deepcopy(session.sampler.scheduler)),
         standing_in(traced, answer),
         forked_random(session.device),
         guided_at(traced.pipeline, 1.0),

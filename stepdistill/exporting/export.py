@@ -22,7 +22,7 @@ from stepdistill.pipeline import ip_adapter
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.exports import FACTS, ExportFacts
 from stepdistill.pipeline.folder import quiet
-from stepdistill.pipeline.modular import put
+from stepdistill.pipeline.observe import put
 from stepdistill.progress import phase, say
 from stepdistill.recipe import Recipe, load
 from stepdistill.recipe.section import CheckedOn, Export
@@ -170,7 +170,7 @@ def _export(session: Session, recipe: Recipe, path: Path, out: Path, settings: E
     """
     phase(f"exporting {path.name}")
     step = load_student(session, path)
-    put(session.trace.pipeline, scheduler=session.sampler.scheduler)
+    put(session.trace.pipeline, "scheduler", session.sampler.scheduler)
     form, reason = _form(session, settings.fuse)
     if reason and not settings.fuse and recipe.student.train == "lora":
         say(f"the LoRA student is exported as a whole pipeline: {reason}")
@@ -231,12 +231,12 @@ def _write_pipeline(session: Session, folder: Path, dtype: torch.dtype) -> None:
     for name, one in networks.items():
         # A copy: a buffer that is not stored is not to be rounded in what it is compared with.
         with quiet():
-            setattr(pipeline, name, one if dtype == torch.float32 else copy.deepcopy(one).to(dtype))
+            put(pipeline, name, one if dtype == torch.float32 else copy.deepcopy(one).to(dtype))
     if adapter is not None:
         pipeline.unload_ip_adapter()
     save_student(pipeline, components, folder)
     for name, one in networks.items():
-        setattr(pipeline, name, one)
+        put(pipeline, name, one)
     if adapter is not None:
         ip_adapter.load_ip_adapter(pipeline, adapter)
 

@@ -4,6 +4,7 @@ What the export's check would find after days of training is found here in secon
 the student's scheduler; a simple function stands in for its network, so no pass through a network is spent.
 """
 
+import itertools
 import time
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 from stepdistill.errors import InputError
 from stepdistill.exporting.check import allowed, answer, free_part, repeated, stock_arguments, without_network
-from stepdistill.pipeline.compare import deviation
+from stepdistill.pipeline.call import TraceError
+from stepdistill.pipeline.compare import deviation, same
 from stepdistill.pipeline.decode import standing_in
+from stepdistill.pipeline.observe import observe
 from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say
 from stepdistill.training.session import Session
@@ -75,9 +78,23 @@ def _remedy(traced: Trace) -> str:
     arguments: dict[str, Any] = traced.arguments
     if arguments.get("eta"):
         return f"; leave teacher.arguments.eta out (found {arguments['eta']}), which adds noise at each step"
-    if "mask_image" in arguments and not traced.denoiser.spec.beside:
-        return (
-            "; it puts its picture into the latents after each step, as its network takes no mask: use an inpainting "
-            "network, which takes the mask beside the latents (9 channels in Stable Diffusion)"
-        )
+    if not _passed_on(traced):
+        if "mask_image" in arguments:
+            return (
+                "; it puts its picture into the latents after each step, as its network takes no mask: use an "
+                "inpainting network, which takes the mask beside the latents (9 channels in Stable Diffusion)"
+            )
+        return "; it changes its latents between its steps"
     return ""
+
+
+def _passed_on(traced: Trace) -> bool:
+    """Whether the pipeline begins a step where its scheduler ended the one before."""
+    steps = max(2, traced.fewest_steps)
+    try:
+        made = observe(
+            traced.pipeline, traced.probe, traced.arguments, steps=steps, guidance=traced.guidance.plain_scale
+        )
+    except TraceError:  # which is said already
+        return True
+    return all(same(one.previous, other.sample) for one, other in itertools.pairwise(made.steps))

@@ -31,6 +31,9 @@ def why_not_lora(trace: Trace, student: nn.Module) -> str | None:
     loadable = getattr(pipeline, "_lora_loadable_modules", ())
     if lacking := [name for name in trace.components if name not in loadable]:
         return f"{type(pipeline).__name__} loads no LoRA for its {lacking[0]}"
+    networks = [getattr(pipeline, name) for name in trace.components]
+    if bare := [type(one).__name__ for one in networks if not hasattr(one, "load_lora_adapter")]:
+        return f"{bare[0]} of diffusers takes no LoRA"
     return None
 
 

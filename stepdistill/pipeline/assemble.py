@@ -19,8 +19,8 @@ from stepdistill.pipeline.complete import all_weights_found, some, whole_before_
 from stepdistill.pipeline.folder import load_folder, quiet, save_pipeline
 from stepdistill.pipeline.hub import why_not
 from stepdistill.pipeline.loras import fuse_lora
-from stepdistill.pipeline.modular import put
 from stepdistill.pipeline.names import check_file
+from stepdistill.pipeline.observe import put
 from stepdistill.pipeline.single_file import config_folder, read_checkpoint, shapes
 from stepdistill.progress import say
 from stepdistill.recipe.schema import Teacher
@@ -67,7 +67,7 @@ def write_assembled(teacher: Teacher, base: Path, out: Path) -> str:
     else:
         pipeline = load_folder(teacher.pipeline, base, teacher.variant)
     if teacher.vae is not None:
-        put(pipeline, vae=_autoencoder(pipeline, teacher.vae, base))
+        put(pipeline, "vae", _autoencoder(pipeline, teacher.vae, base))
     with quiet():  # diffusers warns of each cast
         for network in pipeline.components.values():
             if isinstance(network, nn.Module):

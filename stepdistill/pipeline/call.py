@@ -127,11 +127,20 @@ def fewest_steps(pipeline: Any) -> int:
     return 2 if pipeline.scheduler.config.get("shift_terminal") else 1
 
 
-def run(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any] | None = None, **wishes: Any) -> Any:
-    """Call the pipeline with :func:`call_arguments`, pictures opened and lists made the tuples that it declares."""
+def run(
+    pipeline: Any,
+    entries: Sequence[Any] | str,
+    arguments: Mapping[str, Any] | None = None,
+    sampled: Callable[[], bool] = lambda: False,
+    **wishes: Any,
+) -> Any:
+    """Call the pipeline with :func:`call_arguments`, pictures opened and lists made the tuples that it declares.
+
+    ``sampled`` is that of :func:`stepdistill.pipeline.stock_call.called`.
+    """
     call = ready(pipeline, call_arguments(pipeline, entries, arguments, **wishes))
     with guided_at(pipeline, wishes["guidance"]):
-        return called(pipeline, call)
+        return called(pipeline, call, sampled)
 
 
 def call_arguments(
@@ -169,8 +178,9 @@ def call_arguments(
             raise InputError(f"arguments: {type(pipeline).__name__} takes no argument {name!r}{hint}")
         value = (arguments or {})[name]
         missing = [file for file in pictures_in(value) if not Path(file).is_file()]
-        if "image" in name and missing:
-            raise InputError(f"arguments: {name}: expected a picture, found no file {missing[0]}")
+        if missing and ("image" in name or missing[0].endswith(".npy")):
+            what = "a tensor" if missing[0].endswith(".npy") else "a picture"
+            raise InputError(f"arguments: {name}: expected {what}, found no file {missing[0]}")
         wishes[name] = value * count if one_each(value) else value
     call: dict[str, Any] = {entry: count if entry in COUNTS else entries if alone else list(entries)}
     if scale is not None:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import first_tensor
+from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.observe import Answer, forked_random, patched
 from stepdistill.pipeline.stock_call import parameters
@@ -30,41 +32,64 @@ def at_once(shape: Sequence[int], numbers: int = 2**18) -> int:
 def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
     """Images uint8 (N, C, H, W) of ``latents`` (N, *latent_shape), by the pipeline's own decoding code.
 
-    Of a video its middle frame. ``batch`` None: fewer at once than :func:`at_once`, as autoencoders take more memory.
-
-    The pipeline runs a step, or two, in which the denoiser is silent and the scheduler returns ``latents``.
+    Of a video its middle frame. ``batch`` None: fewer at once than :func:`at_once`, as autoencoders take more memory,
+    and one by one where the pipeline decodes no several (HunyuanVideo 1.5).
 
     Raises:
-        TraceError: the pipeline does not return images as a tensor.
+        TraceError: the pipeline's decoding fails, or does not return images as a tensor.
     """
-    pipeline = trace.pipeline
-    network, scheduler = trace.network, pipeline.scheduler
-    accepted = parameters(pipeline)
     parts = []
     for chunk in latents.split(trace.at_once(batch or at_once(trace.latent_shape, 2**16))):
-        chunk = chunk.to(next(network.parameters()).device, network.dtype)
-        chunk = chunk if trace.free is None else trace.free.padded(chunk)
-
-        @functools.wraps(scheduler.step)
-        def given(*_args: Any, chunk: Tensor = chunk, **_kwargs: Any) -> Answer:
-            # LCM's pipeline takes the denoised latents from the second place.
-            return Answer((chunk, chunk))
-
-        many = {"num_images_per_prompt": len(chunk)} if "num_images_per_prompt" in accepted else {}
-        with (
-            standing_in(trace, torch.zeros_like),
-            patched(scheduler, "step", given),
-            forked_random(chunk.device),
-        ):
-            entries = trace.probe if many or trace.alone else trace.probe * len(chunk)
-            wishes = {"guidance": trace.guidance.plain_scale, "output_type": "pt", **many}
-            images = first_tensor(run(pipeline, entries, trace.arguments, steps=trace.fewest_steps, **wishes))
-        if not isinstance(images, Tensor) or len(images) != len(chunk):
-            raise TraceError("decode", f"{type(pipeline).__name__} does not return its images as one tensor")
-        if images.ndim == 5:
-            images = images[:, images.shape[1] // 2]
-        parts.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        try:
+            parts.append(_decoded(trace, chunk))
+        except TraceError:
+            if batch is not None or len(chunk) == 1:
+                raise
+            parts += [_decoded(trace, one) for one in chunk.split(1)]
     return torch.cat(parts)
+
+
+def _decoded(trace: Trace, latents: Tensor) -> Tensor:
+    """:func:`decode` of so many that one call makes them.
+
+    The pipeline runs a step, or two, in which the denoiser is silent and the scheduler returns ``latents``.
+    """
+    pipeline, network = trace.pipeline, trace.network
+    name, scheduler = type(pipeline).__name__, pipeline.scheduler
+    latents = latents.to(next(network.parameters()).device, network.dtype)
+    latents = latents if trace.free is None else trace.free.padded(latents)
+
+    @functools.wraps(scheduler.step)
+    def given(*_args: Any, **_kwargs: Any) -> Answer:
+        # LCM's pipeline takes the denoised latents from the second place.
+        return Answer((latents, latents))
+
+    accepted = parameters(pipeline)
+    many = {"num_images_per_prompt": len(latents)} if "num_images_per_prompt" in accepted else {}
+    entries = trace.probe if many or trace.alone else trace.probe * len(latents)
+    wishes = {"guidance": trace.guidance.plain_scale, "output_type": "pt", **many}
+    with (
+        standing_in(trace, torch.zeros_like),
+        patched(scheduler, "step", given),
+        forked_random(latents.device),
+    ):
+        try:
+            made = run(pipeline, entries, trace.arguments, steps=trace.fewest_steps, **wishes)
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if "memory" in str(error):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TraceError("decode", f"{name} fails after its last step: {reason}") from error
+    images = made[0] if isinstance(made[0], np.ndarray) else first_tensor(made)
+    if isinstance(images, np.ndarray) and images.ndim == 4:  # of a pipeline that knows no tensors (T2I adapters)
+        images = torch.from_numpy(images).movedim(-1, 1)
+    if not isinstance(images, Tensor) or len(images) != len(latents):
+        raise TraceError("decode", f"{name} does not return its images as one tensor")
+    if images.ndim == 5:
+        images = images[:, images.shape[1] // 2]
+    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 @contextmanager

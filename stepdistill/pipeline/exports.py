@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from stepdistill.errors import InputError
 from stepdistill.files import read_json, write_text
-from stepdistill.pipeline.modular import put
+from stepdistill.pipeline.observe import put
 from stepdistill.recipe import IPAdapter, Teacher
 from stepdistill.recipe.section import Guidance
 from stepdistill.roles.views import AdapterView, adapter_layers
@@ -159,7 +159,7 @@ def fuse(pipeline: Any, folder: Path) -> Any:
     pipeline.fuse_lora(**({"components": [pipeline.transformer_name, *others]} if others else {}))
     pipeline.unload_lora_weights()
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    put(pipeline, scheduler=getattr(diffusers, config["_class_name"]).from_config(config))
+    put(pipeline, "scheduler", getattr(diffusers, config["_class_name"]).from_config(config))
     return pipeline
 
 

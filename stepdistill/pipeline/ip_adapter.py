@@ -9,7 +9,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.complete import all_weights_found
-from stepdistill.pipeline.modular import put
+from stepdistill.pipeline.observe import put
 from stepdistill.recipe import IPAdapter
 
 
@@ -46,7 +46,7 @@ def load_ip_adapter(pipeline: Any, adapter: IPAdapter) -> None:
             encoder = CLIPVisionModelWithProjection.from_pretrained(
                 adapter.source, subfolder=folder.strip("/"), use_safetensors=True
             )
-        put(pipeline, image_encoder=encoder.to(pipeline.device, pipeline.dtype).eval())
+        put(pipeline, "image_encoder", encoder.to(pipeline.device, pipeline.dtype).eval())
         pipeline.load_ip_adapter(**arguments | {"image_encoder_folder": None})
         pipeline.set_ip_adapter_scale(adapter.scale)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:

@@ -106,11 +106,6 @@ def name_repository(folder: Path, repository: str) -> None:
     write_json(folder / INDEX, index)
 
 
-def put(pipeline: Any, **components: Any) -> None:
-    """Give a pipeline, modular or not, other components."""
-    (pipeline.register_components if is_modular(pipeline) else pipeline.register_modules)(**components)
-
-
 def free_hooks(pipeline: Any) -> None:
     """Send networks that wait on another device back, after a call that was ended; modular pipelines have no such."""
     if not is_modular(pipeline):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -18,7 +19,7 @@ from stepdistill.diffusion.nested import flatten
 from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.modular import free_hooks
-from stepdistill.pipeline.stock_call import Replaced
+from stepdistill.pipeline.stock_call import Replaced, is_modular
 
 CLIP_SKIP = (
     "clip_skip of this pipeline needs transformers 4: it reads a part of the text encoder that transformers 5 has "
@@ -133,9 +134,10 @@ def observe(
         )
         grid = Replaced(scheduler, _recording_grid(record, scheduler))
         stack.enter_context(patched(scheduler, "set_timesteps", grid))
-        wishes = {} if plain else {"generator": torch.Generator().manual_seed(seed)}
+        wishes: dict[str, Any] = {} if plain else {"generator": torch.Generator().manual_seed(seed)}
         try:
-            run(pipeline, entries, arguments, steps=steps, guidance=guidance, output_type="latent", **wishes)
+            wishes |= {"steps": steps, "guidance": guidance, "output_type": "latent"}
+            run(pipeline, entries, arguments, lambda: bool(record.steps), **wishes)
         except _Enough:
             free_hooks(pipeline)
         except InputError:
@@ -207,6 +209,33 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
             del owner.__dict__[name]
         else:
             owner.__dict__[name] = before
+
+
+@contextmanager
+def scheduled(pipeline: Any, scheduler: Any) -> Iterator[None]:
+    """Inside, ``scheduler`` is the pipeline's, where :func:`put` puts it."""
+    with ExitStack() as stack:
+        for owner, name in _places(pipeline, pipeline.scheduler):
+            stack.enter_context(patched(owner, name, scheduler))
+        yield
+
+
+def put(pipeline: Any, name: str, part: Any) -> None:
+    """Make ``part`` the component ``name``, of a pipeline inside as well that has the same one (Kandinsky)."""
+    if is_modular(pipeline):
+        pipeline.register_components(**{name: part})
+        return
+    before = getattr(pipeline, name, None)
+    for owner, own in _places(pipeline, before) if before is not None else ():
+        setattr(owner, own, part)
+    if before is None:
+        pipeline.register_modules(**{name: part})
+
+
+def _places(pipeline: Any, part: Any) -> list[tuple[Any, str]]:
+    """Where a component is: (pipeline, its name there)."""
+    inside = [value for value in vars(pipeline).values() if isinstance(value, DiffusionPipeline)]
+    return [(owner, name) for owner in (pipeline, *inside) for name, value in vars(owner).items() if value is part]
 
 
 def forked_random(device: torch.device) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stepdistill.errors import InputError
-from stepdistill.pipeline.observe import observe, patched
+from stepdistill.pipeline.observe import observe, scheduled
 from stepdistill.pipeline.places import options_of_all
 from stepdistill.pipeline.trace import Trace
 
@@ -23,7 +23,7 @@ def set_up(trace: Trace, scheduler: Any, steps: int) -> tuple[dict[str, Any], di
     """
     key = json.dumps([type(scheduler).__name__, dict(scheduler.config), steps], default=str)
     if key not in trace.set_ups:
-        with patched(trace.pipeline, "scheduler", copy.deepcopy(scheduler)):
+        with scheduled(trace.pipeline, copy.deepcopy(scheduler)):
             recording = observe(
                 trace.pipeline,
                 trace.probe,

@@ -2,7 +2,7 @@
 
     python stock_call.py REQUEST.json RESULT.safetensors
 
-It imports only torch, diffusers and safetensors, and drives the export as its model card says.
+It imports only NumPy, torch, diffusers and safetensors, and drives the export as its model card says.
 """
 
 import functools
@@ -17,11 +17,12 @@ if __name__ == "__main__":
     sys.modules["stepdistill"] = None  # an import of it is an error from here on
 
 import diffusers
+import numpy
 import torch
 from safetensors.torch import save_file
 
-PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-"""Endings of pictures' files, those of the samples' own."""
+PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".npy")
+"""Endings of pictures' files, those of the samples' own; and of a tensor's, such as a picture's embedding."""
 RESULTS = ("images", "videos", "image", "video")
 """What blocks call the output that they draw."""
 
@@ -100,7 +101,7 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
 
     pipeline.scheduler.step = Replaced(pipeline.scheduler, step)
     torch.manual_seed(0)
-    images = called(pipeline, ready(pipeline, call))[0]
+    images = called(pipeline, ready(pipeline, call), lambda: bool(result))[0]
     if isinstance(images, torch.Tensor):
         result["images"] = images
     # Copies: the images of a pipeline without an autoencoder are its latents, and files hold no shared memory.
@@ -152,8 +153,12 @@ def off(guider) -> dict:
     return {"enabled": False, **neutral}
 
 
-def called(pipeline, call: dict):
-    """What a call of the pipeline returns; without ``output_type`` if it refuses that one (Marigold has no latents)."""
+def called(pipeline, call: dict, sampled=lambda: False):
+    """What a call of the pipeline returns; without ``output_type`` if it refuses that one (Marigold has no latents).
+
+    Where ``sampled()`` is true by then, it refuses after its last step (Kandinsky's prior): nothing is drawn again, and
+    what is returned is (None,).
+    """
     if is_modular(pipeline):
         return _called_in_blocks(pipeline, call)
     try:
@@ -161,6 +166,8 @@ def called(pipeline, call: dict):
     except ValueError as error:
         if "output_type" not in call or "output_type" not in str(error):
             raise
+        if sampled():
+            return (None,)
         return pipeline(**{name: value for name, value in call.items() if name != "output_type"})
 
 
@@ -178,15 +185,22 @@ def _called_in_blocks(pipeline, call: dict) -> tuple:
 
 
 def ready(pipeline, call: dict) -> dict:
-    """The arguments of a call: pictures where they name pictures' files, tuples where the pipeline declares tuples."""
+    """The arguments of a call: what they name files of, pictures or tensors, and the tuples that it declares."""
 
-    def opened(value):
+    def shown_in(value):
         if files := pictures_in(value):
-            shown = [diffusers.utils.load_image(file) if Path(file).is_file() else file for file in files]
+            shown = [opened(file) if Path(file).is_file() else file for file in files]
             return shown if isinstance(value, list) else shown[0]
         return value
 
-    return {name: opened(value) for name, value in declared(pipeline, call).items()}
+    return {name: shown_in(value) for name, value in declared(pipeline, call).items()}
+
+
+def opened(file: str):
+    """A picture, or the tensor of a .npy."""
+    if Path(file).suffix.lower() == ".npy":
+        return torch.from_numpy(numpy.load(file))
+    return diffusers.utils.load_image(file)
 
 
 def declared(pipeline, call: dict) -> dict:
@@ -212,7 +226,7 @@ def without_black_pictures(pipeline) -> None:
 
 
 def pictures_in(value) -> list:
-    """The names of pictures' files that a value is: one, or a list of nothing else."""
+    """The names of files with endings of PICTURES that a value is: one, or a list of nothing else."""
     names = value if isinstance(value, list) else [value]
     pictured = all(isinstance(name, str) and Path(name).suffix.lower() in PICTURES for name in names)
     return names if pictured else []

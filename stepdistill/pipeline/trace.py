@@ -38,13 +38,14 @@ from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
 from stepdistill.pipeline.guiders import guiders, negative_prompt
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.observe import Recording, modules, observe
+from stepdistill.pipeline.observe import Recording, modules, observe, put
 from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument
 from stepdistill.pipeline.self_test import check_schedule, self_test
 from stepdistill.pipeline.several_passes import linear_rule
 from stepdistill.pipeline.singly import observe_each
 from stepdistill.pipeline.sorting import sort_arguments
 from stepdistill.pipeline.stock_call import pictures_in
+from stepdistill.roles.views import noting_inputs
 
 __all__ = ["Guidance", "Trace", "TraceError", "load_pipeline", "trace"]
 
@@ -176,7 +177,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
     check_needed(pipeline, arguments)
     if hasattr(pipeline, "scheduler"):
-        pipeline.scheduler = without_learned_variance(pipeline.scheduler)
+        put(pipeline, "scheduler", without_learned_variance(pipeline.scheduler))
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
     (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
@@ -223,7 +224,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         guidance=guidance,
         latent_shape=tuple(off.steps[0].sample.shape[1:]),
         conditioning={name: (None, *shape[1:]) if name in padded else shape for name, shape in shapes.items()},
-        self_test_error=self_test(off, on, denoiser, guidance, conditions),
+        self_test_error=noting_inputs(network)(self_test)(off, on, denoiser, guidance, conditions),
         arguments=arguments,
         alone=alone,
         encoders=explain.encoders(whole[0].steps[0], component, names),

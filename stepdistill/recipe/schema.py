@@ -86,7 +86,9 @@ class Teacher(Section):
         None, description="conditions the network on the picture arguments.ip_adapter_image"
     )
     arguments: dict[str, Any] = Field(
-        {}, description="further arguments of the pipeline's call: height, width, num_frames, negative_prompt, ..."
+        {},
+        description="further arguments of the pipeline's call: height, width, num_frames, negative_prompt, ...; a "
+        "picture is stated by its file, a tensor by a .npy",
     )
 
     @field_validator("pipeline", "config", "vae")

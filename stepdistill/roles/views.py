@@ -103,6 +103,21 @@ def _switch(layers: list["BaseTunerLayer"], disabled: bool, active: list[str]) -
         layer.__dict__.update(_disable_adapters=disabled, _active_adapter=active)
 
 
+@contextmanager
+def noting_inputs(network: nn.Module) -> Iterator[None]:
+    """Inside, each layer that is given its input by name is noted: peft's layers take no names, so it gets no LoRA."""
+
+    def note(layer: nn.Module, arguments: tuple, keywords: dict) -> None:
+        if keywords and not arguments:
+            layer.input_by_name = True
+
+    with ExitStack() as handles:
+        for layer in network.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                handles.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+        yield
+
+
 def lora_targets(
     network: nn.Module, targets: Sequence[str] | Literal["auto"] = "auto", key: str = "student.targets"
 ) -> list[str]:
@@ -110,11 +125,11 @@ def lora_targets(
 
     Args:
         targets: endings of names, such as "to_q" or "ff.net.0.proj"; "auto": every linear layer, and the ungrouped
-            convolutions of a UNet's or transformer's blocks.
+            convolutions of a UNet's or transformer's blocks; none of those in :func:`noting_inputs`.
         key: of the recipe, for messages.
 
     Raises:
-        InputError: an ending fits no linear layer or convolution.
+        InputError: an ending fits no linear layer or convolution, or one that can have no LoRA.
     """
     layers = {
         name: module
@@ -122,12 +137,13 @@ def lora_targets(
         # An IP-Adapter's weights are no parameters.
         if isinstance(module, nn.Linear | nn.Conv2d) and isinstance(module.weight, nn.Parameter)
     }
+    by_name = {name for name, layer in layers.items() if getattr(layer, "input_by_name", False)}
     if targets == "auto":
         # A convolution outside of the blocks reads or writes the image itself; peft's rank must divide into groups.
         return [
             name
             for name, layer in layers.items()
-            if isinstance(layer, nn.Linear) or (layer.groups == 1 and "block" in name)
+            if name not in by_name and (isinstance(layer, nn.Linear) or (layer.groups == 1 and "block" in name))
         ]
     for ending in targets:
         if not any(_ends(name, ending) for name in layers):
@@ -136,7 +152,14 @@ def lora_targets(
                 f"{key}: expected endings of layers of {type(network).__name__}, found {ending!r}"
                 f"{suggest(ending, endings)}"
             )
-    return [name for name in layers if any(_ends(name, ending) for ending in targets)]
+    chosen = [name for name in layers if any(_ends(name, ending) for ending in targets)]
+    if refused := by_name.intersection(chosen):
+        name = type(network).__name__
+        raise InputError(
+            f"{key}: expected no layer that {name} gives its input by name, which a LoRA's layers do not take, found "
+            f"{min(refused)}"
+        )
+    return chosen
 
 
 def _ends(name: str, ending: str) -> bool:

@@ -38,7 +38,7 @@ class Drawing:
         """Draw it; returns the drift of the student's latents, of those of the first size."""
         with self.trainer.counted_once():
             drifts = [preview.write(step, self.trainer.averaged()) for preview in self.previews]
-        if self.trainer.tracking and self.previews:
+        if self.trainer.tracking and self.previews and self.previews[0].pictured:
             self.trainer.tracking.draw(self.previews[0].path(step), step)
         return drifts[0] if drifts else {}
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from stepdistill.diffusion.denoiser import Denoiser, innermost
 from stepdistill.diffusion.experts import Experts
-from stepdistill.diffusion.samplers import SAMPLERS, Sampler
+from stepdistill.diffusion.samplers import OF_DDIM, SAMPLERS, Sampler
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod
+from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.exports import is_lora, load_adapter
 from stepdistill.pipeline.latents import decoder
 from stepdistill.pipeline.load import is_export, load_pipeline, pipeline_of
@@ -34,15 +35,25 @@ def make_sampler(recipe: Recipe, traced: Trace, grid: Callable[[Any, int], dict[
         grid: (scheduler, steps) -> what the pipeline gives ``set_timesteps``; None: its own run shows it.
 
     Raises:
-        InputError: no stock scheduler runs it there, or the schedule has no such start or no shift.
+        InputError: no stock scheduler runs it there, the pipeline's call cannot use that, or the schedule has no such
+            start or no shift.
     """
     config, student, schedule = recipe.method.config, recipe.student, traced.denoiser.schedule
     shift = getattr(config, "time_shift", 1.0)
     if shift != 1 and schedule.name != "flow":
         raise InputError(f"method.time_shift: expected 1 for a {schedule.name} schedule, found {shift:g}")
     sampler = SAMPLERS[recipe.method.implementation.sampler_of(config)]
-    grid = grid or (lambda scheduler, steps: set_up(traced, scheduler, steps)[0])
-    return sampler(schedule, traced.pipeline.scheduler, student.steps, grid, student.start)
+
+    def shown(scheduler: Any, steps: int) -> dict[str, Any]:
+        try:
+            return set_up(traced, scheduler, steps)[0]
+        except TraceError as error:
+            other = "methods of sampler renoise are dmd2, lcm and most others" if sampler.name == "ddim" else OF_DDIM
+            raise InputError(
+                f"sampler {sampler.name}: with its scheduler in place of the pipeline's own {error.reason}; {other}"
+            ) from error
+
+    return sampler(schedule, traced.pipeline.scheduler, student.steps, grid or shown, student.start)
 
 
 def guidance_scale(recipe: Recipe, traced: Trace) -> float:

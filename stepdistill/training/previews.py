@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stepdistill.eval.pictures import shrunk
 from stepdistill.pipeline.decode import decode
+from stepdistill.progress import say
 from stepdistill.sampling.image_grid import image_grid
 from stepdistill.training.layout import RunFolder
 from stepdistill.training.run_samples import diffuse, distilled
@@ -49,6 +50,10 @@ class Preview:
         with self.session.at(size):
             self.teacher = diffuse(self.session, "teacher", self.count, SEED)
             self.teacher_images = decode(self.session.trace, self.teacher)
+        self.pictured = self.teacher_images.ndim == 4 and self.teacher_images.shape[1] in (1, 3)
+        if writes and not self.pictured:
+            shape = tuple(self.teacher_images.shape[1:])
+            say(f"no previews: {type(session.trace.pipeline).__name__} makes no pictures, but numbers {shape}")
 
     def path(self, step: int) -> Path:
         """Where the picture of ``step`` is."""
@@ -65,13 +70,14 @@ class Preview:
         session = self.session
         with averaged:
             student = distilled(session, self.count, SEED)
-        rows = {"teacher": self.teacher_images, "student": decode(session.trace, student)}
-        if "critic" in session.method.roles:
-            rows["critic"] = decode(session.trace, diffuse(session, "critic", self.count, SEED))
-        if self.writes:
+        if self.pictured:
+            rows = {"teacher": self.teacher_images, "student": decode(session.trace, student)}
+            if "critic" in session.method.roles:
+                rows["critic"] = decode(session.trace, diffuse(session, "critic", self.count, SEED))
             labels = session.conditioning.labels
             captions = [str(labels[number % len(labels)]) for number in range(self.count)]
-            sheet(rows, captions, self.own).save(self.path(step))
+            if self.writes:
+                sheet(rows, captions, self.own).save(self.path(step))
         difference = student.float().mean() - self.teacher.float().mean()
         return {
             "drift/mean": difference.item(),

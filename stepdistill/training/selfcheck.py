@@ -112,8 +112,9 @@ class _Probe:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(rows, *self.session.trace.latent_shape, generator=generator).to(self.session.device)
 
-    def images(self, reading: Reading, rows: int = ROWS) -> Tensor:
+    def images(self, reading: Reading, rows: int | None = None) -> Tensor:
         """Real latents where the run has them, else the ends of a short trajectory under ``reading``; (rows, ...)."""
+        rows = rows or ROWS
         if self.real is not None:
             return self.real[:rows]
         schedule, x = reading.schedule, self.noise(1, rows)

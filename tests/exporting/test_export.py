@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiTPipeline
+from diffusers import AutoencoderKL, DiTPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.tiny import save_dit, tiny_dit
+from pipeline.tiny import save_dit, tiny_dit, tiny_sd
 from stepdistill.diffusion.samplers import DDIM
 from stepdistill.errors import InputError
 from stepdistill.exporting.check import ExportError, call_elsewhere
 from stepdistill.exporting.export import export, round_to
+from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.run import train
 from stepdistill.training.run_folder import newest_checkpoint
 from stock_here import call_here
@@ -25,6 +26,7 @@ def make_run(folder: Path, method: dict, steps: int = 4, more: dict | None = Non
     save_dit(tiny_dit(), folder / "teacher")
     recipe = {
         "teacher": {"pipeline": str(folder / "teacher"), "guidance": {"scale": 2.0}} | (more or {}).get("teacher", {}),
+        "data": (more or {}).get("data", {}),
         "student": {"steps": steps} | student,
         "method": method,
         "train": {"steps": 2, "batch_size": 2, "lr": 1e-3, "tracker": "none"},
@@ -123,6 +125,21 @@ def test_a_pipeline_that_differs_is_refused_and_leaves_nothing(tmp_path, monkeyp
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_autoencoder_that_decodes_one_at_a_time(tmp_path, monkeypatch):
+    """That of HunyuanVideo 1.5 makes an attention mask for one video."""
+    together = AutoencoderKL.decode
+
+    def alone(self, z, *arguments, **keywords):
+        if len(z) > 1:
+            raise RuntimeError("output with shape [2, 1, 80, 80] doesn't match the broadcast shape [2, 2, 80, 80]")
+        return together(self, z, *arguments, **keywords)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", alone)
+    save_pipeline(tiny_sd(), tmp_path / "sd")
+    teacher = {"teacher": {"pipeline": str(tmp_path / "sd")}, "data": {"conditions": ["a red shoe", "rain"]}}
+    assert (make_run(tmp_path, {"name": "sfd", "substeps": 1}, more=teacher) / "export" / "README.md").is_file()
 
 
 def test_the_average_is_what_is_exported(tmp_path):

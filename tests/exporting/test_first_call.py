@@ -66,10 +66,26 @@ def test_inpainting_with_a_network_that_takes_no_mask(pictures, tmp_path):
     assert "differs from sampler renoise" in line and "9 channels" in line
 
 
+def test_inpainting_with_a_network_that_takes_another_picture(pictures, tmp_path):
+    """There is something beside its sample, but not the mask."""
+    parts = {name: part for name, part in ZOO["flux"].build().components.items() if part is not None}
+    config = {name: value for name, value in parts["transformer"].config.items() if name[0] != "_"}
+    double = {"in_channels": 2 * config["in_channels"], "out_channels": config["in_channels"]}
+    parts["transformer"] = tiny.redraw(diffusers.FluxTransformer2DModel(**config | double), 4)
+    pipeline = zoo.ready(diffusers.FluxControlInpaintPipeline(**parts))
+    arguments = pictures | zoo.SMALL | {"control_image": pictures["image"], "strength": 1.0}
+    assert "takes the mask beside the latents" in refused(tmp_path, pipeline, arguments)
+
+
 def test_noise_that_the_call_adds(tmp_path):
     """``eta`` reaches the student's DDIM, which is trained without."""
     line = refused(tmp_path, tiny.tiny_sd(), {"eta": 1.0}, method={"name": "sfd", "substeps": 1})
     assert "differs from sampler ddim" in line and "teacher.arguments.eta" in line
+
+
+def test_a_call_that_tells_its_scheduler_what_another_does_not_take(tmp_path):
+    line = refused(tmp_path, ZOO["lcm"].build(), zoo.SMALL, method={"name": "sfd", "substeps": 1})
+    assert line.startswith("sampler ddim: ") and "original_inference_steps" in line and "renoise are dmd2" in line
 
 
 @pytest.mark.parametrize(("strength", "said"), [({}, "0.8, its default"), ({"strength": 0.9999}, "found 0.9999")])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers.loaders import PeftAdapterMixin
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,10 +18,12 @@ from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.exporting.check import ExportError
 from stepdistill.exporting.export import export
+from stepdistill.exporting.lora import why_not_lora
 from stepdistill.pipeline.exports import WEIGHTS
 from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.roles.views import lora_targets
+from stepdistill.pipeline.trace import trace
+from stepdistill.roles.views import AdapterView, lora_targets
 from stepdistill.run import train
 
 PIPELINES = {
@@ -282,6 +285,15 @@ def test_a_class_without_loras_gets_a_whole_pipeline_and_is_told(tmp_path, capfd
     with pytest.raises(InputError, match="--to comfyui: DiTPipeline is none of StableDiffusionPipeline, "):
         export(result.folder, tmp_path / "out", to="comfyui")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_takes_no_lora_is_exported_whole(monkeypatch):
+    """Kandinsky 3's, whose pipeline has the function for it."""
+    traced = trace(tiny_sd())
+    student = AdapterView(traced.network, None)
+    assert why_not_lora(traced, student) is None
+    monkeypatch.delattr(PeftAdapterMixin, "load_lora_adapter")
+    assert why_not_lora(traced, student) == "UNet2DConditionModel of diffusers takes no LoRA"
 
 
 def test_a_damaged_lora_is_refused(runs, tmp_path, monkeypatch):

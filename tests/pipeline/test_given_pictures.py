@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from pipeline import zoo
+from pipeline.no_preview import NoPreview
 from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.folder import save_pipeline
@@ -85,10 +86,7 @@ def test_the_network_is_called_as_the_pipeline_calls_it(traced):
 
 
 def test_inpainting_is_distilled_and_exported(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "stepdistill.training.between_steps.Preview",
-        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
-    )
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     save_pipeline(zoo.inpainting(), tmp_path / "teacher")
     run = train(recipe_of(tmp_path, pictures, student={"steps": 2, "train": "lora", "rank": 2}))
@@ -137,10 +135,7 @@ def test_trajectories_depend_on_the_controlnet_its_scale_and_the_scale_of_a_pict
 
 
 def test_a_student_with_a_controlnet_is_distilled_and_exported(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "stepdistill.training.between_steps.Preview",
-        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
-    )
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     pipeline = zoo.controlnet()
     save_pipeline(pipeline, tmp_path / "teacher")
@@ -157,10 +152,7 @@ def test_helpers_get_no_gradient(controlled):
 
 
 def test_two_controlnets_are_distilled_and_exported(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "stepdistill.training.between_steps.Preview",
-        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
-    )
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     files = {"image": [pictures["image"], pictures["mask_image"]]}
     traced = trace(zoo.controlnets(), {**files, **zoo.SMALL})
@@ -174,10 +166,7 @@ def test_two_controlnets_are_distilled_and_exported(pictures, tmp_path, monkeypa
 
 
 def test_an_edit_with_two_unconditional_passes(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "stepdistill.training.between_steps.Preview",
-        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
-    )
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     traced = trace(zoo.pix2pix(), {"image": pictures["image"]})
     assert traced.denoiser.spec.mix == ((1.5, -1.0), (-0.5, 0.0)) and traced.guidance.order == (0, 1, 2)

@@ -1,12 +1,12 @@
 """Pipelines whose guidance is a component: it is watched as plain guidance, and exports hold it switched off."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from diffusers import AdaptiveProjectedGuidance
 
 from pipeline import zoo
+from pipeline.no_preview import NoPreview
 from stepdistill.exporting.copied import save_student
 from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.pipeline.load import load_pipeline
@@ -40,10 +40,7 @@ def test_a_whole_pipeline_is_written_with_its_guider_off(teacher, tmp_path):
 
 
 def test_it_is_distilled_and_exported(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "stepdistill.training.between_steps.Preview",
-        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
-    )
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     run = train(
         {

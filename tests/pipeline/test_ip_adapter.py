@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline import tiny, zoo
+from pipeline.no_preview import NoPreview
 from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.folder import save_pipeline
@@ -72,10 +73,7 @@ def test_the_adapter_is_no_parameter(traced, parts):
 
 @pytest.mark.parametrize("how", ["full", "lora"])
 def test_a_student_is_distilled_exported_and_loaded(how, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "stepdistill.training.between_steps.Preview",
-        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
-    )
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     arguments = {"ip_adapter_image": parts.picture, **zoo.SMALL}
     run = train(

@@ -94,6 +94,31 @@ def test_a_pipeline_that_decodes_image_by_image(monkeypatch):
     assert torch.equal(layout(traced).order, expected.order)
 
 
+def test_pictures_of_a_pipeline_that_makes_arrays_alone(monkeypatch):
+    """Those of T2I adapters do, whatever output type they are asked for."""
+    traced = trace(tiny_sd())
+    latents, whole = torch.randn(2, *traced.latent_shape), type(traced.pipeline).__call__
+    expected = decode(traced, latents)
+
+    @functools.wraps(whole)
+    def arrays(pipeline, *args, **kwargs):
+        return tuple(one.movedim(1, -1).numpy() for one in whole(pipeline, *args, **kwargs)[:1])
+
+    monkeypatch.setattr(type(traced.pipeline), "__call__", arrays)
+    assert torch.equal(decode(traced, latents), expected)
+
+
+def test_a_decoder_that_fails_says_why():
+    """Allegro's decodes in tiles alone, which have to be switched on."""
+    traced = trace(tiny_sd())
+
+    def decode_tiles(*_args, **_kwargs):
+        raise NotImplementedError("Decoding without tiling has not been implemented yet.")
+
+    with patched(traced.pipeline.vae, "decode", decode_tiles), pytest.raises(InputError, match="step: Decoding with"):
+        decode(traced, torch.zeros(1, *traced.latent_shape))
+
+
 def test_a_decoder_has_a_graph():
     traced = trace(ZOO["flux"].build(), ZOO["flux"].arguments)
     latents = torch.randn(1, *traced.latent_shape, requires_grad=True)

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import ModularPipeline
 
 from pipeline import zoo
+from pipeline.no_preview import NoPreview
 from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.decode import decode
@@ -91,10 +91,7 @@ def test_what_does_not_lie_in_its_folder_is_not_loaded(modular, tmp_path, entry,
 
 @pytest.mark.parametrize(("name", "fuse"), [("sdxl", True), ("flux", False)])
 def test_it_is_distilled_exported_and_loaded_again(modular, tmp_path, monkeypatch, name, fuse):
-    monkeypatch.setattr(
-        "stepdistill.training.between_steps.Preview",
-        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
-    )
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     run = train(
         {

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from pipeline import zoo
+from pipeline.no_preview import NoPreview
 from pipeline.test_given_pictures import recipe_of
 from stepdistill.data.images import conditions
 from stepdistill.errors import InputError
@@ -83,10 +84,7 @@ def test_batches_go_to_the_device_and_rows_stay(made, traced):
 
 
 def test_a_run_with_pictures_of_its_own(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "stepdistill.training.between_steps.Preview",
-        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
-    )
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     run = train(recipe(made, tmp_path / "run", {"conditions": made.pairs}))
     facts = json.loads((run.folder / "export" / "stepdistill.json").read_text())

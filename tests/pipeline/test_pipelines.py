@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.no_preview import NoPreview
 from pipeline.zoo import ZOO, Exhibit
 from stepdistill.pipeline import stock_call
 from stepdistill.pipeline.folder import save_pipeline
@@ -26,19 +27,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "sfd", "substeps": 2},  # DDIM, Euler on flows
 }
 FOUND: dict[str, str] = {}
-
-
-class NoPreview:
-    """Stands in for previews, which would take as long as the rest."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def write(self, *_: Any) -> dict[str, float]:
-        return {}
-
-    def path(self, *_: Any) -> None:
-        return None
 
 
 @pytest.fixture

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from pipeline.tiny import redraw
 from pipeline.toy import Control, ControlledPipeline, ToyNetwork, ToyPipeline, toy
 from stepdistill.diffusion.row_layout import RowLayout
+from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import encode, entries
+from stepdistill.pipeline.observe import put
+from stepdistill.pipeline.set_up import set_up
 from stepdistill.pipeline.sizes import at_size
 from stepdistill.pipeline.stock_call import record
 from stepdistill.pipeline.trace import TraceError, trace
@@ -116,6 +119,71 @@ def test_a_picture_before_the_sample_and_no_latents_to_return(tmp_path):
     result = trace(Estimator(redraw(Beside(), 9), DDIMScheduler(clip_sample=False)), arguments)
     assert result.denoiser.spec.window.spans == ((1, 3, 4, 0),) and result.self_test_error <= 1e-5
     assert result.arguments == {"image": [arguments["image"]]}  # one for each: all others would be left out
+
+
+class Prior(ToyPipeline):
+    """Looks at the output's type when it has sampled, as Kandinsky's priors do."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 5,
+        output_type: str = "pt",
+    ) -> tuple[Tensor]:
+        made = super().__call__(class_labels, guidance_scale, generator, num_inference_steps)
+        if output_type != "pt":
+            raise ValueError(f"Only the output type `pt` is supported not output_type={output_type}")
+        return made
+
+
+def test_a_call_that_refuses_latents_after_its_last_step_is_not_made_again():
+    pipeline = Prior(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False))
+    assert trace(pipeline).self_test_error <= 1e-5
+    call = {"class_labels": [1], "num_inference_steps": 2}
+    drawn, refused = (record(pipeline, call | {"output_type": kind}) for kind in ("pt", "latent"))
+    assert torch.equal(drawn["latents"], refused["latents"])
+
+
+class Outer(ToyPipeline):
+    """Samples with a pipeline inside it, which was given the same scheduler."""
+
+    def __init__(self, network: nn.Module, scheduler: Any):
+        super().__init__(network, scheduler)
+        self.inner = ToyPipeline(network, scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 5,
+    ) -> tuple[Tensor]:
+        return self.inner(class_labels, guidance_scale, generator, num_inference_steps)
+
+
+def test_a_component_is_put_into_a_pipeline_inside():
+    result = trace(Outer(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False)))
+    grid, _ = set_up(result, DDPMScheduler(clip_sample=False), 4)
+    assert grid == {"num_inference_steps": 4}
+    # As for an export, whose call is proven.
+    put(result.pipeline, "scheduler", DDPMScheduler(clip_sample=False))
+    put(result.pipeline, "network", redraw(ToyNetwork(), 3))
+    assert "noise" in record(result.pipeline, {"class_labels": [1], "num_inference_steps": 2})
+    assert result.pipeline.inner.network is result.pipeline.network
+
+
+def test_an_argument_is_a_tensor_in_a_file(tmp_path):
+    np.save(tmp_path / "colour.npy", np.array([0.1, 0.3], np.float32))
+    arguments = {"colour": str(tmp_path / "colour.npy"), "max_guidance_scale": 1.0}
+    result = trace(Counted(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False)), arguments)
+    (colour,) = encode(result, entries(result, "classes")).cond["extra.bias"]
+    assert colour == pytest.approx(0.2)
+    with pytest.raises(InputError, match=r"colour: expected a tensor, found no file .*none\.npy"):
+        trace(result.pipeline, arguments | {"colour": str(tmp_path / "none.npy")})
 
 
 class Framed(ToyNetwork):

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.tiny import tiny_dit, tiny_sd
+from pipeline.toy import ToyNetwork, toy
 from stepdistill.errors import InputError
 from stepdistill.methods import METHODS, DistillMethod
 from stepdistill.pipeline.folder import save_pipeline
@@ -12,7 +13,7 @@ from stepdistill.pipeline.trace import trace
 from stepdistill.planning.plan import plan
 from stepdistill.recipe import load
 from stepdistill.roles.build import LoRA, build_roles
-from stepdistill.roles.views import AdapterView, plain_network
+from stepdistill.roles.views import AdapterView, lora_targets, plain_network
 from stepdistill.run import train
 from stepdistill.training import checkpoint
 from stepdistill.training.session import build
@@ -221,3 +222,26 @@ def test_roles_of_a_plain_denoiser():
     layer = next(m for m in roles.student.network.backbone.modules() if hasattr(m, "scaling"))
     assert layer.scaling == {"student": 0.5}
     assert dict(roles.items()) == {"teacher": roles.teacher, "student": roles.student, "critic": roles.critic}
+
+
+class ByName(ToyNetwork):
+    """Gives one layer its input by name, as AnimateDiff's motion modules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = torch.nn.Linear(8, 8)
+
+    def forward(self, picture, noise_level, extra):
+        return (self.out(input=super().forward(picture, noise_level, extra)[0]),)
+
+
+def test_a_layer_that_is_given_its_input_by_name_gets_no_lora():
+    pipeline = toy()
+    pipeline.network = ByName()
+    traced = trace(pipeline)
+    assert lora_targets(traced.network) == ["blocks.0", "blocks.1", "speed"]
+    with pytest.raises(InputError, match=r"gives its input by name, .* found out"):
+        lora_targets(traced.network, ["speed", "out"])
+    x, cond = torch.zeros(1, *traced.latent_shape), {"extra.what": torch.tensor([1])}
+    roles = build_roles(traced.denoiser, {"student": "lora"}, 1.0, LoRA(2))
+    assert torch.equal(roles.student(x, torch.tensor([0.5]), cond).raw, roles.teacher(x, torch.tensor([0.5]), cond).raw)

@@ -22,11 +22,12 @@ def scripts() -> Iterator[SimpleNamespace]:
     try:
         import diffusers_tests
         import sweep
+        import whole
 
-        yield SimpleNamespace(diffusers_tests=diffusers_tests, sweep=sweep)
+        yield SimpleNamespace(diffusers_tests=diffusers_tests, sweep=sweep, whole=whole)
     finally:
         sys.path.remove(str(SCRIPTS))
-        for name in ("diffusers_tests", "sweep", "shim"):
+        for name in ("diffusers_tests", "sweep", "shim", "whole"):
             sys.modules.pop(name, None)
 
 
@@ -60,6 +61,32 @@ def test_inputs_are_stated_as_a_user_does(scripts, tmp_path):
         scripts.diffusers_tests.arguments_of({"image": [inputs["image"]]}, tmp_path, lists=True)["image"][0]
         is inputs["image"]
     )
+
+
+def test_lists_of_pictures_and_tensors_are_files_in_a_recipe(scripts, tmp_path):
+    tensors, frames = torch.zeros(1, 7), [PIL.Image.new("RGB", (4, 4)), PIL.Image.new("RGB", (4, 4), "white")]
+    arguments = {"video": frames, "mask_image": np.ones((4, 4)), "sizes": (1, 2), "image_embeds": tensors}
+    stated = scripts.diffusers_tests.as_files(arguments, tmp_path)
+    assert stated["sizes"] == [1, 2]
+    assert np.array_equal(np.load(stated["image_embeds"]), tensors.numpy())
+    pixels = []
+    for file in (*stated["video"], stated["mask_image"]):
+        with PIL.Image.open(file) as picture:
+            pixels.append(picture.getpixel((0, 0)))
+    assert pixels == [(0, 0, 0), (255, 255, 255), 255]
+
+
+def test_the_whole_way_takes_each_way_out_once(scripts, tmp_path):
+    pipeline = SimpleNamespace(__call__=lambda prompt, guidance_scale=3.0: None, components={})
+    recipe = scripts.whole.recipe_of(tmp_path, {}, pipeline)
+    assert scripts.whole.changed(
+        recipe, "teacher.guidance.scale: expected 1 for a pipeline without guidance, found 2.0"
+    )
+    assert recipe["teacher"]["guidance"] == {"scale": 1.0}
+    assert not scripts.whole.changed(recipe, "teacher.guidance.scale: expected 1")
+    assert scripts.whole.changed(recipe, "differs from sampler renoise by 1.0e-01")
+    assert recipe["method"]["sampler"] == "ddim"
+    assert not scripts.whole.changed(recipe, "out of memory")
 
 
 def test_the_kind_follows_from_folder_and_inputs(scripts):
@@ -108,11 +135,18 @@ def test_lines_are_those_that_the_page_takes(scripts, tmp_path, monkeypatch):
     # Each is built once before it is traced; then A anew after the hint, B with the test's own weights, C with tensors.
     assert pipelines == [True, True, True, True, True, False, True, True, True]
     lines.append(sweep.row_of(module, "D", "no answer in 1 s"))
+    lines.append(lines[2] | {"whole": {"passed": False, "reason": "a tensor"}})
     tiny = {"name": "TinyPipeline", "kind": "image-conditioned", "built": True}
     rows = sweep_table.rows_of(map(json.dumps, lines))
     assert sorted(rows, key=lambda row: row["test"]) == [
         {"test": f"{module}.A", **tiny, "traced": True, "arguments": {"strength": 1.0}},
         {"test": f"{module}.B", **tiny, "traced": False, "reason": "schedule: steps are cut; nothing helps"},
-        {"test": f"{module}.C", **tiny, "traced": True, "objects": True},
+        {
+            "test": f"{module}.C",
+            **tiny,
+            "traced": True,
+            "objects": True,
+            "whole": {"passed": False, "reason": "a tensor"},
+        },
         {"test": f"{module}.D", "name": "D", "kind": "other", "traced": False, "reason": "no answer in 1 s"},
     ]

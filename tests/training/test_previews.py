@@ -10,6 +10,7 @@ from PIL import Image
 from pipeline.tiny import tiny_sd
 from stepdistill.errors import InputError
 from stepdistill.recipe import load
+from stepdistill.training import previews
 from stepdistill.training.previews import Preview, sheet
 from stepdistill.training.session import Session, build
 
@@ -58,3 +59,11 @@ def test_previews_are_of_the_users_own_prompts(tmp_path: Path) -> None:
 def test_preview_prompts_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train.preview_prompts"):
         session_of(tmp_path, [7])
+
+
+def test_what_is_no_picture_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """A sound (N, samples), as AudioLDM 2 makes it."""
+    monkeypatch.setattr(previews, "decode", lambda _trace, latents: torch.zeros(len(latents), 640, dtype=torch.uint8))
+    preview = Preview(session_of(tmp_path, []), tmp_path)
+    assert set(preview.write(0, nullcontext())) == {"drift/mean", "drift/std"}
+    assert not preview.path(0).exists() and "makes no pictures, but numbers (640,)" in capfd.readouterr().err
