@@ -78,6 +78,9 @@ def layout(trace: Trace) -> Layout:
         TraceError: it does something else than scale, shift and rearrange them.
     """
     vae, seen = _autoencoder(trace.pipeline), []
+    if trace.denoiser.spec.joint is not None:
+        parts = " and ".join(part.argument for part in trace.denoiser.spec.joint.parts)
+        raise TraceError("decode", f"a sample is several at once ({parts}), of which no image is more than one")
     count = torch.Size(trace.latent_shape).numel()
     index = torch.arange(count)
     digits = [index // BASE**k % BASE for k in range(next(k for k in range(1, 9) if BASE**k >= count))]

@@ -5,7 +5,6 @@ them; what cannot be explained is refused with the name of the check. A self-tes
 step with the learned description and compares it with the pipeline's own.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,12 +16,11 @@ from torch import nn
 
 from stepdistill.diffusion.denoiser import Denoiser, Helper, innermost
 from stepdistill.diffusion.experts import Experts, Turn
-from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
-from stepdistill.diffusion.stock_schedulers import as_network_input, without_learned_variance
+from stepdistill.diffusion.stock_schedulers import without_learned_variance
 from stepdistill.diffusion.window import Span
 from stepdistill.files import sha256
-from stepdistill.pipeline import explain, turns
+from stepdistill.pipeline import explain, joint, turns
 from stepdistill.pipeline.call import (
     COUNTS,
     TraceError,
@@ -33,14 +31,16 @@ from stepdistill.pipeline.call import (
     fewest_steps,
     guidance_argument,
     in_any_way,
+    one_guidance,
     other_guidance,
 )
-from stepdistill.pipeline.compare import deviation, same, tolerance
+from stepdistill.pipeline.compare import same
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.observe import CARRIED, Recording, Step, forked_random, modules, observe, stepped
-from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument, scaled_sample
+from stepdistill.pipeline.observe import Recording, modules, observe
+from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument
+from stepdistill.pipeline.self_test import check_schedule, self_test
 from stepdistill.pipeline.several_passes import linear_rule
 from stepdistill.pipeline.singly import observe_each
 from stepdistill.pipeline.sorting import sort_arguments
@@ -58,8 +58,6 @@ PROBES: dict[str, tuple[Any, ...]] = {
 PROBE_STEPS = 3
 MOST_STEPS = 50
 PROBE_SCALE = 4.0
-SELF_TEST_LIMIT = 1e-5
-SCHEDULE_LIMIT = 0.1
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ class Trace:
     def summary(self) -> dict[str, Any]:
         """The facts as plain values, the contract of ``inspect --json``."""
         spec = self.denoiser.spec
-        return {
+        facts = {
             "pipeline": type(self.pipeline).__name__,
             "denoiser": type(self.network).__name__,
             "parameters": sum(p.numel() for p in self.denoiser.network.parameters()),
@@ -158,7 +156,12 @@ class Trace:
             "conditioning": {name: list(shape) for name, shape in self.conditioning.items()},
             "latent_shape": list(self.latent_shape),
             "self_test_error": self.self_test_error,
-        } | ({"experts": {name: turn._asdict() for name, turn in spec.experts.items()}} if spec.experts else {})
+        }
+        if spec.joint is not None:
+            facts["joint"] = {part.argument: list(part.shape) for part in spec.joint.parts}
+        if spec.experts:
+            facts["experts"] = {name: turn._asdict() for name, turn in spec.experts.items()}
+        return facts
 
 
 @torch.no_grad()
@@ -185,17 +188,16 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
     component = explain.denoiser_component(off)
     network = networks[component]
+    off, on, one = joint.as_one(off, on, component)
     helpers, helper_conditions, seen = _helpers(off, on, component, networks, schedule, kind)
     names = [helper.name for helper in helpers]
     whole, (off, on) = (off, on), (explain.only(off, component), explain.only(on, component))
     if len({len(step.calls) for step in on.steps}) > 1:
         raise TraceError("guidance", f"{component} is called twice at some steps and once at others")
     spec, free, batched = sample_argument(off, on, component)
-    spec = explain.timestep_map(off, on, spec, network, schedule)
+    spec = explain.timestep_map(off, on, replace(spec, joint=one), joint.around(one, network), schedule)
     spec, free = kept_by_time(spec, off.steps[0], free)
-    for name, part in seen.items():
-        if part != free:
-            raise TraceError("sample", f"{name} sees another part of the sample than {component}, which keeps a part")
+    _check_seen(seen, free, component)
     whole = only_free(whole[0], free), only_free(whole[1], free)
     off, on = (explain.only(recording, component) for recording in whole)
     spec = explain.output_map(off, spec, component)
@@ -204,16 +206,18 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     off, on = (explain.only(recording, component, names) for recording in whole)
     if passes_of(on, spec) > 2:
         again = _few_steps(pipeline, PROBES[entry][:2], arguments, scale + 1, alone)
-        runs = {scale: on, scale + 1: explain.only(only_free(again, free), component, names)}
+        again = only_free(joint.joined(again, one, component), free)
+        runs = {scale: on, scale + 1: explain.only(again, component, names)}
         guidance, spec = linear_rule(runs, spec, conditions, batched)
     else:
         first = turns.steps_of(component, on) if experts else on
-        guidance, spec = guidance_rule(first, spec, conditions, batched, scale)
+        hint = one_guidance(pipeline, arguments) if one else ""
+        guidance, spec = guidance_rule(first, spec, conditions, batched, scale, hint)
     if experts:
         spec = replace(spec, experts=turns.with_scales(experts, on, spec, guidance))
         network = Experts({name: networks[name] for name in experts})
     denoiser = Denoiser(network, spec, schedule, kind)
-    _check_schedule(off.steps[0], schedule, kind)
+    check_schedule(off.steps[0], schedule, kind)
     padded = {name for owner, (mask, _) in spec.masks.items() for name in (owner, mask)}
     rows = spec.conditions(off.steps[0].calls[0].arguments, conditions)
     shapes = {name: tuple(value.shape[1:]) for name, value in rows.items()}
@@ -225,7 +229,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         guidance=guidance,
         latent_shape=tuple(off.steps[0].sample.shape[1:]),
         conditioning={name: (None, *shape[1:]) if name in padded else shape for name, shape in shapes.items()},
-        self_test_error=_self_test(off, on, denoiser, guidance, conditions),
+        self_test_error=self_test(off, on, denoiser, guidance, conditions),
         arguments=arguments,
         alone=alone,
         encoders=explain.encoders(whole[0].steps[0], component, names),
@@ -248,7 +252,8 @@ def _watched(
             break
     else:
         raise TraceError(
-            "guidance", f"the denoiser is still called twice per step at scales 1 and 0{other_guidance(pipeline)}"
+            "guidance",
+            f"the denoiser is still called twice per step at scales 1 and 0{other_guidance(pipeline, arguments)}",
         )
     alike = turns.alike(off, modules(pipeline))
     experts = turns.turns_of(pipeline, _first(entry, alone), arguments, alike, off, unguided)
@@ -278,6 +283,12 @@ def _helpers(
         helpers.append(Helper(name, Denoiser(networks[name], spec, schedule, kind), feeds))
         names += [helpers[-1].prefix + condition for condition in conditions]
     return tuple(helpers), names, seen
+
+
+def _check_seen(seen: Mapping[str, Span | None], free: Span | None, component: str) -> None:
+    for name, part in seen.items():
+        if part != free:
+            raise TraceError("sample", f"{name} sees another part of the sample than {component}, which keeps a part")
 
 
 def _probe_scale(pipeline: Any, arguments: Mapping[str, Any]) -> float:
@@ -338,61 +349,3 @@ def _few_steps(
         name = type(pipeline).__name__
         raise TraceError("components", f"{name} never steps its own scheduler; perhaps it steps copies of it")
     return turns.as_one(recording, turns.alike(recording, modules(pipeline)))
-
-
-def _check_schedule(step: Step, schedule: Schedule, kind: Kind) -> None:
-    """A scheduler that gets exact outputs for a known image must arrive at that image."""
-    scheduler = copy.deepcopy(step.scheduler)
-    device = step.sample.device
-    if begin := getattr(scheduler, "begin_index", None):
-        raise TraceError(
-            "schedule",
-            f"the pipeline begins at step {begin + 1} of its grid; students are trained from pure noise",
-        )
-    with forked_random(device):
-        x0 = torch.rand(step.sample.shape, device=device) * 1.6 - 0.8
-        eps = torch.randn(step.sample.shape, device=device)
-        x, options = None, {name: None for name in step.options if name in CARRIED} | {"return_dict": False}
-        for timestep in scheduler.timesteps:
-            t = schedule.time(timestep.to(device)).expand(len(x0))
-            if x is None:
-                unit = torch.ones_like(x0)
-                x = schedule.add_noise(x0, eps, t) / as_network_input(scheduler, unit, timestep)
-            x_t = as_network_input(scheduler, x, timestep)
-            x, options = stepped(scheduler, schedule.from_x0(x0, x_t, t, kind), timestep, x, options)
-    error = float((x - x0).square().mean().sqrt() / x0.square().mean().sqrt())
-    if not error <= SCHEDULE_LIMIT:
-        raise TraceError(
-            "schedule",
-            f"{type(step.scheduler).__name__}, given exact {kind} predictions of an image, does not arrive at it "
-            f"(off by {error:.1e})",
-        )
-
-
-def _self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guidance, conditions: list[str]) -> float:
-    """The largest relative error of the recorded steps replayed with the learned description.
-
-    Raises:
-        TraceError: it is above 1e-5 (float32).
-    """
-    worst = 0.0
-    # An embedded scale is a constant of the network, learned at the scale of the guided run.
-    for recording in (on,) if guidance.kind == "embedded" else (off, on):
-        for step in recording.steps:
-            n = recording.count
-            x_t = scaled_sample(step)[:n]
-            timestep = explain.received_timestep(step, denoiser.spec, denoiser.schedule)
-            t = denoiser.schedule.time(timestep.to(x_t.device)).expand(n)
-            if recording is on:
-                cond, null = guidance.split(step.calls, denoiser.spec, conditions, n)
-                scale = 1.0 if null is None else guidance.w
-                prediction = guided(denoiser, x_t, t, cond, null, scale)
-            else:
-                prediction = denoiser(x_t, t, denoiser.spec.conditions(step.calls[0].arguments, conditions))
-            raw = prediction.raw.to(step.model_output.dtype)
-            copies = len(step.sample) // n
-            worst = max(worst, deviation(step.replay(torch.cat([raw] * copies)), step.previous))
-    limit = max(SELF_TEST_LIMIT, tolerance(on.steps[0].calls[0].output.dtype))
-    if not worst <= limit:
-        raise TraceError("self-test", f"a replayed step is off the pipeline's own by {worst:.1e} (limit {limit:.0e})")
-    return worst

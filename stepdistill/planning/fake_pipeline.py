@@ -18,8 +18,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from stepdistill.diffusion.denoiser import CallSpec, Conditions, Denoiser, Helper, tensors_in
+from stepdistill.diffusion.denoiser import CallSpec, Conditions, Denoiser, Helper
 from stepdistill.diffusion.experts import Experts, Turn
+from stepdistill.diffusion.nested import tensors_in
 from stepdistill.diffusion.schedule import from_scheduler
 from stepdistill.diffusion.window import Window
 from stepdistill.errors import InputError
