@@ -205,9 +205,8 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     conditions += helper_conditions
     off, on = (explain.only(recording, component, names) for recording in whole)
     if passes_of(on, spec) > 2:
-        again = _few_steps(pipeline, PROBES[entry][:2], arguments, scale + 1, alone)
-        again = only_free(joint.joined(again, one, component), free)
-        runs = {scale: on, scale + 1: explain.only(again, component, names)}
+        again = joint.joined(_few_steps(pipeline, PROBES[entry][:2], arguments, scale + 1, alone), one, component)
+        runs = {scale: on, scale + 1: explain.only(only_free(again, free), component, names)}
         guidance, spec = linear_rule(runs, spec, conditions, batched)
     else:
         first = turns.steps_of(component, on) if experts else on
