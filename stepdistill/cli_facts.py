@@ -85,6 +85,8 @@ def inspect(
         from stepdistill.diffusion.experts import in_words
 
         facts["experts"] = in_words(traced.denoiser.spec.experts)
+    if (joint := traced.denoiser.spec.joint) is not None and not as_json:
+        facts["joint"] = joint.in_words
     print_facts(facts, as_json)
 
 

@@ -1,12 +1,12 @@
 """A frozen backbone in few bits: adapters learn on it, and the export stands on the plain one."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from pipeline.no_preview import NoPreview
 from pipeline.tiny import save_dit, tiny_dit
 from stepdistill.errors import InputError
 from stepdistill.pipeline.load import load_pipeline
@@ -57,10 +57,7 @@ def test_linear_layers_are_in_eight_bits(teacher, tmp_path):
 
 def test_a_run_on_eight_bits_ends_in_a_plain_export(teacher, tmp_path, monkeypatch):
     pytest.importorskip("torchao")
-    monkeypatch.setattr(
-        "stepdistill.training.between_steps.Preview",
-        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
-    )
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     run = train(recipe_of(teacher, tmp_path / "run"))
     exported = load_pipeline(run.folder / "export")
     assert {p.dtype for p in exported.transformer.parameters()} == {torch.float32}

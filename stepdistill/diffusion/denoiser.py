@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from stepdistill.diffusion import experts
 from stepdistill.diffusion.experts import Experts, Part, Turn
 from stepdistill.diffusion.features import FEATURE_DEPTHS, hidden_states
-from stepdistill.diffusion.nested import unflatten
+from stepdistill.diffusion.joint import Joint
+from stepdistill.diffusion.nested import tensors_in, unflatten
 from stepdistill.diffusion.passes import in_pass
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.diffusion.schedule import Kind, Prediction, Schedule
@@ -44,6 +45,7 @@ class CallSpec:
         timestep_mask: of a network that takes a time for each frame or token: ones of shape (1, ...), and zeros where
             its time is 0 at every step. None: it takes a time for each row, (B,).
         times: further arguments that are given the same time at every call.
+        times_apart: such arguments with a layout of their own, and what :attr:`timestep_mask` is of each.
         output: how the raw output becomes the prediction (the first half of the channels where the
             second is a learned variance).
         constants: arguments that are neither sample, time nor condition (img_ids, return_dict=False, ...),
@@ -65,6 +67,7 @@ class CallSpec:
         mix: (a, b) of each unconditional pass, the first of which is the null condition, where there are several: the
             guided output is w cond + the sum of (a + b w) times theirs. Empty: there is one.
         guider: a :class:`stepdistill.diffusion.guiders.Guider` in the place of all these rules; None: these rules.
+        joint: how several samples make one; then :attr:`sample` names the packed one, which the network does not take.
     """
 
     sample: str
@@ -74,6 +77,7 @@ class CallSpec:
     timestep_dtype: torch.dtype = torch.float32
     timestep_mask: Tensor | None = field(default=None, compare=False)
     times: frozenset[str] = frozenset()
+    times_apart: Mapping[str, Tensor | None] = field(default_factory=dict, compare=False)
     output: Output = "identity"
     constants: Mapping[str, Any] = field(default_factory=dict)
     expanded: frozenset[str] = frozenset()
@@ -89,11 +93,12 @@ class CallSpec:
     experts: Mapping[str, Turn] = field(default_factory=dict)
     mix: tuple[tuple[float, float], ...] = ()
     guider: Any = None
+    joint: Joint | None = None
 
     @property
     def beside(self) -> tuple[str, ...]:
         """The names of the conditions that are beside x_t in its argument, one for each axis that holds more."""
-        return tuple(f"beside {self.sample} on axis {span.axis}" for span in self.window.spans)
+        return self.window.beside_names(self.sample)
 
     def _of_helper(self, name: str) -> bool:
         return any(name.startswith(helper.prefix) for helper in self.helpers)
@@ -103,9 +108,13 @@ class CallSpec:
         value = timestep.double() * self.timestep_scale + self.timestep_offset
         return (value if self.timestep_dtype.is_floating_point else value.round()).to(self.timestep_dtype)
 
-    def decode_output(self, raw: Any) -> Tensor:
+    def raw_output(self, returned: Any) -> Tensor:
+        """The tensor in whatever the network returned that holds the prediction."""
+        return first_tensor(returned) if self.joint is None else self.joint.output(returned)
+
+    def decode_output(self, returned: Any) -> Tensor:
         """The prediction (B, ...) inside whatever the network returned."""
-        tensor = self.window.prediction(first_tensor(raw))
+        tensor = self.window.prediction(self.raw_output(returned))
         if self.output.endswith("first_half"):
             tensor = tensor.chunk(2, dim=1)[0]
         return -tensor if self.output.startswith("negated") else tensor
@@ -122,6 +131,7 @@ class CallSpec:
         Lists become padded tensors with masks; a mask that was left out, as nothing is padded, becomes one of ones.
         """
         conditions: Conditions = {}
+        arguments = arguments if self.joint is None else self.joint.packed_call(arguments)
         for helper in self.helpers:
             inner = helper.denoiser.spec.conditions(helper.own(arguments), helper.own(dict.fromkeys(names)))
             conditions |= {helper.prefix + name: value for name, value in inner.items()}
@@ -240,7 +250,7 @@ class Denoiser:
         if not self.takes_turns:
             return self.network(**self.arguments(x_t, t, cond, r))
         split = experts.parts(self.schedule.timestep(t), self.spec.experts)
-        return experts.gathered([first_tensor(self._part(one, x_t, t, cond, r)) for one in split], split)
+        return experts.gathered([self.spec.raw_output(self._part(one, x_t, t, cond, r)) for one in split], split)
 
     @property
     def takes_turns(self) -> bool:
@@ -282,7 +292,7 @@ class Denoiser:
         flat: dict[str, Any] = {}
         place = x_t.device, id(spec)
         if place not in self._placed:  # copied there once: each copy would wait for the device
-            constants = {**spec.constants, spec.timestep: spec.timestep_mask}
+            constants = {**spec.constants, **spec.times_apart, spec.timestep: spec.timestep_mask}
             self._placed[place] = spec, {name: _on(x_t.device, value) for name, value in constants.items()}
         for name, value in self._placed[place][1].items():
             if name in spec.expanded:
@@ -302,9 +312,11 @@ class Denoiser:
             if name in spec.masks:
                 rows = [row[present] for row, present in zip(rows, flat.pop(spec.masks[name][0]), strict=True)]
             flat[name] = rows
-        times, mask = spec.network_timestep(self.schedule.timestep(t)), flat[spec.timestep]
-        times = times if mask is None else times.reshape(-1, *[1] * (mask.ndim - 1)) * mask
-        flat |= dict.fromkeys((spec.timestep, *spec.times), times)
+        times = spec.network_timestep(self.schedule.timestep(t))
+        for name in (spec.timestep, *spec.times_apart):
+            mask = flat[name]
+            flat[name] = times if mask is None else times.reshape(-1, *[1] * (mask.ndim - 1)) * mask
+        flat |= dict.fromkeys(spec.times, flat[spec.timestep])
         for name in spec.layouts.keys() & flat.keys():
             flat[name] = spec.layouts[name].argument(flat[name])
         if r is not None:
@@ -312,7 +324,7 @@ class Denoiser:
                 name = type(innermost(self.network)).__name__
                 raise InputError(f"{name} has no input for a second time r; TimeEmbedded, in adapt(), adds one")
             flat[SECOND_TIME] = r
-        nested = unflatten(flat)
+        nested = unflatten(flat if spec.joint is None else spec.joint.network_call(flat))
         return nested | {name: kind(nested[name]) for name, kind in spec.apart.items() if name in nested}
 
 
@@ -347,15 +359,6 @@ class Helper:
             name: tensors[index] if isinstance(index, int) else [tensors[one] for one in index]
             for name, index in self.feeds.items()
         }
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors inside nested lists, tuples and mappings, in order."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    return [value] if isinstance(value, Tensor) else []
 
 
 def _on(device: torch.device, value: Any) -> Any:

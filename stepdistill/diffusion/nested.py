@@ -40,3 +40,12 @@ def _with_lists(value: Any) -> Any:
         return value
     inner = {name: _with_lists(item) for name, item in value.items()}
     return [inner[str(number)] for number in range(len(inner))] if "0" in inner else inner
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors inside nested lists, tuples and mappings, in order."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return [value] if isinstance(value, Tensor) else []

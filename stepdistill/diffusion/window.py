@@ -69,6 +69,10 @@ class Window:
         """How many samples an argument holds."""
         return len(argument) // (1 if self.frames is None else self.frames.each)
 
+    def beside_names(self, argument: str) -> tuple[str, ...]:
+        """A name for each of :meth:`beside` in the argument of this name."""
+        return tuple(f"beside {argument} on axis {span.axis}" for span in self.spans)
+
     def argument(self, x: Tensor, beside: Sequence[Tensor]) -> Tensor:
         """The argument that holds x_t and what is beside it, see :meth:`beside`."""
         whole = self.laid_out(x)
@@ -84,12 +88,22 @@ class Window:
             argument = span.inside(argument)
         return parts
 
+    def sample(self, argument: Tensor) -> Tensor:
+        """x_t (B, C, ...) in an argument: the inverse of :meth:`argument`."""
+        for span in self.spans:
+            argument = span.inside(argument)
+        return self._as_sample(argument)
+
     def prediction(self, output: Tensor) -> Tensor:
         """The prediction (B, C, ...) in an output, without what is beside it."""
         for span in self.spans:
             output = span.inside(output) if span.axis in self.cut else output
+        return self._as_sample(output)
+
+    def _as_sample(self, laid_out: Tensor) -> Tensor:
+        """The inverse of :meth:`laid_out`."""
         if self.grid:
-            return output.transpose(1, 2).unflatten(2, self.grid)
+            return laid_out.transpose(1, 2).unflatten(2, self.grid)
         if self.frames is not None:
-            return self.frames.rows(output)
-        return output if self.frame_axis is None else output.squeeze(self.frame_axis)
+            return self.frames.rows(laid_out)
+        return laid_out if self.frame_axis is None else laid_out.squeeze(self.frame_axis)

@@ -198,7 +198,8 @@ def _keywords(arguments: Mapping[str, Any]) -> str:
 
 
 def _is_video(trace: Trace) -> bool:
-    return len(trace.latent_shape) == 4
+    joint = trace.denoiser.spec.joint  # a video and its sound
+    return joint is not None or len(trace.latent_shape) == 4
 
 
 def _example(facts: ExportFacts) -> str:

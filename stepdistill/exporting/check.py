@@ -23,6 +23,7 @@ from stepdistill.errors import RunError
 from stepdistill.pipeline import ip_adapter, stock_call
 from stepdistill.pipeline.call import TraceError, call_arguments
 from stepdistill.pipeline.compare import deviation, tolerance
+from stepdistill.pipeline.components import scheduled
 from stepdistill.pipeline.conditioning import plain_conditions
 from stepdistill.pipeline.decode import decode, standing_in
 from stepdistill.pipeline.exports import further_loras
@@ -30,7 +31,7 @@ from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.guiders import guided_at, guiders
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.names import source
-from stepdistill.pipeline.observe import forked_random, modules, scheduled
+from stepdistill.pipeline.observe import forked_random, modules
 from stepdistill.pipeline.trace import Trace
 from stepdistill.roles.attach import CONFIG as ATTACHED
 from stepdistill.training.session import Session
@@ -52,7 +53,7 @@ class Sampled:
     Args:
         size: its name in messages; "" where the run has one.
         call: arguments of the plain call that is to make the same.
-        noise: where it began.
+        noise: where it began, as :func:`stock_call.record` names it.
         latents: where it ended.
         pictures: of the latents; None in half precision.
         limit: the largest relative difference that counts as equal.
@@ -60,7 +61,7 @@ class Sampled:
 
     size: str
     call: dict[str, Any]
-    noise: Tensor
+    noise: dict[str, Tensor]
     latents: Tensor
     pictures: Tensor | None
     limit: float
@@ -126,8 +127,9 @@ def _sampled(session: Session, count: int = CHECKED) -> Sampled:
             if len(latents) == 1:
                 raise
             return _sampled(session, 1)
-    name = session.sizes[session.size].name
-    return Sampled(name, call, began["noise"], latents.cpu(), pictures, allowed(session))
+    size = session.sizes[session.size].name
+    noise = {name: value for name, value in began.items() if name.startswith("noise")}
+    return Sampled(size, call, noise, latents.cpu(), pictures, allowed(session))
 
 
 def _compared(draft: Path, out: Path, request: dict[str, Any], ours: Sampled, session: Session) -> float:
@@ -141,9 +143,9 @@ def _compared(draft: Path, out: Path, request: dict[str, Any], ours: Sampled, se
     else:
         stock = call_elsewhere(request | {"call": ours.call})
     where = f" at {ours.size}" if ours.size else ""
-    if not torch.equal(stock["noise"], ours.noise):
+    if not all(torch.equal(stock[name], noise) for name, noise in ours.noise.items()):
         raise ExportError(f"{out}: a plain call{where} starts from other noise than the same call of the teacher")
-    error = deviation(free_part(session.trace, stock["latents"]), ours.latents)
+    error = deviation(free_part(session.trace, stepped_in(session.trace, stock, "latents")), ours.latents)
     if not error <= ours.limit:
         raise ExportError(
             f"{out}: the reloaded pipeline differs from the training-time sampler by {error:.2e}{where} "
@@ -218,18 +220,29 @@ def repeated(session: Session, student: Denoiser, rows: Tensor, stock: Mapping[s
         cond = plain_conditions(traced, [session.conditioning.entries[i] for i in rows.tolist()], steps)
     else:
         cond, _ = session.conditioning.batch(rows)
-    noise = session.sampler.seen(stock["noise"].to(session.device))
-    with forked_random(noise.device):
-        torch_of(noise.device).set_rng_state(stock["random_state"])
+    noise = [session.sampler.seen(one.to(session.device)) for one in stepped_in(traced, stock, "noise")]
+    with forked_random(session.device):
+        torch_of(session.device).set_rng_state(stock["random_state"])
         return session.sampler.sample(
             lambda x, t: student(x, t, cond),
             free_part(traced, noise),
-            lambda: free_part(traced, torch.randn_like(noise)),
+            lambda: free_part(traced, [torch.randn_like(one) for one in noise]),
         )
 
 
-def free_part(traced: Trace, sample: Tensor) -> Tensor:
-    """The latents (N, *latent_shape) in what a scheduler steps."""
+def stepped_in(traced: Trace, stock: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """What :func:`stock_call.record` tells of each sample, "noise" or "latents": one, or the parts of a joint one."""
+    joint = traced.denoiser.spec.joint
+    count = 1 if joint is None else len(joint.parts)
+    return [stock[f"{name} {number}" if number else name] for number in range(count)]
+
+
+def free_part(traced: Trace, samples: Sequence[Tensor]) -> Tensor:
+    """The latents (N, *latent_shape) in what schedulers step."""
+    joint = traced.denoiser.spec.joint
+    if joint is not None:
+        return joint.packed([part.inside(one) for part, one in zip(joint.parts, samples, strict=True)])
+    (sample,) = samples
     return sample if traced.free is None else traced.free.inside(sample)
 
 

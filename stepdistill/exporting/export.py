@@ -19,10 +19,10 @@ from stepdistill.exporting.copied import forget_places, holds_half, save_student
 from stepdistill.exporting.lora import Keys, fold_scale, save_lora, why_not_lora
 from stepdistill.files import atomic, cache_folder
 from stepdistill.pipeline import ip_adapter
+from stepdistill.pipeline.components import put
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.exports import FACTS, ExportFacts
 from stepdistill.pipeline.folder import quiet
-from stepdistill.pipeline.observe import put
 from stepdistill.progress import phase, say
 from stepdistill.recipe import Recipe, load
 from stepdistill.recipe.section import CheckedOn, Export

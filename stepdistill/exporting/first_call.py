@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from stepdistill.errors import InputError
-from stepdistill.exporting.check import allowed, answer, free_part, repeated, stock_arguments, without_network
+from stepdistill.exporting.check import (
+    allowed,
+    answer,
+    free_part,
+    repeated,
+    stepped_in,
+    stock_arguments,
+    without_network,
+)
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import deviation, same
 from stepdistill.pipeline.decode import standing_in
@@ -58,7 +66,7 @@ def _compared(session: Session) -> float:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"teacher.pipeline: {calls} of {name} fails: {reason}{_remedy(traced)}") from error
         ours = repeated(session, traced.denoiser.on(traced.denoiser_in(traced.pipeline)), rows, stock)
-    error = deviation(free_part(traced, stock["latents"]), ours.cpu())
+    error = deviation(free_part(traced, stepped_in(traced, stock, "latents")), ours.cpu())
     limit = allowed(session)
     if not error <= limit:
         raise InputError(

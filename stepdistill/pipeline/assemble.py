@@ -16,11 +16,11 @@ from torch import nn
 from stepdistill.errors import InputError
 from stepdistill.files import atomic, cache_folder, digest, files_in, read_json, sha256, write_json
 from stepdistill.pipeline.complete import all_weights_found, some, whole_before_moved
+from stepdistill.pipeline.components import put
 from stepdistill.pipeline.folder import load_folder, quiet, save_pipeline
 from stepdistill.pipeline.hub import why_not
 from stepdistill.pipeline.loras import fuse_lora
 from stepdistill.pipeline.names import check_file
-from stepdistill.pipeline.observe import put
 from stepdistill.pipeline.single_file import config_folder, read_checkpoint, shapes
 from stepdistill.progress import say
 from stepdistill.recipe.schema import Teacher

@@ -65,19 +65,43 @@ def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
     return next(iter([*on, *present]), None)
 
 
-def other_guidance(pipeline: Any) -> str:
+OFF: dict[str, float] = {"pag_scale": 0, "stg_scale": 0, "modality_scale": 1, "guidance_rescale": 0}
+"""Arguments of guidance beside uncond + w (cond - uncond), and what switches each off."""
+
+
+def other_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> str:
     """What switches off a guidance that has its own scale; may be empty."""
     accepted = parameters(pipeline)
-    if "pag_scale" in accepted:
-        return "; its perturbed attention is a further pass, which teacher.arguments.pag_scale=0 leaves out"
+    scale = guidance_argument(pipeline)
+    passes = [name for name in OFF if name != "guidance_rescale"]
+    if needed := _stated(pipeline, arguments, [*passes, *([] if scale is None else [scale.name])]):
+        return f"; it has other guidance, which {needed} leaves out"
     scales = [
         name
         for name, parameter in accepted.items()
         if name.endswith("guidance_scale") and isinstance(parameter.default, int | float) and parameter.default > 1
     ]
-    if guidance_argument(pipeline) is None and len(scales) == 1:
+    if scale is None and len(scales) == 1:
         return f"; its scale is {scales[0]}, and teacher.arguments.{scales[0]}=1 leaves guidance out"
     return ""
+
+
+def one_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> str:
+    """What guides all of a joint sample by the pipeline's guidance scale alone; may be empty."""
+    scale = guidance_argument(pipeline)
+    needed = _stated(pipeline, arguments, [*OFF, *([] if scale is None else [scale.name])])
+    return f"; {needed} guides all samples with one scale" if needed else ""
+
+
+def _stated(pipeline: Any, arguments: Mapping[str, Any], names: Sequence[str]) -> str:
+    """What switches off those of OFF among ``names``, and lets those of further samples (audio_NAME) follow NAME."""
+    accepted = parameters(pipeline)
+    values = {name: arguments.get(name, parameter.default) for name, parameter in accepted.items()}
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    needed = {name: f"{OFF[name]:g}" for name in names if name in OFF and numbers.get(name, OFF[name]) != OFF[name]}
+    for name in (name for name in names if name in accepted):
+        needed |= {other: "null" for other, n in numbers.items() if other.endswith(f"_{name}") and n != OFF.get(name)}
+    return ", ".join(f"teacher.arguments.{name}={value}" for name, value in needed.items())
 
 
 NEEDED = {

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import first_tensor
+from stepdistill.diffusion.window import Window
 from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, run
-from stepdistill.pipeline.observe import Answer, forked_random, patched
-from stepdistill.pipeline.stock_call import parameters
+from stepdistill.pipeline.components import patched
+from stepdistill.pipeline.observe import Answer, forked_random
+from stepdistill.pipeline.stock_call import Replaced, parameters
 from stepdistill.pipeline.trace import Trace
 
 
@@ -57,20 +59,13 @@ def _decoded(trace: Trace, latents: Tensor) -> Tensor:
     pipeline, network = trace.pipeline, trace.network
     name, scheduler = type(pipeline).__name__, pipeline.scheduler
     latents = latents.to(next(network.parameters()).device, network.dtype)
-    latents = latents if trace.free is None else trace.free.padded(latents)
-
-    @functools.wraps(scheduler.step)
-    def given(*_args: Any, **_kwargs: Any) -> Answer:
-        # LCM's pipeline takes the denoised latents from the second place.
-        return Answer((latents, latents))
-
     accepted = parameters(pipeline)
     many = {"num_images_per_prompt": len(latents)} if "num_images_per_prompt" in accepted else {}
     entries = trace.probe if many or trace.alone else trace.probe * len(latents)
     wishes = {"guidance": trace.guidance.plain_scale, "output_type": "pt", **many}
     with (
         standing_in(trace, torch.zeros_like),
-        patched(scheduler, "step", given),
+        patched(scheduler, "step", _giving(scheduler, _as_stepped(trace, latents))),
         forked_random(latents.device),
     ):
         try:
@@ -92,6 +87,36 @@ def _decoded(trace: Trace, latents: Tensor) -> Tensor:
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
+def _as_stepped(trace: Trace, latents: Tensor) -> list[Tensor]:
+    """Latents (B, *latent_shape) as the pipeline's scheduler, and then those of its copies that step, return them."""
+    joint = trace.denoiser.spec.joint
+    if joint is None:
+        return [latents if trace.free is None else trace.free.padded(latents)]
+    split = zip(joint.parts, joint.split(latents), strict=True)
+    return [x if part.free is None else part.free.padded(x) for part, x in split]
+
+
+def _giving(scheduler: Any, samples: Sequence[Tensor]) -> Replaced:
+    """A step() that returns the first of ``samples``; that of the n-th copy of the scheduler which steps the n-th."""
+    numbers, copies = {id(scheduler): 0}, []
+
+    def of(owner: Any) -> Callable[..., Answer]:
+        @functools.wraps(scheduler.step)
+        def step(*_args: Any, **_kwargs: Any) -> Answer:
+            number = numbers.setdefault(id(owner), len(numbers))
+            sample = samples[number if number < len(samples) else 0]
+            # LCM's pipeline takes the denoised latents from the second place.
+            return Answer((sample, sample))
+
+        return step
+
+    def of_copy(copied: Any) -> Callable[..., Answer]:
+        copies.append(copied)  # it stays alive, so that its id is its own
+        return of(copied)
+
+    return Replaced(scheduler, of(scheduler), of_copy)
+
+
 @contextmanager
 def standing_in(trace: Trace, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, the pipeline's denoiser returns ``answer`` of the sample (B, ...), laid out as its own output.
@@ -111,15 +136,21 @@ def _stand_in(trace: Trace, network: nn.Module, answer: Callable[[Tensor], Tenso
     spec, own = trace.denoiser.spec, network.forward
     signature = inspect.signature(own)
 
+    def of(x: Tensor | list[Tensor], window: Window) -> Tensor | list[Tensor]:
+        if isinstance(x, list):
+            return [answer(row) for row in x]
+        for span in window.spans:
+            x = x if span.axis in window.cut else span.inside(x)
+        raw = answer(x)
+        channels = 2 if window.grid or window.frame_axis == 1 else 1
+        return torch.cat([raw, raw], channels) if spec.output.endswith("first_half") else raw
+
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Answer:
-        x = signature.bind(*args, **kwargs).arguments[spec.sample]
-        if isinstance(x, list):
-            return Answer(([answer(row) for row in x],))
-        for span in spec.window.spans:
-            x = x if span.axis in spec.window.cut else span.inside(x)
-        raw = answer(x)
-        channels = 2 if spec.window.grid or spec.window.frame_axis == 1 else 1
-        return Answer((torch.cat([raw, raw], channels) if spec.output.endswith("first_half") else raw,))
+        bound = signature.bind(*args, **kwargs).arguments
+        if spec.joint is None:
+            return Answer((of(bound[spec.sample], spec.window),))
+        made = {part.output: of(bound[part.argument], part.window) for part in spec.joint.parts}
+        return Answer(made.get(number) for number in range(max(made) + 1))
 
     return forward

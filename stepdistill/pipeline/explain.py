@@ -5,15 +5,15 @@ those numbers has a batch dimension.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill.diffusion.denoiser import CallSpec, Conditions, Output, joined, tensors_in
-from stepdistill.diffusion.nested import unflatten
+from stepdistill.diffusion.denoiser import CallSpec, Conditions, Output, joined
+from stepdistill.diffusion.nested import tensors_in, unflatten
 from stepdistill.diffusion.passes import of_pass
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.diffusion.schedule import FlowSchedule, Schedule
@@ -187,10 +187,32 @@ def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Modu
     others = [other for other in calls[0].arguments if other != name]
     times = {other for other in others if all(_same_time(call.arguments, name, other) for call in calls)}
     spec = replace(spec, timestep=name, timestep_scale=scale, timestep_offset=offset, timestep_dtype=dtype_of_time)
-    spec = replace(spec, times=frozenset(times))
+    apart = times_apart((call.arguments for call in calls), name, times | {spec.sample})
+    spec = replace(spec, times=frozenset(times), times_apart=apart)
     if spec.window.frames is not None:
         return with_times_of_frames(spec)
     return replace(spec, timestep_mask=_time_of_each(network, calls[0], (name, *times)) if mask is None else mask)
+
+
+def times_apart(calls: Iterable[Mapping[str, Any]], timestep: str, known: Collection[str]) -> dict[str, Tensor | None]:
+    """The arguments that hold the number of ``timestep`` at every step in another layout, with the mask of each.
+
+    Args:
+        calls: the arguments of each.
+        known: other arguments that are left out.
+    """
+    found: dict[str, Tensor | None] = {}
+    every = list(calls)
+    times = [single_value(one[timestep]) for one in every]
+    for name in (name for name in every[0] if name != timestep and name not in known):
+        values = [one[name] for one in every]
+        own = [single_value(value) if isinstance(value, Tensor) and value.ndim else None for value in values]
+        if not all(mine and time and close(mine[0], time[0]) for mine, time in zip(own, times, strict=True)):
+            continue
+        masks = [mask for number, mask in own if number] or [None]  # at 0 none can be seen
+        if all(same(mask, masks[0]) for mask in masks):
+            found[name] = torch.ones_like(values[0][:1]) if masks[0] is None and values[0].ndim > 1 else masks[0]
+    return found
 
 
 def with_times_of_frames(spec: CallSpec) -> CallSpec:

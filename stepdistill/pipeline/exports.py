@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from stepdistill.errors import InputError
 from stepdistill.files import read_json, write_text
-from stepdistill.pipeline.observe import put
+from stepdistill.pipeline.components import put
 from stepdistill.recipe import IPAdapter, Teacher
 from stepdistill.recipe.section import Guidance
 from stepdistill.roles.views import AdapterView, adapter_layers

@@ -20,9 +20,13 @@ from stepdistill.pipeline.observe import Recording
 
 
 def guidance_rule(
-    on: Recording, spec: CallSpec, conditions: list[str], batched: bool, scale: float
+    on: Recording, spec: CallSpec, conditions: list[str], batched: bool, scale: float, hint: str = ""
 ) -> tuple[Guidance, CallSpec]:
-    """How the guided run's outputs were combined, and the spec that knows whether the norm was kept."""
+    """How the guided run's outputs were combined, and the spec that knows whether the norm was kept.
+
+    Args:
+        hint: what is known to make a rule of it, for the message.
+    """
     calls = len(on.steps[0].calls)
     if calls == 1 and not batched:
         embedded = any(isinstance(spec.constants[name], Tensor) for name in spec.expanded)
@@ -54,7 +58,7 @@ def guidance_rule(
         raise TraceError(
             "guidance",
             "the pipeline's rule is not uncond + w (cond - uncond), of all channels or the first, with or without the "
-            f"norm of cond: off by {residuals[rule]:.1e} at w = {scale}",
+            f"norm of cond: off by {residuals[rule]:.1e} at w = {scale}{hint}",
         )
     cond_first, shift, norm_axis = rule
     guidance = Guidance("batched" if batched else "two_calls", cond_first, scale, shift, residuals[rule])

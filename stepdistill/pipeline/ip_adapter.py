@@ -9,7 +9,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.complete import all_weights_found
-from stepdistill.pipeline.observe import put
+from stepdistill.pipeline.components import put
 from stepdistill.recipe import IPAdapter
 
 

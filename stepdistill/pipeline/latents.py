@@ -25,10 +25,10 @@ from stepdistill.errors import InputError
 from stepdistill.files import digest
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import deviation, tolerance
+from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.decode import at_once, decode
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.modular import free_hooks
-from stepdistill.pipeline.observe import patched
 from stepdistill.pipeline.trace import Trace
 
 # Digits small enough to be exact in bfloat16.
@@ -79,6 +79,9 @@ def layout(trace: Trace) -> Layout:
         TraceError: it does something else than scale, shift and rearrange them.
     """
     vae, seen = _autoencoder(trace.pipeline), []
+    if trace.denoiser.spec.joint is not None:
+        parts = " and ".join(part.argument for part in trace.denoiser.spec.joint.parts)
+        raise TraceError("decode", f"a sample is several at once ({parts}), of which no image is more than one")
     count = torch.Size(trace.latent_shape).numel()
     index = torch.arange(count)
     digits = [index // BASE**k % BASE for k in range(next(k for k in range(1, 9) if BASE**k >= count))]

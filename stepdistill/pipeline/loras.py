@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.complete import some
+from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.folder import quiet
-from stepdistill.pipeline.observe import patched
 from stepdistill.pipeline.single_file import shapes
 from stepdistill.recipe.section import Lora
 

@@ -3,30 +3,28 @@
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stepdistill.diffusion.denoiser import first_tensor, tensors_in
+from stepdistill.diffusion.denoiser import first_tensor
 from stepdistill.diffusion.devices import torch_of
-from stepdistill.diffusion.nested import flatten
+from stepdistill.diffusion.nested import flatten, tensors_in
 from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, run
+from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.modular import free_hooks
-from stepdistill.pipeline.stock_call import Replaced, is_modular
+from stepdistill.pipeline.stock_call import Replaced
 
 CLIP_SKIP = (
     "clip_skip of this pipeline needs transformers 4: it reads a part of the text encoder that transformers 5 has "
     "removed (github.com/huggingface/diffusers/issues/14124); pip install 'transformers<5', or leave clip_skip out"
 )
-
-_ABSENT = object()
 
 
 class _Enough(Exception):
@@ -45,7 +43,10 @@ class Call:
 
 @dataclass
 class Step:
-    """One scheduler step: the scheduler as it was before, what went in, what came out, who was called before."""
+    """One scheduler step: the scheduler as it was before, what went in, what came out, who was called before.
+
+    ``others`` are the steps of the scheduler's copies that followed it: those of further samples (a video's sound).
+    """
 
     scheduler: Any
     timestep: Tensor
@@ -55,6 +56,7 @@ class Step:
     random_state: dict[str, Any]
     calls: list[Call]
     previous: Tensor | None = None
+    others: list["Step"] = field(default_factory=list)
 
     def replay(self, model_output: Tensor) -> Tensor:
         """The next latents for this ``model_output``, with the state and the random numbers of the original."""
@@ -79,6 +81,10 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     grid: dict[str, Any] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
+
+    def ended(self, stop: int | None, copies: int) -> bool:
+        """Whether ``stop`` steps are whole: the scheduler's, and those of its copies."""
+        return len(self.steps) == stop and len(self.steps[-1].others) >= copies
 
 
 def calls_of(calls: Sequence[Call], component: str, helpers: Iterable[str] = ()) -> list[Call]:
@@ -128,10 +134,8 @@ def observe(
         stack.enter_context(forked_random(device))
         torch.manual_seed(seed)
         for name, module in modules(pipeline).items():
-            _listen(stack, record, name, module, stop_calls)
-        stack.enter_context(
-            patched(scheduler, "step", Replaced(scheduler, _recording_step(record, scheduler, stop_steps)))
-        )
+            _listen(stack, record, name, module, stop_calls, stop_steps)
+        stack.enter_context(patched(scheduler, "step", _recording_step(record, scheduler, stop_steps)))
         grid = Replaced(scheduler, _recording_grid(record, scheduler))
         stack.enter_context(patched(scheduler, "set_timesteps", grid))
         wishes: dict[str, Any] = {} if plain else {"generator": torch.Generator().manual_seed(seed)}
@@ -197,47 +201,6 @@ def modules(pipeline: Any) -> dict[str, nn.Module]:
     return {name: pipeline.components[name] for name in seen.values()}
 
 
-@contextmanager
-def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    """``owner.name`` is ``replacement`` inside the block, on this instance only."""
-    before = owner.__dict__.get(name, _ABSENT)
-    owner.__dict__[name] = replacement
-    try:
-        yield
-    finally:
-        if before is _ABSENT:
-            del owner.__dict__[name]
-        else:
-            owner.__dict__[name] = before
-
-
-@contextmanager
-def scheduled(pipeline: Any, scheduler: Any) -> Iterator[None]:
-    """Inside, ``scheduler`` is the pipeline's, where :func:`put` puts it."""
-    with ExitStack() as stack:
-        for owner, name in _places(pipeline, pipeline.scheduler):
-            stack.enter_context(patched(owner, name, scheduler))
-        yield
-
-
-def put(pipeline: Any, name: str, part: Any) -> None:
-    """Make ``part`` the component ``name``, of a pipeline inside as well that has the same one (Kandinsky)."""
-    if is_modular(pipeline):
-        pipeline.register_components(**{name: part})
-        return
-    before = getattr(pipeline, name, None)
-    for owner, own in _places(pipeline, before) if before is not None else ():
-        setattr(owner, own, part)
-    if before is None:
-        pipeline.register_modules(**{name: part})
-
-
-def _places(pipeline: Any, part: Any) -> list[tuple[Any, str]]:
-    """Where a component is: (pipeline, its name there)."""
-    inside = [value for value in vars(pipeline).values() if isinstance(value, DiffusionPipeline)]
-    return [(owner, name) for owner in (pipeline, *inside) for name, value in vars(owner).items() if value is part]
-
-
 def forked_random(device: torch.device) -> Any:
     """A block whose random numbers leave the global generators as they were."""
     if device.type == "cpu":
@@ -245,12 +208,21 @@ def forked_random(device: torch.device) -> Any:
     return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
-def _listen(stack: ExitStack, record: Recording, name: str, module: nn.Module, stop: tuple[str, int] | None) -> None:
+def _listen(
+    stack: ExitStack,
+    record: Recording,
+    name: str,
+    module: nn.Module,
+    stop: tuple[str, int] | None,
+    stop_steps: int | None,
+) -> None:
     signature = inspect.signature(module.forward)
     variable = {p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD}
     open_calls: list[Call] = []
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if record.ended(stop_steps, copies=0):  # some copy takes no steps
+            raise _Enough
         bound = dict(signature.bind(*args, **kwargs).arguments)
         for extra in variable & bound.keys():
             bound |= bound.pop(extra)
@@ -289,37 +261,63 @@ def stepped(
     return result[0], {**options, **dict(zip(CARRIED, (result[1], timestep), strict=True))}
 
 
-def _recording_step(record: Recording, scheduler: Any, stop: int | None) -> Callable:
+def _recording_step(record: Recording, scheduler: Any, stop: int | None) -> Replaced:
+    """A step() that records; those of the scheduler's copies are recorded beside the scheduler's own."""
+    copies: list[Any] = []
+
+    def of_copy(copied: Any) -> Callable:
+        copies.append(copied)
+
+        @functools.wraps(type(copied).step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            result, seen = _stepped_and_seen(copied, type(copied).step.__get__(copied), [], args, kwargs)
+            if record.steps and not record.calls:  # no network was called in between
+                record.steps[-1].others.append(seen)
+                if record.ended(stop, len(copies)):
+                    raise _Enough
+            return result
+
+        return step
+
     original = scheduler.step
-    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
-        bound = dict(signature.bind(*args, **kwargs).arguments)
-        generator = bound.get("generator")
-        timestep = bound["timestep"]
-        seen = Step(
-            scheduler=_snapshot(scheduler),
-            timestep=timestep if isinstance(timestep, Tensor) else torch.tensor(timestep),
-            model_output=_copied(bound["model_output"]),
-            sample=_copied(bound["sample"]),
-            options={
-                name: value
-                for name, value in bound.items()
-                if name not in ("model_output", "timestep", "sample", "generator")
-            },
-            random_state=_random_state(bound["sample"].device, generator),
-            calls=record.calls,
-        )
-        result = original(*args, **kwargs)
-        seen.previous = _copied(first_tensor(result))
+        if record.ended(stop, copies=0):
+            raise _Enough
+        result, seen = _stepped_and_seen(scheduler, original, record.calls, args, kwargs)
         record.steps.append(seen)
         record.calls = []
-        if len(record.steps) == stop:
+        if record.ended(stop, len(copies)):
             raise _Enough
         return result
 
-    return step
+    return Replaced(scheduler, step, of_copy)
+
+
+def _stepped_and_seen(
+    scheduler: Any, original: Callable, calls: list[Call], args: tuple, kwargs: dict[str, Any]
+) -> tuple[Any, Step]:
+    """What the scheduler's ``original`` step returns, and a record of it."""
+    bound = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+    generator = bound.get("generator")
+    timestep = bound["timestep"]
+    seen = Step(
+        scheduler=_snapshot(scheduler),
+        timestep=timestep if isinstance(timestep, Tensor) else torch.tensor(timestep),
+        model_output=_copied(bound["model_output"]),
+        sample=_copied(bound["sample"]),
+        options={
+            name: value
+            for name, value in bound.items()
+            if name not in ("model_output", "timestep", "sample", "generator")
+        },
+        random_state=_random_state(bound["sample"].device, generator),
+        calls=calls,
+    )
+    result = original(*args, **kwargs)
+    seen.previous = _copied(first_tensor(result))
+    return result, seen
 
 
 def _recording_grid(record: Recording, scheduler: Any) -> Callable:
@@ -338,10 +336,10 @@ def _recording_grid(record: Recording, scheduler: Any) -> Callable:
 
 def _snapshot(scheduler: Any) -> Any:
     """The scheduler's state in a scheduler of its class, without what was replaced on the instance."""
-    snapshot = copy.deepcopy(scheduler)
+    snapshot = copy.copy(scheduler)  # a deep one would be watched as one that the pipeline makes
     for name in ("step", "set_timesteps"):
         snapshot.__dict__.pop(name, None)
-    return snapshot
+    return copy.deepcopy(snapshot)
 
 
 def _copied(value: Any) -> Any:

@@ -109,11 +109,11 @@ def kept_by_time(spec: CallSpec, step: Step, free: Span | None) -> tuple[CallSpe
         TraceError: the time of parts of the sample is 0, and the rest is no range of tokens.
     """
     mask = spec.timestep_mask
-    if mask is None or mask.all() or spec.beside:
+    if mask is None or mask.all() or spec.beside or (spec.joint is not None and any(spec.joint.beside)):
         return spec, free
     call = step.calls[0]
     given = call.arguments[spec.sample]
-    span = _range(mask.flatten().bool(), 1) if mask.shape[1:] == given.shape[1:2] == step.sample.shape[1:2] else None
+    span = range_of(mask.flatten().bool(), 1) if mask.shape[1:] == given.shape[1:2] == step.sample.shape[1:2] else None
     if span is None:
         raise TraceError(
             "timestep",
@@ -189,7 +189,7 @@ def _partial(inside: Tensor, sample: Tensor, window: Window, count: int) -> Plac
     """The place of an argument that is the sample in one range of an axis only."""
     equal = (inside - sample.to(inside)).abs() <= tolerance(inside.dtype) * sample.abs().max()
     for axis in range(1, sample.ndim):
-        free = _range(equal.movedim(axis, 0).flatten(1).all(1), axis)
+        free = range_of(equal.movedim(axis, 0).flatten(1).all(1), axis)
         if free is None:
             continue
         spans = {span.axis: span for span in window.spans}
@@ -199,7 +199,7 @@ def _partial(inside: Tensor, sample: Tensor, window: Window, count: int) -> Plac
     return None
 
 
-def _range(chosen: Tensor, axis: int) -> Span | None:
+def range_of(chosen: Tensor, axis: int) -> Span | None:
     """The chosen entries (N,) of an axis where they are some, not all, and next to each other."""
     places = chosen.nonzero().flatten().tolist()
     if not places or len(places) == len(chosen) or places != [*range(places[0], places[-1] + 1)]:

@@ -8,10 +8,9 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.schedule import Kind, Schedule
 from stepdistill.diffusion.stock_schedulers import as_network_input
-from stepdistill.pipeline import explain
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import deviation, tolerance
-from stepdistill.pipeline.explain import Guidance
+from stepdistill.pipeline.explain import Guidance, received_timestep
 from stepdistill.pipeline.observe import CARRIED, Recording, Step, forked_random, stepped
 from stepdistill.pipeline.places import scaled_sample
 
@@ -60,7 +59,7 @@ def self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guida
         for step in recording.steps:
             n = recording.count
             x_t = scaled_sample(step)[:n]
-            timestep = explain.received_timestep(step, denoiser.spec, denoiser.schedule)
+            timestep = received_timestep(step, denoiser.spec, denoiser.schedule)
             t = denoiser.schedule.time(timestep.to(x_t.device)).expand(n)
             if recording is on:
                 cond, null = guidance.split(step.calls, denoiser.spec, conditions, n)

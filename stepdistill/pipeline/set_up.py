@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from stepdistill.errors import InputError
-from stepdistill.pipeline.observe import observe, scheduled
+from stepdistill.pipeline.components import scheduled
+from stepdistill.pipeline.observe import observe
 from stepdistill.pipeline.places import options_of_all
 from stepdistill.pipeline.trace import Trace
 

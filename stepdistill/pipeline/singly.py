@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepdistill.diffusion.denoiser import tensors_in
-from stepdistill.diffusion.nested import unflatten
+from stepdistill.diffusion.nested import tensors_in, unflatten
 from stepdistill.pipeline.call import TraceError, by_itself
 from stepdistill.pipeline.compare import close, same
 from stepdistill.pipeline.observe import Call, Recording, Step, modules, observe
@@ -68,7 +67,9 @@ def _stacked_step(
         calls.append(stack(own))
     named = {name: _interleaved([getattr(part, name) for part in parts]) for name in ("sample", "model_output")}
     previous = _interleaved([part.previous for part in parts])
-    return Stacked(**{**vars(parts[0]), **named, "previous": previous, "calls": calls}, parts=parts)
+    others = [_stacked_step(each, {}, {}) for each in zip(*(part.others for part in parts), strict=True)]
+    made = {**vars(parts[0]), **named, "previous": previous, "calls": calls, "others": others}
+    return Stacked(**made, parts=parts)
 
 
 def _passes(step: Step, call: Call) -> int:

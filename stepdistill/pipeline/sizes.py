@@ -17,7 +17,7 @@ from stepdistill.diffusion.denoiser import CallSpec, Conditions, Denoiser, Helpe
 from stepdistill.diffusion.schedule import FlowSchedule, Schedule, from_scheduler
 from stepdistill.diffusion.window import Span
 from stepdistill.errors import InputError
-from stepdistill.pipeline import explain
+from stepdistill.pipeline import explain, joint
 from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps
 from stepdistill.pipeline.compare import close, deviation, rows_equal, single_value, tolerance
 from stepdistill.pipeline.conditioning import Conditioning, encode
@@ -156,9 +156,12 @@ def _recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     )
     old = trace.denoiser
     names = [helper.name for helper in old.spec.helpers]
-    whole = explain.only(recording, trace.component, names).steps[0]
+    known, (whole,) = old.spec, explain.only(recording, trace.component, names).steps
+    if known.joint is not None:
+        own, whole = joint.again(known.joint, whole, trace.component)
+        known = replace(known, joint=own)
     call = whole.calls[0]
-    spec, step, free = _placed(old.spec, whole)
+    spec, step, free = _placed(known, whole)
     schedule = _schedule(old.schedule, trace.pipeline.scheduler, recording.grid)
     helpers = tuple(_helper(helper, whole, schedule) for helper in old.spec.helpers)
     spec = replace(spec, constants=_constants(spec, call.arguments), helpers=helpers)
@@ -175,9 +178,9 @@ def _recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     if not (error := deviation(raw, step.model_output)) <= tolerance(call.output.dtype):
         raise TraceError("size", f"the network's output at this size is off the pipeline's own by {error:.1e}")
     conditioning = {}
-    for name, known in trace.conditioning.items():
+    for name, before in trace.conditioning.items():
         shape = tuple(rows[name].shape[1:])
-        conditioning[name] = (None, *shape[1:]) if known[:1] == (None,) else shape
+        conditioning[name] = (None, *shape[1:]) if before[:1] == (None,) else shape
     return replace(
         trace,
         denoiser=denoiser,
@@ -208,6 +211,9 @@ def _placed(spec: CallSpec, step: Step) -> tuple[CallSpec, Step, Span | None]:
         if mask is None and known is not None:  # a time for each frame, and all are the same
             mask = torch.ones_like(call.arguments[spec.timestep][:1])
         spec = replace(spec, window=cut_by(place.window, given, call.output), timestep_mask=mask)
+    if spec.times_apart:
+        apart = explain.times_apart([call.arguments], spec.timestep, {spec.sample, *spec.times})
+        spec = replace(spec, times_apart={name: apart.get(name) for name in spec.times_apart})
     spec, free = kept_by_time(spec, step, place.free)
     (step,) = only_free(Recording(1, [step]), free).steps
     return spec, step, free

@@ -47,7 +47,8 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec, hint: str = ""
             "constants", f"guidance changes which arguments are passed: {sorted(first_off.keys() ^ first_on.keys())}"
         )
     fed = {name for helper in spec.helpers for name in helper.feeds}
-    rest = [name for name in first_off if name not in (spec.sample, spec.timestep, *spec.times) and name not in fed]
+    time = (spec.timestep, *spec.times, *spec.times_apart)
+    rest = [name for name in first_off if name not in (spec.sample, *time) and name not in fed]
     _check_steady(off, on, spec, rest, hint)
     calls = [*off.steps[0].calls, *on.steps[0].calls]
     rows = [spec.window.rows(call.arguments[spec.sample]) for call in calls]

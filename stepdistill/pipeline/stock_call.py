@@ -83,23 +83,36 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
 
     Returns:
         ``noise``, the first sample its scheduler was given; ``random_state`` of torch on that sample's device at that
-        moment; ``latents``, the last sample; ``images`` if they are a tensor.
+        moment; ``latents``, the last sample; ``images`` if they are a tensor. Copies of the scheduler step further
+        samples (a video's sound): ``noise 1`` and ``latents 1``, in the order of their first steps.
     """
-    result = {}
+    own, result = pipeline.scheduler, {}
+    numbers, copies = {id(own): 0}, []
     pipeline.set_progress_bar_config(disable=True)
-    stock_step = pipeline.scheduler.step
 
-    @functools.wraps(stock_step)
-    def step(model_output, timestep, sample, *args, **kwargs):
-        if not result:
-            here = sample.device
-            state = torch.get_rng_state() if here.type == "cpu" else torch.get_device_module(here).get_rng_state(here)
-            result.update(noise=sample.clone(), random_state=state)
-        output = stock_step(model_output, timestep, sample, *args, **kwargs)
-        result["latents"] = next(iter(output.values())) if isinstance(output, dict) else output[0]
-        return output
+    def recorded(scheduler, stock_step):
+        @functools.wraps(stock_step)
+        def step(model_output, timestep, sample, *args, **kwargs):
+            if "random_state" not in result:
+                here = sample.device
+                state = (
+                    torch.get_rng_state() if here.type == "cpu" else torch.get_device_module(here).get_rng_state(here)
+                )
+                result["random_state"] = state
+            number = numbers.setdefault(id(scheduler), len(numbers))
+            suffix = f" {number}" if number else ""
+            result.setdefault(f"noise{suffix}", sample.clone())
+            output = stock_step(model_output, timestep, sample, *args, **kwargs)
+            result[f"latents{suffix}"] = next(iter(output.values())) if isinstance(output, dict) else output[0]
+            return output
 
-    pipeline.scheduler.step = Replaced(pipeline.scheduler, step)
+        return step
+
+    def of_copy(copied):
+        copies.append(copied)  # it is alive until the end, so that its id is its own
+        return recorded(copied, type(copied).step.__get__(copied))
+
+    own.step = Replaced(own, recorded(own, own.step), of_copy)
     torch.manual_seed(0)
     images = called(pipeline, ready(pipeline, call), lambda: bool(result))[0]
     if isinstance(images, torch.Tensor):
@@ -235,19 +248,22 @@ def pictures_in(value) -> list:
 class Replaced:
     """A method of one object, replaced on it alone: a deep copy of the object has its class's own.
 
-    Pipelines copy their scheduler for a second sample (a video's sound), and the copy's steps are not the original's.
+    Pipelines copy their scheduler for a second sample (a video's sound), and the copy's steps are not the original's:
+    ``of_copy`` makes what replaces the method of a copy, given the copy.
     """
 
-    def __init__(self, owner, function):
+    def __init__(self, owner, function, of_copy=None):
         functools.update_wrapper(self, function)
-        self.owner, self.function = owner, function
+        self.owner, self.function, self.of_copy = owner, function, of_copy
 
     def __call__(self, *args, **kwargs):
         return self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo):
-        own = getattr(type(self.owner), self.function.__name__)
-        return own.__get__(memo.get(id(self.owner), self.owner))
+        copied = memo.get(id(self.owner), self.owner)
+        if self.of_copy:
+            return Replaced(copied, self.of_copy(copied), self.of_copy)
+        return getattr(type(self.owner), self.function.__name__).__get__(copied)
 
 
 if __name__ == "__main__":

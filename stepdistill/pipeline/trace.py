@@ -20,7 +20,7 @@ from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
 from stepdistill.diffusion.stock_schedulers import without_learned_variance
 from stepdistill.diffusion.window import Span
 from stepdistill.files import sha256
-from stepdistill.pipeline import explain, turns
+from stepdistill.pipeline import explain, joint, turns
 from stepdistill.pipeline.call import (
     COUNTS,
     TraceError,
@@ -31,14 +31,16 @@ from stepdistill.pipeline.call import (
     fewest_steps,
     guidance_argument,
     in_any_way,
+    one_guidance,
     other_guidance,
 )
 from stepdistill.pipeline.compare import same
+from stepdistill.pipeline.components import put
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
 from stepdistill.pipeline.guiders import guiders, negative_prompt
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.observe import Recording, modules, observe, put
+from stepdistill.pipeline.observe import Recording, modules, observe
 from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument
 from stepdistill.pipeline.self_test import check_schedule, self_test
 from stepdistill.pipeline.several_passes import linear_rule
@@ -140,7 +142,7 @@ class Trace:
     def summary(self) -> dict[str, Any]:
         """The facts as plain values, the contract of ``inspect --json``."""
         spec = self.denoiser.spec
-        return {
+        facts = {
             "pipeline": type(self.pipeline).__name__,
             "denoiser": type(self.network).__name__,
             "parameters": sum(p.numel() for p in self.denoiser.network.parameters()),
@@ -157,7 +159,12 @@ class Trace:
             "conditioning": {name: list(shape) for name, shape in self.conditioning.items()},
             "latent_shape": list(self.latent_shape),
             "self_test_error": self.self_test_error,
-        } | ({"experts": {name: turn._asdict() for name, turn in spec.experts.items()}} if spec.experts else {})
+        }
+        if spec.joint is not None:
+            facts["joint"] = {part.argument: list(part.shape) for part in spec.joint.parts}
+        if spec.experts:
+            facts["experts"] = {name: turn._asdict() for name, turn in spec.experts.items()}
+        return facts
 
 
 @torch.no_grad()
@@ -184,17 +191,16 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
     component = explain.denoiser_component(off)
     network = networks[component]
+    off, on, one = joint.as_one(off, on, component)
     helpers, helper_conditions, seen = _helpers(off, on, component, networks, schedule, kind)
     names = [helper.name for helper in helpers]
     whole, (off, on) = (off, on), (explain.only(off, component), explain.only(on, component))
     if len({len(step.calls) for step in on.steps}) > 1:
         raise TraceError("guidance", f"{component} is called twice at some steps and once at others")
     spec, free, batched = sample_argument(off, on, component)
-    spec = explain.timestep_map(off, on, spec, network, schedule)
+    spec = explain.timestep_map(off, on, replace(spec, joint=one), joint.around(one, network), schedule)
     spec, free = kept_by_time(spec, off.steps[0], free)
-    for name, part in seen.items():
-        if part != free:
-            raise TraceError("sample", f"{name} sees another part of the sample than {component}, which keeps a part")
+    _check_seen(seen, free, component)
     whole = only_free(whole[0], free), only_free(whole[1], free)
     off, on = (explain.only(recording, component) for recording in whole)
     spec = explain.output_map(off, spec, component)
@@ -202,12 +208,13 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     conditions += helper_conditions
     off, on = (explain.only(recording, component, names) for recording in whole)
     if passes_of(on, spec) > 2:
-        again = _few_steps(pipeline, PROBES[entry][:2], arguments, scale + 1, alone)
+        again = joint.joined(_few_steps(pipeline, PROBES[entry][:2], arguments, scale + 1, alone), one, component)
         runs = {scale: on, scale + 1: explain.only(only_free(again, free), component, names)}
         guidance, spec = linear_rule(runs, spec, conditions, batched)
     else:
         first = turns.steps_of(component, on) if experts else on
-        guidance, spec = guidance_rule(first, spec, conditions, batched, scale)
+        hint = one_guidance(pipeline, arguments) if one else ""
+        guidance, spec = guidance_rule(first, spec, conditions, batched, scale, hint)
     if experts:
         spec = replace(spec, experts=turns.with_scales(experts, on, spec, guidance))
         network = Experts({name: networks[name] for name in experts})
@@ -254,7 +261,8 @@ def _watched(
             break
     else:
         raise TraceError(
-            "guidance", f"the denoiser is still called twice per step at scales 1 and 0{other_guidance(pipeline)}"
+            "guidance",
+            f"the denoiser is still called twice per step at scales 1 and 0{other_guidance(pipeline, arguments)}",
         )
     alike = turns.alike(off, modules(pipeline))
     experts = turns.turns_of(pipeline, _first(entry, alone), arguments, alike, off, unguided)
@@ -287,6 +295,12 @@ def _helpers(
         helpers.append(Helper(name, Denoiser(networks[name], spec, schedule, kind), feeds))
         names += [helpers[-1].prefix + condition for condition in conditions]
     return tuple(helpers), names, seen
+
+
+def _check_seen(seen: Mapping[str, Span | None], free: Span | None, component: str) -> None:
+    for name, part in seen.items():
+        if part != free:
+            raise TraceError("sample", f"{name} sees another part of the sample than {component}, which keeps a part")
 
 
 def _probe_scale(pipeline: Any, arguments: Mapping[str, Any]) -> float:

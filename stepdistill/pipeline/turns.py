@@ -22,8 +22,9 @@ from stepdistill.diffusion.experts import Turn
 from stepdistill.diffusion.guidance import with_channels_of, with_norm_of
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.compare import deviation, tolerance
+from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.explain import GUIDANCE_LIMIT, Guidance
-from stepdistill.pipeline.observe import Answer, Recording, forked_random, patched
+from stepdistill.pipeline.observe import Answer, Recording, forked_random
 
 CALLED = "a call at timesteps of our choice does not show which of them runs when"
 PROBES = 400

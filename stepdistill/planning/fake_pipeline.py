@@ -18,28 +18,22 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from stepdistill.diffusion.denoiser import CallSpec, Conditions, Denoiser, Helper, tensors_in
+from stepdistill.diffusion.denoiser import CallSpec, Conditions, Denoiser, Helper
 from stepdistill.diffusion.experts import Experts, Turn
+from stepdistill.diffusion.nested import tensors_in
 from stepdistill.diffusion.schedule import from_scheduler
 from stepdistill.diffusion.window import Window
 from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps, in_any_way
 from stepdistill.pipeline.complete import classes
+from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.explain import encoders
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.hub import configs
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.pipeline.modular import holds_modular, load_modular
 from stepdistill.pipeline.names import source
-from stepdistill.pipeline.observe import (
-    Call,
-    Recording,
-    Step,
-    calls_of,
-    modules,
-    observe,
-    patched,
-)
+from stepdistill.pipeline.observe import Call, Recording, Step, calls_of, modules, observe
 from stepdistill.pipeline.places import cut_by, windows
 from stepdistill.pipeline.single_file import config_folder
 from stepdistill.pipeline.trace import PROBES, Guidance, Trace

@@ -18,11 +18,11 @@ from stepdistill.errors import InputError
 from stepdistill.exporting.copied import save_student
 from stepdistill.pipeline import stock_call
 from stepdistill.pipeline.call import call_arguments
+from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.observe import patched
 from stepdistill.pipeline.set_up import set_up
 from stepdistill.pipeline.trace import TraceError, trace
 from stepdistill.pipeline.unread import unread

@@ -1,12 +1,11 @@
 """A first frame that is kept inside what the network is given, at time 0 among times for each token."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from PIL import Image
 
 from pipeline import zoo
+from pipeline.no_preview import NoPreview
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.pipeline.sizes import at_size
@@ -77,10 +76,7 @@ def test_noise_that_is_added_to_what_is_kept_can_be_left_out(call):
     ],
 )
 def test_it_is_distilled_and_exported(name, student, method, call, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "stepdistill.training.between_steps.Preview",
-        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
-    )
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     save_pipeline(getattr(zoo, name)(), tmp_path / "teacher")
     recipe = {

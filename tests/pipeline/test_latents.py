@@ -10,9 +10,9 @@ from pipeline.real_sizes import REAL_SIZES
 from pipeline.tiny import redraw, tiny_sd
 from pipeline.zoo import ZOO
 from stepdistill.errors import InputError
+from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.latents import decoder, encode_images, image_shape, layout
-from stepdistill.pipeline.observe import patched
 from stepdistill.pipeline.sizes import trace_small
 from stepdistill.pipeline.trace import trace
 

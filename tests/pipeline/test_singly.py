@@ -1,7 +1,6 @@
 """Pipelines whose call takes one prompt: single calls are watched and stacked, and every later call is for one."""
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from pipeline import zoo
+from pipeline.no_preview import NoPreview
 from pipeline.tiny import redraw
 from pipeline.toy import ToyPipeline
 from stepdistill.diffusion.row_layout import RowLayout
@@ -46,10 +46,7 @@ def test_prompts_are_encoded_and_samples_decoded_one_by_one(traced):
 
 
 def test_it_is_distilled_and_exported(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "stepdistill.training.between_steps.Preview",
-        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
-    )
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     save_pipeline(zoo.vace(), tmp_path / "teacher")
     run = train(
         {

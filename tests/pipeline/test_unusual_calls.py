@@ -14,8 +14,8 @@ from pipeline.tiny import redraw
 from pipeline.toy import Control, ControlledPipeline, ToyNetwork, ToyPipeline, toy
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.errors import InputError
+from stepdistill.pipeline.components import put
 from stepdistill.pipeline.conditioning import encode, entries
-from stepdistill.pipeline.observe import put
 from stepdistill.pipeline.set_up import set_up
 from stepdistill.pipeline.sizes import at_size
 from stepdistill.pipeline.stock_call import record

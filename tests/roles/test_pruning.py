@@ -1,13 +1,13 @@
 """A smaller student is the teacher with blocks left out: equal where none is, trained and stock where some are."""
 
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
 from pipeline import tiny, zoo
+from pipeline.no_preview import NoPreview
 from pipeline.tiny import redraw
 from stepdistill.errors import InputError
 from stepdistill.pipeline.folder import save_pipeline
@@ -173,10 +173,7 @@ def test_it_is_trained_exported_and_sampled(name, tmp_path, monkeypatch):
     build, component, config = RUNS[name]
     pipeline = build()
     save_pipeline(pipeline, tmp_path / "teacher")
-    monkeypatch.setattr(
-        "stepdistill.training.between_steps.Preview",
-        lambda *_: SimpleNamespace(write=lambda *_: {}, path=lambda *_: None),
-    )
+    monkeypatch.setattr("stepdistill.training.between_steps.Preview", NoPreview)
     monkeypatch.setattr("stepdistill.exporting.check.CHECKED", 2)
     run = train(recipe_of(name, tmp_path))  # the export has been reloaded and compared with the sampler of training
     student = DiffusionPipeline.from_pretrained(run.folder / "export")

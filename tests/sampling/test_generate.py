@@ -19,9 +19,10 @@ from diffusers import (
 
 from pipeline import tiny
 from stepdistill.errors import InputError
+from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.decode import decode
-from stepdistill.pipeline.observe import observe, patched
+from stepdistill.pipeline.observe import observe
 from stepdistill.pipeline.set_up import passes
 from stepdistill.pipeline.trace import trace
 from stepdistill.sampling import stepping

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.schedule import Prediction
 from stepdistill.errors import InputError
+from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.observe import patched
 from stepdistill.pipeline.trace import Trace
 from stepdistill.sampling.rules.steps import Step, StepRule
 

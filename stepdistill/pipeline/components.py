@@ -1,0 +1,52 @@
+"""The components of a pipeline, other ones in their places."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from stepdistill.pipeline.stock_call import is_modular
+
+_ABSENT = object()
+
+
+@contextmanager
+def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    """``owner.name`` is ``replacement`` inside the block, on this instance only."""
+    before = owner.__dict__.get(name, _ABSENT)
+    owner.__dict__[name] = replacement
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+@contextmanager
+def scheduled(pipeline: Any, scheduler: Any) -> Iterator[None]:
+    """Inside, ``scheduler`` is the pipeline's, where :func:`put` puts it."""
+    with ExitStack() as stack:
+        for owner, name in _places(pipeline, pipeline.scheduler):
+            stack.enter_context(patched(owner, name, scheduler))
+        yield
+
+
+def put(pipeline: Any, name: str, part: Any) -> None:
+    """Make ``part`` the component ``name``, of a pipeline inside as well that has the same one (Kandinsky)."""
+    if is_modular(pipeline):
+        pipeline.register_components(**{name: part})
+        return
+    before = getattr(pipeline, name, None)
+    for owner, own in _places(pipeline, before) if before is not None else ():
+        setattr(owner, own, part)
+    if before is None:
+        pipeline.register_modules(**{name: part})
+
+
+def _places(pipeline: Any, part: Any) -> list[tuple[Any, str]]:
+    """Where a component is: (pipeline, its name there)."""
+    inside = [value for value in vars(pipeline).values() if isinstance(value, DiffusionPipeline)]
+    return [(owner, name) for owner in (pipeline, *inside) for name, value in vars(owner).items() if value is part]
