@@ -74,19 +74,18 @@ class Guider:
         """
         if isinstance(scale, Tensor):
             raise InputError(f"{KEY}: expected null for a method or teacher with a scale for each sample")
-        guider, network, first = self.made(scale), innermost(denoiser.network), None
+        guider, network, predictions = self.made(scale), innermost(denoiser.network), []
         passes = guider.prepare_inputs({"empty": (False, True)})
         for one in passes:
             if one.empty and null is None:
                 raise InputError(f"{KEY}: {self.name} needs an empty condition, and this teacher has none")
             try:
                 _prepare(guider, network)
-                prediction = denoiser(x_t, t, null if one.empty else cond)
+                predictions.append(denoiser(x_t, t, null if one.empty else cond))
             finally:
                 guider.cleanup_models(network)
-            first = first or prediction
-            one.noise_pred = prediction.raw.float()
-        return first, guider(passes).pred
+            one.noise_pred = predictions[-1].raw.float()
+        return predictions[0], guider(passes).pred
 
 
 def _prepare(guider: BaseGuidance, network: nn.Module) -> None:
