@@ -201,7 +201,7 @@ def first_table(content: dict[str, Any]) -> str:
         solvers = [row for row in rows if row["role"] == "solver" and row["nfe"] == best["nfe"]]
         solver = min(solvers, key=lambda row: row["metrics"][FD])
         add("best stock solver", solver["nfe"], solver)
-        add(f"**best student**: {base(best)}", best["nfe"], best)
+        add(f"**best student**: [{base(best)}](docs/methods.md)", best["nfe"], best)
     add("real test images", "–", {"role": "floor", "name": "", "metrics": content["floor"]})
     return "\n".join(_table(["", "Passes", metric_name(FD, content["samples"]), *columns.values()], lines))
 
