@@ -6,9 +6,8 @@ Writes, beside the teacher, the protocol's reference (and pins its SHA-256 and t
 where they are still null) and measurements.json, from which ``stepdistill bench`` takes rows instead of measuring
 them again. Every row is stored as soon as it is known; run the same command again to go on. Rows and floors of these
 --samples that lack a metric or a standard error which is younger than they are get it added; what they hold already
-stays as it is. After
-a change of teacher or classifier set the two SHA-256 in the protocol file back to null, take out its key, and delete
-both files.
+stays as it is. After a change of teacher or classifier set the two SHA-256 in the protocol file back to null, take out
+its key, and delete both files.
 """
 
 import argparse

@@ -47,6 +47,8 @@ class Sampler:
 
     def key(self, seed: int, samples: int, protocol: str) -> str:
         """SHA-256 over what decides the row; ``protocol`` stands for the metrics and the entries."""
+        spec = self.trace.denoiser.spec
+        how = rule_text(spec.rule) if spec.guider is None else str(spec.guider)
         return row_key(
             weights=self.weights,
             scheduler=self.scheduler,
@@ -55,7 +57,7 @@ class Sampler:
             seed=seed,
             samples=samples,
             protocol=protocol,
-            rule=rule_text(self.trace.denoiser.rule) if self.guidance != 1 else "",
+            rule=how if self.guidance != 1 else "",
         )
 
     def requests(self, also: str) -> str:

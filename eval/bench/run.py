@@ -35,10 +35,10 @@ from stepdistill.eval.references import RealSide
 from stepdistill.eval.report import Report, Row
 from stepdistill.eval.shards import Shards
 from stepdistill.eval.verdict import verdict, verdict_metric
-from stepdistill.kernels import Rule
 from stepdistill.pipeline.set_up import can_run, set_up
 from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say
+from stepdistill.recipe.section import Guidance
 from stepdistill.sampling.solvers import solver_runs
 
 
@@ -147,12 +147,12 @@ class _Measuring:
         state, source, facts = self.state, self.source, self.source.facts
         stated = state.protocol.teacher.guidance
         if facts is None:
-            name, path, revision, rule = source.label, source.pipeline, None, Rule()
+            name, path, revision, combined = source.label, source.pipeline, None, Guidance()
             scale = state.settings.guidance if stated is None else stated
         else:
             name, path, revision = Path(facts.teacher).name, facts.teacher, facts.revision
             scale = facts.guidance if stated is None else stated
-            rule = facts.teacher_guidance.combination if stated is None else Rule()
+            combined = facts.teacher_guidance if stated is None else Guidance()
         teacher = state.sampler(
             path,
             name=name,
@@ -160,7 +160,7 @@ class _Measuring:
             steps=state.protocol.teacher.steps,
             guidance=scale,
             revision=revision,
-            rule=rule,
+            combined=combined,
             like=None if facts is None else source.pipeline,
         )
         kind, guided = type(teacher.trace.pipeline).__name__, teacher.trace.guidance
@@ -170,7 +170,8 @@ class _Measuring:
             self._remark(f"{name}: {kind} takes its guidance as an input of its network, here {shown:g}.")
         elif teacher.guidance != scale:
             self._remark(f"{name}: {kind} has no guidance of w = {scale:g} outside its network; it runs without.")
-        return replace(teacher, name=f"{name} w={shown:g}{rule_text(rule)}"), name
+        by = f" by {combined.guider['name']}" if combined.guider else rule_text(combined.combination)
+        return replace(teacher, name=f"{name} w={shown:g}{by}"), name
 
     def _solvers(self, teacher: Sampler, nfe: int) -> list[Sampler]:
         """The teacher under stock solvers; the report says which of them its pipeline cannot run under."""

@@ -27,7 +27,6 @@ from stepdistill.eval.protocol import ClassReference, Protocol, ShippedPrompts, 
 from stepdistill.eval.references import RealSide, class_statistics, stored_images, stored_moments, stored_rows
 from stepdistill.eval.row_cache import weights_digest
 from stepdistill.eval.shards import SHARD, Shards, features_of
-from stepdistill.kernels import Rule
 from stepdistill.pipeline.conditioning import class_count, entries
 from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.exports import ExportFacts
@@ -35,7 +34,7 @@ from stepdistill.pipeline.latents import image_shape
 from stepdistill.pipeline.load import as_teacher
 from stepdistill.pipeline.open import open_teacher
 from stepdistill.pipeline.trace import Trace
-from stepdistill.pipeline.variants import with_rule
+from stepdistill.pipeline.variants import with_guider, with_rule
 from stepdistill.progress import counted
 from stepdistill.recipe.section import Guidance
 
@@ -104,7 +103,7 @@ class Samples:
         steps: int,
         guidance: float,
         revision: str | None = None,
-        rule: Rule = Rule(),
+        combined: Guidance = Guidance(),
         like: str | None = None,
         inside: float | None = None,
     ) -> Sampler:
@@ -113,6 +112,7 @@ class Samples:
         One whose guidance is inside its network, or that has none, runs at ``guidance`` 1.
 
         Args:
+            combined: how the passes are combined; its scale does not count.
             like: an export whose recipe says with what arguments and IP-Adapter the pipeline is called; None: its own.
             inside: the scale of guidance inside the network; None: ``guidance``.
 
@@ -130,7 +130,7 @@ class Samples:
             device=self.device,
             dtype=self.settings.dtype,
         )
-        traced = with_rule(traced, rule)
+        traced = with_guider(with_rule(traced, combined.combination), combined.guider)
         requested = self.requests(traced, path)
         scale = guidance if traced.guidance.kind in ("batched", "two_calls") else 1.0
         weights = weights_digest(traced.pipeline)

@@ -93,7 +93,7 @@ def verdict(
     )
     result.text = f"{result.word}: {_words(metric, labels, student, teacher, best, result)}"
     if all(_error(metric, row) is None for row in (student, teacher, *solvers)):
-        result.text += " How much other samples would move these values is not known, so that it goes by them alone."
+        result.text += " Their sampling errors are not known: the verdict rests on the values alone."
     if passed is None:
         lowest = min(value for values in certainty.values() for value in values)
         result.text += f" The samples are too few to be 95 % sure{_enough(student.samples, lowest)}."

@@ -183,7 +183,7 @@ def _kept_captions(data: Data, key: str, log: bool, cache: Path) -> str | list[s
     name = digest(identity(source, named=key == "images"), key, settings)
     lines, facts = cache / f"captions-{name}.txt", cache / f"captions-{name}.json"
     tally = Tally(f"data.{key}", data.max_rejected)
-    if facts.is_file():
+    if facts.is_file() and (read_json(facts)["captions"] or lines.is_file()):
         kept = read_json(facts)
         tally.add(kept["tally"])
         tally.close(log)

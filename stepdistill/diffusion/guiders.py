@@ -18,7 +18,7 @@ from stepdistill.diffusion.schedule import Prediction
 from stepdistill.errors import InputError
 
 KEY = "teacher.guidance.guider"
-STEPLESS = {"start": 0.0, "stop": 1.0, "zero_init_steps": 0, "momentum": None}
+STEPLESS = {"start": 0.0, "stop": 1.0, "start_step": 0, "zero_init_steps": 0, "momentum": None}
 """Endings of settings that depend on a step, and what they must be."""
 
 

@@ -152,7 +152,10 @@ def _snippet(facts: ExportFacts, trace: Trace, half: bool) -> str:
     imports.append(f"from diffusers import {f'{scheduler}, {name}' if lora else name}")
     result = "frames" if _is_video(trace) else "images"
     if is_modular(trace.pipeline):
-        load = f"pipe = {name}.from_pretrained({base})\npipe.load_components({'dtype=torch.float32' if half else ''})"
+        stated = [f'variant="{facts.variant}"'] if lora and facts.variant else []
+        stated += ["dtype=torch.float32"] if half else []
+        base = base.replace(f', variant="{facts.variant}"', "")  # which its components take
+        load = f"pipe = {name}.from_pretrained({base})\npipe.load_components({', '.join(stated)})"
         result = result_name(trace.pipeline)
         drawn = f'pipe({_call(facts, trace)}, output="{result}")'
     else:

@@ -112,7 +112,7 @@ def _request(folder: Path, session: Session, lora: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def _sampled(session: Session, count: int = CHECKED) -> Sampled:
-    """What the student makes at the session's size: ``count`` samples, or one where the pipeline decodes no several."""
+    """What the student makes at the session's size: ``count`` samples; one where several cannot be decoded at once."""
     rows = torch.arange(session.trace.at_once(count)) % len(session.conditioning)
     call = stock_arguments(
         session.trace, [session.conditioning.entries[i] for i in rows.tolist()], session.sampler.steps
@@ -123,7 +123,7 @@ def _sampled(session: Session, count: int = CHECKED) -> Sampled:
         torch.manual_seed(0)  # the plain call's seed and batch: a kept first frame is drawn from its encoding
         try:
             pictures = decode(session.trace, latents, len(latents)) if precision(session) == torch.float32 else None
-        except TraceError:
+        except (TraceError, torch.OutOfMemoryError):
             if len(latents) == 1:
                 raise
             return _sampled(session, 1)

@@ -82,17 +82,22 @@ def forget_places(folder: Path) -> None:
         if "name_or_path" not in text:
             continue
         facts = json.loads(text)
-        places = [key for key in ("_name_or_path", "name_or_path") if _is_place(facts.get(key))]
-        if places:
-            kept = {key: value for key, value in facts.items() if key not in places}
+        if (kept := _without_places(facts)) != facts:
             path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _is_place(value: Any) -> bool:
-    """Whether a name is that of a folder on some machine, and not of the hub."""
-    if not isinstance(value, str) or not value:
-        return False
-    return value.startswith("~") or Path(value).is_absolute() or Path(value).exists()
+def _without_places(facts: Any) -> Any:
+    """A configuration, and those inside it, without names that are folders of some machine and not of the hub."""
+    if isinstance(facts, list):
+        return [_without_places(one) for one in facts]
+    if not isinstance(facts, dict):
+        return facts
+
+    def is_place(key: str, value: Any) -> bool:
+        absolute = isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())
+        return absolute and key.endswith("name_or_path")
+
+    return {key: _without_places(value) for key, value in facts.items() if not is_place(key, value)}
 
 
 def _copy(folder: Path, out: Path, variant: str | None) -> None:

@@ -100,9 +100,10 @@ def _passed_on(traced: Trace) -> bool:
     """Whether the pipeline begins a step where its scheduler ended the one before."""
     steps = max(2, traced.fewest_steps)
     try:
-        made = observe(
-            traced.pipeline, traced.probe, traced.arguments, steps=steps, guidance=traced.guidance.plain_scale
-        )
+        with standing_in(traced, answer):
+            made = observe(
+                traced.pipeline, traced.probe, traced.arguments, steps=steps, guidance=traced.guidance.plain_scale
+            )
     except TraceError:  # which is said already
         return True
     return all(same(one.previous, other.sample) for one, other in itertools.pairwise(made.steps))

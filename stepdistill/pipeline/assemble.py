@@ -18,7 +18,7 @@ from stepdistill.files import atomic, cache_folder, digest, files_in, read_json,
 from stepdistill.pipeline.complete import all_weights_found, some, whole_before_moved
 from stepdistill.pipeline.components import put
 from stepdistill.pipeline.folder import load_folder, quiet, save_pipeline
-from stepdistill.pipeline.hub import why_not
+from stepdistill.pipeline.hub import unreachable, why_not
 from stepdistill.pipeline.loras import fuse_lora
 from stepdistill.pipeline.names import check_file
 from stepdistill.pipeline.single_file import config_folder, read_checkpoint, shapes
@@ -172,7 +172,7 @@ def _autoencoder(pipeline: Any, place: str, base: Path) -> Any:
         raise
     except _REFUSED as error:
         missing = not path.exists() and place.count("/") == 1
-        reason = why_not(place, None, None, error) if missing else " ".join(str(error).split())
+        reason = why_not(place, None, None, error, unreachable()) if missing else " ".join(str(error).split())
         raise InputError(f"teacher.vae: {place} cannot be loaded as a {kind.__name__}: {reason}") from error
     expected, found = _latents(own), _latents(vae)
     if expected != found:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,9 +99,11 @@ def _stated(pipeline: Any, arguments: Mapping[str, Any], names: Sequence[str]) -
     accepted = parameters(pipeline)
     values = {name: arguments.get(name, parameter.default) for name, parameter in accepted.items()}
     numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    optional = {name for name, parameter in accepted.items() if re.search("None|Optional", str(parameter.annotation))}
     needed = {name: f"{OFF[name]:g}" for name in names if name in OFF and numbers.get(name, OFF[name]) != OFF[name]}
     for name in (name for name in names if name in accepted):
-        needed |= {other: "null" for other, n in numbers.items() if other.endswith(f"_{name}") and n != OFF.get(name)}
+        further = [other for other in numbers if other.endswith(f"_{name}") and other in optional]
+        needed |= {other: "null" for other in further if numbers[other] != OFF.get(name)}
     return ", ".join(f"teacher.arguments.{name}={value}" for name, value in needed.items())
 
 

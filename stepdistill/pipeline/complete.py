@@ -185,5 +185,6 @@ def classes(folder: Path) -> dict[str, tuple[str, str]]:
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{index}: expected a JSON object of components, found {error}") from None
     # A modular one states the class beside the place, even of a component that it has never held.
-    stated = {name: value[2].get("type_hint") or value if len(value) == 3 else value for name, value in listed.items()}
+    hints = {name: value[2].get("type_hint") for name, value in listed.items() if isinstance(value[-1], dict)}
+    stated = {name: hints.get(name) or value for name, value in listed.items()}
     return {name: (value[0], value[1]) for name, value in stated.items() if isinstance(value[1], str)}

@@ -79,11 +79,12 @@ def _convert(folder: Path, out: Path, names: Sequence[str]) -> list[str]:
 def _download(name: str, revision: str | None) -> Path:
     patterns = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.bin", "*/*.safetensors"]
     unused = ["*.fp16*", "*.non_ema*", "*/openvino_*", "*/onnx/*"]
+    silent = unreachable()
     try:
-        options = {"allow_patterns": patterns, "ignore_patterns": unused, "local_files_only": unreachable() is not None}
+        options = {"allow_patterns": patterns, "ignore_patterns": unused, "local_files_only": silent is not None}
         folder = snapshot_download(name, revision=revision, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"pipeline {name}: {why_not(name, revision, None, error)}") from error
+        raise InputError(f"pipeline {name}: {why_not(name, revision, None, error, silent)}") from error
     return Path(folder)
 
 

@@ -35,7 +35,7 @@ def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
     """Images uint8 (N, C, H, W) of ``latents`` (N, *latent_shape), by the pipeline's own decoding code.
 
     Of a video its middle frame. ``batch`` None: fewer at once than :func:`at_once`, as autoencoders take more memory,
-    and one by one where the pipeline decodes no several (HunyuanVideo 1.5).
+    and one by one where the pipeline cannot decode several at once (HunyuanVideo 1.5).
 
     Raises:
         TraceError: the pipeline's decoding fails, or does not return images as a tensor.
@@ -73,7 +73,7 @@ def _decoded(trace: Trace, latents: Tensor) -> Tensor:
         except (InputError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            if "memory" in str(error):
+            if "out of memory" in str(error).lower():
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TraceError("decode", f"{name} fails after its last step: {reason}") from error

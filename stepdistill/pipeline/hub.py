@@ -16,6 +16,7 @@ from huggingface_hub.utils import get_session
 
 from stepdistill.errors import InputError
 from stepdistill.files import INDEXES, lacking
+from stepdistill.progress import say
 
 FILES = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model"]
 """All that a pipeline is, but its weights."""
@@ -35,11 +36,15 @@ def download(name: str, revision: str | None = None, variant: str | None = None)
     Raises:
         InputError: it is not there, has no such weights, or the hub cannot be reached.
     """
+    silent = unreachable()
     try:
-        options = {"revision": revision, "variant": variant, "local_files_only": unreachable() is not None}
-        return Path(DiffusionPipeline.download(name, use_safetensors=True, **options))
+        options = {"revision": revision, "variant": variant, "local_files_only": silent is not None}
+        found = Path(DiffusionPipeline.download(name, use_safetensors=True, **options))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"pipeline {name}: {why_not(name, revision, variant, error)}") from error
+        raise InputError(f"pipeline {name}: {why_not(name, revision, variant, error, silent)}") from error
+    if silent:
+        say(f"{name}: the hub does not answer; these are the files of an earlier download")
+    return found
 
 
 def configs(name: str, revision: str | None = None, patterns: Sequence[str] = FILES) -> Path:
@@ -51,11 +56,12 @@ def configs(name: str, revision: str | None = None, patterns: Sequence[str] = FI
     Raises:
         InputError: it is not there, or the hub cannot be reached.
     """
+    silent = unreachable()
     try:
-        options = {"allow_patterns": list(patterns), "local_files_only": unreachable() is not None}
+        options = {"allow_patterns": list(patterns), "local_files_only": silent is not None}
         return Path(snapshot_download(name, revision=revision, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"pipeline {name}: {why_not(name, revision, None, error)}") from error
+        raise InputError(f"pipeline {name}: {why_not(name, revision, None, error, silent)}") from error
 
 
 def unreachable() -> str | None:
@@ -67,18 +73,22 @@ def unreachable() -> str | None:
     return None
 
 
-def why_not(name: str, revision: str | None, variant: str | None, error: Exception) -> str:
-    """Why the hub did not give the pipeline ``name``, when it answered with ``error``."""
+def why_not(name: str, revision: str | None, variant: str | None, error: Exception, silent: str | None) -> str:
+    """Why the hub did not give the pipeline ``name``, when it answered with ``error``.
+
+    Args:
+        silent: what :func:`unreachable` returned.
+    """
     for kind, words in _REASONS.items():
         if isinstance(error, kind):
             return f"cannot be loaded from the hub: {words}{_typo(name)}"
-    reason = unreachable()
+    reason = silent
     try:
         files = [] if reason else HfApi().list_repo_files(name, revision=revision)
     except tuple(_REASONS) as refused:
-        return why_not(name, revision, variant, refused)
-    except Exception as silent:  # as in unreachable()
-        reason = " ".join(str(silent).split()) or type(silent).__name__
+        return why_not(name, revision, variant, refused, silent)
+    except Exception as failed:  # as in unreachable()
+        reason = " ".join(str(failed).split()) or type(failed).__name__
     if reason:
         return (
             f"cannot be loaded: there is no such folder here{_typo(name)}, the cache of the Hugging Face hub does not "

@@ -46,12 +46,12 @@ def load_modular(
     Args:
         folder: with modular_model_index.json.
         dtype: of all its networks.
-        variant: of the weights' files, where a component has it.
+        variant: of the weights' files.
         quantization: configuration by component.
         networks: those that are not read from their files.
 
     Raises:
-        InputError: a component is not in the folder, or is no class of diffusers or transformers.
+        InputError: a component is not in the folder, has no such variant, or is no class of diffusers or transformers.
     """
     if not loads_modular():
         found = diffusers.__version__
@@ -64,8 +64,11 @@ def load_modular(
         if name in made or not (folder / name).is_dir():  # one that it could have: a ControlNet perhaps
             continue
         options: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "subfolder": name, "revision": None}
-        options["variant"] = variant if _has(folder / name, variant) else None
+        options["variant"] = None
         if spec.type_hint is None or issubclass(spec.type_hint, nn.Module):
+            if variant is not None and not _has(folder / name, variant):
+                raise InputError(f"teacher.variant: expected weights of {variant!r} in all components, {name} has none")
+            options["variant"] = variant
             options |= {"torch_dtype": dtype, "use_safetensors": True}
             options |= {"quantization_config": config} if (config := (quantization or {}).get(name)) else {}
         made[name] = spec.load(**options)
@@ -89,7 +92,7 @@ def write_index(folder: Path, teacher: Path, components: dict[str, Any]) -> None
     for name, part in components.items():
         index[name] = [*_class_of(part), {"subfolder": name}]
     for name, entry in index.items():
-        if isinstance(entry, list) and len(entry) == 3:
+        if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict):
             kind = entry[2].get("type_hint") or entry[:2]
             kind = entry[:2] if name in components else kind
             here = {"pretrained_model_name_or_path": None, "subfolder": name, "variant": None, "revision": None}
@@ -101,7 +104,7 @@ def name_repository(folder: Path, repository: str) -> None:
     """Have the index of a modular pipeline in ``folder`` say where its components lie once it is uploaded."""
     index = read_json(folder / INDEX)
     for name, entry in index.items():
-        if isinstance(entry, list) and len(entry) == 3 and (folder / name).is_dir():
+        if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict) and (folder / name).is_dir():
             entry[2]["pretrained_model_name_or_path"] = repository
     write_json(folder / INDEX, index)
 
@@ -127,9 +130,9 @@ def _check_index(folder: Path) -> None:
             raise InputError(f"{folder / INDEX}: {name}: expected the folder {name} beside it, found {found}")
 
 
-def _has(folder: Path, variant: str | None) -> bool:
+def _has(folder: Path, variant: str) -> bool:
     """Whether a component has weights of a variant."""
-    return variant is not None and any(weight_file(path.name) == ("safetensors", variant) for path in folder.iterdir())
+    return any(weight_file(path.name) == ("safetensors", variant) for path in folder.iterdir())
 
 
 def _class_of(component: Any) -> tuple[str, str]:

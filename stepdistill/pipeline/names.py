@@ -25,7 +25,7 @@ def source(path: str | Path) -> str:
     if Path(name).exists():
         raise InputError(f"pipeline {name}: expected a diffusers folder with model_index.json, found none in it")
     if name.startswith("runs/"):  # the folder of runs by default, and nobody's name on the hub
-        raise InputError(f"pipeline {name}: expected a run, found none there; `stepdistill runs` lists what there is")
+        raise InputError(f"pipeline {name}: expected a run, found no such folder; `stepdistill runs` lists all")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         close = difflib.get_close_matches(name, assets.teachers(), n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
@@ -40,9 +40,12 @@ def check_name(path: str | Path) -> None:
     """Refuse what is no run with an export, no export, and nothing that :func:`source` knows.
 
     Raises:
-        InputError: the same that loading it raises later.
+        InputError: it is none of them, or a run without an export.
     """
     place = Path(path)
+    if (place / "recipe.yaml").is_file() and not (place / "export").is_dir():
+        export = place / "export"
+        raise InputError(f"{place}: the run has no export/ yet; finish it, or run stepdistill export {place} {export}")
     if not any((place / name).exists() for name in ("export", "stepdistill.json")):
         source(path)
 

@@ -71,7 +71,8 @@ def loaded(place: str, revision: str | None, variant: str | None, dtype: torch.d
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
         if modular:
             pipeline = diffusers.ModularPipeline.from_pretrained(place)
-            pipeline.load_components(torch_dtype=dtype, **({"variant": variant} if variant else {}))
+            options = {"variant": variant} if variant else {}
+            pipeline.load_components(torch_dtype=dtype, **options)
             return pipeline
         return diffusers.DiffusionPipeline.from_pretrained(
             place, revision=revision, variant=variant, use_safetensors=True, torch_dtype=dtype

@@ -74,9 +74,13 @@ def with_guider(trace: Trace, settings: Mapping[str, Any] | None) -> Trace:
     if trace.guidance.kind in ("none", "embedded") or old.mix or old.spec.experts:
         kind = "one of several passes or networks" if old.mix or old.spec.experts else trace.guidance.kind
         raise InputError(f"teacher.guidance.guider: expected null for a pipeline whose guidance is {kind}")
+    if old.spec.guided_channels is not None:
+        raise InputError("teacher.guidance.guider: expected null for a pipeline that guides some channels alone")
     guider = Guider(settings["name"], {name: value for name, value in settings.items() if name != "name"})
     guider.made(2.0)  # refused here, at any scale at which it is on
-    return replace(trace, denoiser=Denoiser(old.network, replace(old.spec, guider=guider), old.schedule, old.kind))
+    return replace(
+        trace, denoiser=Denoiser(old.network, replace(old.spec, guider=guider, norm_axis=None), old.schedule, old.kind)
+    )
 
 
 def with_shift(trace: Trace, shift: float | None) -> Trace:

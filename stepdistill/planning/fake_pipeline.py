@@ -26,7 +26,7 @@ from stepdistill.diffusion.window import Window
 from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps, in_any_way
 from stepdistill.pipeline.complete import classes
-from stepdistill.pipeline.components import patched
+from stepdistill.pipeline.components import patched, scheduled
 from stepdistill.pipeline.explain import encoders
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.hub import configs
@@ -117,7 +117,7 @@ def set_up(traced: Trace, scheduler: Any, steps: int) -> dict[str, Any]:
     key = f"{type(scheduler).__name__} {steps}"
     if key not in traced.set_ups:
         pipeline = traced.pipeline
-        with patched(pipeline, "scheduler", copy.deepcopy(scheduler)):
+        with scheduled(pipeline, copy.deepcopy(scheduler)):
             recording = _observed(pipeline, PROBES[traced.entry][:1], traced.arguments, steps, stop_steps=1)
         traced.set_ups[key] = recording.grid
     return traced.set_ups[key]

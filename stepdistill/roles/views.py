@@ -125,7 +125,7 @@ def lora_targets(
 
     Args:
         targets: endings of names, such as "to_q" or "ff.net.0.proj"; "auto": every linear layer, and the ungrouped
-            convolutions of a UNet's or transformer's blocks; none of those in :func:`noting_inputs`.
+            convolutions of a UNet's or transformer's blocks; not those that :func:`noting_inputs` has noted.
         key: of the recipe, for messages.
 
     Raises:

@@ -127,7 +127,7 @@ def test_without_a_network_the_message_says_so(tmp_path, monkeypatch):
     ) as caught:
         load_pipeline("models/typo")
     assert not asked  # each question to a hub that does not answer takes half a minute
-    with pytest.raises(InputError, match="expected a run, found none there"):
+    with pytest.raises(InputError, match="expected a run, found no such folder"):
         load_pipeline("runs/typo")
     assert "local_files_only" not in str(caught.value) and "stacktrace" not in str(caught.value)
 
