@@ -140,7 +140,7 @@ class Demo:
     def examples(self) -> list[str]:
         """What to start with: the classes, or prompts that the student was trained with, from all over their list."""
         prompts = self.facts.conditions
-        if prompts in EXAMPLES:
+        if isinstance(prompts, str) and prompts in EXAMPLES:
             return list(EXAMPLES[prompts])
         if prompts in assets.prompt_lists():
             prompts = read_text(assets.prompts(prompts)).splitlines()

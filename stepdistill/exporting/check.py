@@ -111,9 +111,9 @@ def _request(folder: Path, session: Session, lora: bool) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _sampled(session: Session, count: int = CHECKED) -> Sampled:
-    """What the student makes at the session's size: ``count`` samples; one where several cannot be decoded at once."""
-    rows = torch.arange(session.trace.at_once(count)) % len(session.conditioning)
+def _sampled(session: Session, count: int | None = None) -> Sampled:
+    """What the student makes at the session's size: CHECKED samples, or ``count``; one if no more can be decoded."""
+    rows = torch.arange(session.trace.at_once(count or CHECKED)) % len(session.conditioning)
     call = stock_arguments(
         session.trace, [session.conditioning.entries[i] for i in rows.tolist()], session.sampler.steps
     )

@@ -29,7 +29,7 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 def scheduled(pipeline: Any, scheduler: Any) -> Iterator[None]:
     """Inside, ``scheduler`` is the pipeline's, where :func:`put` puts it."""
     with ExitStack() as stack:
-        for owner, name in _places(pipeline, pipeline.scheduler):
+        for owner, name in _places(pipeline, "scheduler"):
             stack.enter_context(patched(owner, name, scheduler))
         yield
 
@@ -39,14 +39,16 @@ def put(pipeline: Any, name: str, part: Any) -> None:
     if is_modular(pipeline):
         pipeline.register_components(**{name: part})
         return
-    before = getattr(pipeline, name, None)
-    for owner, own in _places(pipeline, before) if before is not None else ():
-        setattr(owner, own, part)
-    if before is None:
+    if getattr(pipeline, name, None) is None:
         pipeline.register_modules(**{name: part})
+        return
+    for owner, own in _places(pipeline, name):
+        setattr(owner, own, part)
 
 
-def _places(pipeline: Any, part: Any) -> list[tuple[Any, str]]:
-    """Where a component is: (pipeline, its name there)."""
+def _places(pipeline: Any, name: str) -> list[tuple[Any, str]]:
+    """Where a component is: (the pipeline, its name), and of pipelines inside that have the same one."""
+    part = getattr(pipeline, name)
     inside = [value for value in vars(pipeline).values() if isinstance(value, DiffusionPipeline)]
-    return [(owner, name) for owner in (pipeline, *inside) for name, value in vars(owner).items() if value is part]
+    same = [(owner, own) for owner in inside for own, value in vars(owner).items() if value is part]
+    return [(pipeline, name), *same]

@@ -57,7 +57,7 @@ def load_modular(
         found = diffusers.__version__
         raise InputError(f"pipeline {folder}: a modular pipeline needs diffusers 0.42 or later, found {found}")
     _check_index(folder)
-    pipeline = diffusers.ModularPipeline.from_pretrained(str(folder), trust_remote_code=False)
+    pipeline = diffusers.ModularPipeline.from_pretrained(str(folder), use_safetensors=True)
     made = dict(networks or {})
     for name in pipeline.pretrained_component_names:
         spec = pipeline.get_component_spec(name)

@@ -70,9 +70,9 @@ def loaded(place: str, revision: str | None, variant: str | None, dtype: torch.d
         # Newer versions call the argument dtype, and warn; older ones know only this name.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
         if modular:
-            pipeline = diffusers.ModularPipeline.from_pretrained(place)
+            pipeline = diffusers.ModularPipeline.from_pretrained(place, use_safetensors=True)
             options = {"variant": variant} if variant else {}
-            pipeline.load_components(torch_dtype=dtype, **options)
+            pipeline.load_components(torch_dtype=dtype, use_safetensors=True, **options)
             return pipeline
         return diffusers.DiffusionPipeline.from_pretrained(
             place, revision=revision, variant=variant, use_safetensors=True, torch_dtype=dtype

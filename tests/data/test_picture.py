@@ -132,7 +132,7 @@ def test_an_example_that_the_stock_call_misreads_is_refused(tmp_path):
 
 
 def test_examples_and_pictures_of_samples_have_the_same_endings():
-    assert set(PICTURES) == SUFFIXES
+    assert set(PICTURES) - {".npy"} == SUFFIXES
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
