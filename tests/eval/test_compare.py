@@ -295,7 +295,11 @@ def test_tables_and_plot_show_what_was_found():
     assert cells["**dmd2**"][-5:] == ["1.050", "95 %", "150 k", "3.50 M", "met"]
     assert cells["**lcm**"][1] == "**5.30 ± 0.42**" and cells["**agd**"][:2] == ["50", "**4.30**"]
     first = [line.strip("| ").split(" | ")[:3] for line in first_table(content).splitlines()[2:]]
-    assert ["best stock solver", "4", "8.00"] in first and ["**best student**: dmd2", "4", "4.20"] in first
+    assert ["best stock solver", "4", "8.00"] in first and [
+        "**best student**: [dmd2](docs/methods.md)",
+        "4",
+        "4.20",
+    ] in first
     lines = [line.strip("| ").split(" | ") for line in choices(content, ["lcm"]).splitlines()[2:]]
     assert [line[:2] for line in lines] == [[str(nfe), images] for nfe in (1, 2, 4, 8) for images in ("none", "yes")]
     assert lines[4][2].startswith("dmd2: 4.20, ") and lines[5][2].startswith("lcm: 5.30 ± 0.42, ")
