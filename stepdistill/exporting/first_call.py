@@ -104,6 +104,6 @@ def _passed_on(traced: Trace) -> bool:
             made = observe(
                 traced.pipeline, traced.probe, traced.arguments, steps=steps, guidance=traced.guidance.plain_scale
             )
-    except TraceError:  # which is said already
+    except TraceError:  # the refusal itself names that fault
         return True
     return all(same(one.previous, other.sample) for one, other in itertools.pairwise(made.steps))

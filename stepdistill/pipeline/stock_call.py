@@ -123,7 +123,7 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
 
 
 def is_modular(pipeline) -> bool:
-    """Whether a pipeline is made of blocks: it has no signature, and is asked for one of its blocks' outputs."""
+    """Whether a pipeline is made of blocks: it has no signature, and returns one of its blocks' outputs by name."""
     return isinstance(pipeline, getattr(diffusers, "ModularPipeline", ()))
 
 
