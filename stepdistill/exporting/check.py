@@ -231,7 +231,7 @@ def repeated(session: Session, student: Denoiser, rows: Tensor, stock: Mapping[s
 
 
 def stepped_in(traced: Trace, stock: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """What :func:`stock_call.record` returned of each sample, "noise" or "latents": one, or the parts of a joint one."""
+    """What :func:`stock_call.record` returned as "noise" or "latents": one sample, or the parts of a joint one."""
     joint = traced.denoiser.spec.joint
     count = 1 if joint is None else len(joint.parts)
     return [stock[f"{name} {number}" if number else name] for number in range(count)]
