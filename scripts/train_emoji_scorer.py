@@ -139,9 +139,9 @@ def several(facts: Facts, rows: Tensor) -> list[Tensor]:
 def test(heads: list[nn.Sequential], facts: Facts, images: Tensor, texts: list[Tensor]) -> dict[str, dict]:
     """Retrieval among all captions, and among those of the same style."""
     own = torch.stack([rows[0] for rows in texts])
-    seen, numbers = (F.normalize(head(x), dim=1) for head, x in zip(heads, (images, own), strict=True))
-    return {"all": retrieval(seen, numbers)} | {
-        style: retrieval(seen[rows], numbers[rows])
+    seen, read_ = (F.normalize(head(x), dim=1) for head, x in zip(heads, (images, own), strict=True))
+    return {"all": retrieval(seen, read_)} | {
+        style: retrieval(seen[rows], read_[rows])
         for style in sorted({one["style"] for one in facts})
         if (rows := [i for i, one in enumerate(facts) if one["style"] == style])
     }

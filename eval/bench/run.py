@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from stepdistill.diffusion.guidance import rule_text
 from stepdistill.errors import InputError
 from stepdistill.eval.bench.drawing import Sampler
 from stepdistill.eval.bench.real_rows import add_real_images
@@ -170,8 +169,7 @@ class _Measuring:
             self._remark(f"{name}: {kind} takes its guidance as an input of its network, here {shown:g}.")
         elif teacher.guidance != scale:
             self._remark(f"{name}: {kind} has no guidance of w = {scale:g} outside its network; it runs without.")
-        by = f" by {combined.guider['name']}" if combined.guider else rule_text(combined.combination)
-        return replace(teacher, name=f"{name} w={shown:g}{by}"), name
+        return replace(teacher, name=f"{name} w={shown:g}{combined.in_words}"), name
 
     def _solvers(self, teacher: Sampler, nfe: int) -> list[Sampler]:
         """The teacher under stock solvers; the report says which of them its pipeline cannot run under."""

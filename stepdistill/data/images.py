@@ -14,6 +14,7 @@ from stepdistill import assets
 from stepdistill.data import fashion_mnist, picture
 from stepdistill.data.buckets import UNKNOWN, Bucket, Size, nearest
 from stepdistill.data.identity import identity
+from stepdistill.data.lines import Lines
 from stepdistill.data.sample import UNREADABLE, Data, Pictures, Sample, Tally
 from stepdistill.data.sources import count, form, samples
 from stepdistill.errors import InputError
@@ -148,7 +149,9 @@ def close_tally(tally: Tally, data: Data, log: bool = True) -> None:
         raise InputError(f"data.images: expected images in {data.images}, found none")
 
 
-def conditions(data: Data, log: bool = True, cache: Path | None = None) -> tuple[str | list[str], "OwnPictures | None"]:
+def conditions(
+    data: Data, log: bool = True, cache: Path | None = None
+) -> tuple[str | Sequence[str], "OwnPictures | None"]:
     """ "classes", a file with a prompt a line, or a list: captions each once; of a shipped list its file.
 
     Where ``data.arguments`` gives each sample pictures of its own: every caption, and the pictures of each.
@@ -171,41 +174,48 @@ def conditions(data: Data, log: bool = True, cache: Path | None = None) -> tuple
         return str(assets.prompts(source)), None
     if source != "captions" and form(source) == "text":
         return source, None
-    return (captions(data, key, log) if cache is None else _kept_captions(data, key, log, cache)), None
-
-
-def _kept_captions(data: Data, key: str, log: bool, cache: Path) -> str | list[str]:
-    """A file in the cache with the captions, a line each, so that the source is read once; the list of them where one
-    has several lines."""
-    if (source := getattr(data, key)) == "fashion-mnist":
-        return captions(data, key, log)
+    if cache is None or getattr(data, key) == "fashion-mnist":
+        return captions(data, key, log), None
     settings = data.caption_key, data.image_key, data.limit, data.max_rejected
-    name = digest(identity(source, named=key == "images"), key, settings)
-    lines, facts = cache / f"captions-{name}.txt", cache / f"captions-{name}.json"
-    tally = Tally(f"data.{key}", data.max_rejected)
-    if facts.is_file() and (read_json(facts)["captions"] or lines.is_file()):
-        kept = read_json(facts)
+    name = digest(identity(getattr(data, key), named=key == "images"), key, settings)
+    return _kept(data, key, log, cache / f"prompts-{name}.json", _each_once), None
+
+
+def _kept(data: Data, key: str, log: bool, file: Path, chosen: Callable[[Iterator[str]], list[str]]) -> str | list[str]:
+    """The captions that are ``chosen`` of all, kept so that the source is read once: a file with a line for each, or,
+    where one has several lines, the list of them.
+
+    Args:
+        file: what is known of them; the lines are beside it.
+    """
+    tally, lines = Tally(f"data.{key}", data.max_rejected), file.with_suffix(".txt")
+    kept = read_json(file) if file.is_file() else None
+    if kept and (kept["captions"] or lines.is_file()):
         tally.add(kept["tally"])
         tally.close(log)
         return kept["captions"] or str(lines)
-    found = list(dict.fromkeys(caption for caption, _ in _requests(data, key, log, tally)))
+    found = chosen(caption for caption, _ in _requests(data, key, log, tally))
     several = any(caption.splitlines() != [caption.strip()] for caption in found)
     if not several:
         write_text(lines, "\n".join(found))
-    write_json(facts, {"tally": tally.facts(), "captions": found if several else None})
+    write_json(file, {"tally": tally.facts(), "captions": found if several else None})
     return found if several else str(lines)
+
+
+def _each_once(captions: Iterator[str]) -> list[str]:
+    return list(dict.fromkeys(captions))
 
 
 def captions(data: Data, key: str = "images", log: bool = True) -> list[str]:
     """The captions of the source that ``data.images`` or ``data.conditions`` (``key``) names, each once, in order."""
     if getattr(data, key) == "fashion-mnist":
         return list(fashion_mnist.CLASS_NAMES)
-    return list(dict.fromkeys(caption for caption, _ in _requests(data, key, log)))
+    return _each_once(caption for caption, _ in _requests(data, key, log))
 
 
 def requests(
     data: Data, key: str = "images", log: bool = True, cache: Path | None = None
-) -> tuple[list[str], "OwnPictures"]:
+) -> tuple[Sequence[str], "OwnPictures"]:
     """Every caption of the source that ``data.images`` or ``data.conditions`` (``key``) names, with its pictures.
 
     Args:
@@ -213,13 +223,11 @@ def requests(
     """
     source = identity(getattr(data, key))
     name = digest(source, key, data.caption_key, data.image_key, data.arguments, data.limit, data.max_rejected)
-    file = cache / f"captions-{name}.json" if cache is not None else None
-    if file is not None and file.is_file():
-        found = read_json(file)["captions"]
+    if cache is None:
+        found: Sequence[str] = [caption for caption, _ in _requests(data, key, log)]
     else:
-        found = [caption for caption, _ in _requests(data, key, log)]
-        if file is not None:
-            write_json(file, {"captions": found})
+        kept = _kept(data, key, log, cache / f"prompts-{name}.json", list)
+        found = Lines(Path(kept)) if isinstance(kept, str) else kept
     return found, OwnPictures(lambda: (own for _, own in _requests(data, key, log=False)), len(found), name)
 
 

@@ -10,7 +10,6 @@ import torch
 from jinja2 import Environment, StrictUndefined
 
 from stepdistill import assets
-from stepdistill.diffusion.guidance import rule_text
 from stepdistill.files import read_text, write_text
 from stepdistill.pipeline.call import COUNTS, guidance_argument
 from stepdistill.pipeline.exports import ExportFacts, into, lora_files
@@ -18,7 +17,6 @@ from stepdistill.pipeline.guiders import guiders
 from stepdistill.pipeline.ip_adapter import stock_arguments
 from stepdistill.pipeline.stock_call import declared, is_modular, off, pictures_in, result_name
 from stepdistill.pipeline.trace import Trace
-from stepdistill.recipe.section import Guidance
 
 PLACE = "PATH_OF_THIS_FOLDER"
 """Where the card's snippets name the folder; an upload puts the repository there."""
@@ -58,7 +56,7 @@ def model_card(
         pipeline=type(trace.pipeline).__name__,
         scheduler=type(scheduler).__name__,
         stretched=bool(scheduler.config.get("shift_terminal")),
-        guidance=f"{facts.guidance:g}{_by(facts.teacher_guidance)}",
+        guidance=f"{facts.guidance:g}{facts.teacher_guidance.in_words}",
         place=_place(facts),
         parts=_parts(facts),
         snippet=_snippet(facts, trace, half),
@@ -66,11 +64,6 @@ def model_card(
         others=others,
         quality=NOT_MEASURED,
     )
-
-
-def _by(guidance: Guidance) -> str:
-    """The rule in words that follow a scale."""
-    return rule_text(guidance.combination) + (f" by {guidance.guider['name']}" if guidance.guider else "")
 
 
 def is_local(place: str) -> bool:

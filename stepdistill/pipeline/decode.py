@@ -16,7 +16,7 @@ from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.observe import Answer, forked_random
-from stepdistill.pipeline.stock_call import Replaced, parameters
+from stepdistill.pipeline.stock_call import Replaced, in_each, parameters
 from stepdistill.pipeline.trace import Trace
 
 
@@ -98,23 +98,18 @@ def _as_stepped(trace: Trace, latents: Tensor) -> list[Tensor]:
 
 def _giving(scheduler: Any, samples: Sequence[Tensor]) -> Replaced:
     """A step() that returns the first of ``samples``; that of the n-th copy of the scheduler which steps the n-th."""
-    numbers, copies = {id(scheduler): 0}, []
 
-    def of(owner: Any) -> Callable[..., Answer]:
-        @functools.wraps(scheduler.step)
+    def given(own_step: Callable[..., Any], number_of: Callable[[], int]) -> Callable[..., Answer]:
+        @functools.wraps(own_step)
         def step(*_args: Any, **_kwargs: Any) -> Answer:
-            number = numbers.setdefault(id(owner), len(numbers))
+            number = number_of()
             sample = samples[number if number < len(samples) else 0]
             # LCM's pipeline takes the denoised latents from the second place.
             return Answer((sample, sample))
 
         return step
 
-    def of_copy(copied: Any) -> Callable[..., Answer]:
-        copies.append(copied)  # it stays alive, so that its id is its own
-        return of(copied)
-
-    return Replaced(scheduler, of(scheduler), of_copy)
+    return in_each(scheduler, given)
 
 
 @contextmanager

@@ -336,7 +336,7 @@ def _recording_grid(record: Recording, scheduler: Any) -> Callable:
 
 def _snapshot(scheduler: Any) -> Any:
     """The scheduler's state in a scheduler of its class, without what was replaced on the instance."""
-    snapshot = copy.copy(scheduler)  # a deep one would be watched as one that the pipeline makes
+    snapshot = copy.copy(scheduler)  # of a deep copy the steps would be recorded, as of one that the pipeline makes
     for name in ("step", "set_timesteps"):
         snapshot.__dict__.pop(name, None)
     return copy.deepcopy(snapshot)

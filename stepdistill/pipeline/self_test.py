@@ -13,6 +13,7 @@ from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.explain import Guidance, received_timestep
 from stepdistill.pipeline.observe import CARRIED, Recording, Step, forked_random, stepped
 from stepdistill.pipeline.places import scaled_sample
+from stepdistill.roles.views import noting_inputs
 
 SELF_TEST_LIMIT = 1e-5
 SCHEDULE_LIMIT = 0.1
@@ -50,9 +51,22 @@ def check_schedule(step: Step, schedule: Schedule, kind: Kind) -> None:
 def self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guidance, conditions: list[str]) -> float:
     """The largest relative error of the recorded steps replayed with the learned description.
 
+    Layers that the network gives their input by name are noted on the way (:func:`.views.noting_inputs`).
+
     Raises:
         TraceError: it is above 1e-5 (float32).
     """
+    with noting_inputs(denoiser.network):
+        worst = _largest_error(off, on, denoiser, guidance, conditions)
+    limit = max(SELF_TEST_LIMIT, tolerance(on.steps[0].calls[0].output.dtype))
+    if not worst <= limit:
+        raise TraceError("self-test", f"a replayed step is off the pipeline's own by {worst:.1e} (limit {limit:.0e})")
+    return worst
+
+
+def _largest_error(
+    off: Recording, on: Recording, denoiser: Denoiser, guidance: Guidance, conditions: list[str]
+) -> float:
     worst = 0.0
     # An embedded scale is a constant of the network, learned at the scale of the guided run.
     for recording in (on,) if guidance.kind == "embedded" else (off, on):
@@ -70,7 +84,4 @@ def self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guida
             raw = prediction.raw.to(step.model_output.dtype)
             copies = len(step.sample) // n
             worst = max(worst, deviation(step.replay(torch.cat([raw] * copies)), step.previous))
-    limit = max(SELF_TEST_LIMIT, tolerance(on.steps[0].calls[0].output.dtype))
-    if not worst <= limit:
-        raise TraceError("self-test", f"a replayed step is off the pipeline's own by {worst:.1e} (limit {limit:.0e})")
     return worst

@@ -87,11 +87,10 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
         moment; ``latents``, the last sample; ``images`` if they are a tensor. Copies of the scheduler step further
         samples (a video's sound): ``noise 1`` and ``latents 1``, in the order of their first steps.
     """
-    own, result = pipeline.scheduler, {}
-    numbers, copies = {id(own): 0}, []
+    result = {}
     pipeline.set_progress_bar_config(disable=True)
 
-    def recorded(scheduler, stock_step):
+    def recorded(stock_step, number_of):
         @functools.wraps(stock_step)
         def step(model_output, timestep, sample, *args, **kwargs):
             if "random_state" not in result:
@@ -100,20 +99,16 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
                     torch.get_rng_state() if here.type == "cpu" else torch.get_device_module(here).get_rng_state(here)
                 )
                 result["random_state"] = state
-            number = numbers.setdefault(id(scheduler), len(numbers))
-            suffix = f" {number}" if number else ""
-            result.setdefault(f"noise{suffix}", sample.clone())
+            suffix = f" {number}" if (number := number_of()) else ""
+            if f"noise{suffix}" not in result:
+                result[f"noise{suffix}"] = sample.clone()
             output = stock_step(model_output, timestep, sample, *args, **kwargs)
             result[f"latents{suffix}"] = next(iter(output.values())) if isinstance(output, dict) else output[0]
             return output
 
         return step
 
-    def of_copy(copied):
-        copies.append(copied)  # it is alive until the end, so that its id is its own
-        return recorded(copied, type(copied).step.__get__(copied))
-
-    own.step = Replaced(own, recorded(own, own.step), of_copy)
+    pipeline.scheduler.step = in_each(pipeline.scheduler, recorded)
     torch.manual_seed(0)
     images = called(pipeline, ready(pipeline, call), lambda: bool(result))[0]
     if isinstance(images, torch.Tensor):
@@ -265,6 +260,24 @@ class Replaced:
         if self.of_copy:
             return Replaced(copied, self.of_copy(copied), self.of_copy)
         return getattr(type(self.owner), self.function.__name__).__get__(copied)
+
+
+def in_each(scheduler, made) -> Replaced:
+    """A step() for a scheduler and for its copies: ``made`` of the own step() and of what counts them.
+
+    The count is a function without arguments: 0 for the scheduler, and for copies 1, 2, ... in the order in which they
+    first call it.
+    """
+    numbers, copies = {id(scheduler): 0}, []
+
+    def of(one, own_step):
+        return made(own_step, lambda: numbers.setdefault(id(one), len(numbers)))
+
+    def of_copy(copied):
+        copies.append(copied)  # it stays alive, so that its id is its own
+        return of(copied, type(copied).step.__get__(copied))
+
+    return Replaced(scheduler, of(scheduler, scheduler.step), of_copy)
 
 
 if __name__ == "__main__":

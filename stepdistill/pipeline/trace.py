@@ -47,7 +47,6 @@ from stepdistill.pipeline.several_passes import linear_rule
 from stepdistill.pipeline.singly import observe_each
 from stepdistill.pipeline.sorting import sort_arguments
 from stepdistill.pipeline.stock_call import pictures_in
-from stepdistill.roles.views import noting_inputs
 
 __all__ = ["Guidance", "Trace", "TraceError", "load_pipeline", "trace"]
 
@@ -231,7 +230,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         guidance=guidance,
         latent_shape=tuple(off.steps[0].sample.shape[1:]),
         conditioning={name: (None, *shape[1:]) if name in padded else shape for name, shape in shapes.items()},
-        self_test_error=noting_inputs(network)(self_test)(off, on, denoiser, guidance, conditions),
+        self_test_error=self_test(off, on, denoiser, guidance, conditions),
         arguments=arguments,
         alone=alone,
         encoders=explain.encoders(whole[0].steps[0], component, names),
@@ -255,7 +254,7 @@ def _watched(
             if error.check != "call" or not guiders(pipeline):
                 raise
             _few_steps(pipeline, two, arguments, scale, alone, most=1)  # which fails for the same reason, or not
-            reason = "its blocks run with guidance alone, and a student is called without, with one pass per step"
+            reason = "its blocks run only with guidance, and a student is called without it, one pass per step"
             raise TraceError("call", f"{error.reason}; {reason}") from error
         if not explain.is_guided(off):
             break
@@ -298,6 +297,7 @@ def _helpers(
 
 
 def _check_seen(seen: Mapping[str, Span | None], free: Span | None, component: str) -> None:
+    """Raises TraceError unless all helpers see the part of the sample that the denoiser sees."""
     for name, part in seen.items():
         if part != free:
             raise TraceError("sample", f"{name} sees another part of the sample than {component}, which keeps a part")

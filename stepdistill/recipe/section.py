@@ -53,6 +53,13 @@ class Guidance(Section):
 
         return rule_of(self.model_dump())
 
+    @property
+    def in_words(self) -> str:
+        """How the passes are combined, in words that follow a scale: "" for the plain rule."""
+        from stepdistill.diffusion.guidance import rule_text
+
+        return f" by {self.guider['name']}" if self.guider else rule_text(self.combination)
+
 
 class IPAdapter(Section):
     source: str = Field(min_length=1, description="folder or hub id that holds it, such as h94/IP-Adapter")

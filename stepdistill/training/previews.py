@@ -53,7 +53,7 @@ class Preview:
         self.pictured = self.teacher_images.ndim == 4 and self.teacher_images.shape[1] in (1, 3)
         if writes and not self.pictured:
             shape = tuple(self.teacher_images.shape[1:])
-            say(f"no previews: {type(session.trace.pipeline).__name__} makes no pictures, but numbers {shape}")
+            say(f"no previews: {type(session.trace.pipeline).__name__} returns no pictures, but {shape} numbers each")
 
     def path(self, step: int) -> Path:
         """Where the picture of ``step`` is."""

@@ -95,7 +95,7 @@ def test_a_pipeline_that_decodes_image_by_image(monkeypatch):
 
 
 def test_pictures_of_a_pipeline_that_makes_arrays_alone(monkeypatch):
-    """Those of T2I adapters do, whatever output type they are asked for."""
+    """T2I adapters do, whatever ``output_type`` is."""
     traced = trace(tiny_sd())
     latents, whole = torch.randn(2, *traced.latent_shape), type(traced.pipeline).__call__
     expected = decode(traced, latents)

@@ -61,7 +61,7 @@ def test_it_is_traced_by_the_inputs_of_its_blocks(modular, name, guidance, argum
 
 
 def test_blocks_that_need_guidance_are_refused_before_a_student_of_theirs_is_trained(modular):
-    with pytest.raises(TraceError, match="its blocks run with guidance alone, and a student is called without"):
+    with pytest.raises(TraceError, match="its blocks run only with guidance, and a student is called without it"):
         trace(load_pipeline(modular("wan")), zoo.ZOO["wan"].arguments)
 
 

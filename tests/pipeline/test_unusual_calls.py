@@ -1,5 +1,6 @@
 """What tracing finds about calls that few pipelines make, each by a made-up pipeline."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -154,15 +155,9 @@ class Outer(ToyPipeline):
         super().__init__(network, scheduler)
         self.inner = ToyPipeline(network, scheduler)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        class_labels: list[int],
-        guidance_scale: float = 3.0,
-        generator: torch.Generator | None = None,
-        num_inference_steps: int = 5,
-    ) -> tuple[Tensor]:
-        return self.inner(class_labels, guidance_scale, generator, num_inference_steps)
+    @functools.wraps(ToyPipeline.__call__)
+    def __call__(self, *given: Any, **named: Any) -> tuple[Tensor]:
+        return self.inner(*given, **named)
 
 
 def test_a_component_is_put_into_a_pipeline_inside():
@@ -287,16 +282,10 @@ def test_a_time_that_is_the_exact_sigma():
 class PartByPart(ToyPipeline):
     """Runs its grid once for each of two parts of an image, as pipelines of long videos do."""
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        class_labels: list[int],
-        guidance_scale: float = 3.0,
-        generator: torch.Generator | None = None,
-        num_inference_steps: int = 5,
-    ) -> tuple[Tensor]:
-        parts = [super().__call__(class_labels, guidance_scale, generator, num_inference_steps)[0]]
-        parts += super().__call__(class_labels, guidance_scale, generator, num_inference_steps)
+    @functools.wraps(ToyPipeline.__call__)
+    def __call__(self, *given: Any, **named: Any) -> tuple[Tensor]:
+        parts = [super().__call__(*given, **named)[0]]
+        parts += super().__call__(*given, **named)
         return (torch.cat(parts, 3),)
 
 

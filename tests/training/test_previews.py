@@ -66,4 +66,4 @@ def test_what_is_no_picture_is_not_drawn(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(previews, "decode", lambda _trace, latents: torch.zeros(len(latents), 640, dtype=torch.uint8))
     preview = Preview(session_of(tmp_path, []), tmp_path)
     assert set(preview.write(0, nullcontext())) == {"drift/mean", "drift/std"}
-    assert not preview.path(0).exists() and "makes no pictures, but numbers (640,)" in capfd.readouterr().err
+    assert not preview.path(0).exists() and "returns no pictures, but (640,) numbers each" in capfd.readouterr().err
