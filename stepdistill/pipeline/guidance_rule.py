@@ -25,7 +25,7 @@ def guidance_rule(
     """How the guided run's outputs were combined, and the spec that knows whether the norm was kept.
 
     Args:
-        hint: what is known to make a rule of it, for the message.
+        hint: which arguments switch off what is no such rule; the refusal ends with it.
     """
     calls = len(on.steps[0].calls)
     if calls == 1 and not batched:
