@@ -152,8 +152,10 @@ def built(root: Path, site: Path) -> subprocess.CompletedProcess:
 def test_the_site_builds_without_a_warning(tmp_path):
     done = built(ROOT, tmp_path / "site")
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
-    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} | {"messages"}
     assert {path.parent.name for path in (tmp_path / "site").glob("*/index.html")} == pages
+    messages = (tmp_path / "site" / "messages" / "index.html").read_text(encoding="utf-8")
+    assert messages.count("<strong>") > 300 and "exists and is not an export of stepdistill" in messages
     for page in (tmp_path / "site").rglob("*.html"):
         for target in re.findall(r'<(?:a|img)[^>]* (?:href|src)="([^"#]*)', page.read_text(encoding="utf-8")):
             dead = target and "://" not in target and page.name != "404.html" and not (page.parent / target).exists()
