@@ -104,7 +104,10 @@ def _place(facts: ExportFacts) -> str:
 def _parts(facts: ExportFacts) -> str:
     """What was put into the teacher before it was distilled, in a line; "" for nothing."""
     teacher = facts.origin
-    named = [f"{Path(one.file).name} (scale {one.scale:g})" for one in teacher.loras]
+    named = [
+        f"{Path(one.file).name} (scale {one.scale:g}{f', {one.component}' if one.component else ''})"
+        for one in teacher.loras
+    ]
     parts = [f"LoRA {', '.join(named)}"] if named else []
     if teacher.vae:
         parts.append(f"autoencoder {Path(teacher.vae).name if is_local(teacher.vae) else teacher.vae}")

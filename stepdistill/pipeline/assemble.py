@@ -92,7 +92,10 @@ def _settings(teacher: Teacher) -> dict[str, Any]:
     """What else an assembled folder depends on."""
     hub = [name for name in (teacher.config, teacher.vae) if name is not None and not Path(name).exists()]
     scales, tokens = [one.scale for one in teacher.loras], [one.token for one in teacher.embeddings]
-    return {"scales": scales, "tokens": tokens, "variant": teacher.variant, "hub": hub}
+    components = [one.component for one in teacher.loras]
+    return {"scales": scales, "tokens": tokens, "variant": teacher.variant, "hub": hub} | (
+        {"components": components} if any(components) else {}
+    )
 
 
 def _files(teacher: Teacher, base: Path) -> Iterator[tuple[str, Path]]:

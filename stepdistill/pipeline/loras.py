@@ -1,6 +1,7 @@
 """LoRAs fused into a teacher's weights, in whatever format diffusers reads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ from diffusers.utils.peft_utils import get_peft_kwargs
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, suggest
 from stepdistill.pipeline.complete import some
-from stepdistill.pipeline.components import patched
+from stepdistill.pipeline.components import patched, put
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.single_file import shapes
 from stepdistill.recipe.section import Lora
@@ -27,13 +28,42 @@ def fuse_lora(pipeline: Any, lora: Lora, key: str) -> None:
         key: of the recipe, for messages.
 
     Raises:
-        InputError: the pipeline takes none, or the file has something that finds no layer.
+        InputError: the pipeline takes none, has no such component, or the file has something that finds no layer.
     """
-    name, file = type(pipeline).__name__, Path(lora.file)
     if not hasattr(pipeline, "fuse_lora"):
-        raise InputError(f"{key}: {name} takes no LoRA")
+        raise InputError(f"{key}: {type(pipeline).__name__} takes no LoRA")
+    with _for_component(pipeline, lora.component, key):
+        _fuse(pipeline, lora, key)
+
+
+@contextmanager
+def _for_component(pipeline: Any, component: str | None, key: str) -> Iterator[None]:
+    """Inside, ``component`` is where diffusers puts LoRAs: in the place of the first network of its class."""
+    if component is None:
+        yield
+        return
+    parts = {name: getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules}
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    kinds = {type(part) for part in parts.values() if isinstance(part, nn.Module)}
+    taking = [name for name, part in networks.items() if type(part) in kinds]
+    if component not in taking:
+        raise InputError(
+            f"{key}.component: expected {' or '.join(taking)}, found '{component}'{suggest(component, taking)}"
+        )
+    first = next(name for name, part in parts.items() if type(part) is type(networks[component]))
+    put(pipeline, first, networks[component])
+    try:
+        yield
+    finally:
+        put(pipeline, first, networks[first])
+
+
+def _fuse(pipeline: Any, lora: Lora, key: str) -> None:
+    name, file = type(pipeline).__name__, Path(lora.file)
     held = shapes(file)
-    parts = [part for part in pipeline._lora_loadable_modules if isinstance(getattr(pipeline, part, None), nn.Module)]
+    found = {part: getattr(pipeline, part, None) for part in pipeline._lora_loadable_modules}
+    # Each network once: it may stand in two places.
+    parts = {id(network): part for part, network in reversed(found.items()) if isinstance(network, nn.Module)}.values()
     for part in parts:
         getattr(pipeline, part).float()
     # As a file and not its tensors: its metadata may say how its ranks are scaled.

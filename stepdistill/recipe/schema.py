@@ -57,7 +57,8 @@ class Teacher(Section):
     loras: list[Lora] = Field(
         [],
         description="LoRAs that are fused into the teacher before anything else, in this order: .safetensors of "
-        "diffusers, peft or kohya, each {file, scale} or a file's name; scale is 1 or a factor on what the LoRA adds",
+        "diffusers, peft or kohya, each {file, scale, component} or a file's name; scale is 1 or a factor on what the "
+        "LoRA adds, component null or the network that it is for, such as transformer_2 of Wan 2.2",
     )
     embeddings: list[Embedding] = Field(
         [],

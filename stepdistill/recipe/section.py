@@ -85,6 +85,11 @@ class Lora(File):
     """A LoRA's weights, of diffusers, peft or kohya."""
 
     scale: float = Field(1.0, description="factor on what it adds to the weights")
+    component: str | None = Field(
+        None,
+        pattern=r"^\w+$",
+        description="the network of the pipeline that it is for; null: the first that takes LoRAs",
+    )
 
 
 class Embedding(File):

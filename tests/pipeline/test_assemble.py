@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoints, tiny
+from pipeline.zoo import wan
 from short_samples import short_report
 from stepdistill import cli
 from stepdistill.demo.content import load_demo
@@ -105,6 +106,31 @@ def test_a_lora_may_be_on_the_text_encoder_too(form, place, tmp_path):
     expected = {plain(name): value for name, value in adds.items()}
     for name, value in changed.items():
         torch.testing.assert_close(value, expected[plain(name)], atol=1e-6, rtol=1e-4)
+
+
+def test_a_lora_is_for_the_network_that_is_named(tmp_path):
+    """Wan 2.2 has one for each of its networks, and files of both look alike."""
+    pipeline = wan(boundary_ratio=0.875)
+    save_pipeline(pipeline, tmp_path / "wan")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["blocks.0.attn1.to_q"]), pipeline.transformer)
+    tiny.redraw(pipeline.transformer, 3)
+    state = get_peft_model_state_dict(pipeline.transformer)
+    save_file(
+        {f"transformer.{name}": value.contiguous() for name, value in state.items()}, tmp_path / "low.safetensors"
+    )
+    before = layers(load_pipeline(str(tmp_path / "wan")))
+    for stated, expected in ((None, "transformer"), ("transformer", "transformer"), ("transformer_2", "transformer_2")):
+        lora = {"file": str(tmp_path / "low.safetensors"), "component": stated}
+        after = layers(load_pipeline(Teacher(pipeline=str(tmp_path / "wan"), loras=[lora])))
+        changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+        assert changed == [f"{expected}.blocks.0.attn1.to_q.weight"]
+        up, down = (state[f"blocks.0.attn1.to_q.lora_{part}.weight"] for part in "BA")
+        torch.testing.assert_close(after[changed[0]] - before[changed[0]], up @ down, atol=1e-5, rtol=1e-4)
+    lora |= {"component": "transformer_3"}
+    with pytest.raises(
+        InputError, match=r"loras\.0\.component: expected transformer or transformer_2, found 'transformer_3'"
+    ):
+        load_pipeline(Teacher(pipeline=str(tmp_path / "wan"), loras=[lora]))
 
 
 def test_loras_are_added_up_and_half_precision_does_not_lose_them(place, tmp_path):

@@ -232,12 +232,12 @@ TEXTS = {
     "unknown key of a LoRA": (
         "  guidance:",
         "  loras: [{file: a.safetensors, weight: 1}]\n  guidance:",
-        ":4: teacher.loras.0.weight: unknown key; expected one of file, scale",
+        ":4: teacher.loras.0.weight: unknown key; expected one of file, scale, component",
     ),
     "LoRAs that are no list": (
         "  guidance:",
         "  loras: {file: a.safetensors}\n  guidance:",
-        ":4: teacher.loras: expected a list, each a section with the keys file, scale, found",
+        ":4: teacher.loras: expected a list, each a section with the keys file, scale, component, found",
     ),
     "config of a folder": (
         "  guidance:",
