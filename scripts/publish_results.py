@@ -1,11 +1,11 @@
-"""Publish finished runs: copy their reports to assets/benchmarks, draw a picture, write docs/comparison.md's tables.
+"""Publish finished runs: copy their reports to assets/benchmarks, write docs/comparison.md's tables.
 
     python scripts/publish_results.py runs/fashion_dmd2 runs/fashion_tcd runs/quickstart
     python scripts/publish_results.py runs/emoji_dmd2
+    python scripts/publish_results.py              # the tables alone
 
-The picture of the example report shows the first run's student, where that draws clothes. The tables between the
-markers in docs/comparison.md, one for each protocol, are written from the stored reports with the most samples, so
-``--table-only`` repeats them without the runs.
+The tables between the markers in docs/comparison.md, one for each protocol, are written from the stored reports with
+the most samples, so that they are repeated without runs.
 """
 
 import argparse
@@ -14,17 +14,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
-
 from stepdistill import assets
 from stepdistill.eval.names import metric_name, metric_text
 from stepdistill.eval.report import between_markers
-from stepdistill.sampling.image_grid import image_grid
-from stepdistill.sampling.sample import sample
 
 BEGIN, END = "<!-- results: written by scripts/publish_results.py -->", "<!-- end of results -->"
-ZOOM = 2
 # Columns of a protocol.
 SHOWN = {
     "fashion-v1": ("fd_classifier", "fd_enet", "kid_enet", "precision", "recall", "accuracy"),
@@ -38,31 +32,7 @@ SHOWN = {
         "diversity",
     ),
 }
-PICTURE = "four_steps.png"
 REAL = {"fashion-v1": "real test images (the floor)", "emoji-v1": "real pictures of the captions"}
-
-
-def picture(run: Path, out: Path) -> None:
-    """Teacher at 4 steps, student at 4, teacher at 50: every class twice, the same seeds in every column."""
-    facts = json.loads((run / "export" / "stepdistill.json").read_text())
-    teacher, w, n = facts["teacher"], facts["guidance"], facts["steps"]
-    count = 20
-    rows = [
-        (f"teacher, {n} steps, no guidance: {n} NFE", sample(teacher, steps=n, count=count)),
-        (f"student, {n} steps: {n} NFE", sample(run, steps=n, count=count)),
-        (f"teacher, 50 steps, guidance {w:g}: 100 NFE", sample(teacher, steps=50, guidance=w, count=count)),
-    ]
-    font = ImageFont.load_default(18)
-    strips = [(text, image_grid(result.images, columns=count)) for text, result in rows]
-    width = strips[0][1].width * ZOOM
-    height = sum(strip.height * ZOOM + 30 for _, strip in strips)
-    canvas, y = Image.new("RGB", (width, height), "white"), 0
-    for text, strip in strips:
-        ImageDraw.Draw(canvas).text((4, y + 4), text, fill="black", font=font)
-        canvas.paste(strip.convert("RGB").resize((width, strip.height * ZOOM), Image.Resampling.NEAREST), (0, y + 30))
-        y += strip.height * ZOOM + 30
-    out.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(out, optimize=True)
 
 
 def table(reports: list[dict[str, Any]]) -> str:
@@ -112,16 +82,11 @@ def tables(folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*")
-    parser.add_argument("--table-only", action="store_true")
     arguments = parser.parse_args()
-    torch.set_grad_enabled(False)
     benchmarks = assets.root() / "assets" / "benchmarks"
     benchmarks.mkdir(parents=True, exist_ok=True)
-    if not arguments.table_only:
-        for run in arguments.runs:
-            shutil.copy(run / "report" / "report.json", benchmarks / f"{run.name}.json")
-        if json.loads((benchmarks / f"{arguments.runs[0].name}.json").read_text())["protocol"] == "fashion-v1":
-            picture(arguments.runs[0], assets.root() / "assets" / "pictures" / PICTURE)
+    for run in arguments.runs:
+        shutil.copy(run / "report" / "report.json", benchmarks / f"{run.name}.json")
     between_markers(assets.root() / "docs" / "comparison.md", BEGIN, END, "\n\n".join(tables(benchmarks)))
 
 

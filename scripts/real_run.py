@@ -44,6 +44,8 @@ CAPTIONS = 20_000
 HELD_OUT = 0.2
 SAMPLES = (5000, 2500, 1000, 500, 200)
 TEACHER_STEPS = 50
+STEPS = (1, 2, 4)
+"""At which students are measured."""
 MEASURING, SPARE = 0.25, 0.05
 """Shares of the hours for measuring, and for starting, exporting and checking; training gets the rest."""
 ROWS = 1.35
@@ -324,7 +326,7 @@ def measure(run: RealRun, samples: int) -> list[Path]:
         with WorkProgress() as progress:
             stepdistill.bench(
                 runs,
-                (1, 2, 4),
+                STEPS,
                 samples,
                 out=folder,
                 protocol=protocol,

@@ -78,6 +78,7 @@ def test_a_real_run_on_a_tiny_pipeline(scripts, base, tmp_path, protocol, monkey
     real_run, _ = scripts
     monkeypatch.setattr(import_module("stepdistill.eval.bench.rows"), "load_view", lambda *_: Shrunk())
     monkeypatch.setattr(real_run, "CAPTIONS", 40)
+    monkeypatch.setattr(real_run, "STEPS", (4,))
     TINY[base]().save_pretrained(tmp_path / "teacher")
     work, page = tmp_path / "work", tmp_path / "docs" / "real_results.md"
     page.parent.mkdir()
