@@ -36,6 +36,7 @@ SHORTER = {
     ],
     "sample": ["--count", "2"],
     "bench": ["--samples", "4", "--steps", "2", "--no-solvers"],
+    "export": ["--check", "off"],
 }
 """Said behind a command, so that it ends in seconds."""
 
@@ -99,7 +100,8 @@ def run(line: str) -> int:
         return 0 if any((ROOT / "tests").rglob(f"test_{Path(words[0]).name}")) else 1
     assert program == "stepdistill", "say in a comment what it needs"
     if ">" not in words:
-        return cli.run([*words, *SHORTER.get(words[0], ())])
+        shorter = [] if "--check" in words else SHORTER.get(words[0], ())
+        return cli.run([*words, *shorter])
     *words, _, out = words
     with open(out, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         return cli.run([*words, *SHORTER.get(words[0], ())])
