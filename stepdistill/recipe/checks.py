@@ -201,6 +201,24 @@ def live(recipe: "Recipe", config: Any) -> Problems:
             yield _expected("data.encode", f"'store' beside {key}", "live")
 
 
+def groups(recipe: "Recipe", config: Any) -> Problems:
+    """Groups of conditions beside what encodes them otherwise, or compares the student with all of them."""
+    data, evaluation = recipe.data, recipe.evaluation
+    if data.groups == 1:
+        return
+    encoding = {"data.encode": ("store", data.encode), "data.buckets": ("off", data.buckets)}
+    encoding |= {"data.arguments": ({}, data.arguments), "train.sizes": (None, recipe.train.sizes)}
+    encoding |= {"teacher.ip_adapter": (None, recipe.teacher.ip_adapter)}
+    for key, (off, value) in encoding.items():
+        if value != off:
+            yield _expected(key, f"{found(off)} beside data.groups", value)
+    if recipe.role_training["student"] == "frozen":
+        yield _expected("data.groups", f"1 for {recipe.method.name}, whose student is beside its network", data.groups)
+    if evaluation.every and not evaluation.metric.startswith("teacher_"):
+        expected = "teacher_kid_enet or teacher_fd_enet beside data.groups, as the student draws one group"
+        yield _expected("evaluation.metric", expected, evaluation.metric)
+
+
 def real_samples(recipe: "Recipe", config: Any) -> Problems:
     """Real samples from nowhere, from two places, or for nothing."""
     name, needs = recipe.method.name, recipe.method.implementation.data_needs(config)
@@ -338,7 +356,7 @@ def run(recipe: "Recipe", config: Any) -> Problems:
 
 RULES: tuple[Callable[["Recipe", Any], Problems], ...] = (
     *(teacher_pipeline, teacher_files, student_weights, student_steps, quantized, stored, critic),
-    *(listed, conditions, own_pictures, sources, live, real_samples),
+    *(listed, conditions, own_pictures, sources, live, groups, real_samples),
     *(sizes, guidance, method, sharded, optimizers, compiled, run),
 )
 

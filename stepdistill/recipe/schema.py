@@ -198,6 +198,20 @@ class Data(Section):
     max_rejected: float = Field(
         0.1, ge=0, le=1, description="share of samples without usable image or caption that stops the run"
     )
+    groups: int = Field(
+        1,
+        ge=1,
+        description="groups of the conditions, a student for each: classes in order, prompts by clusters of their text "
+        "embeddings; `stepdistill join` puts the students together",
+    )
+    group: int = Field(0, ge=0, description="the group that this run trains, from 0 to data.groups - 1")
+
+    @field_validator("group")
+    @classmethod
+    def _one_of_them(cls, group: int, info: ValidationInfo) -> int:
+        if group >= (groups := info.data.get("groups", group + 1)):
+            raise ValueError(f"expected a number below data.groups ({groups})")
+        return group
 
     @field_validator("buckets")
     @classmethod
