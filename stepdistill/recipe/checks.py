@@ -115,6 +115,20 @@ def quantized(recipe: "Recipe", config: Any) -> Problems:
         yield ("method", "critic") if given else ("student", "train"), problem
 
 
+def quantized_student(recipe: "Recipe", config: Any) -> Problems:
+    """Weights that are rounded in training are trained whole, and written as they are."""
+    if recipe.student.quantize is None:
+        return
+    if recipe.role_training["student"] != "full":
+        why = "'full' beside student.quantize; under an adapter it is teacher.quantize"
+        yield _expected("student.train", why, recipe.student.train)
+    if recipe.export.dtype != "fp32":
+        why = "'fp32' beside student.quantize, whose weights other roundings would move"
+        yield _expected("export.dtype", why, recipe.export.dtype)
+    if recipe.distributed.shard:
+        yield _expected("distributed.shard", "false beside student.quantize", True)
+
+
 def stored(recipe: "Recipe", config: Any) -> Problems:
     """Weights in 8-bit floats or in the host's memory, and what needs plain ones."""
     teacher, train = recipe.teacher, recipe.train
@@ -355,7 +369,7 @@ def run(recipe: "Recipe", config: Any) -> Problems:
 
 
 RULES: tuple[Callable[["Recipe", Any], Problems], ...] = (
-    *(teacher_pipeline, teacher_files, student_weights, student_steps, quantized, stored, critic),
+    *(teacher_pipeline, teacher_files, student_weights, student_steps, quantized, quantized_student, stored, critic),
     *(listed, conditions, own_pictures, sources, live, groups, real_samples),
     *(sizes, guidance, method, sharded, optimizers, compiled, run),
 )

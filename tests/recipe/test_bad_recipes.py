@@ -59,6 +59,16 @@ TEXTS = {
         "steps: 60\n  gradient_checkpointing: elementwize",
         ":15: train.gradient_checkpointing: expected true or false or 'elementwise', found 'elementwize'",
     ),
+    "an adapter whose sum is rounded": (
+        "steps: 4\n",
+        "steps: 4\n  train: lora\n  quantize: nf4\n",
+        ":8: student.train: expected 'full' beside student.quantize; under an adapter it is teacher.quantize",
+    ),
+    "two roundings": (
+        "steps: 4\n",
+        "steps: 4\n  quantize: int8\nexport: {dtype: bf16}\n",
+        ":9: export.dtype: expected 'fp32' beside student.quantize",
+    ),
     "a group that is none": (
         "conditions: classes",
         "conditions: classes\n  groups: 2\n  group: 2",
