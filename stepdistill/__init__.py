@@ -5,8 +5,8 @@
     stepdistill.export(run.folder, "my-pipeline")
     stepdistill.sample("my-pipeline", steps=4, out="grid.png")
 
-The verbs are those of the command line: train, encode, export, sample, edit, bench, inspect. ``attach`` puts a guidance
-adapter, what some methods export, onto any pipeline with the denoiser it was trained for.
+The verbs are those of the command line: train, encode, export, join, sample, edit, bench, inspect. ``attach`` puts a
+guidance adapter, what some methods export, onto any pipeline with the denoiser it was trained for.
 """
 
 import importlib
@@ -19,6 +19,7 @@ _VERBS = {
     "train": "stepdistill.run",
     "encode": "stepdistill.run",
     "export": "stepdistill.exporting.export",
+    "join": "stepdistill.exporting.join",
     "sample": "stepdistill.sampling.sample",
     "bench": "stepdistill.eval.bench.run",
     "inspect": "stepdistill.sampling.sample",
@@ -26,7 +27,7 @@ _VERBS = {
     "edit": "stepdistill.sampling.editing",
 }
 
-__all__ = ["attach", "bench", "edit", "encode", "export", "inspect", "sample", "train"]
+__all__ = ["attach", "bench", "edit", "encode", "export", "inspect", "join", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -154,6 +154,16 @@ def export(
 
 
 @app.command()
+def join(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, one for each group.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Put the students of groups of conditions (data.groups) into one folder, with a router."""
+    print_facts({"students": str(stepdistill.join(runs, out))}, as_json)
+
+
+@app.command()
 def plan(
     recipe: RecipeName,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")] = None,

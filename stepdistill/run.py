@@ -87,6 +87,8 @@ def _train(recipe: Recipe, safe: bool) -> RunResult:
         times = [step.t for step in session.sampler.grid()]
         processes.once(lambda: check_grid(folder, times, session.sampler.scheduler, resumes=start is not None))
         processes.once(lambda: check_teacher(folder, session.trace.pipeline.made_of, resumes=start is not None))
+        if (group := session.conditioning.group) is not None:
+            processes.once(lambda: group.router.write(folder))
         if start is None:
             phase("checking the pipeline's plain call and the settings")
             # Before networks are sharded: the pipeline's own is called, and weights are measured.
@@ -152,6 +154,9 @@ def can_report(session: Session) -> Protocol | None:
     """The protocol of the report at the end; None where none is wanted, or a package is missing: a line says which."""
     recipe = session.recipe
     if not recipe.report.samples:
+        return None
+    if recipe.data.groups > 1:
+        say("no report at the end: the student draws one group of conditions; bench the folder that join writes")
         return None
     try:
         return protocol_of(session.trace, recipe.teacher.pipeline, recipe.report.networks)

@@ -221,6 +221,7 @@ def load_demo(student: str | Path, teacher: str | Path | None = None, size: Size
     device = best_device()
     for traced in (original, distilled):
         traced.pipeline.to(device)
+        traced.denoiser.network.to(device)
     w = 1.0 if original.guidance.kind in UNGUIDED else facts.guidance
     samplers = [Sampler(Path(place).name, "teacher", original, "", (), TEACHER_STEPS, w)]
     few = [steps for steps in sorted({*FEW, facts.steps}) if steps == facts.steps or can_run(distilled, steps)]

@@ -16,6 +16,7 @@ from stepdistill.diffusion.features import FEATURE_DEPTHS, hidden_states
 from stepdistill.diffusion.joint import Joint
 from stepdistill.diffusion.nested import tensors_in, unflatten
 from stepdistill.diffusion.passes import in_pass
+from stepdistill.diffusion.routing import Router
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.diffusion.schedule import Kind, Prediction, Schedule
 from stepdistill.diffusion.window import Window
@@ -64,6 +65,7 @@ class CallSpec:
         guided_channels: how many channels are guided, where those after them are the conditional output's; None: all.
         rule: what guidance is besides uncond + w (cond - uncond).
         experts: when each is called, from the noise end to the clean end, where several networks take turns.
+        router: which of several students is called for which condition; None: there is one.
         mix: (a, b) of each unconditional pass, the first of which is the null condition, where there are several: the
             guided output is w cond + the sum of (a + b w) times theirs. Empty: there is one.
         guider: a :class:`stepdistill.diffusion.guiders.Guider` in the place of all these rules; None: these rules.
@@ -91,6 +93,7 @@ class CallSpec:
     guided_channels: int | None = None
     rule: Rule = field(default_factory=Rule)
     experts: Mapping[str, Turn] = field(default_factory=dict)
+    router: Router | None = None
     mix: tuple[tuple[float, float], ...] = ()
     guider: Any = None
     joint: Joint | None = None
@@ -196,7 +199,7 @@ def with_first_tensor(output: Any, tensor: Tensor) -> Any:
 
 
 class Denoiser:
-    """One role's view of a network, or of several that take turns: each gets the rows of a batch at its times.
+    """One role's view of a network, or of several: each gets the rows of a batch at its times or of its conditions.
 
     Args:
         network: any module; it is put in eval mode and stays there (label dropout lives in train mode).
@@ -249,16 +252,22 @@ class Denoiser:
         self.evaluations += len(x_t)
         if not self.takes_turns:
             return self.network(**self.arguments(x_t, t, cond, r))
-        split = experts.parts(self.schedule.timestep(t), self.spec.experts)
+        split = self._split(t, cond)
         return experts.gathered([self.spec.raw_output(self._part(one, x_t, t, cond, r)) for one in split], split)
 
     @property
     def takes_turns(self) -> bool:
-        """Whether several networks answer, each at its own times."""
+        """Whether several networks answer, each at its own times or for its own conditions."""
         return isinstance(innermost(self.network), Experts)
 
+    def _split(self, t: Tensor, cond: Conditions) -> list[Part]:
+        """The networks that answer a batch, with their rows."""
+        if self.spec.router is not None:
+            return self.spec.router.parts(cond)
+        return experts.parts(self.schedule.timestep(t), self.spec.experts)
+
     def _part(self, part: Part, x_t: Tensor, t: Tensor, cond: Conditions, r: Tensor | None = None) -> Any:
-        """What one expert returns for its rows of a batch."""
+        """What one network returns for its rows of a batch."""
         name, rows = part
         cond = {key: experts.taken(value, rows) for key, value in cond.items()}
         x_t, t, r = experts.taken(x_t, rows), experts.taken(t, rows), None if r is None else experts.taken(r, rows)
@@ -281,7 +290,7 @@ class Denoiser:
         if not self.takes_turns:
             return hidden_states(self.network, lambda: self.run(x_t, t, cond), depths)
         self.evaluations += len(x_t)
-        own, split = innermost(self.network).get_submodule, experts.parts(self.schedule.timestep(t), self.spec.experts)
+        own, split = innermost(self.network).get_submodule, self._split(t, cond)
         states = [hidden_states(own(one[0]), partial(self._part, one, x_t, t, cond), depths) for one in split]
         return [experts.gathered(depth, split) for depth in zip(*states, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Experts: several networks of one class that take turns as one denoiser, each at times of its own (Wan 2.2)."""
+"""Experts: several networks of one class as one denoiser, each at times of its own (Wan 2.2) or for its conditions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

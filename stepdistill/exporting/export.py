@@ -93,6 +93,10 @@ def export(
         dtype = dtype or ("fp16" if half else "fp32")
     stated = {"fuse": fuse, "keys": keys, "dtype": dtype, "to": to, "check": check}
     settings = recipe.export.model_copy(update={name: value for name, value in stated.items() if value is not None})
+    if recipe.student.quantize is not None and settings.dtype != "fp32":
+        raise InputError(
+            f"export.dtype: expected fp32 for a student in {recipe.student.quantize}, found {settings.dtype}"
+        )
     session = _session(recipe, settings)
     check_grid(run, [step.t for step in session.sampler.grid()], session.sampler.scheduler, resumes=True)
     check_teacher(run, session.trace.pipeline.made_of, resumes=True)

@@ -22,7 +22,7 @@ from stepdistill.methods.dmd import DMD
 from stepdistill.methods.dmd2 import DMD2, DecoupledDMD, FDistill
 from stepdistill.methods.dmdr import DMDR
 from stepdistill.methods.flash_dmd import FlashDMD
-from stepdistill.methods.guidance_distillation import AdapterGuidance, Guide, LoRAGuidance, WEmbedding
+from stepdistill.methods.guidance_distillation import AdapterGuidance, Guide, LoRAGuidance, ScoreMatching, WEmbedding
 from stepdistill.methods.guidance_free import GFT, ModelGuidance
 from stepdistill.methods.icd import ICD
 from stepdistill.methods.parts.gan import LatentDiscriminator, PixelDiscriminator
@@ -99,6 +99,7 @@ METHODS: dict[str, type[DistillMethod]] = {
         AdapterGuidance,
         Guide,
         WEmbedding,
+        ScoreMatching,
         LoRAGuidance,
         GFT,
         ModelGuidance,
@@ -173,6 +174,7 @@ __all__ = [
     "Roles",
     "Sampler",
     "Schedule",
+    "ScoreMatching",
     "SenseFlow",
     "SiD",
     "SiDA",

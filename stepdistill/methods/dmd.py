@@ -5,12 +5,14 @@ Matching Distillation").
     every step:
         x = student(z', 1).x0;  s ~ U[0.02, 0.98];  x_s = alpha x + sigma eps
         g = (D_fake(x_s) - D_real(x_s)) / mean|x - D_real(x_s)|             (per sample)
-        student:  minimise 1/2 |x - sg(x - g)|^2  +  lambda mean |student(z, 1).x0 - y|^2
+        student:  minimise 1/2 |x - sg(x - g)|^2  +  lambda d(student(z, 1).x0, y)
         critic, on sg(x):  minimise its denoising loss
 
-The paper's regression is LPIPS between decoded images. Ours is the squared error of latents: it needs no other
-network's weights and no decoder, and is the same for every kind of data.
+The paper's d is LPIPS between decoded images. Ours is the squared error of latents, which is the same for every kind of
+data; with ``metric: features`` the distance in the teacher's own layers is added, LPIPS without another network.
 """
+
+from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -19,12 +21,16 @@ from torch import Tensor
 from stepdistill.data.batch import Batch
 from stepdistill.methods.base import DataNeeds, PathNeeds
 from stepdistill.methods.distribution_matching import DistributionMatching, MatchingConfig
+from stepdistill.methods.parts.losses import latent_distance
 
 
 class DMDConfig(MatchingConfig):
     """Keys of ``method`` for DMD."""
 
     pair_weight: float = Field(0.25, gt=0, description="lambda: weight of the regression on pairs")
+    metric: Literal["l2", "features"] = Field(
+        "l2", description="distance of a pair; features: l2, and that of the teacher's hidden states"
+    )
     pairs: int = Field(1000, ge=1, description="noise-sample pairs, made once by the teacher")
     pair_steps: int = Field(25, ge=1, description="DDIM steps of each")
 
@@ -47,9 +53,12 @@ class DMD(DistributionMatching):
         return super().student_losses(batch) | {"pairs": self.config.pair_weight * self.pair_loss(batch)}
 
     def pair_loss(self, batch: Batch) -> Tensor:
-        """Mean squared error of one student step from each pair's noise to its end."""
+        """The distance of one student step from each pair's noise to its end."""
         path = batch.path
         noise, end = path.points[:, 0], path.points[:, -1]
         start = self.sampler.grid()[0].t  # of the student; the pairs begin at t = 1
         student = self.roles.student(noise, self.times(start, batch), path.cond).x0
-        return F.mse_loss(student, end)
+        loss = F.mse_loss(student, end)
+        if self.config.metric == "features":
+            loss = loss + latent_distance(self.roles.teacher, student, end, path.cond, batch)
+        return loss

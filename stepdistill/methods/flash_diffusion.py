@@ -6,7 +6,7 @@ Image Generation"): regression on the end of the teacher's path, then distributi
         n ~ four Gaussians on the grid at 0, N/4, N/2, 3N/4, with probabilities by stage; the same for the batch
         x_t = alpha y + sigma eps at t_n, y real;  noise alone at n = 0
         x   = student(x_t, t_n).x0
-        student:  minimise |x - sg(end)|^2  +  w_dm DM(x)  +  w_G GAN(x)
+        student:  minimise d(x, sg(end))  +  w_dm DM(x)  +  w_G GAN(x)
             end: the guided teacher's DPM-Solver++(2M) from the same x_t through t_{n+1}, .., to the clean end
             DM: as in DMD2, its fake score the student's own, without graph;  no critic
         heads, on sg(x) and y:  minimise their loss on the frozen teacher's states at t in {.01, .25, .5, .75}
@@ -20,6 +20,7 @@ DM(x), which pushes samples outwards. Weights of 1 and more are not the paper's.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from stepdistill.errors import InputError
 from stepdistill.methods.adversarial import StudentAndHeads
 from stepdistill.methods.base import DataNeeds, RealConfig
 from stepdistill.methods.parts.gan import LatentDiscriminator
-from stepdistill.methods.parts.losses import GanLoss, dmd_gradient, surrogate
+from stepdistill.methods.parts.losses import GanLoss, dmd_gradient, latent_distance, surrogate
 from stepdistill.methods.parts.times import uniform_times
 from stepdistill.roles import Roles
 
@@ -54,6 +55,9 @@ class FlashDiffusionConfig(RealConfig):
     )
     guidance_range: list[NonNegativeFloat] | None = Field(
         None, min_length=2, max_length=2, description="w of each sample is uniform between; null: the teacher's scale"
+    )
+    metric: Literal["l2", "features"] = Field(
+        "l2", description="distance to the path's end; features: l2, and that of the teacher's hidden states"
     )
     gan: GanLoss = Field("hinge", description="the GAN loss: hinge, or softplus (non-saturating)")
     t_min: float = Field(0.02, ge=0, lt=1, description="lowest time of the distribution-matching noise")
@@ -97,7 +101,10 @@ class FlashDiffusion(StudentAndHeads):
         x_t = self.schedule.add_noise(batch.latents, noise, t) if n else noise
         x = self.student(x_t, t, batch).x0
         batch.state["x"] = x.detach()
-        losses = {"distill": F.mse_loss(x, self.end(x_t, grid[n:], batch))}
+        end = self.end(x_t, grid[n:], batch)
+        losses = {"distill": F.mse_loss(x, end)}
+        if self.config.metric == "features":
+            losses["features"] = latent_distance(self.roles.teacher, x, end, batch.cond, batch)
         if weight := self.config.dm_weights[stage]:
             losses["dm"] = weight * surrogate(x, self.gradient(x.detach(), batch))
         if weight := self.config.gan_weights[stage]:

@@ -8,6 +8,7 @@ The steps stay the teacher's.
 The optimum is eps_w at every point, wherever the points come from. Methods differ in them, in w, in what learns:
 
     w-embed        x_t = alpha x_0 + sigma eps, x_0 real;  w ~ U[w_min, w_max], embedded  (Meng et al. 2023, stage 1)
+    score-matching the same points;  w fixed;  whole weights, also of a smaller network   (Song et al. 2024, stage 1)
     lora-guidance  the same points;  w fixed;  an adapter on the teacher's own weights    (Golnari 2023)
     agd            points of the guided teacher's trajectories, each of which holds eps_w with the next;
                    w ~ U[w_min, w_max];  small adapters on the frozen network's attention (Jensen & Sadat 2025)
@@ -91,20 +92,43 @@ class WEmbedding(GuidanceMethod):
         student = self.roles.student(x_t, t, batch.cond | self.guidance_condition(w)).raw
         return {"guidance": F.mse_loss(student.to(target.dtype), target)}
 
-    def scales(self, batch: Batch) -> Tensor:
-        """w of each row, (B,)."""
+    def scales(self, batch: Batch) -> float | Tensor:
+        """w of all rows, or of each, (B,)."""
         return batch.uniform("w", self.config.w_min, self.config.w_max)
 
-    def guidance_condition(self, w: Tensor) -> Conditions:
-        """The student's condition that carries w (B,)."""
+    def guidance_condition(self, w: float | Tensor) -> Conditions:
+        """The student's condition that carries w."""
         return {SCALE: w}
 
 
-class LoRAGuidance(WEmbedding):
-    """One w, learned by an adapter whose absence is the teacher: no second copy of the weights."""
+class ScoreMatching(WEmbedding):
+    """One w: a student that predicts what the guided teacher predicts, such as the start of one with fewer blocks."""
 
     Config = RealConfig
     config: RealConfig
+    name = "score-matching"
+    family = "Guidance"
+    paper = "Multi-student distillation, Song et al. 2024, stage 1"
+    summary = "score matching: a whole or smaller student learns the guided teacher's prediction; a start for others"
+
+    def prepare(self, batch: Batch) -> None:
+        if self.roles.scale != 1:
+            super().prepare(batch)
+
+    @classmethod
+    def adapt(cls, config: MethodConfig, role: str, network: nn.Module, scale: float) -> nn.Module:
+        return network
+
+    def scales(self, batch: Batch) -> float:
+        return self.roles.scale
+
+    def guidance_condition(self, w: float | Tensor) -> Conditions:
+        return {}
+
+
+class LoRAGuidance(ScoreMatching):
+    """One w, learned by an adapter whose absence is the teacher: no second copy of the weights."""
+
     name = "lora-guidance"
     family = "Guidance"
     paper = "Meng et al. 2023, as a LoRA"
@@ -113,16 +137,6 @@ class LoRAGuidance(WEmbedding):
     @classmethod
     def role_training(cls, config: MethodConfig) -> Mapping[str, RoleTraining]:
         return {"student": "lora"}
-
-    @classmethod
-    def adapt(cls, config: MethodConfig, role: str, network: nn.Module, scale: float) -> nn.Module:
-        return network
-
-    def scales(self, batch: Batch) -> Tensor:
-        return torch.full((batch.size,), float(self.roles.scale), dtype=torch.float64, device=batch.device)
-
-    def guidance_condition(self, w: Tensor) -> Conditions:
-        return {}
 
 
 class AdapterConfig(ScaleRange):

@@ -31,10 +31,7 @@ from torch import Tensor
 from stepdistill.data.batch import Batch, PathRows
 from stepdistill.diffusion.samplers import dpm_solver_step
 from stepdistill.methods.base import DataNeeds, DistillMethod, MethodConfig, PathNeeds
-from stepdistill.methods.parts.losses import feature_distance, pseudo_huber
-from stepdistill.methods.parts.times import uniform_times
-
-FEATURE_TIMES = 0.02, 0.3
+from stepdistill.methods.parts.losses import latent_distance, pseudo_huber
 
 
 class TrajectoryConfig(MethodConfig):
@@ -139,9 +136,7 @@ class OdeRegression(DistillMethod):
             x = self.sampler.advance(prediction, step, lambda: batch.noise("step"))
         losses = {"regression": self.distance(x - end)}
         if self.config.metric == "features":
-            t = uniform_times(batch, "feature time", self.schedule, *FEATURE_TIMES)
-            noise = batch.noise("features")
-            losses["features"] = feature_distance(self.roles.teacher, x, end, t, noise, batch.path.cond)
+            losses["features"] = latent_distance(self.roles.teacher, x, end, batch.path.cond, batch)
         return losses
 
     def distance(self, difference: Tensor) -> Tensor:

@@ -22,13 +22,13 @@ from stepdistill.files import digest, sha256
 from stepdistill.pipeline.call import COUNTS
 from stepdistill.pipeline.compare import close, rows_equal, same
 from stepdistill.pipeline.folder import quiet
+from stepdistill.pipeline.groups import Group
 from stepdistill.pipeline.observe import Call, Recording, calls_of, modules, observe
 from stepdistill.pipeline.stock_call import pictures_in
 from stepdistill.pipeline.trace import Trace
 
 CHUNK = 32
-# Names under which a diffusers network's config states how many classes it embeds.
-CLASS_COUNTS = ("num_classes", "num_class_embeds", "num_embeds_ada_norm")
+CLASS_COUNTS = ("num_classes", "num_class_embeds", "num_embeds_ada_norm")  # of the classes in a network's config
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Conditioning:
         store: the files that hold the rows, if any do.
         encoder: makes the rows of entries (B,), where none are kept.
         key: says what its rows depend on.
+        group: which of several groups it is; None: all conditions.
     """
 
     labels: Sequence[str]
@@ -55,6 +56,7 @@ class Conditioning:
     store: Store | None = None
     encoder: Callable[[Tensor], Conditions] | None = None
     key: str = ""
+    group: Group | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

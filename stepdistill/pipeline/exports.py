@@ -158,9 +158,14 @@ def fuse(pipeline: Any, folder: Path) -> Any:
         pipeline.load_lora_weights(folder, weight_name=file, use_safetensors=True, **into(name))
     pipeline.fuse_lora(**({"components": [pipeline.transformer_name, *others]} if others else {}))
     pipeline.unload_lora_weights()
+    put_scheduler(pipeline, folder)
+    return pipeline
+
+
+def put_scheduler(pipeline: Any, folder: Path) -> None:
+    """Make the scheduler that lies beside the LoRA in ``folder`` the pipeline's."""
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     put(pipeline, "scheduler", getattr(diffusers, config["_class_name"]).from_config(config))
-    return pipeline
 
 
 def into(component: str) -> dict[str, bool]:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from stepdistill.errors import InputError
-from stepdistill.pipeline.exports import ExportFacts
+from stepdistill.pipeline.exports import ExportFacts, is_lora, put_scheduler
 from stepdistill.pipeline.load import as_teacher, load_pipeline
 from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.sizes import trace_small
+from stepdistill.pipeline.students import base_of, student_folders, with_students
 from stepdistill.pipeline.trace import Trace
 from stepdistill.pipeline.variants import with_guidance, with_guider, with_rule
 from stepdistill.recipe import IPAdapter, Teacher
@@ -28,7 +29,7 @@ def open_teacher(
     dtype: torch.dtype = torch.float32,
     frozen: Frozen = Frozen(),
 ) -> Trace:
-    """Load a pipeline and trace it; any pipeline, exports included.
+    """Load a pipeline and trace it; any pipeline, exports included, and several students with a router.
 
     Args:
         name: of an embedded teacher, a local folder, a checkpoint file or a hub id; or the teacher of a recipe, for its
@@ -44,7 +45,10 @@ def open_teacher(
         InputError: no such pipeline, it cannot be loaded that way, or it takes no such arguments or rule.
         TraceError: it cannot be traced; the message names the failed check.
     """
-    pipeline = load_pipeline(name, dtype, frozen.quantize, ip_adapter)
+    students = student_folders(as_teacher(name).pipeline)
+    pipeline = load_pipeline(base_of(students) if students else name, dtype, frozen.quantize, ip_adapter)
+    if students and is_lora(students["0"]):
+        put_scheduler(pipeline, students["0"])
     if frozen:
         for network in _denoisers(pipeline, frozen):
             store(network, frozen, device or torch.device("cpu"))
@@ -54,6 +58,8 @@ def open_teacher(
         facts = ExportFacts.read(as_teacher(name).pipeline)
         arguments = {} if facts is None else facts.arguments
     traced = trace_small(pipeline, arguments)
+    if students:
+        traced = with_students(traced, Path(as_teacher(name).pipeline))
     ruled = with_rule(with_guidance(traced, guidance.scale), guidance.combination)
     return with_guider(ruled, guidance.guider)
 

@@ -27,6 +27,7 @@ from stepdistill.pipeline.live import live
 from stepdistill.pipeline.observe import Call, Recording, Step, noise_shape, observe
 from stepdistill.pipeline.places import cut_by, kept_by_time, only_free, place_of, scaled_sample
 from stepdistill.pipeline.stock_call import parameters
+from stepdistill.pipeline.students import routed
 from stepdistill.pipeline.trace import PROBES, Trace, trace
 
 Size = tuple[int, int]
@@ -58,6 +59,8 @@ def at_size(trace: Trace, size: Size, key: str = "size") -> Trace:
     problem, sized, name = "", None, type(trace.pipeline).__name__
     if lacking := {"height", "width"} - parameters(trace.pipeline).keys():
         raise InputError(f"{key}: {name} takes no {' and no '.join(sorted(lacking))}: its pictures have one size")
+    if (router := trace.denoiser.spec.router) is not None:
+        return routed(at_size(routed(trace, trace.network, None), size, key), trace.denoiser.network, router)
     try:
         sized = _recorded(trace, _with_size(trace, size))
         if (made := picture_size(sized)) != size:

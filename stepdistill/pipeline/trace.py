@@ -117,7 +117,8 @@ class Trace:
     def components(self) -> tuple[str, ...]:
         """The names of all its networks that denoise: one, or several that take turns."""
         network = innermost(self.denoiser.network)
-        return tuple(network) if isinstance(network, Experts) else (self.component,)
+        several = isinstance(network, Experts) and self.denoiser.spec.router is None
+        return tuple(network) if several else (self.component,)
 
     def denoiser_in(self, pipeline: Any) -> nn.Module:
         """What denoises in a pipeline of the same kind: its network, or several that take turns."""

@@ -60,8 +60,14 @@ def speed(network: nn.Module, lr: float, adapter: str | None = None) -> Speed:
     weights = [weight for weight, _, _ in layers]
     if any(weight.is_meta or isinstance(weight, FakeTensor) or not weight.is_floating_point() for weight in weights):
         return Speed(change, None)
-    size = math.sqrt(sum(float(weight.detach().float().square().sum()) for weight in weights) / count)
+    size = math.sqrt(sum(float(_plain(weight).square().sum()) for weight in weights) / count)
     return Speed(change, change / size if size else None)
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """A weight in float32; torchao's own tensors know no more than what layers do with them."""
+    packed = type(weight).__module__.startswith("torchao.")
+    return (weight.detach().dequantize() if packed else weight.detach()).float()
 
 
 def moving(network: nn.Module, adapter: str | None) -> Iterator[tuple[Tensor, int, float]]:

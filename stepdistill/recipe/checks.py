@@ -115,6 +115,20 @@ def quantized(recipe: "Recipe", config: Any) -> Problems:
         yield ("method", "critic") if given else ("student", "train"), problem
 
 
+def quantized_student(recipe: "Recipe", config: Any) -> Problems:
+    """Weights that are rounded in training are trained whole, and written as they are."""
+    if recipe.student.quantize is None:
+        return
+    if recipe.role_training["student"] != "full":
+        why = "'full' beside student.quantize; under an adapter it is teacher.quantize"
+        yield _expected("student.train", why, recipe.student.train)
+    if recipe.export.dtype != "fp32":
+        why = "'fp32' beside student.quantize, whose weights other roundings would move"
+        yield _expected("export.dtype", why, recipe.export.dtype)
+    if recipe.distributed.shard:
+        yield _expected("distributed.shard", "false beside student.quantize", True)
+
+
 def stored(recipe: "Recipe", config: Any) -> Problems:
     """Weights in 8-bit floats or in the host's memory, and what needs plain ones."""
     teacher, train = recipe.teacher, recipe.train
@@ -199,6 +213,24 @@ def live(recipe: "Recipe", config: Any) -> Problems:
     for key, value in (others | {"distributed.shard": recipe.distributed.shard}).items():
         if value:
             yield _expected("data.encode", f"'store' beside {key}", "live")
+
+
+def groups(recipe: "Recipe", config: Any) -> Problems:
+    """Groups of conditions beside what encodes them otherwise, or compares the student with all of them."""
+    data, evaluation = recipe.data, recipe.evaluation
+    if data.groups == 1:
+        return
+    encoding = {"data.encode": ("store", data.encode), "data.buckets": ("off", data.buckets)}
+    encoding |= {"data.arguments": ({}, data.arguments), "train.sizes": (None, recipe.train.sizes)}
+    encoding |= {"teacher.ip_adapter": (None, recipe.teacher.ip_adapter)}
+    for key, (off, value) in encoding.items():
+        if value != off:
+            yield _expected(key, f"{found(off)} beside data.groups", value)
+    if recipe.role_training["student"] == "frozen":
+        yield _expected("data.groups", f"1 for {recipe.method.name}, whose student is beside its network", data.groups)
+    if evaluation.every and not evaluation.metric.startswith("teacher_"):
+        expected = "teacher_kid_enet or teacher_fd_enet beside data.groups, as the student draws one group"
+        yield _expected("evaluation.metric", expected, evaluation.metric)
 
 
 def real_samples(recipe: "Recipe", config: Any) -> Problems:
@@ -337,8 +369,8 @@ def run(recipe: "Recipe", config: Any) -> Problems:
 
 
 RULES: tuple[Callable[["Recipe", Any], Problems], ...] = (
-    *(teacher_pipeline, teacher_files, student_weights, student_steps, quantized, stored, critic),
-    *(listed, conditions, own_pictures, sources, live, real_samples),
+    *(teacher_pipeline, teacher_files, student_weights, student_steps, quantized, quantized_student, stored, critic),
+    *(listed, conditions, own_pictures, sources, live, groups, real_samples),
     *(sizes, guidance, method, sharded, optimizers, compiled, run),
 )
 

@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt, MaxLen, MinLen
 from pydantic import (
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -30,6 +29,7 @@ from stepdistill.recipe.section import (
     OptimizerChoice,
     Report,
     Section,
+    Student,
 )
 
 
@@ -109,59 +109,6 @@ class Teacher(Section):
         return bool(self.vae or self.loras or self.embeddings) or os.path.isfile(self.pipeline)
 
 
-class Student(Section):
-    steps: int = Field(ge=1, le=100, description="steps (= NFE per image) the student is trained for")
-    start: int | None = Field(
-        None,
-        ge=0,
-        description="stock timestep of the first step, an index of the noise table, such as 399; the input stays pure "
-        "noise. null: the noise end; flow models have no other",
-    )
-    shift: float | None = Field(
-        None,
-        gt=0,
-        description="shift s of a flow model's sampling grid, t = s u/(1 + (s - 1) u); null: the pipeline's own at the "
-        "size that is trained",
-    )
-    train: Literal["full", "lora"] = Field("full", description="train all weights, or a LoRA adapter")
-    experts: Literal["each", "high", "low"] = Field(
-        "each",
-        description="of a teacher whose networks take turns (Wan 2.2): each: the student has as many, each trained at "
-        "its own times; high, low: one network for all times, which starts as the expert for high or for low noise",
-    )
-    rank: int = Field(
-        32,
-        gt=0,
-        # The second is its name in the recipes of earlier runs.
-        validation_alias=AliasChoices("rank", "lora_rank"),
-        description="rank of the adapter when train is lora",
-    )
-    alpha: float | None = Field(
-        None,
-        gt=0,
-        description="the adapter adds (alpha / rank) B A; null: the rank. A smaller alpha slows training by as much",
-    )
-    targets: Literal["auto"] | list[str] = Field(
-        "auto",
-        description="layers with an adapter: 'auto' (all linear ones, and the blocks' convolutions) or name endings",
-    )
-    config: dict[str, Any] = Field(
-        {},
-        description="for a student smaller than the teacher: keys of its network's config, such as {num_layers: 14}; "
-        "blocks evenly spaced are kept with their weights",
-    )
-    init: str | None = Field(None, description="run folder or exported pipeline to start from; null: the teacher")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of the exponential moving average per update; 0 is off")
-
-    @field_validator("start")
-    @classmethod
-    def _room_for_steps(cls, start: int | None, info: ValidationInfo) -> int | None:
-        steps = info.data.get("steps", 1)
-        if start is not None and start < steps - 1:
-            raise ValueError(f"expected at least student.steps - 1 ({steps - 1})")
-        return start
-
-
 class Data(Section):
     conditions: str | list[str] = Field(
         "classes",
@@ -199,6 +146,20 @@ class Data(Section):
     max_rejected: float = Field(
         0.1, ge=0, le=1, description="share of samples without usable image or caption that stops the run"
     )
+    groups: int = Field(
+        1,
+        ge=1,
+        description="groups of the conditions, a student for each: classes in order, prompts by clusters of their text "
+        "embeddings; `stepdistill join` puts the students together",
+    )
+    group: int = Field(0, ge=0, description="the group that this run trains, from 0 to data.groups - 1")
+
+    @field_validator("group")
+    @classmethod
+    def _one_of_them(cls, group: int, info: ValidationInfo) -> int:
+        if group >= (groups := info.data.get("groups", group + 1)):
+            raise ValueError(f"expected a number below data.groups ({groups})")
+        return group
 
     @field_validator("buckets")
     @classmethod

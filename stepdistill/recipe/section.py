@@ -1,15 +1,17 @@
-"""What every section of a recipe is; and the smallest sections, among them those that name a file."""
+"""What every section of a recipe is; the student's, and the smallest ones, among them those that name a file."""
 
 import os
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
     PositiveInt,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -96,6 +98,64 @@ class Embedding(File):
     """A textual inversion."""
 
     token: str | None = Field(None, min_length=1, description="the word for it in prompts; null: the file's own")
+
+
+class Student(Section):
+    steps: int = Field(ge=1, le=100, description="steps (= NFE per image) the student is trained for")
+    start: int | None = Field(
+        None,
+        ge=0,
+        description="stock timestep of the first step, an index of the noise table, such as 399; the input stays pure "
+        "noise. null: the noise end; flow models have no other",
+    )
+    shift: float | None = Field(
+        None,
+        gt=0,
+        description="shift s of a flow model's sampling grid, t = s u/(1 + (s - 1) u); null: the pipeline's own at the "
+        "size that is trained",
+    )
+    train: Literal["full", "lora"] = Field("full", description="train all weights, or a LoRA adapter")
+    experts: Literal["each", "high", "low"] = Field(
+        "each",
+        description="of a teacher whose networks take turns (Wan 2.2): each: the student has as many, each trained at "
+        "its own times; high, low: one network for all times, which starts as the expert for high or for low noise",
+    )
+    rank: int = Field(
+        32,
+        gt=0,
+        # The second is its name in the recipes of earlier runs.
+        validation_alias=AliasChoices("rank", "lora_rank"),
+        description="rank of the adapter when train is lora",
+    )
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="the adapter adds (alpha / rank) B A; null: the rank. A smaller alpha slows training by as much",
+    )
+    targets: Literal["auto"] | list[str] = Field(
+        "auto",
+        description="layers with an adapter: 'auto' (all linear ones, and the blocks' convolutions) or name endings",
+    )
+    config: dict[str, Any] = Field(
+        {},
+        description="for a student smaller than the teacher: keys of its network's config, such as {num_layers: 14}; "
+        "blocks evenly spaced are kept with their weights",
+    )
+    quantize: Literal["int8", "int4", "nf4"] | None = Field(
+        None,
+        description="train with the linear layers' weights rounded to 8 or 4 bits: what is exported loads in so many "
+        "bits without a further loss; null: exact weights",
+    )
+    init: str | None = Field(None, description="run folder or exported pipeline to start from; null: the teacher")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the exponential moving average per update; 0 is off")
+
+    @field_validator("start")
+    @classmethod
+    def _room_for_steps(cls, start: int | None, info: ValidationInfo) -> int | None:
+        steps = info.data.get("steps", 1)
+        if start is not None and start < steps - 1:
+            raise ValueError(f"expected at least student.steps - 1 ({steps - 1})")
+        return start
 
 
 class Critic(Section):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from stepdistill.errors import InputError, suggest
+from stepdistill.roles.quantized import baked
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -197,7 +198,9 @@ class FrozenView(nn.Module):
 
 
 def plain_network(network: nn.Module) -> nn.Module:
-    """The network of a role as one plain module, adapters merged into the weights; always a copy.
+    """The network of a role as one plain module, adapters merged into the weights, weights rounded that it rounds.
+
+    Always a copy.
 
     Raises:
         InputError: what was added to the network has no stock form.
@@ -205,7 +208,7 @@ def plain_network(network: nn.Module) -> nn.Module:
     if hasattr(network, "plain"):
         return network.plain()
     if not isinstance(network, AdapterView):
-        return copy.deepcopy(network)
+        return baked(copy.deepcopy(network))
     merged = copy.deepcopy(network.backbone)
     layers = set(peft_layers(merged))
     for name, module in list(merged.named_modules()):

@@ -155,6 +155,7 @@ def sample(
         raise InputError(f"steps: expected at most {most}, what the {kind} of {path} was made for, found {steps}")
     device = best_device()
     traced.pipeline.to(device)
+    traced.denoiser.network.to(device)  # of several students the pipeline has one
     traced = _sized(traced, size)
     requested = str(conditions) if isinstance(conditions, str | Path) else list(conditions or ()) or "classes"
     conditioning = encode(traced, entries(traced, requested), None).to(device)

@@ -16,6 +16,7 @@ class RunFolder:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.grid = self.path / "grid.json"
+        self.router = self.path / "router.json"
         self.teacher = self.path / "teacher.json"
         self.metrics = self.path / "metrics.jsonl"
         self.heartbeat = self.path / "heartbeat.json"

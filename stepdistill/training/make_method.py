@@ -25,6 +25,7 @@ from stepdistill.roles.added import Adapted
 from stepdistill.roles.build import LoRA, build_roles
 from stepdistill.roles.guidance_adapters import WithGuidanceAdapter
 from stepdistill.roles.pruning import pruned
+from stepdistill.roles.quantized import quantize_aware
 from stepdistill.roles.views import AdapterView, FrozenView, save_memory
 
 
@@ -93,11 +94,17 @@ def make_method(
     roles.decode = decoder(traced)
     if student.init is not None:
         _start_from(Path(student.init), roles.student, traced, student.experts)
+    own = ("student", *implementation.slow)
+    for name in own if student.quantize is not None else ():
+        if training.get(name) == "full":
+            quantize_aware(getattr(roles, name).network, student.quantize)
     for name in training:
         role = getattr(roles, name)
         network = implementation.adapt(config, name, role.network, scale)
         if network is not role.network and recipe.teacher.precision != "fp32":
             raise InputError("teacher.precision: expected fp32 for a method that adds to its networks, found bf16")
+        if network is not role.network and name in own and student.quantize is not None:
+            raise InputError(f"student.quantize: expected null for {recipe.method.name}, which adds to its network")
         if network is not role.network and role.takes_turns:
             raise InputError(
                 f"student.experts: expected 'high' or 'low' for {recipe.method.name}, which adds to one network"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stepdistill.data import images
 from stepdistill.data.buckets import Bucket
+from stepdistill.data.chosen import chosen_rows
 from stepdistill.data.shards import Share
 from stepdistill.data.store import Rows, Store
 from stepdistill.errors import InputError
@@ -33,8 +34,10 @@ class RealImages:
     index: Tensor
     pictures: images.OwnPictures | None
 
-    def rows(self, conditioning: Conditioning, own: bool) -> tuple[Rows, Tensor]:
+    def rows(self, conditioning: Conditioning, own: bool) -> tuple[Rows | Tensor, Tensor]:
         """Latents of the images, and which condition each has: by its prompt, or by its class's name or number.
+
+        Of images with conditions of other groups there are none.
 
         Args:
             own: conditions come with pictures, and each image has its own condition.
@@ -47,13 +50,21 @@ class RealImages:
             return latents, torch.arange(len(self.index))
         known = {str(entry): i for i, entry in enumerate(conditioning.entries)}
         known |= {label: i for i, label in enumerate(conditioning.labels)}
-        strangers = sorted(set(self.captions) - known.keys())
+        group = conditioning.group
+        elsewhere = set() if group is None else {*map(str, group.entries), *group.labels}
+        strangers = sorted(set(self.captions) - known.keys() - elsewhere)
         if strangers:
             raise InputError(
                 f"data.images: expected images of the recipe's conditions ({', '.join(list(known)[:4])}, ...), "
                 f"found {strangers[0]!r} and {len(strangers) - 1} more"
             )
-        return latents, torch.tensor([known[caption] for caption in self.captions])[self.index]
+        index = torch.tensor([known.get(caption, -1) for caption in self.captions])[self.index]
+        if group is None:
+            return latents, index
+        own_rows = (index >= 0).nonzero()[:, 0]
+        if not len(own_rows):
+            raise InputError("data.images: expected images of this run's group of conditions, found none")
+        return chosen_rows(latents, own_rows), index[own_rows]
 
 
 def real_images(

@@ -24,6 +24,7 @@ from stepdistill.methods.base import DistillMethod
 from stepdistill.pipeline.conditioning import Conditioning, encode
 from stepdistill.pipeline.encoders import release_encoders
 from stepdistill.pipeline.exports import is_lora
+from stepdistill.pipeline.groups import own_group
 from stepdistill.pipeline.live import live
 from stepdistill.pipeline.load import load_network, load_pipeline
 from stepdistill.pipeline.open import open_teacher
@@ -231,6 +232,7 @@ def encode_data(
         conditioning = encode(traced, stated, cache, pictures, share, verify)
     with share.after_the_first():
         _say_what_is_unread(traced, conditioning)
+        conditioning = own_group(recipe.data, traced, conditioning)
         probable = sizes_and_shares(recipe, traced, cache=cache)
         sizes = sizes_of(recipe, traced, sampler, conditioning, probable, cache, pictures)
     if not buckets:

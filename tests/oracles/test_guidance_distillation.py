@@ -19,8 +19,9 @@ from stepdistill.testing.bed import KINDS, M1, SCHEDULES, Map, OnGrid, at, batch
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 CLASS, NULL, SCALE = 1, 2, 1.5
 RANGE = {"w_min": 1.0, "w_max": 4.0}
-CONFIGS = {"w-embed": RANGE, "lora-guidance": {}, "agd": RANGE, "guide": RANGE, "gft": RANGE, "model-guidance": {}}
-REGRESSIONS, ON_DATA = ("w-embed", "lora-guidance", "agd", "guide"), ("gft", "model-guidance")
+ONE_SCALE = {"score-matching": {}, "lora-guidance": {}}
+CONFIGS = {"w-embed": RANGE, **ONE_SCALE, "agd": RANGE, "guide": RANGE, "gft": RANGE, "model-guidance": {}}
+REGRESSIONS, ON_DATA = ("w-embed", *ONE_SCALE, "agd", "guide"), ("gft", "model-guidance")
 
 
 class Told(Map):
@@ -131,7 +132,7 @@ def test_loss_and_gradient_are_the_closed_form(name, kind, method):
     loss = sum(method_of(method, teacher, student).losses("student", rows_of(teacher)).values())
     ((x_t, t, labels, w),) = student.calls
     assert (labels == CLASS).all()
-    assert (w == SCALE).all() if method == "lora-guidance" else 1 <= w.min() < 1.5 and 3.5 < w.max() <= 4
+    assert (w == SCALE).all() if method in ONE_SCALE else 1 <= w.min() < 1.5 and 3.5 < w.max() <= 4
     inner = 0.9 * x_t + 0.1 * w[:, None]
     difference = 0.8 * inner + 0.3 - guided_mean(teacher, x_t, t, labels, w)
     alpha, sigma = (c[:, None] for c in schedule.coefficients(t))
@@ -299,6 +300,19 @@ def test_a_teacher_without_an_empty_condition_is_refused():
     for name in CONFIGS:
         with pytest.raises(InputError, match="empty condition"):
             method_of(name, teacher, teacher).prepare(batch())
+
+
+def test_a_plain_teacher_is_matched_where_there_is_no_guidance():
+    """Its own prediction, pointwise: no empty condition is asked for, and the loss of the teacher itself is 0."""
+    schedule = SCHEDULES["vp"]
+    teacher = mixture(schedule, "v")
+    student = told(lambda x, t, labels, w: guided_mean(teacher, x, t, labels, 1.0 + 0 * w), schedule, "v")
+    method = method_of("score-matching", teacher, student, scale=1.0)
+    rows = rows_of(teacher)
+    rows.null = None
+    method.prepare(rows)
+    loss = method.losses("student", rows)["guidance"]
+    assert loss.item() < 1e-20 and math.hypot(*gradients(loss, student)) < 1e-9
 
 
 def test_what_the_methods_need():

@@ -10,7 +10,7 @@ import torch
 from stepdistill.data.batch import Batch, PathRows
 from stepdistill.diffusion.samplers import DDIM, dpm_solver_step
 from stepdistill.diffusion.schedule import Prediction, from_scheduler
-from stepdistill.methods import Roles
+from stepdistill.methods import METHODS, Roles
 from stepdistill.methods.parts.losses import feature_distance
 from stepdistill.methods.trajectory import OdeConfig, OdeRegression, TrajectoryConfig, TrajectoryRegression
 from stepdistill.pipeline.conditioning import Conditioning
@@ -341,6 +341,47 @@ def test_the_teachers_layers_compare_directions_under_one_noise(name):
     slopes = torch.autograd.grad(found, (x, y), allow_unused=True)
     assert slopes[0].abs().min() > 0 and slopes[1] is None
     assert feature_distance(teacher, x, x.detach(), t, eps, {}).item() < 1e-12
+
+
+class Layered(Rotated):
+    """A Gaussian teacher with such layers."""
+
+    def __init__(self, schedule):
+        super().__init__(schedule)
+        self.denoiser = GaussianDenoiser(*G1, schedule, "v")
+        self.norm_axis, self.rule, self.takes_r = None, self.denoiser.rule, False
+
+    def __call__(self, x_t, t, cond):
+        return self.denoiser(x_t, t)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_dmd_and_flash_diffusion_compare_under_the_teachers_layers(name):
+    """Both terms vanish at the end of the path, which is held; beside it the layers add what they find."""
+    schedule, noise = SCHEDULES[name], column(-0.5, 0.2, 1.0)
+    flash = METHODS["flash-diffusion"]
+    method = flash(
+        flash.Config(metric="features", gan_weights=[0.0] * 4),
+        Roles(Layered(schedule), generator(schedule, "v", 0.9, 0.2)),
+        OnGrid(schedule, [1.0]),
+    )
+    rows = batch(3, latents=noise)
+    found = method.losses("student", rows)
+    moved = [*method.roles.student.network.parameters()]
+    slopes = [torch.autograd.grad(loss, moved, retain_graph=True) for loss in found.values()]
+    assert [*found] == ["distill", "features"] and all(one.abs() > 1e-6 for slope in slopes for one in slope)
+    end = method.roles.student(noise, at(1.0, 3), {}).x0.detach()
+    method.end = lambda *_: end
+    method.student = lambda *_: method.roles.student(noise, at(1.0, 3), {})
+    assert max(loss.item() for loss in method.losses("student", rows).values()) < 1e-9
+    path = PathRows(torch.stack([noise, end], 1), torch.tensor([1.0, 0.0]), {}, None, torch.ones(3))
+    dmd = METHODS["dmd"]
+    roles = Roles(Layered(schedule), generator(schedule, "v", 0.9, 0.2), critic=None)
+    plain, layered = (dmd(dmd.Config(metric=one), roles, OnGrid(schedule, [1.0])) for one in ("l2", "features"))
+    assert layered.pair_loss(batch(3).but(path=path)).item() < 1e-9
+    roles.student.network.shift.data += 0.2
+    apart = [one.pair_loss(batch(3).but(path=path)).item() for one in (plain, layered)]
+    assert apart[0] == pytest.approx(0.04) and apart[1] > apart[0] + 1e-4
 
 
 def test_regression_under_the_teachers_layers():

@@ -59,6 +59,31 @@ TEXTS = {
         "steps: 60\n  gradient_checkpointing: elementwize",
         ":15: train.gradient_checkpointing: expected true or false or 'elementwise', found 'elementwize'",
     ),
+    "an adapter whose sum is rounded": (
+        "steps: 4\n",
+        "steps: 4\n  train: lora\n  quantize: nf4\n",
+        ":8: student.train: expected 'full' beside student.quantize; under an adapter it is teacher.quantize",
+    ),
+    "two roundings": (
+        "steps: 4\n",
+        "steps: 4\n  quantize: int8\nexport: {dtype: bf16}\n",
+        ":9: export.dtype: expected 'fp32' beside student.quantize",
+    ),
+    "a group that is none": (
+        "conditions: classes",
+        "conditions: classes\n  groups: 2\n  group: 2",
+        ":11: data.group: expected a number below data.groups (2), found 2",
+    ),
+    "groups of what is not stored": (
+        "conditions: classes",
+        "conditions: classes\n  groups: 2\n  encode: live",
+        ":11: data.encode: expected 'store' beside data.groups, found 'live'",
+    ),
+    "a group beside pictures of all": (
+        "conditions: classes",
+        "conditions: classes\n  groups: 2\nevaluation: {every: 10, metric: fd_enet}",
+        ":11: evaluation.metric: expected teacher_kid_enet or teacher_fd_enet beside data.groups",
+    ),
     "what the compiler chooses": (
         "steps: 60",
         "steps: 60\n  compile: true\n  gradient_checkpointing: elementwise",

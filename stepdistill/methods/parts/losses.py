@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepdistill.data.batch import Batch
 from stepdistill.diffusion.denoiser import Conditions, Denoiser
 from stepdistill.diffusion.float32 import no_autocast
 from stepdistill.diffusion.schedule import Prediction
 from stepdistill.kernels import dmd_gradient, identity_loss, mean_per_sample, pseudo_huber, sid_loss, surrogate
+from stepdistill.methods.parts.times import uniform_times
 
 __all__ = [
     "GanLoss",
@@ -24,12 +26,15 @@ __all__ = [
     "generator_loss",
     "gradient_penalty",
     "identity_loss",
+    "latent_distance",
     "mean_per_sample",
     "prediction_loss",
     "pseudo_huber",
     "sid_loss",
     "surrogate",
 ]
+
+FEATURE_TIMES = 0.02, 0.3
 
 GanLoss = Literal["softplus", "hinge"]
 
@@ -60,6 +65,12 @@ def feature_distance(denoiser: Denoiser, x: Tensor, y: Tensor, t: Tensor, eps: T
         units = [F.normalize(state.float(), dim=channels) for state in (one, other)]
         apart.append((units[0] - units[1]).square().sum(channels).mean())
     return torch.stack(apart).mean()
+
+
+def latent_distance(teacher: Denoiser, x: Tensor, y: Tensor, cond: Conditions, batch: Batch) -> Tensor:
+    """:func:`feature_distance` in the teacher's layers, at little noise: t ~ U[0.02, 0.3], drawn for each row."""
+    t = uniform_times(batch, "feature time", teacher.schedule, *FEATURE_TIMES)
+    return feature_distance(teacher, x, y, t, batch.noise("features"), cond)
 
 
 def generator_loss(fake: Tensor, kind: GanLoss) -> Tensor:
