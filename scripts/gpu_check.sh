@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under nine minutes and without network:
+# Everything that needs a GPU, in under ten minutes and without network:
 #
 #   scripts/gpu_check.sh FOLDER          on a machine with a CUDA device
 #   scripts/gpu_check.sh FOLDER --dry    the same commands at small sizes, on any machine
@@ -53,8 +53,9 @@ if [[ -n $dry ]]; then
             --precision bf16 --json "$out/step-$network.json"
     done
 else
-    part tests 90 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/recipe/test_memory_options.py \
-        tests/pipeline/test_conditioning.py
+    part tests 120 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/recipe/test_memory_options.py \
+        tests/pipeline/test_conditioning.py tests/pipeline/test_encoders.py tests/pipeline/test_resting.py \
+        tests/test_stored_weights.py
     part kernels 100 "$python" scripts/bench_kernels.py --json "$out/kernels.json"
     part step-sd15 60 "${step[@]}" --networks sd15 --batch-size 4 --precision bf16 --json "$out/step-sd15.json"
     part step-sdxl 60 "${step[@]}" --networks sdxl --batch-size 2 --methods dmd2 --repeats 3 --precision bf16 \

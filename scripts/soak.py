@@ -251,14 +251,18 @@ def soak(place: Path, method: str, precision: str, kills: int, draws: random.Ran
 def soak_encode(place: Path, kills: int, draws: random.Random) -> Round:
     """Kill ``kills`` times what fills one store, then let it end; the files must be those of an undisturbed one."""
     place.mkdir()
+    make_pictures(place.parent / "pictures", 60)
     done, log, stated = Round("encode"), place / "log.txt", recipe(place, "lcm", "fp32", "run")
     code, phases = launch(stated, log, place / "whole", work=encoding)
     if code:
         done.problems.append(f"the undisturbed command ended with {code}, see {log}")
         return done
-    took = max(seconds for _, seconds in phases)
-    for _ in range(kills):
-        code, phases = launch(stated, log, place / "killed", ("shard", 0, draws.random() * took), encoding)
+    took, total = max(seconds for _, seconds in phases), len(phases)
+    for number in range(kills):
+        # Among those that are left when so many kills are still to come.
+        left = total - len(list((place / "killed").rglob("[0-9]*.safetensors")))
+        aim = ("shard", draws.randrange(max(1, left // (kills - number))), draws.random() * took)
+        code, phases = launch(stated, log, place / "killed", aim, encoding)
         done.kills[phases[-1][0] if phases and phases[-1][1] == 0 else "between"] += code == -signal.SIGKILL
         done.missed += code == 0
     code, _ = launch(stated, log, place / "killed", work=encoding)
@@ -274,10 +278,14 @@ def soak_encode(place: Path, kills: int, draws: random.Random) -> Round:
 def make_data(place: Path) -> None:
     save_dit(tiny_dit(), place / "teacher")
     (place / "pictures").mkdir()
-    pixels = np.random.default_rng(0)
-    for number, name in enumerate(["Trouser", "Bag", "Dress"] * 2):
-        Image.fromarray(pixels.integers(0, 255, (32, 32), dtype=np.uint8)).save(place / "pictures" / f"{number}.png")
-        (place / "pictures" / f"{number}.txt").write_text(name)
+    make_pictures(place / "pictures", 6)
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    pixels, names = np.random.default_rng(0), ("Trouser", "Bag", "Dress")
+    for number in range(count):
+        Image.fromarray(pixels.integers(0, 255, (32, 32), dtype=np.uint8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(names[number % 3])
 
 
 def counts(kills: Counter[str]) -> str:

@@ -1,7 +1,7 @@
 """Buckets of real images: sizes of one area and different proportions, and the one that a picture is cut to."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ class Bucket:
         sizes: of all buckets.
         number: of this one.
         seed: of the place that is cut out of each picture; None: the middle.
-        numbers: the bucket of each picture, UNKNOWN of one that cannot be read; None: its size has to be looked at.
+        numbers: the bucket of each picture, UNKNOWN of one that cannot be read; None: their sizes show it.
         source: the identity of what they are pictures of; None: to be looked up.
     """
 
@@ -66,15 +66,13 @@ class Bucket:
         """Of this bucket."""
         return self.sizes[self.number]
 
-    def holds(self, row: int, size: Callable[[], tuple[int, int]]) -> bool:
-        """Whether picture number ``row`` is in this bucket.
+    def lacks(self, row: int) -> bool:
+        """Whether picture number ``row`` is known to be in another bucket."""
+        return self.numbers is not None and self.numbers[row] not in (self.number, UNKNOWN)
 
-        Args:
-            size: reads its width and height, and raises what a picture that cannot be read raises.
-        """
-        if self.numbers is not None and self.numbers[row] != UNKNOWN:
-            return self.numbers[row] == self.number
-        return nearest(*size(), self.sizes) == self.number
+    def holds(self, row: int, size: tuple[int, int]) -> bool:
+        """Whether picture number ``row``, of this width and height, is in this bucket."""
+        return not self.lacks(row) and nearest(*size, self.sizes) == self.number
 
     def cut(self, image: Image.Image, row: int) -> Image.Image:
         """The part of picture number ``row`` that has the bucket's proportions."""

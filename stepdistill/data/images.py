@@ -1,24 +1,26 @@
 """What ``data.images`` and ``data.conditions`` stand for: Fashion-MNIST, a shipped list, or any source of samples."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from torch import Tensor
 
 from stepdistill import assets
 from stepdistill.data import fashion_mnist, picture
 from stepdistill.data.buckets import UNKNOWN, Bucket, Size, nearest
+from stepdistill.data.decoding import decoding
 from stepdistill.data.identity import identity
 from stepdistill.data.lines import Lines
 from stepdistill.data.sample import UNREADABLE, Data, Pictures, Sample, Tally
 from stepdistill.data.sources import count, form, samples
 from stepdistill.errors import InputError
 from stepdistill.files import digest, read_json, write_json, write_text
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Item:
 
     Args:
         name: where it is, for messages.
-        image: uint8 (C, size, size).
+        image: uint8 (C, H, W).
         condition: a class name or a caption.
         own: the pictures that ``data.arguments`` names.
     """
@@ -40,8 +42,7 @@ class Item:
 
 def stream(
     data: Data,
-    channels: int,
-    size: int,
+    shape: Sequence[int],
     tally: Tally,
     first: int = 0,
     last: int | None = None,
@@ -49,18 +50,22 @@ def stream(
 ) -> Iterator[Item | None]:
     """The samples ``first`` .. ``last`` of ``data.images``, each in its turn; None for one that cannot be used.
 
-    Images are cut to their middle square, and with them those pictures that have the same proportions. ``tally`` counts
-    what cannot be used. With a ``bucket`` None also stands for images of other buckets, and its size is theirs.
+    Images become ``shape`` (channels, height, width): the middle part with these proportions, and with them that of
+    those pictures that have the same proportions as the image. ``tally`` counts what cannot be used. A ``bucket`` of
+    this size may cut other parts, and None also stands for images of other buckets.
     """
+    channels, *sides = shape
     if data.images == "fashion-mnist":
-        images, labels = _fashion_mnist(channels, size)
+        images, labels = _fashion_mnist(shape)
         for number, (image, label) in enumerate(
             zip(images[first:last], labels[first:last].tolist(), strict=True), first
         ):
             tally.read += 1
             yield Item(f"image {number}", image, fashion_mnist.CLASS_NAMES[label], {})
         return
-    for row, (sample, own, notes) in enumerate(_usable(data, "images", tally, first, last), first):
+    found = enumerate(islice(_samples(data, "images"), first, last), first)
+    pictures = decoding(found, channels, bucket or Bucket(((sides[0], sides[1]),), 0))
+    for sample, own, notes, waiting in _usable(data, pictures, tally):
         if own is None:
             yield None
             continue
@@ -69,20 +74,17 @@ def stream(
             yield None
             continue
         try:
-            if bucket is not None and not bucket.holds(row, partial(_upright_size, sample.image)):
-                yield None
-                continue
-            with sample.image() as file:
-                image, more = picture.read(file, "L" if channels == 1 else "RGB")
+            cut = waiting()
         except UNREADABLE as error:
             tally.reject(sample, f"unreadable image: {error}")
             yield None
             continue
-        tally.note(sample, *dict.fromkeys([*more, *notes]))
-        cut = {name: picture.middle(one, image.size) for name, one in own.items()}
-        part = picture.middle(image) if bucket is None else bucket.cut(image, row)
-        sides = (size, size) if bucket is None else bucket.size
-        yield Item(sample.name, picture.scaled(part, channels, *sides), sample.caption or "", cut)
+        if cut is None:
+            yield None
+            continue
+        tally.note(sample, *dict.fromkeys([*cut.notes, *notes]))
+        parts = {name: picture.middle(one, cut.whole, sides) for name, one in own.items()}
+        yield Item(sample.name, cut.image, sample.caption or "", parts)
 
 
 def bucket_numbers(data: Data, sizes: Sequence[Size], cache: Path | None = None) -> list[int]:
@@ -97,7 +99,7 @@ def bucket_numbers(data: Data, sizes: Sequence[Size], cache: Path | None = None)
     if file is not None and file.is_file():
         return read_json(file)["numbers"]
     numbers = []
-    for sample, own, _ in _usable(data, "images", Tally("data.images", 1.0)):
+    for sample, own, *_ in _usable(data, _alone(data, "images"), Tally("data.images", 1.0)):
         number = UNKNOWN
         with suppress(*UNREADABLE):  # which stream() counts
             if own is not None and sample.image is not None:
@@ -113,21 +115,25 @@ def _upright_size(image: Callable[[], BinaryIO]) -> tuple[int, int]:
         return picture.upright_size(file)
 
 
-def _fashion_mnist(channels: int, size: int) -> tuple[Tensor, Tensor]:
+def _fashion_mnist(shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     try:
         images, labels = fashion_mnist.load("train")
     except FileNotFoundError as error:
         raise InputError(str(error)) from None
-    if images.shape[1:] != (channels, size, size):
-        raise InputError(f"fashion-mnist has 1x32x32 images, this pipeline wants {channels}x{size}x{size}")
+    if images.shape[1:] != tuple(shape):
+        raise InputError(f"fashion-mnist has 1x32x32 images, this pipeline wants {'x'.join(map(str, shape))}")
     return images, labels
 
 
-def own_pictures(data: Data, channels: int, size: int, count: int, identity: str) -> "OwnPictures":
-    """The pictures of the ``count`` usable samples of ``data.images``, which ``identity`` stands for."""
+def own_pictures(data: Data, shape: Sequence[int], count: int, identity: str) -> "OwnPictures":
+    """The pictures of the ``count`` usable samples of ``data.images``, which ``identity`` stands for.
+
+    Args:
+        shape: (channels, height, width) of the images.
+    """
 
     def read() -> Iterator[Pictures]:
-        items = stream(data, channels, size, Tally("data.images", 1.0))
+        items = stream(data, shape, Tally("data.images", 1.0))
         return (item.own for item in items if item is not None)
 
     return OwnPictures(read, count, identity)
@@ -263,7 +269,7 @@ class OwnPictures:
 
 def _requests(data: Data, key: str, log: bool, tally: Tally | None = None) -> Iterator[tuple[str, Pictures]]:
     tally, found = tally or Tally(f"data.{key}", data.max_rejected), 0
-    for sample, own, notes in _usable(data, key, tally):
+    for sample, own, notes, _ in _usable(data, _alone(data, key), tally):
         if own is not None:
             tally.note(sample, *notes)
             found += 1
@@ -273,14 +279,22 @@ def _requests(data: Data, key: str, log: bool, tally: Tally | None = None) -> It
         raise InputError(f"data.{key}: expected captions in {getattr(data, key)}, found none")
 
 
+def _samples(data: Data, key: str) -> Iterator[Sample]:
+    return samples(getattr(data, key), data.caption_key, data.image_key, data.limit)
+
+
+def _alone(data: Data, key: str) -> Iterator[tuple[Sample, None]]:
+    return ((sample, None) for sample in _samples(data, key))
+
+
 def _usable(
-    data: Data, key: str, tally: Tally, first: int = 0, last: int | None = None
-) -> Iterator[tuple[Sample, Pictures | None, list[str]]]:
-    """The samples ``first`` .. ``last`` of a source, each with the pictures that ``data.arguments`` names and what was
-    changed of them; None for the pictures of those that are rejected, as they have not all of these or no caption."""
-    for sample in islice(samples(getattr(data, key), data.caption_key, data.image_key, data.limit), first, last):
+    data: Data, found: Iterable[tuple[Sample, T]], tally: Tally
+) -> Iterator[tuple[Sample, Pictures | None, list[str], T]]:
+    """Each sample, the pictures that ``data.arguments`` names, what was changed of them, and what it came with; None
+    for the pictures of those that are rejected, as they have not all of these or no caption."""
+    for sample, beside in found:
         if not tally.accepts(sample):
-            yield sample, None, []
+            yield sample, None, [], beside
             continue
         own, notes = {}, {}
         try:
@@ -294,4 +308,4 @@ def _usable(
         except KeyError as error:
             tally.reject(sample, f"no picture {error.args[0]}")
             own = None
-        yield sample, own, list(notes)
+        yield sample, own, list(notes), beside

@@ -1,10 +1,11 @@
 """One way to read a picture file: for real images, for pictures of the samples' own, and for examples in a recipe."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageChops, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from stepdistill.data.sample import UNREADABLE
 
@@ -28,7 +29,11 @@ def read(file: BinaryIO | Path, mode: Literal["RGB", "L"] = "RGB") -> tuple[Imag
         One of UNREADABLE: no picture, or one of floating-point or 32-bit numbers, whose range no file states.
     """
     notes = []
-    with Image.open(file) as opened:
+    try:
+        whole = Image.open(file)
+    except UnidentifiedImageError:  # whose own message names the object in memory, another one each time
+        raise UnidentifiedImageError("cannot identify image file") from None
+    with whole as opened:
         # Phones write a second, small picture into MPO files; that is no animation.
         if getattr(opened, "is_animated", False) and opened.format != "MPO":
             notes.append(FIRST_FRAME)
@@ -64,14 +69,15 @@ def misread(file: Path) -> str:
     return f"expected an opaque picture of 8 bits a channel, as load_image of diffusers misreads {kind}"
 
 
-def middle(image: Image.Image, like: tuple[int, int] | None = None) -> Image.Image:
-    """The middle square of a picture; of one with other proportions than a size ``like`` the whole picture."""
+def middle(image: Image.Image, like: tuple[int, int] | None = None, size: Sequence[int] = (1, 1)) -> Image.Image:
+    """The middle part with the proportions of ``size`` (height, width); of a picture with other proportions than those
+    of another one's width and height, ``like``, the whole picture."""
     if like is not None and abs(image.width * like[1] - image.height * like[0]) > max(*image.size, *like):
         return image
-    return cut(image)
+    return cut(image, size)
 
 
-def cut(image: Image.Image, size: tuple[int, int] = (1, 1), place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def cut(image: Image.Image, size: Sequence[int], place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
     """The largest part of a picture with the proportions of ``size`` (height, width).
 
     Args:

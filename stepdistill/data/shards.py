@@ -10,9 +10,11 @@ Of each name a shard has all rows one behind the other, and NAME.lengths: zeros 
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ SHARD = 2**26
 SCHEMA = 1
 CONSTANTS, INDEX, LENGTHS = "constants.safetensors", "index.json", ".lengths"
 GIB = 2**30
+MEASURED = 3.0
+"""Seconds of encoding from which the time of all of it is estimated."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,14 @@ def fill(folder: Path, key: str, content: Content, share: Share) -> None:
     # What the others write has to fit as well.
     _check_space(folder, content, sum(stop - start for start, stop in _gaps(folder, key, 0, content.items)))
     with WorkProgress() as progress:
+        forecast = _Forecast(content.what, missing)
         for start, stop in gaps:
             part = _Part(start)
             for chunk in content.make(start, stop):
                 part.add(chunk)
                 done += chunk.items
                 progress(f"encoding {content.what}", done, missing)
+                forecast(done)
                 if part.last % content.block == 0 or part.last == stop or part.bytes >= SHARD:
                     part.write(folder, key, content)
                     part = _Part(part.last)
@@ -186,6 +192,26 @@ def _check_space(folder: Path, content: Content, missing: int) -> None:
         )
     if size >= SHARD:
         say(f"{missing} {content.what} take about {size / GIB:.2f} GiB in {folder}; {free / GIB:.0f} GiB are free")
+
+
+class _Forecast:
+    """Says once, soon, how long encoding will take, where that is some time; the first chunk is no measure."""
+
+    def __init__(self, what: str, missing: int):
+        self.what, self.missing = what, missing
+        self.began: float | None = None
+        self.first, self.said = 0, False
+
+    def __call__(self, done: int) -> None:
+        """Called with the number of items that are done."""
+        now = time.monotonic()
+        if self.began is None:
+            self.began, self.first = now, done
+        elif not self.said and now - self.began >= MEASURED:
+            self.said = True
+            left = (now - self.began) * (self.missing - done) / (done - self.first)
+            if left >= 10 * MEASURED:
+                say(f"{self.missing} {self.what} take about {timedelta(seconds=round(left))}")
 
 
 def _gaps(folder: Path, key: str, first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,6 @@
 """Prompts or classes -> conditioning batches: the pipeline's own encoding, caught at its denoiser, kept on disk."""
 
 import difflib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,17 +17,21 @@ from stepdistill.data.store import Rows, Store, ensure
 from stepdistill.diffusion.denoiser import Conditions
 from stepdistill.diffusion.passes import of_pass, plain_name
 from stepdistill.errors import InputError
-from stepdistill.files import digest, sha256
 from stepdistill.pipeline.call import COUNTS
 from stepdistill.pipeline.compare import close, rows_equal, same
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.groups import Group
-from stepdistill.pipeline.observe import Call, Recording, calls_of, modules, observe
-from stepdistill.pipeline.stock_call import pictures_in
+from stepdistill.pipeline.identity import identity
+from stepdistill.pipeline.observe import Call, Recording, calls_of, observe
+from stepdistill.pipeline.resting import rest
 from stepdistill.pipeline.trace import Trace
 
 CHUNK = 32
-CLASS_COUNTS = ("num_classes", "num_class_embeds", "num_embeds_ada_norm")  # of the classes in a network's config
+"""Entries that are encoded at once."""
+FEW = 8
+"""The same where each is padded to the longest beside it, and encoding one again takes all of them."""
+# Names under which a diffusers network's config states how many classes it embeds.
+CLASS_COUNTS = ("num_classes", "num_class_embeds", "num_embeds_ada_norm")
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ def encode(
         cond, null = store.rows("cond/"), store.rows("null/")
         if isinstance(entries, Lines):  # a run does not need the file, whatever becomes of it
             labels = entries = entries.copied(store.folder / "prompts.txt")
+    rest(trace.pipeline)
     count = max(1, len(trace.denoiser.spec.mix))
     every = {name: rows for number in range(count) for name, rows in of_pass(cond, number).items()}
     whole = {name: null.get(name, rows) for name, rows in every.items()} if null else None
@@ -249,7 +253,7 @@ def _rows(cond: Conditions, null: Conditions | None) -> dict[str, Tensor]:
 def _chunks(
     trace: Trace, entries: Sequence[str | int], pictures: Sequence[Pictures] | None, first: int, last: int
 ) -> Iterator[tuple[int, Conditions, Conditions | None]]:
-    """(first entry, cond, null) of the entries ``first`` .. ``last``, CHUNK at a time.
+    """(first entry, cond, null) of the entries ``first`` .. ``last``, :func:`together` at a time.
 
     With pictures one at a time: what a pipeline makes of a list of pictures is its own affair.
     """
@@ -275,8 +279,17 @@ def _null_of_each(trace: Trace, pictures: Sequence[Pictures] | None) -> bool:
 
 
 def _chunk(trace: Trace, pictures: Sequence[Pictures] | None) -> int:
-    """How many entries are encoded at once."""
-    return trace.at_once(CHUNK) if pictures is None else 1
+    return together(trace) if pictures is None else 1
+
+
+def together(trace: Trace) -> int:
+    """How many entries without pictures of their own are encoded at once."""
+    return trace.at_once(FEW if varying(trace) else CHUNK)
+
+
+def varying(trace: Trace) -> list[str]:
+    """The conditions whose length grows with the prompt."""
+    return [name for name, shape in trace.conditioning.items() if None in shape]
 
 
 def _laid_out(trace: Trace, pictures: Pictures) -> dict[str, Any]:
@@ -368,33 +381,3 @@ def _class_id(entry: str | int, names: tuple[str, ...]) -> int:
 
 def _section(stored: dict[str, Tensor], prefix: str) -> Conditions:
     return {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
-
-
-def identity(trace: Trace, entries: Sequence[str | int], pictures: Sequence[Pictures] | None) -> str:
-    """A hash of everything the conditions depend on; of the encoders' weights a few values of each tensor."""
-    pipeline, guided = trace.pipeline, (trace.guidance.kind, trace.guidance.scale)
-    call = (type(pipeline).__name__, trace.component, guided, trace.arguments, trace.conditioning)
-    picture_hashes = [sha256(Path(file)) for name in trace.pictures for file in pictures_in(trace.arguments[name])]
-    own = getattr(pictures, "identity", None) or [
-        {name: (picture.size, picture.tobytes()) for name, picture in one.items()} for one in pictures or ()
-    ]
-    parts = {name: _settings(component) for name, component in pipeline.components.items()}
-    encoders = {name: module for name, module in modules(pipeline).items() if name not in trace.components}
-    weights = {name: {n: _some(p) for n, p in encoder.named_parameters()} for name, encoder in encoders.items()}
-    # A textual inversion may show in none of these.
-    made_of = [one] if (one := getattr(pipeline, "made_of", None)) else []
-    return digest(call, entries, picture_hashes, own, parts, weights, *made_of)
-
-
-def _settings(component: Any) -> tuple[Any, ...]:
-    """What a pipeline's component is beside its weights; where those were loaded from is not what it is."""
-    config = getattr(component, "config", None)
-    config = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-    settings = json.dumps({key: value for key, value in config.items() if key[0] != "_"}, sort_keys=True, default=str)
-    return type(component).__name__, settings, getattr(component, "model_max_length", None)
-
-
-def _some(weights: Tensor) -> Tensor:
-    """Sixteen values or a few more: hashing all of a text encoder's would take as long as a run's first steps."""
-    flat = weights.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // 16)]

@@ -16,6 +16,7 @@ from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.observe import Answer, forked_random
+from stepdistill.pipeline.resting import rest
 from stepdistill.pipeline.stock_call import Replaced, in_each, parameters
 from stepdistill.pipeline.trace import Trace
 
@@ -48,6 +49,7 @@ def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
             if batch is not None or len(chunk) == 1:
                 raise
             parts += [_decoded(trace, one) for one in chunk.split(1)]
+    rest(trace.pipeline)
     return torch.cat(parts)
 
 

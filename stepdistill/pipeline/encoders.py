@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import send_to_device
 from torch import nn
 
@@ -24,6 +25,7 @@ def release_encoders(trace: Trace, device: torch.device) -> None:
     """
     for name in trace.encoders:
         encoder, place = getattr(trace.pipeline, name), _files(trace.pipeline, name)
+        remove_hook_from_module(encoder)  # of one at rest
         if place is None:
             encoder.to("cpu")
             encoder.register_forward_pre_hook(lambda _, *given: send_to_device(given, "cpu"), with_kwargs=True)

@@ -29,6 +29,7 @@ from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.decode import at_once, decode
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.modular import free_hooks
+from stepdistill.pipeline.resting import rest
 from stepdistill.pipeline.trace import Trace
 
 # Digits small enough to be exact in bfloat16.
@@ -113,19 +114,19 @@ def layout(trace: Trace) -> Layout:
 
 
 def image_shape(trace: Trace) -> tuple[int, int]:
-    """(channels, side) of the images that the pipeline makes, in pixels.
+    """(channels, side) of the square images that the pipeline makes, in pixels.
 
     Raises:
         InputError: they are not square.
     """
-    channels, height, width = _shape(trace)
+    channels, height, width = picture_shape(trace)
     if height != width:
-        raise InputError(f"data.images: expected a pipeline of square images, found {width} x {height} pixels")
+        raise InputError(f"expected a pipeline of square images, found {width} x {height} pixels")
     return channels, height
 
 
-def _shape(trace: Trace) -> tuple[int, ...]:
-    """(channels, height, width) of its images."""
+def picture_shape(trace: Trace) -> tuple[int, ...]:
+    """(channels, height, width) of the images that the pipeline makes."""
     return tuple(decode(trace, torch.zeros(1, *trace.latent_shape)).shape[1:])
 
 
@@ -159,7 +160,7 @@ def store_images(
             temporary one.
         share: the processes that fill it together; None: this one.
         verify: compare the hashes of its files, however many there are.
-        bucket: the images of this bucket, whose size is the trace's; None: all, as squares.
+        bucket: the images of this bucket, whose size is the trace's; None: all, their middle parts.
         log: log how many images cannot be used.
 
     Raises:
@@ -170,7 +171,7 @@ def store_images(
     if cache is None:
         temporary = TemporaryDirectory(prefix="stepdistill-", ignore_cleanup_errors=True)
         cache = Path(temporary.name)
-    shape = image_shape(trace) if bucket is None else _shape(trace)
+    shape = picture_shape(trace)
     settings = {name: str(value) for name, value in vae.config.items() if name[0] != "_"}  # wherever it was loaded from
     network = type(trace.pipeline).__name__, settings, dict(vae.named_parameters())
     source = bucket and bucket.source
@@ -189,13 +190,12 @@ def store_images(
 
 
 def _content(trace: Trace, data: Data, shape: tuple[int, ...], bucket: Bucket | None) -> Content:
-    channels, side = shape[:2]
-    together = _together((channels, side, side) if bucket is None else shape)
+    together = _together(shape)
 
     def make(first: int, last: int) -> Iterator[Chunk]:
         every = Tally("data.images", data.max_rejected)
         part = Tally("data.images", 1.0)
-        items = stream(data, channels, side, part, first, last, bucket)
+        items = stream(data, shape, part, first, last, bucket)
         with _encoding(trace) as encoded:
             while chunk := list(islice(items, together)):
                 usable = [item for item in chunk if item is not None]
@@ -243,7 +243,7 @@ def _together(shape: Sequence[int]) -> int:
 def _encoding(trace: Trace) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function inside: images uint8 (B, C, H, W) -> latents (B, ...) float32, in the host's memory."""
     vae = _autoencoder(trace.pipeline)
-    own, device = layout(trace), next(vae.parameters()).device
+    own, device = layout(trace), next(trace.network.parameters()).device
 
     @torch.no_grad()
     def encoded(images: Tensor) -> Tensor:
@@ -261,6 +261,7 @@ def _encoding(trace: Trace) -> Iterator[Callable[[Tensor], Tensor]]:
 
     with _in_float32(vae):
         yield encoded
+    rest(trace.pipeline)
 
 
 @contextmanager

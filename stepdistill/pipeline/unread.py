@@ -9,14 +9,35 @@ from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.trace import Trace
 
+PART = 1024
+"""Prompts that are tokenized at once."""
+
 
 def unread(trace: Trace, prompts: Sequence[str]) -> dict[str, str]:
     """Of those prompts that none of the pipeline's tokenizers has room for, the end that none of them reads."""
-    tokenizers = [one for one in trace.pipeline.components.values() if isinstance(one, PreTrainedTokenizerBase)]
+    tokenizers = _tokenizers(trace)
     if not tokenizers or trace.entry != "prompt":
         return {}
     cut = [_cut(one, _room(trace, one), prompts) for one in tokenizers]
     return {text: min((ends[text] for ends in cut), key=len) for text in cut[0] if all(text in ends for ends in cut)}
+
+
+def with_most_tokens(trace: Trace, prompts: Sequence[str | int]) -> list[int]:
+    """The number of the prompt that has the most tokens, of each of the pipeline's tokenizers; of none by letters."""
+    tokenizers = _tokenizers(trace)
+    most = [(0, 0)] * max(1, len(tokenizers))
+    for start in range(0, len(prompts), PART):
+        part = [str(prompt) for prompt in prompts[start : start + PART]]
+        with quiet():
+            counted = [[*map(len, one(part).input_ids)] for one in tokenizers] or [[*map(len, part)]]
+        longest = [max(range(len(part)), key=counts.__getitem__) for counts in counted]
+        found = [(counts[at], start + at) for counts, at in zip(counted, longest, strict=True)]
+        most = [max(pair, key=lambda one: one[0]) for pair in zip(most, found, strict=True)]
+    return [number for _, number in most]
+
+
+def _tokenizers(trace: Trace) -> list[Any]:
+    return [one for one in trace.pipeline.components.values() if isinstance(one, PreTrainedTokenizerBase)]
 
 
 def _room(trace: Trace, tokenizer: Any) -> int:

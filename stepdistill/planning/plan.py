@@ -7,6 +7,7 @@ optimizer's moments.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,12 @@ from torch import nn
 
 from stepdistill import assets
 from stepdistill.data.batch import Batch, PathRows
+from stepdistill.data.buckets import Size, bucket_sizes
 from stepdistill.errors import InputError
 from stepdistill.files import write_text
 from stepdistill.methods.base import DistillMethod
+from stepdistill.pipeline.components import patched
+from stepdistill.pipeline.sizes import picture_size
 from stepdistill.pipeline.variants import with_shift
 from stepdistill.planning import audit
 from stepdistill.planning.fake_pipeline import Blueprint, blueprint, set_up, without_data
@@ -55,11 +59,11 @@ class Plan:
     """Lines of the table, the expected peak in bytes, and the player in whose turn it comes.
 
     ``encoders`` are on the device while conditions are encoded (``encoding`` bytes with teacher, autoencoder and a
-    chunk of conditions), and released after that. ``stored`` are bytes on disk, the stores of all conditions and
-    latents of images, of which ``host`` are in the host's memory at a time; ``offloaded`` are the frozen weights that
-    rest there. ``trajectories`` are what the teacher makes before training. ``phases`` are the peaks in bytes by phase,
-    ``host_phases`` those of the host's memory, and ``checks`` the audit of the run
-    (:mod:`stepdistill.planning.audit`).
+    chunk of conditions). ``stored`` are bytes on disk, the stores of all conditions and latents of images, of which
+    ``host`` are in the host's memory at a time; ``offloaded`` are the frozen weights that rest there, those of an
+    autoencoder and of encoders that come for a batch among them. ``trajectories`` are what the teacher makes before
+    training. ``phases`` are the peaks in bytes by phase, ``host_phases`` those of the host's memory, and ``checks`` the
+    audit of the run (:mod:`stepdistill.planning.audit`).
     """
 
     lines: list[Line]
@@ -115,8 +119,9 @@ def plan(
         optimizer[player] = state_bytes(chosen.name, shapes, (chosen.model_extra or {}).get("slice_p", 1))
         gradients[player] = 4 * sum(map(math.prod, shapes))
     known = [t for m in _networks(drawn, method) for t in (*nn.Module.parameters(m), *m.buffers())]
-    for player, peak in _turns(recipe, drawn, method, known):
-        activations[player] = max(activations.get(player, 0), peak - gradients[player])
+    with _decodings(drawn) as decoding:
+        for player, peak in _turns(recipe, drawn, method, known):
+            activations[player] = max(activations.get(player, 0), peak - gradients[player])
     store = stored(recipe, drawn)
     encoders = Line(ENCODERS, *weights.pop(ENCODERS))
     encoding = encoders.weights + sum(weights[name][1] for name in ("teacher", AUTOENCODER)) + store.chunk
@@ -133,11 +138,18 @@ def plan(
         )
         for name, (parameters, size) in weights.items()
     ]
-    if store.live:  # they are there for every batch
+    away, own = found.offloaded, recipe.data.encode
+    if recipe.teacher.offload is not None and not decoding:
+        lines = [line for line in lines if line.name != AUTOENCODER]
+        away += weights[AUTOENCODER][1]
+        encoding -= weights[AUTOENCODER][1]
+    if own == "live":  # they are there for every batch
         lines.append(encoders)
         encoders = Line(ENCODERS)
     lines.append(Line("data of a batch", weights=store.batch(recipe.train.batch_size)))
     fixed = sum(line.weights + line.optimizer + line.average for line in lines)
+    if own == "live-offloaded":  # they come for every batch
+        encoding, away = max(encoding, fixed + encoders.weights), away + encoders.weights
     made = trajectories(recipe, drawn, method, known)
     solving = made.activations + sum(weights[name][1] for name in ("teacher", AUTOENCODER)) if made.count else 0
     peaks = {ENCODERS: encoding, TRAJECTORIES: solving, player: fixed + gradients[player] + activations[player]}
@@ -145,8 +157,8 @@ def plan(
     checks = audit.audit(recipe, method, drawn.trace.denoiser.kind, store.conditions, seconds)
     held = store.host(recipe.train.batch_size)
     phases = dict(zip(("encoding", TRAJECTORIES, "training"), peaks.values(), strict=True))
-    peak, sizes = peaks[highest], (store.disk, held, found.offloaded)
-    host = host_memory(recipe, drawn, method, found, held, made.stored)
+    peak, sizes = peaks[highest], (store.disk, held, away)
+    host = host_memory(recipe, drawn, method, replace(found, offloaded=away), held, made.stored)
     return Plan(lines, peak, highest, encoders, encoding, made, phases, checks, *sizes, host)
 
 
@@ -198,11 +210,24 @@ def blueprint_of(recipe: Recipe) -> Blueprint:
     """The recipe's pipeline without weights, in the precision that its teacher is to have, at the largest size."""
     dtype = torch.bfloat16 if recipe.teacher.precision == "bf16" else torch.float32
     teacher = recipe.teacher
-    if recipe.sizes:
-        height, width = max(recipe.sizes, key=math.prod)
-        teacher = teacher.model_copy(update={"arguments": teacher.arguments | {"height": height, "width": width}})
-    drawn = blueprint(teacher, dtype)
+
+    def sized(sizes: Sequence[Sequence[int]]) -> Blueprint:
+        height, width = max(sizes, key=math.prod)
+        told = teacher.arguments | {"height": height, "width": width}
+        return blueprint(teacher.model_copy(update={"arguments": told}), dtype)
+
+    drawn = sized(recipe.sizes) if recipe.sizes else blueprint(teacher, dtype)
+    if recipe.data.buckets == "auto":
+        with suppress(InputError):  # of a size that it does not take
+            drawn = sized(_buckets(drawn))
     return replace(drawn, trace=with_shift(drawn.trace, recipe.student.shift))
+
+
+def _buckets(drawn: Blueprint) -> list[Size]:
+    """The buckets that the pipeline would have, if it takes multiples of 16 pixels, as most do, or of two latents."""
+    with drawn.mode:
+        own = picture_size(drawn.trace)
+    return bucket_sizes(own, 2 * max(8, getattr(drawn.trace.pipeline, "vae_scale_factor", 8)))
 
 
 def method_of(recipe: Recipe, drawn: Blueprint) -> DistillMethod:
@@ -276,6 +301,19 @@ def _turns(
         yield player, live.peak
 
 
+@contextmanager
+def _decodings(drawn: Blueprint) -> Iterator[list[str]]:
+    """A list that gets an entry for each call of the autoencoder's decoder inside."""
+    calls: list[str] = []
+    vae = getattr(drawn.trace.pipeline, "vae", None)
+    if vae is None or not hasattr(vae, "decode"):
+        yield calls
+        return
+    own = vae.decode
+    with patched(vae, "decode", lambda *given, **named: calls.append("decode") or own(*given, **named)):
+        yield calls
+
+
 def _networks(drawn: Blueprint, method: DistillMethod) -> list[nn.Module]:
     roles = [role.network for _, role in method.roles.items()]
     others = [c for c in drawn.trace.pipeline.components.values() if isinstance(c, nn.Module)]
@@ -309,11 +347,11 @@ def as_text(first: Plan, changes: Sequence[Change], gpu: float | None) -> str:
     when = phases.get(first.player, f"in the turn of the {first.player}")
     if first.encoders.weights:
         size = f"{first.encoders.parameters / 1e6:.2f} M parameters, {first.encoders.weights / GIB:.3f} GiB"
-        rows.append(f"encoders: {size}, released once the conditions are encoded")
+        rows.append(f"encoders: {size}, there while conditions are encoded")
     held = f"{first.host / GIB:.3f} GiB in the host's memory at a time"
     rows.append(f"stored data: {first.stored / GIB:.3f} GiB on disk, {held}")
     if first.offloaded:
-        rows.append(f"{first.offloaded / GIB:.3f} GiB of the frozen backbone in the host's memory")
+        rows.append(f"{first.offloaded / GIB:.3f} GiB of frozen weights in the host's memory")
     if first.trajectories.count:
         rows.append(first.trajectories.as_text())
     rows += ["", f"peak {first.peak / GIB:.2f} GiB, {when}"]

@@ -64,7 +64,7 @@ def stored(recipe: Recipe, drawn: Blueprint) -> Stored:
         sum(row.numel() * row.element_size() for row in drawn.condition.values()),
         torch.Size(drawn.trace.latent_shape).numel() * 4,
         1 if guidance_scale(recipe, drawn.trace) == 1 else 2,
-        recipe.data.encode == "live",
+        recipe.data.encode != "store",
     )
 
 

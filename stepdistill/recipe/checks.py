@@ -206,13 +206,13 @@ def sources(recipe: "Recipe", config: Any) -> Problems:
 
 def live(recipe: "Recipe", config: Any) -> Problems:
     """Encoding during training, beside what changes the network that the pipeline calls or gives it pictures."""
-    if recipe.data.encode != "live":
+    if recipe.data.encode == "store":
         return
     others = {"data.arguments": recipe.data.arguments, "train.compile": recipe.train.compile}
     others |= {"train.sizes": recipe.train.sizes}
     for key, value in (others | {"distributed.shard": recipe.distributed.shard}).items():
         if value:
-            yield _expected("data.encode", f"'store' beside {key}", "live")
+            yield _expected("data.encode", f"'store' beside {key}", recipe.data.encode)
 
 
 def groups(recipe: "Recipe", config: Any) -> Problems:
@@ -265,8 +265,8 @@ def sizes(recipe: "Recipe", config: Any) -> Problems:
     if data.buckets != "off" and (data.arguments or data.images == "fashion-mnist"):
         beside = "data.arguments" if data.arguments else "images of one size"
         yield _expected("data.buckets", f"off beside {beside}", data.buckets)
-    if data.crop != "center" and data.buckets == "off":
-        yield _expected("data.crop", "center without data.buckets", data.crop)
+    if data.crop != "center" and (data.arguments or not real):
+        yield _expected("data.crop", f"center {'beside data.arguments' if real else 'without real images'}", data.crop)
 
 
 def guidance(recipe: "Recipe", config: Any) -> Problems:

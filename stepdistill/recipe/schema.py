@@ -81,7 +81,7 @@ class Teacher(Section):
     offload: Literal["group"] | None = Field(
         None,
         description="group: weights of the frozen backbone in the host's memory, copied to the device layer by layer: "
-        "the same numbers, slower",
+        "the same numbers, slower; the autoencoder rests there too",
     )
     ip_adapter: IPAdapter | None = Field(
         None, description="conditions the network on the picture arguments.ip_adapter_image"
@@ -131,17 +131,18 @@ class Data(Section):
         description="sizes to which real images are scaled and cropped, each to the nearest in proportions: off: the "
         "pipeline's own; auto: sizes of its area; or a list of [height, width]. A batch has one",
     )
-    crop: Literal["center", "random"] = Field("center", description="part of an image that a bucket keeps")
+    crop: Literal["center", "random"] = Field("center", description="part of an image that is kept")
     arguments: dict[str, str] = Field(
         {},
         description="arguments of the pipeline's call for which every sample brings its own picture, {ARGUMENT: "
         "column, JSON key or ending}; teacher.arguments holds an example of each",
     )
     limit: int | None = Field(None, gt=0, description="samples taken of a source, the first ones; null: all")
-    encode: Literal["store", "live"] = Field(
+    encode: Literal["store", "live", "live-offloaded"] = Field(
         "store",
         description="store: conditions are encoded once, into files on disk; live: those of a batch whenever it is "
-        "needed, for more prompts than a disk holds: the encoders stay on the device, and steps take longer",
+        "needed, for more prompts than a disk holds: the encoders stay on the device, and steps take longer; "
+        "live-offloaded: they are there while they encode, and rest in the host's memory",
     )
     max_rejected: float = Field(
         0.1, ge=0, le=1, description="share of samples without usable image or caption that stops the run"

@@ -28,6 +28,7 @@ from stepdistill.pipeline.groups import own_group
 from stepdistill.pipeline.live import live
 from stepdistill.pipeline.load import load_network, load_pipeline
 from stepdistill.pipeline.open import open_teacher
+from stepdistill.pipeline.resting import rest
 from stepdistill.pipeline.set_up import set_up
 from stepdistill.pipeline.sizes import conditioning_at
 from stepdistill.pipeline.trace import Trace
@@ -226,8 +227,8 @@ def encode_data(
     buckets = recipe.data.buckets != "off"
     real = None if buckets else real_images(recipe, traced, cache, share, verify)
     stated, pictures = entries_of(recipe, traced, real, cache)
-    if recipe.data.encode == "live":
-        conditioning = live(traced, stated)
+    if recipe.data.encode != "store":
+        conditioning = live(traced, stated, stays=recipe.data.encode == "live")
     else:
         conditioning = encode(traced, stated, cache, pictures, share, verify)
     with share.after_the_first():
@@ -306,6 +307,7 @@ def _teacher(recipe: Recipe, device: torch.device) -> tuple[Trace, Sampler]:
             device=device,
             dtype=_dtype(recipe),
             frozen=Frozen(stated.quantize, stated.storage, stated.offload),
+            resting=True,
         )
         return with_shift(traced, recipe.student.shift)
 
@@ -315,6 +317,7 @@ def _teacher(recipe: Recipe, device: torch.device) -> tuple[Trace, Sampler]:
     if isinstance(sampler, TCD):
         # Stable Diffusion's pipelines hand every scheduler an eta of their own, 0 in a plain call.
         sampler.gamma = set_up(traced, sampler.scheduler, recipe.student.steps)[1].get("eta", sampler.gamma)
+    rest(traced.pipeline)
     return traced, sampler
 
 

@@ -3,6 +3,7 @@
 metrics.jsonl has everything without them, so a tracker that fails in the middle of a run costs a line and not the run.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -70,19 +71,10 @@ class Tracking:
         self._each("log", step, lambda name, tracker: tracker.log(metrics, step=step))
 
     def draw(self, picture: Path, step: int) -> None:
-        """Log a preview, where the tracker has pictures."""
-
-        def draw(name: str, tracker: GeneralTracker) -> None:
-            if not hasattr(tracker, "log_images"):
-                return
-            with Image.open(picture) as opened:
-                image = opened.convert("RGB")
-            if name == "tensorboard":
-                tracker.log_images({"preview": np.asarray(image)[None]}, step=step, dataformats="NHWC")
-            else:  # clearml and aim take one, the others a list
-                tracker.log_images({"preview": image if name in ("aim", "clearml") else [image]}, step=step)
-
-        self._each("draw", step, draw)
+        """Log a preview."""
+        with Image.open(picture) as opened:
+            image = opened.convert("RGB")
+        self._each("draw", step, lambda name, tracker: _draw(name, tracker, image, step))
 
     def __enter__(self) -> "Tracking":
         return self
@@ -135,6 +127,25 @@ def _tracker(name: str, run: RunFolder, resumed: bool) -> GeneralTracker:
         "clearml": {"task_name": title},
     }
     return kind(PROJECT, **titled.get(name, {}))
+
+
+def _draw(name: str, tracker: Any, image: Image.Image, step: int) -> None:
+    """Log a picture; where accelerate has no word for it, by the tracker's own."""
+    match name:
+        case "tensorboard":
+            tracker.log_images({"preview": np.asarray(image)[None]}, step=step, dataformats="NHWC")
+        case "aim" | "clearml":
+            tracker.log_images({"preview": image}, step=step)
+        case "mlflow":
+            importlib.import_module(name).log_image(image, key="preview", step=step)
+        case "trackio":
+            tracker.log({"preview": importlib.import_module(name).Image(image)}, step=step)
+        case "comet_ml":
+            tracker.tracker.log_image(image, name="preview", step=step)
+        case "dvclive":  # whose step is that of the metrics before
+            tracker.tracker.log_image("preview.png", image)
+        case _:
+            tracker.log_images({"preview": [image]}, step=step)
 
 
 def _own_id(run: RunFolder) -> str:

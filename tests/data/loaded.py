@@ -13,6 +13,7 @@ def loaded(
 ) -> tuple[Tensor, list[str], list[Pictures]]:
     """Images (N, C, size, size), the condition of each, and the pictures of each."""
     tally = Tally("data.images", data.max_rejected)
-    items = [item for item in stream(data, channels, size, tally, bucket=bucket) if item is not None]
+    shape = channels, *((size, size) if bucket is None else bucket.size)
+    items = [item for item in stream(data, shape, tally, bucket=bucket) if item is not None]
     close_tally(tally, data)
     return torch.stack([item.image for item in items]), [item.condition for item in items], [item.own for item in items]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data.loaded import loaded
-from stepdistill.data import images
+from stepdistill.data import decoding, images
 from stepdistill.data.buckets import UNKNOWN, Bucket, bucket_sizes, nearest
 from stepdistill.recipe import Data
 
@@ -77,4 +77,7 @@ def test_each_picture_is_looked_at_once(folder, tmp_path_factory, monkeypatch):
     for number in range(len(SIZES)):
         plain, known = (loaded(folder, 3, 0, Bucket(SIZES, number, None, of)) for of in (None, first))
         assert (plain[0] == known[0]).all() and plain[1] == known[1]
-    assert len(looked) == 4 + 3 * 4 + 3  # without the numbers all; with them the one that cannot be read
+    read, cut = [], decoding._cut
+    monkeypatch.setattr(decoding, "_cut", lambda *given: read.append(given[1]) or cut(*given))
+    loaded(folder, 3, 0, Bucket(SIZES, 1, None, first))
+    assert sorted(read) == [1, 3]  # with the numbers, its own and the one that cannot be read

@@ -34,7 +34,8 @@ def test_rows_are_copies_padded_to_the_longest():
 @pytest.mark.parametrize("name", ["sd", "sd3", "qwen-image", "z-image"])
 def test_the_rows_are_those_of_the_chunks(name, monkeypatch):
     """Whatever their lengths, they are padded as one batch of all of them would be."""
-    monkeypatch.setattr(conditioning, "CHUNK", 2)
+    for name_of in ("CHUNK", "FEW"):
+        monkeypatch.setattr(conditioning, name_of, 2)
     traced = trace(ZOO[name].build(), ZOO[name].arguments)
     parts = [conditioning.caught(traced, PROMPTS[start : start + 2], {}) for start in range(0, 5, 2)]
     expected = joined([*(cond for cond, _ in parts), {key: rows[:1] for key, rows in parts[0][1].items()}])

@@ -16,6 +16,7 @@ from stepdistill.data.shards import Chunk, Content, Share
 from stepdistill.data.store import ensure
 
 ITEMS = 23
+SHARD = 200
 REJECTED = {"read": 2, "reasons": {"odd": 1}, "example": "7", "notes": {}}
 
 
@@ -49,7 +50,7 @@ def content(made=None, chunk=2, row_bytes=20) -> Content:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD", 200)
+    monkeypatch.setattr(shards, "SHARD", SHARD)
 
 
 def files(folder) -> dict[str, bytes]:
@@ -144,7 +145,7 @@ def test_a_killed_process_leaves_nothing(tmp_path, whole):
         from pathlib import Path
         from data import test_store
         from stepdistill.data import shards
-        shards.SHARD = 200
+        shards.SHARD = test_store.SHARD
         whole, count = shards.publish, []
         def publish(draft, path):
             count.append(path)
@@ -207,6 +208,14 @@ def test_a_full_disk_is_found_before(tmp_path, monkeypatch):
         ensure(tmp_path / "e", "key", content)
     with pytest.raises(shards.InputError, match="for 23 rows"):  # those of all processes
         shards.fill(tmp_path / "e", "key", content(), shards.Share(0, 2))
+
+
+def test_the_time_is_estimated_once_before_most_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards, "MEASURED", 0.0)
+    made = []
+    ensure(tmp_path / "f", "key", lambda: replace(content(made), items=5))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "take about" in line]
+    assert line.startswith("5 rows take about 0:00:0")
 
 
 def test_the_pages_of_a_store_do_not_stay(tmp_path):

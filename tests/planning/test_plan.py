@@ -129,7 +129,10 @@ def test_encoders_count_only_while_they_work(tmp_path):
     stays = plan.plan(recipe | {"data": {"conditions": ["a red shoe"], "encode": "live"}})
     assert stays.stored == 0 and found.stored == prompt
     assert stays.peak - found.peak == held["text_encoder"] + 2 * 2 * prompt
-    assert "released" in text and "released" not in plan.as_text(stays, [], 24)
+    assert "while conditions are encoded" in text and "are encoded" not in plan.as_text(stays, [], 24)
+    comes = plan.plan(recipe | {"data": {"conditions": ["a red shoe"], "encode": "live-offloaded"}})
+    assert comes.lines == stays.lines[:-2] + stays.lines[-1:] and comes.peak == stays.peak - held["text_encoder"]
+    assert comes.encoding == rest + 2 * 2 * prompt + held["text_encoder"] and comes.offloaded == held["text_encoder"]
     heavy = plan.Plan(found.lines, found.encoding, plan.ENCODERS, found.encoders, found.encoding)
     assert "while conditions are encoded" in plan.as_text(heavy, [], None)
 
@@ -184,7 +187,8 @@ def test_stored_weights_are_counted_where_they_are(teacher):
     recipe = recipe_of(teacher, "lora", "sfd")
     ways = ({}, {"storage": "fp8"}, {"offload": "group"}, {"storage": "fp8", "offload": "group"})
     plain, eight, away, both = (plan.plan(recipe | {"teacher": recipe["teacher"] | keys}) for keys in ways)
-    network = load_pipeline(teacher).transformer
+    pipeline = load_pipeline(teacher)
+    network, vae = pipeline.transformer, sum(p.nbytes for p in pipeline.vae.parameters())  # at rest with the layers
     layers = list(stored_layers(network, Frozen(None, "fp8", "group")))
     sizes = [(layer.weight.nbytes, layer.weight.numel() if small else layer.weight.nbytes) for layer, small in layers]
     assert len({small for _, small in layers}) == 2  # diffusers leaves norms alone
@@ -195,9 +199,9 @@ def test_stored_weights_are_counted_where_they_are(teacher):
         next(line for line in one.lines if line.name == "teacher").weights for one in (plain, eight, away)
     )
     assert after == [before - whole + held + restored, before - whole + 2 * largest]
-    assert plain.peak - eight.peak == before - after[0] and plain.peak - away.peak == before - after[1]
-    assert (plain.offloaded, away.offloaded, both.offloaded) == (0, whole, held)
-    assert f"{whole / 2**30:.3f} GiB of the frozen backbone" in plan.as_text(away, [], None)
+    assert plain.peak - eight.peak == before - after[0] and plain.peak - away.peak == before - after[1] + vae
+    assert (plain.offloaded, away.offloaded, both.offloaded) == (0, whole + vae, held + vae)
+    assert f"{(whole + vae) / 2**30:.3f} GiB of frozen weights" in plan.as_text(away, [], None)
 
 
 def test_no_weight_is_read(teacher, tmp_path):
@@ -235,10 +239,15 @@ def test_pictures_are_told_to_the_networks(name, tmp_path):
     assert [helper.feeds for helper in spec.helpers] == [helper.feeds for helper in real.helpers]
 
 
-def test_of_several_sizes_the_largest_counts(tmp_path):
+def test_of_several_sizes_the_largest_counts(tmp_path, monkeypatch):
     save_pipeline(tiny_sd(), tmp_path / "sd")
     recipe = recipe_of(tmp_path / "sd", "lora", "sfd", sizes=[[16, 16], [16, 48], [24, 16]])
     assert plan.blueprint_of(load(recipe | {"data": {"conditions": ["rain"]}})).trace.latent_shape == (4, 8, 24)
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    told = {"images": str(tmp_path), "conditions": "captions", "buckets": "auto"}
+    bucketed = load(recipe_of(tmp_path / "sd", "lora", "lcm") | {"data": told})
+    monkeypatch.setattr(plan, "bucket_sizes", lambda *asked: [asked[0], (16, 24)])
+    assert plan.blueprint_of(bucketed).trace.latent_shape == (4, 8, 12)
 
 
 def test_an_ip_adapter_is_part_of_the_network(tmp_path):

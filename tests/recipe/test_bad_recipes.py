@@ -299,6 +299,11 @@ TEXTS = {
         "max_rejected: 2",
         ":9: data.max_rejected: expected a number from 0 to 1, found 2",
     ),
+    "a part of images that there are not": (
+        "conditions: classes",
+        "conditions: classes\n  crop: random",
+        ":10: data.crop: expected center without real images, found 'random'",
+    ),
     "encoding during training beside a compiled network": (
         "conditions: classes\nmethod:\n  name: sfd\n  substeps: 3\ntrain:",
         "conditions: classes\n  encode: live\nmethod:\n  name: sfd\n  substeps: 3\ntrain:\n  compile: true",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from stepdistill.data import shards, store
 from stepdistill.errors import InputError
 from stepdistill.exporting import check
 from stepdistill.run import train
@@ -20,6 +21,7 @@ from stepdistill.training import checkpoint, part_files
 from stepdistill.training.distributed import Processes, leave
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what pytest does for a test
+from data import test_store
 from short_samples import shorten
 from stock_here import call_here
 
@@ -52,6 +54,12 @@ def answers(processes: Processes) -> dict[str, object]:
         "share": processes.share(8, 2),
         "odd": fails(lambda: processes.share(3, 1)),
     }
+
+
+def fill_a_store(processes: Processes, folder: Path) -> None:
+    """That of tests/data/test_store.py, each process its part."""
+    shards.SHARD = test_store.SHARD
+    store.ensure(folder, "key", test_store.content, processes.encoders)
 
 
 def written_shards(processes: Processes, folder: Path) -> dict[str, object]:
@@ -90,6 +98,7 @@ if __name__ == "__main__":
         train(recipe)
     processes = Processes(Accelerator())
     told = answers(processes)
+    fill_a_store(processes, place.parent / "store")
     if part_files.SUPPORTED:
         told |= written_shards(processes, place.parent / "written")
     Path(f"{place}.{processes.rank}").write_text(json.dumps(told))

@@ -18,6 +18,8 @@ from filelock import FileLock
 from test_trainer import GAN, make_recipe, pictures, teacher  # noqa: F401
 
 import stepdistill
+from data import test_store
+from stepdistill.data import shards, store
 from stepdistill.errors import InputError
 from stepdistill.run import train
 from stepdistill.training import checkpoint, part_files
@@ -165,6 +167,12 @@ def test_what_the_processes_tell_each_other(runs):
     assert first["mean"] == {"a": 0.5, "b": 3.0}
     assert first["equal"] == "nothing" and first["unequal"].startswith("RuntimeError: the processes have drifted apart")
     assert "train.batch_size: expected a multiple of processes x train.accumulation (2 x 1), found 3" in first["odd"]
+
+
+def test_several_processes_make_the_store_of_one(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD", test_store.SHARD)
+    store.ensure(tmp_path / "one", "key", test_store.content)
+    assert test_store.files(runs / "store") == test_store.files(tmp_path / "one")
 
 
 @pytest.mark.skipif(not part_files.SUPPORTED, reason="needs torch 2.9")

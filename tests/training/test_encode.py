@@ -2,6 +2,7 @@
 
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from PIL import Image
 from pipeline.zoo import ZOO
 from stepdistill.cli import run
 from stepdistill.data import picture, shards
+from stepdistill.data.buckets import Bucket
 from stepdistill.data.shards import Share
 from stepdistill.pipeline import conditioning, latents
 from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.recipe import load
+from stepdistill.training import real_images
 from stepdistill.training import session as session_module
 from stepdistill.training.session import build
 
@@ -74,6 +77,17 @@ def test_a_run_finds_what_was_encoded_ahead(file, recipe, tmp_path, monkeypatch,
     assert "1 of 12 samples rejected (1 unreadable image)" in capsys.readouterr().err
     assert run(["encode", str(file)]) == 0
     assert files(tmp_path / "cache") == before and "11 rows, " in capsys.readouterr().out
+
+
+def test_a_random_part_needs_no_buckets(recipe, monkeypatch):
+    given = []
+    monkeypatch.setattr(real_images, "picture_shape", lambda _: (3, 16, 24))
+    monkeypatch.setattr(real_images, "captions_of", lambda _: ([], []))
+    monkeypatch.setattr(real_images, "store_images", lambda *parts: given.append(parts[5]))
+    for crop in ("center", "random"):
+        changed = load(recipe | {"data": recipe["data"] | {"crop": crop}, "train": recipe["train"] | {"seed": 7}})
+        real_images.real_images(changed, SimpleNamespace(pictures=[]), None, None, False)
+    assert given == [None, Bucket(((16, 24),), 0, 7)]
 
 
 def test_two_processes_make_the_store_of_one(recipe, tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 """Trackers get the metrics, the previews and the recipe; one that is missing or fails is one line."""
 
 import json
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from accelerate import PartialState
@@ -33,7 +34,7 @@ def recipe(*trackers: str):
 class Stub:
     """Stands for one of accelerate's trackers."""
 
-    def __init__(self, project: str, **arguments: object):
+    def __init__(self, project: str = "", **arguments: object):
         self.project, self.arguments, self.calls = project, arguments, []
 
     def __getattr__(self, name: str):
@@ -78,6 +79,38 @@ def test_several_trackers_get_the_same_and_wandb_goes_on_with_its_run(tmp_path, 
         assert calls == ["start", "store_init_configuration", "log", "log_images", "finish"]
     pictures = {name: runs[0][name].calls[3][1][0]["preview"] for name in ("wandb", "clearml")}
     assert isinstance(pictures["wandb"], list) and pictures["clearml"].mode == "RGB"
+
+
+WORDS = {
+    "mlflow": {"key": "preview", "step": 2},
+    "trackio": {"step": 2},
+    "comet_ml": {"name": "preview", "step": 2},
+    "dvclive": {},
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_pictures_go_by_a_trackers_own_word_where_accelerate_has_none(name, tmp_path, picture, monkeypatch) -> None:
+    """The packages' functions stand here as they do in their sources."""
+    drawn = []
+
+    def log_image(*given, **named) -> None:
+        drawn.append((given[-1], named))
+
+    class Own(Stub):
+        tracker, log_images = SimpleNamespace(log_image=log_image), None
+
+        def log(self, values: dict, step: int) -> None:
+            drawn.append((values["preview"], {"step": step}))
+
+    package = ModuleType(name)
+    package.Image, package.log_image = lambda image: image, log_image
+    monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, Own)
+    with Tracking(recipe(name), tmp_path, 0) as tracking:
+        tracking.draw(picture, 2)
+    ((image, named),) = drawn
+    assert (image.size, image.mode, named) == ((6, 4), "RGB", WORDS[name])
 
 
 def test_a_tracker_that_fails_in_the_run_is_dropped_with_a_line(tmp_path, monkeypatch, capsys) -> None:
