@@ -110,12 +110,13 @@ def arguments_of(inputs: Mapping[str, Any], folder: Path, lists: bool = False) -
     return arguments
 
 
-def as_files(arguments: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def as_files(arguments: Mapping[str, Any], folder: Path, pictures: bool = True) -> dict[str, Any]:
     """Arguments as a recipe states them: pictures, tensors and lists of them are files.
 
     Args:
         arguments: Of :func:`arguments_of`.
         folder: Where the files are written.
+        pictures: Tensors of pictures are pictures, not tensors.
     """
 
     def stated(value: Any, name: str) -> Any:
@@ -124,7 +125,7 @@ def as_files(arguments: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(value, (list, tuple)):
             return [stated(one, f"{name}_{place}") for place, one in enumerate(value)]
         flat = value[..., None] if isinstance(value, np.ndarray) and value.ndim == 2 else value
-        image = picture(flat) if any(word in name for word in (*PICTURES, "video")) else None
+        image = picture(flat) if pictures and any(word in name for word in (*PICTURES, "video")) else None
         if image is None:
             if not isinstance(value, (torch.Tensor, np.ndarray)):
                 return value

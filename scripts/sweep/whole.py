@@ -27,6 +27,7 @@ import sweep
 # It sets the environment in which these are read.
 import diffusers
 import diffusers_tests
+import PIL.Image
 import shim
 import torch
 from safetensors.torch import load_file
@@ -91,8 +92,21 @@ def sized(arguments: Mapping[str, Any], pipeline: Any) -> dict[str, Any]:
     return size | dict(arguments)
 
 
+def white(file: str) -> str:
+    """A white picture of the size of a file's, or of 64 x 64 where that is a tensor."""
+    place = Path(file).with_name("white.png")
+    size = (64, 64) if file.endswith(".npy") else PIL.Image.open(file).size
+    PIL.Image.new("L", size, 255).save(place)
+    return str(place)
+
+
 def changed(recipe: dict[str, Any], refusal: str) -> bool:
     """Change the recipe as the refusal makes a user do; False where it names nothing, or nothing new."""
+    arguments = recipe["teacher"]["arguments"]
+    mask = re.search(r"a white picture as teacher\.arguments\.(\w+)", refusal)
+    if mask and Path(arguments[mask[1]]).name != "white.png":
+        arguments[mask[1]] = white(arguments[mask[1]])
+        return True
     for pattern, change in WAYS_OUT:
         for key, value in change.items():
             *sections, last = key.split(".")
@@ -161,8 +175,19 @@ def result(row: Mapping[str, Any], place: Path) -> dict[str, Any]:
     """What came of a test that is traced: the keys of ``whole`` in its line."""
     module, _, name = row["test"].rpartition(".")
     test = diffusers_tests.instance(module, name)
-    case = sweep.Case(module, name, test, place, advised=dict(row.get("arguments", {})))
-    arguments = diffusers_tests.as_files(sweep.arguments_of(case), place)
+    found: dict[str, Any] = {}
+    for tensors in (False, True) if row["objects"] else (False,):  # pictures that are not to be resized, say
+        found = taken(row, test, sweep.Case(module, name, test, place, tensors, dict(row.get("arguments", {}))))
+        if "check 'call'" not in found.get("reason", ""):
+            break
+    return found
+
+
+def taken(row: Mapping[str, Any], test: Any, case: sweep.Case) -> dict[str, Any]:
+    """What came of a test with the arguments of a case."""
+    place = case.place / ("tensors" if case.tensors else "files")
+    place.mkdir()
+    arguments = diffusers_tests.as_files(sweep.arguments_of(case), place, pictures=not case.tensors)
     beyond = [key for key, value in arguments.items() if not diffusers_tests.plain(value)]
     if beyond:
         return {"passed": False, "reason": f"its test's {', '.join(beyond)}: a tensor, which no recipe states"}

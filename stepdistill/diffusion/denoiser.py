@@ -16,6 +16,7 @@ from stepdistill.diffusion.features import FEATURE_DEPTHS, hidden_states
 from stepdistill.diffusion.joint import Joint
 from stepdistill.diffusion.nested import tensors_in, unflatten
 from stepdistill.diffusion.passes import in_pass
+from stepdistill.diffusion.path import Path
 from stepdistill.diffusion.routing import Router
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.diffusion.schedule import Kind, Prediction, Schedule
@@ -69,6 +70,7 @@ class CallSpec:
         mix: (a, b) of each unconditional pass, the first of which is the null condition, where there are several: the
             guided output is w cond + the sum of (a + b w) times theirs. Empty: there is one.
         guider: a :class:`stepdistill.diffusion.guiders.Guider` in the place of all these rules; None: these rules.
+        path: how the network sees x_t and what it emits, where the pipeline converts both; None: as the scheduler does.
         joint: how several samples make one; then :attr:`sample` names the packed one, which the network does not take.
     """
 
@@ -96,6 +98,7 @@ class CallSpec:
     router: Router | None = None
     mix: tuple[tuple[float, float], ...] = ()
     guider: Any = None
+    path: Path | None = None
     joint: Joint | None = None
 
     @property
@@ -245,7 +248,10 @@ class Denoiser:
         Raises:
             InputError: there is an r and the network has no place for it.
         """
-        return Prediction(self.spec.decode_output(self.run(x_t, t, cond, r)), x_t, t, self.schedule, self.kind)
+        raw, path = self.spec.decode_output(self.run(x_t, t, cond, r)), self.spec.path
+        if path is not None:
+            raw = path.prediction(raw, self.schedule, x_t, t, self.kind)
+        return Prediction(raw, x_t, t, self.schedule, self.kind)
 
     def run(self, x_t: Tensor, t: Tensor, cond: Conditions, r: Tensor | None = None) -> Any:
         """The network's own return value, of one counted call; of experts the output (B, ...) of all rows."""
@@ -315,13 +321,15 @@ class Denoiser:
         for name, value in in_pass(cond, 0).items():
             flat[name] = value.to(dtype) if dtype and value.is_floating_point() else value
         beside = [flat.pop(name) for name in spec.beside]
-        flat[spec.sample] = spec.window.argument(x_t.to(dtype) if dtype else x_t, beside)
+        seen = x_t if spec.path is None else spec.path.sample(self.schedule, x_t, t)
+        flat[spec.sample] = spec.window.argument(seen.to(dtype) if dtype else seen, beside)
         for name in spec.lists & flat.keys():
             rows = list(flat[name].unbind())
             if name in spec.masks:
                 rows = [row[present] for row, present in zip(rows, flat.pop(spec.masks[name][0]), strict=True)]
             flat[name] = rows
-        times = spec.network_timestep(self.schedule.timestep(t))
+        times = self.schedule.timestep(t) if spec.path is None else spec.path.time(self.schedule, t)
+        times = spec.network_timestep(times)
         for name in (spec.timestep, *spec.times_apart):
             mask = flat[name]
             flat[name] = times if mask is None else times.reshape(-1, *[1] * (mask.ndim - 1)) * mask

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.schedule import Prediction, Schedule, per_sample
-from stepdistill.diffusion.stock_schedulers import edm_scheduler, flow_settings, vp_scheduler
+from stepdistill.diffusion.schedule import Prediction, Schedule
+from stepdistill.diffusion.schedule_base import per_sample
+from stepdistill.diffusion.stock_schedulers import edm_scheduler, flow_settings, stepped_timesteps, vp_scheduler
 from stepdistill.errors import InputError
 
 Noise = Callable[[], Tensor]
@@ -54,6 +55,12 @@ class Sampler(ABC):
         set_up: Callable[[Any, int], dict[str, Any]] | None = None,
         start: int | None = None,
     ):
+        if schedule.name in ("angle", "sigma"):
+            raise InputError(
+                f"teacher.pipeline: expected a scheduler of VP, flow or EDM, found {type(source).__name__} on a path "
+                "of its own, for which diffusers has no scheduler of a few steps; such a pipeline can be inspected, "
+                "and one that it was made from may be the teacher"
+            )
         self.schedule, self.source, self.steps, self.start = schedule, source, steps, start
         self.set_up = set_up or (lambda _scheduler, steps: {"num_inference_steps": steps})
         if start is not None:
@@ -77,7 +84,7 @@ class Sampler(ABC):
         if steps not in self._times:  # several calls per training step
             scheduler = self.stock(steps)
             scheduler.set_timesteps(**self.set_up(scheduler, steps))
-            self._times[steps] = self.schedule.time(scheduler.timesteps.double()).tolist()
+            self._times[steps] = self.schedule.time(stepped_timesteps(scheduler).double()).tolist()
         times = self._times[steps]
         return [Step(t, r) for t, r in zip(times, [*times[1:], None], strict=True)]
 

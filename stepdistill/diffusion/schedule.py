@@ -6,127 +6,22 @@ difference of nearly equal numbers. Nothing else in the library knows these form
 """
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from stepdistill.diffusion.devices import DeviceTable
+from stepdistill.diffusion.schedule_base import Kind, Schedule, per_sample
+from stepdistill.diffusion.scheduler_tables import is_flow, is_sigma, leaves_out, shifted, tables, tells_log_sigma
 from stepdistill.errors import InputError
-from stepdistill.kernels import add_noise
 
-Kind = Literal["epsilon", "v", "edm", "flow", "inverted flow", "sample"]
-"""What a network emits: eps; v = sd alpha eps - sigma x_0 / sd with the schedule's data deviation sd, 1 unless it is
-EDM's; -v, as EDM's preconditioning has it; flow velocity u = eps - x_0; -u, of inverted sigmas; or x_0 itself."""
+__all__ = ["KINDS", "EDMSchedule", "FlowSchedule", "Kind", "Prediction", "Schedule", "VPSchedule", "from_scheduler"]
+__all__ += ["AngleSchedule", "ScaledEDMSchedule", "SigmaSchedule", "per_sample", "shifted"]
 
-KINDS: tuple[Kind, ...] = ("epsilon", "v", "edm", "flow", "inverted flow", "sample")
-
-
-def per_sample(coefficient: Tensor, like: Tensor) -> Tensor:
-    """A (B,) coefficient shaped to multiply ``like`` (B, ...), in its dtype."""
-    return coefficient.to(like).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def shifted(t: Tensor, shift: float) -> Tensor:
-    """shift t/(1 + (shift - 1) t), which keeps 0 and 1 to the bit; 1/shift undoes it (Esser et al. 2024, eq. 23)."""
-    return shift * t / (shift * t + (1 - t))
-
-
-class Schedule(ABC):
-    """alpha(t), sigma(t) and everything that follows from them."""
-
-    name: str
-    data_std = 1.0
-
-    @abstractmethod
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) at ``t``, float64, shaped like ``t``."""
-
-    @abstractmethod
-    def timestep(self, t: Tensor) -> Tensor:
-        """``t`` in the unit of the stock schedulers of this family (0..999 for VP), float64."""
-
-    @abstractmethod
-    def time(self, timestep: Tensor) -> Tensor:
-        """The inverse of :meth:`timestep`."""
-
-    @abstractmethod
-    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """dx/d(natural time): the angle on VP, t on flow, sigma on EDM."""
-
-    def snap(self, t: Tensor) -> Tensor:
-        """The nearest times the family's networks were trained at: table entries on VP, ``t`` itself elsewhere."""
-        return t
-
-    def between(self, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
-        """The time at ``share`` (0 .. 1) of the way from ``low`` to ``high``, spaced as the family's grids are.
-
-        The arguments broadcast; float64. Flow's grids are even before their shift, all others in t.
-        """
-        return self.snap(torch.lerp(low.double(), high.double(), share.double()))
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return self.coefficients(t)[0]
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return self.coefficients(t)[1]
-
-    def _shaped(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self.coefficients(t)
-        return per_sample(alpha, like), per_sample(sigma, like)
-
-    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha x_0 + sigma eps; shapes (B, ...), t (B,)."""
-        return add_noise(x0, eps, *self.coefficients(t))
-
-    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
-        """x_0 from what a network of this ``kind`` emitted at ``(x_t, t)``."""
-        alpha, sigma = self._shaped(t, x_t)
-        match kind:
-            case "epsilon":
-                return (x_t - sigma * prediction) / alpha
-            case "v" | "edm":
-                sd, v = self.data_std, -prediction if kind == "edm" else prediction
-                return (sd**2 * alpha * x_t - sd * sigma * v) / (sd**2 * alpha**2 + sigma**2)
-            case "flow" | "inverted flow":
-                u = prediction if kind == "flow" else -prediction
-                return (x_t - sigma * u) / (alpha + sigma)
-            case "sample":
-                return prediction
-        raise ValueError(f"unknown prediction kind {kind!r}, expected one of {KINDS}")
-
-    def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
-        """eps from what a network of this ``kind`` emitted at ``(x_t, t)``."""
-        alpha, sigma = self._shaped(t, x_t)
-        match kind:
-            case "epsilon":
-                return prediction
-            case "v" | "edm":
-                sd, v = self.data_std, -prediction if kind == "edm" else prediction
-                return (sigma * x_t + sd * alpha * v) / (sd**2 * alpha**2 + sigma**2)
-            case "flow" | "inverted flow":
-                u = prediction if kind == "flow" else -prediction
-                return (x_t + alpha * u) / (alpha + sigma)
-            case "sample":
-                return (x_t - alpha * prediction) / sigma
-        raise ValueError(f"unknown prediction kind {kind!r}, expected one of {KINDS}")
-
-    def from_x0(self, x0: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
-        """The inverse of :meth:`to_x0`: what a network of this ``kind`` would emit to mean ``x0``."""
-        alpha, sigma = self._shaped(t, x_t)
-        if kind == "sample":
-            return x0
-        eps = (x_t - alpha * x0) / sigma
-        v = self.data_std * alpha * eps - sigma * x0 / self.data_std
-        return {"epsilon": eps, "v": v, "edm": -v, "flow": eps - x0, "inverted flow": x0 - eps}[kind]
-
-    def score(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """grad log p_t(x_t) = -(x_t - alpha D)/sigma^2 for the posterior mean D = ``x0`` (Tweedie)."""
-        alpha, sigma = self._shaped(t, x_t)
-        return (alpha * x0 - x_t) / sigma**2
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class VPSchedule(Schedule):
@@ -268,6 +163,55 @@ class ScaledEDMSchedule(Schedule):
         return self.data_std * alpha * eps - sigma * x0 / self.data_std
 
 
+class SigmaSchedule(EDMSchedule):
+    """x_t = x_0 + sigma eps, under a scheduler of flow whose timesteps are sigma (Cosmos 2).
+
+    Args:
+        sigma_min, sigma_max, rho: as for EDM.
+        train_timesteps: the timestep of sigma 1.
+    """
+
+    name = "sigma"
+
+    def __init__(self, sigma_min: float, sigma_max: float, rho: float = 7.0, train_timesteps: int = 1000):
+        super().__init__(sigma_min, sigma_max, rho)
+        self.train_timesteps, self.rounding = train_timesteps, 2**-21 * sigma_max
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.sigma(t) * self.train_timesteps
+
+    def time(self, timestep: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return ((timestep.double() / self.train_timesteps) ** (1 / self.rho) - low) / (high - low)
+
+
+class AngleSchedule(Schedule):
+    """TrigFlow (Lu and Song 2024): x_t = cos(a) x_0 + sin(a) sd eps for angles a from 0 to pi/2, the timesteps.
+
+    Args:
+        data_std: sd, the deviation of the data.
+    """
+
+    name = "angle"
+
+    def __init__(self, data_std: float):
+        self.data_std = data_std
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        angle = self.timestep(t)
+        return angle.cos(), angle.sin() * self.data_std
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t.double() * (math.pi / 2)
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return timestep.double() / (math.pi / 2)
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self._shaped(t, x0)
+        return self.data_std * alpha * eps - sigma * x0 / self.data_std
+
+
 @dataclass(frozen=True)
 class Prediction:
     """One network output, read as x_0, eps, velocity or score on demand, in at least float32.
@@ -325,21 +269,26 @@ def from_scheduler(scheduler: Any, mu: float | None = None) -> tuple[Schedule, K
         "flow_prediction": "flow",
     }
     declared = config.get("prediction_type")
-    if declared == "flow_prediction" or config.get("use_flow_sigmas") or _is_flow(scheduler):
+    if declared == "flow_prediction" or config.get("use_flow_sigmas") or is_flow(scheduler):
         if declared not in (None, "flow_prediction"):
             raise InputError(
                 f"schedule: {type(scheduler).__name__} has flow sigmas and prediction_type {declared}; a flow "
                 "network's is flow_prediction (scheduler/scheduler_config.json)"
             )
         shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
+        if is_flow(scheduler) and is_sigma(scheduler):
+            sigmas, _ = tables(scheduler)
+            return SigmaSchedule(float(sigmas[sigmas > 0].min()), float(max(sigmas))), "epsilon"
         dynamic = bool(config.get("use_dynamic_shifting"))
         if dynamic and mu is not None:
             shift = float(mu) if config.get("time_shift_type") == "linear" else math.exp(mu)
         steps = config.get("num_train_timesteps", 1000)
-        left_out = shift if _leaves_out(scheduler, shift, steps) else 1.0
+        left_out = shift if leaves_out(scheduler, shift, steps) else 1.0
         inverted = bool(config.get("invert_sigmas"))
         return FlowSchedule(shift, steps, dynamic, left_out, inverted), "inverted flow" if inverted else "flow"
-    edm = _tells_log_sigma(scheduler)
+    if declared == "trigflow":
+        return AngleSchedule(config["sigma_data"]), "v"
+    edm = tells_log_sigma(scheduler)
     if not edm and not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(
             f"schedule: {type(scheduler).__name__} has no alphas_cumprod and is neither a flow-matching scheduler nor "
@@ -365,31 +314,3 @@ def from_scheduler(scheduler: Any, mu: float | None = None) -> tuple[Schedule, K
     if kinds[declared] == "epsilon" and zero_snr:
         raise InputError("epsilon prediction at zero terminal SNR has no x_0; the teacher needs v prediction")
     return schedule, kinds[declared]
-
-
-def _tells_log_sigma(scheduler: Any) -> bool:
-    """Whether timesteps are log(sigma)/4, as EDM tells its networks the noise."""
-    sigmas, timesteps = _tables(scheduler)
-    if not 0 < len(timesteps) <= len(sigmas) or sigmas[0] <= 0:
-        return False
-    return bool((timesteps[0] - sigmas[0].log() / 4).abs() < 1e-4)
-
-
-def _leaves_out(scheduler: Any, shift: float, steps: int) -> bool:
-    """Whether the shift is in the sigmas of the grid that was set, and not in its timesteps."""
-    sigmas, timesteps = _tables(scheduler)
-    sigmas, timesteps = sigmas[: len(timesteps)], timesteps / steps
-    if len(sigmas) < len(timesteps) or not len(sigmas) or torch.allclose(sigmas, timesteps, atol=1e-3):
-        return False
-    return torch.allclose(sigmas, shifted(timesteps, shift), atol=1e-4)
-
-
-def _tables(scheduler: Any) -> tuple[Tensor, Tensor]:
-    """The sigmas and timesteps of a scheduler, empty where they are not set (PNDM's at first)."""
-    tables = (getattr(scheduler, name, None) for name in ("sigmas", "timesteps"))
-    sigmas, timesteps = (torch.as_tensor(() if one is None else one).double().cpu() for one in tables)
-    return sigmas, timesteps
-
-
-def _is_flow(scheduler: Any) -> bool:
-    return "shift" in scheduler.config and not hasattr(scheduler, "betas")

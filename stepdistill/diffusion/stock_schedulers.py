@@ -116,3 +116,9 @@ def _same(actual: Tensor, table: Tensor) -> bool:
 def as_network_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
     """x_t: the scheduler's sample (B, ...) as it scales it for the network, if it does."""
     return scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+
+
+def stepped_timesteps(scheduler: Any) -> Tensor:
+    """The timesteps (N,) of a grid at which a step begins: TrigFlow's has the end of its last one too."""
+    ended = scheduler.config.get("prediction_type") == "trigflow"
+    return scheduler.timesteps[:-1] if ended else scheduler.timesteps

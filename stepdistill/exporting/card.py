@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from stepdistill import assets
 from stepdistill.files import read_text, write_text
-from stepdistill.pipeline.call import COUNTS, guidance_argument
+from stepdistill.pipeline.call import COUNTS, guidance_argument, one_each
 from stepdistill.pipeline.exports import ExportFacts, into, lora_files
 from stepdistill.pipeline.guiders import guiders
 from stepdistill.pipeline.ip_adapter import stock_arguments
@@ -135,6 +135,8 @@ def _snippet(facts: ExportFacts, trace: Trace, half: bool) -> str:
             lines.append(f"pipe.{one} = pipe.{one}.new({_keywords(off(guider)).removeprefix(', ')})")
     elif facts.adapter:
         lines.append(f'stepdistill.attach(pipe, "{PLACE}", scale={facts.guidance:g})')
+    if getattr(getattr(trace.pipeline, "vae", None), "use_tiling", False):
+        lines.append("pipe.vae.enable_tiling()")  # without which some decode nothing
     if lora and embedded:
         imports.append("from stepdistill import assets")
     elif facts.adapter:
@@ -182,14 +184,14 @@ def _call(facts: ExportFacts, trace: Trace) -> str:
     return f"{first[trace.entry]}, num_inference_steps={facts.steps}{scale}{plain}{loaded}"
 
 
-def _loaded(pictures: str | list[str]) -> str:
+def _loaded(pictures: Any) -> str:
     """The code that loads a picture or a tensor, or a list of several; a list of one is one for each prompt."""
-    names = [Path(file).name for file in pictures_in(pictures)]
-    each = [
-        f'torch.from_numpy(numpy.load("{name}"))' if name.endswith(".npy") else f'load_image("{name}")'
-        for name in names
-    ]
-    return f"[{', '.join(each)}]" if len(each) > 1 else each[0]
+    if isinstance(pictures, list | tuple):
+        return _loaded(pictures[0]) if one_each(pictures) else f"[{', '.join(map(_loaded, pictures))}]"
+    name = pictures and Path(pictures).name
+    if name is None:
+        return "None"
+    return f'torch.from_numpy(numpy.load("{name}"))' if name.endswith(".npy") else f'load_image("{name}")'
 
 
 def _keywords(arguments: Mapping[str, Any]) -> str:

@@ -41,8 +41,12 @@ def save_student(pipeline: Any, trained: Sequence[str], out: Path) -> None:
     folder, variant = loaded_from
     out.mkdir(parents=True, exist_ok=True)
     for name, _ in components(folder):
-        if name not in (*trained, "scheduler") and (folder / name).is_dir():
-            _copy(folder / name, out / name, variant)
+        if name in (*trained, "scheduler"):
+            continue
+        # diffusers keeps the further networks of several that are one component (ControlNets) beside the first.
+        for place in (folder / name, *folder.glob(f"{name}_[0-9]*")):
+            if place.is_dir():
+                _copy(place, out / place.name, variant)
     scheduler = pipeline.scheduler
     for name in trained:
         network = getattr(pipeline, name)

@@ -89,8 +89,9 @@ def _remedy(traced: Trace) -> str:
     if not _passed_on(traced):
         if "mask_image" in arguments:
             return (
-                "; it puts its picture into the latents after each step, as its network takes no mask: use an "
-                "inpainting network, which takes the mask beside the latents (9 channels in Stable Diffusion)"
+                "; it puts its picture into the latents after each step, as its network takes no mask: state a white "
+                "picture as teacher.arguments.mask_image, for a student that draws all of it and then takes any mask, "
+                "or use an inpainting network, which takes the mask beside the latents (9 channels in Stable Diffusion)"
             )
         return "; it changes its latents between its steps"
     return ""

@@ -228,7 +228,8 @@ def by_itself(entry: Any) -> Any:
 
 def one_each(value: Any) -> bool:
     """Whether a value is a list of one picture: the call wants a picture for each entry."""
-    return isinstance(value, list) and len(value) == 1 and bool(pictures_in(value) or isinstance(value[0], Image.Image))
+    picture = value[0] if isinstance(value, list) and len(value) == 1 else None
+    return isinstance(picture, Image.Image) or (isinstance(picture, str) and bool(pictures_in(picture)))
 
 
 def in_any_way(
@@ -240,8 +241,8 @@ def in_any_way(
 ) -> tuple[Made, dict[str, Any], bool]:
     """What ``call`` makes in the first way in which the pipeline can be called: (made, arguments, prompts alone).
 
-    The ways: as stated; with an empty negative prompt; with a picture for each entry where one is stated for all; one
-    entry at a time.
+    The ways: as stated; with an empty negative prompt; with a picture for each entry where one is stated for all; with
+    a list of one picture as it is; one entry at a time.
 
     Args:
         call: of the arguments, and whether each entry is called alone.
@@ -258,6 +259,8 @@ def in_any_way(
         ways.append((arguments | empty, False))
     if single:
         ways.append(({name: [value] if name in single else value for name, value in arguments.items()}, False))
+    if lists := {name: tuple(value) for name, value in arguments.items() if one_each(value)}:
+        ways.append((arguments | lists, False))  # tuples are not repeated
     if alone:
         ways.append((dict(arguments), True))
     errors = []

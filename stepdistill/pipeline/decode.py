@@ -17,7 +17,7 @@ from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.observe import Answer, forked_random
 from stepdistill.pipeline.resting import rest
-from stepdistill.pipeline.stock_call import Replaced, in_each, parameters
+from stepdistill.pipeline.stock_call import Replaced, in_each, parameters, tiled
 from stepdistill.pipeline.trace import Trace
 
 
@@ -35,8 +35,9 @@ def at_once(shape: Sequence[int], numbers: int = 2**18) -> int:
 def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
     """Images uint8 (N, C, H, W) of ``latents`` (N, *latent_shape), by the pipeline's own decoding code.
 
-    Of a video its middle frame. ``batch`` None: fewer at once than :func:`at_once`, as autoencoders take more memory,
-    and one by one where the pipeline cannot decode several at once (HunyuanVideo 1.5).
+    Of a video its middle frame; of several pictures for each sample one beside the other. ``batch`` None: fewer at once
+    than :func:`at_once`, as autoencoders take more memory, and one by one where the pipeline cannot decode several at
+    once (HunyuanVideo 1.5).
 
     Raises:
         TraceError: the pipeline's decoding fails, or does not return images as a tensor.
@@ -77,21 +78,31 @@ def _decoded(trace: Trace, latents: Tensor) -> Tensor:
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             if "out of memory" in str(error).lower():
                 raise
+            if tiled(pipeline, error):
+                return _decoded(trace, latents)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TraceError("decode", f"{name} fails after its last step: {reason}") from error
     images = made[0] if isinstance(made[0], np.ndarray) else first_tensor(made)
     if isinstance(images, np.ndarray) and images.ndim == 4:  # of a pipeline that knows no tensors (T2I adapters)
         images = torch.from_numpy(images).movedim(-1, 1)
-    if not isinstance(images, Tensor) or len(images) != len(latents):
+    if not isinstance(images, Tensor) or len(images) % len(latents):
         raise TraceError("decode", f"{name} does not return its images as one tensor")
+    images = one_picture_each(images, len(latents))
+    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def one_picture_each(images: Tensor, count: int) -> Tensor:
+    """Of ``count`` videos (count, F, C, H, W) the middle frames; several pictures for each sample beside each other."""
     if images.ndim == 5:
         images = images[:, images.shape[1] // 2]
-    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return torch.cat(images.unflatten(0, (count, -1)).unbind(1), -1)
 
 
 def _as_stepped(trace: Trace, latents: Tensor) -> list[Tensor]:
     """Latents (B, *latent_shape) as the pipeline's scheduler, and then those of its copies that step, return them."""
     joint = trace.denoiser.spec.joint
+    if trace.frames is not None:
+        return [latents, *latents.unbind(trace.frames)]
     if joint is None:
         return [latents if trace.free is None else trace.free.padded(latents)]
     split = zip(joint.parts, joint.split(latents), strict=True)

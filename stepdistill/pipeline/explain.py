@@ -20,6 +20,7 @@ from stepdistill.diffusion.schedule import FlowSchedule, Schedule
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import close, deviation, same, single_value, tolerance
 from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
+from stepdistill.pipeline.paths import times_of
 from stepdistill.pipeline.places import PASSES, place_of, scaled_sample
 
 GUIDANCE_LIMIT = 1e-4
@@ -163,7 +164,7 @@ def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Modu
     """
     steps = [*off.steps, *on.steps]
     best, closest, dtype_of_time = None, float("inf"), torch.float32
-    for given in ([step.timestep for step in steps], [_exact(step, schedule) for step in steps]):
+    for given in (times_of(steps, spec.path, schedule), [_exact(step, schedule) for step in steps]):
         for name in off.steps[0].calls[0].arguments:
             found = [single_value(step.calls[0].arguments.get(name)) for step in steps]
             if name == spec.sample or None in found:
@@ -303,13 +304,15 @@ def output_map(off: Recording, spec: CallSpec, component: str) -> CallSpec:
             except (RuntimeError, IndexError):  # it has no channels, or is not laid out as the argument
                 errors.append(float("inf"))
             else:
-                errors.append(deviation(decoded, step.model_output))
+                error = deviation(decoded, step.model_output)
+                # A division by a small sigma makes much of rounding, and the step as little of it again.
+                if spec.path is not None and decoded.shape == step.sample.shape:
+                    error = min(error, deviation(step.replay(decoded.to(step.model_output)), step.previous))
+                errors.append(error)
         maps[output] = max(errors)
     best = min(maps, key=lambda name: maps[name])
     step = off.steps[0]
     if maps[best] > tolerance(step.model_output.dtype):
-        if maps["identity"] < float("inf") and _is_velocity_of(spec.decode_output(step.calls[0].output), step):
-            raise TraceError("output", f"{component} predicts x_0, and the scheduler is given a velocity")
         raise TraceError(
             "output",
             f"{component}'s output reaches the scheduler neither as it is nor as the first half of its channels, "
@@ -322,14 +325,6 @@ def output_map(off: Recording, spec: CallSpec, component: str) -> CallSpec:
             "a learned variance that the scheduler uses is not supported",
         )
     return replace(spec, output=best)
-
-
-def _is_velocity_of(x0: Tensor, step: Step) -> bool:
-    """Whether what the scheduler is given points from the sample to ``x0``."""
-    if not x0.shape == step.sample.shape == step.model_output.shape:
-        return False
-    difference, given = (step.sample - x0).double(), step.model_output.double()
-    return close((difference * given).sum() / given.square().sum() * given, difference)
 
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> float:

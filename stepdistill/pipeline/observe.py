@@ -74,17 +74,35 @@ class Step:
 @dataclass
 class Recording:
     """A run of ``count`` images: its steps, the calls after the last step, the grid it set, and the denoiser's network
-    at each step, where several take turns that are recorded as one (:mod:`stepdistill.pipeline.turns`)."""
+    at each step, where several take turns that are recorded as one (:mod:`stepdistill.pipeline.turns`).
+
+    ``apart`` are the steps of a run whose scheduler makes none itself: the first copy's of each iteration, and those
+    of other copies as its others. ``frames`` is the axis of their samples in one (:mod:`stepdistill.pipeline.frames`).
+    """
 
     count: int
     steps: list[Step] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     grid: dict[str, Any] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
+    apart: list[Step] = field(default_factory=list)
+    frames: int | None = None
 
     def ended(self, stop: int | None, copies: int) -> bool:
         """Whether ``stop`` steps are whole: the scheduler's, and those of its copies."""
         return len(self.steps) == stop and len(self.steps[-1].others) >= copies
+
+    def add_copys(self, seen: Step) -> bool:
+        """Add a step of a copy of the scheduler; whether it belongs to one of the scheduler's own."""
+        if not self.steps and self.calls:
+            seen.calls, self.calls = self.calls, []
+            self.apart.append(seen)
+        elif not self.steps and self.apart:
+            self.apart[-1].others.append(seen)
+        elif self.steps and not self.calls:  # no network was called in between
+            self.steps[-1].others.append(seen)
+            return True
+        return False
 
 
 def calls_of(calls: Sequence[Call], component: str, helpers: Iterable[str] = ()) -> list[Call]:
@@ -152,6 +170,8 @@ def observe(
             if "clip_skip" in (arguments or {}) and "'text_model'" in reason:
                 reason += f"; {CLIP_SKIP}"
             raise TraceError("call", f"{type(pipeline).__name__} failed on {entries!r}: {reason}") from error
+    if not record.steps:
+        record.steps = record.apart
     if record.steps and (rows := len(record.steps[0].sample)) % record.count:
         raise TraceError("call", f"{type(pipeline).__name__} makes {rows} samples for {record.count} entries")
     return record
@@ -221,7 +241,7 @@ def _listen(
     open_calls: list[Call] = []
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if record.ended(stop_steps, copies=0):  # some copy takes no steps
+        if record.ended(stop_steps, copies=0) or len(record.apart) == stop_steps:  # some copy takes no steps
             raise _Enough
         bound = dict(signature.bind(*args, **kwargs).arguments)
         for extra in variable & bound.keys():
@@ -271,10 +291,8 @@ def _recording_step(record: Recording, scheduler: Any, stop: int | None) -> Repl
         @functools.wraps(type(copied).step)
         def step(*args: Any, **kwargs: Any) -> Any:
             result, seen = _stepped_and_seen(copied, type(copied).step.__get__(copied), [], args, kwargs)
-            if record.steps and not record.calls:  # no network was called in between
-                record.steps[-1].others.append(seen)
-                if record.ended(stop, len(copies)):
-                    raise _Enough
+            if record.add_copys(seen) and record.ended(stop, len(copies)):
+                raise _Enough
             return result
 
         return step
@@ -285,9 +303,10 @@ def _recording_step(record: Recording, scheduler: Any, stop: int | None) -> Repl
     def step(*args: Any, **kwargs: Any) -> Any:
         if record.ended(stop, copies=0):
             raise _Enough
-        result, seen = _stepped_and_seen(scheduler, original, record.calls, args, kwargs)
+        calls = [call for one in record.apart for call in one.calls] + record.calls
+        result, seen = _stepped_and_seen(scheduler, original, calls, args, kwargs)
         record.steps.append(seen)
-        record.calls = []
+        record.calls, record.apart = [], []
         if record.ended(stop, len(copies)):
             raise _Enough
         return result
@@ -301,10 +320,12 @@ def _stepped_and_seen(
     """What the scheduler's ``original`` step returns, and a record of it."""
     bound = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
     generator = bound.get("generator")
-    timestep = bound["timestep"]
+    timestep = torch.as_tensor(bound["timestep"])
+    if timestep.ndim and bool((timestep == timestep.reshape(-1)[0]).all()):  # the same for each image (SCM)
+        timestep = timestep.reshape(-1)[0]
     seen = Step(
         scheduler=_snapshot(scheduler),
-        timestep=timestep if isinstance(timestep, Tensor) else torch.tensor(timestep),
+        timestep=timestep,
         model_output=_copied(bound["model_output"]),
         sample=_copied(bound["sample"]),
         options={

@@ -152,6 +152,8 @@ def sample_argument(off: Recording, on: Recording, component: str) -> tuple[Call
     # One that is the sample as it is goes before one that holds more, or less.
     name = min(found, key=lambda name: (found[name][1] is not None, len(found[name][0].spans), name))
     window, free = found[name]
+    if free is None and window == Window(spans=window.spans) and (free := _not_put_back(off)):
+        window = without(window, free)
     given = call.arguments[name]
     window = cut_by(window, given, call.output)
     spec = CallSpec(name, "", window=window, lists=frozenset([name] if isinstance(given, list) else []))
@@ -189,13 +191,32 @@ def _partial(inside: Tensor, sample: Tensor, window: Window, count: int) -> Plac
     """The place of an argument that is the sample in one range of an axis only."""
     equal = (inside - sample.to(inside)).abs() <= tolerance(inside.dtype) * sample.abs().max()
     for axis in range(1, sample.ndim):
-        free = range_of(equal.movedim(axis, 0).flatten(1).all(1), axis)
-        if free is None:
-            continue
-        spans = {span.axis: span for span in window.spans}
-        _, before, _, after = spans.get(axis, Span(axis, 0, 0, 0))
-        spans[axis] = Span(axis, before + free.before, free.length, after + free.after)
-        return Place(replace(window, spans=tuple(spans[key] for key in sorted(spans))), free, count)
+        if free := range_of(equal.movedim(axis, 0).flatten(1).all(1), axis):
+            return Place(without(window, free), free, count)
+    return None
+
+
+def without(window: Window, free: Span) -> Window:
+    """The window of the free part of a sample whose window is given."""
+    spans = {span.axis: span for span in window.spans}
+    axis, before, length, after = free
+    _, more_before, _, more_after = spans.get(axis, Span(axis, 0, 0, 0))
+    spans[axis] = Span(axis, more_before + before, length, more_after + after)
+    return replace(window, spans=tuple(spans[key] for key in sorted(spans)))
+
+
+def _not_put_back(run: Recording) -> Span | None:
+    """The part of the sample that is stepped, where the pipeline puts the same in the place of the rest at each step.
+
+    None: it passes on all of the sample, or what it puts there is no range, or another at each step.
+    """
+    pairs = [(one.previous, other.sample) for one, other in itertools.pairwise(run.steps)]
+    first = run.steps[0].sample
+    for axis in range(1, first.ndim if pairs else 0):
+        equal = torch.stack([(a == b).movedim(axis, 0).flatten(1).all(1) for a, b in pairs]).all(0)
+        free = range_of(equal, axis)
+        if free and all(torch.equal(free.outside(step.sample), free.outside(first)) for step in run.steps):
+            return free
     return None
 
 
@@ -229,7 +250,7 @@ def windows(value: Any, sample: Tensor) -> Iterator[tuple[Tensor, Window]]:
         axes = [axis for axis in range(1, len(shape)) if longer[axis] > 0]
         if any(own < 0 for own in longer[1:]) or (axes and is_list):
             continue
-        # What is beside the sample is behind it or before it.
-        for before in itertools.product(*((0, longer[axis]) for axis in axes)):
+        # What is beside the sample is behind it, before it, or half of it at each end (a first and a last frame).
+        for before in itertools.product(*(dict.fromkeys((0, longer[a], longer[a] // 2)) for a in axes)):
             spans = (Span(a, b, shape[a], longer[a] - b) for a, b in zip(axes, before, strict=True))
             yield argument, replace(window, spans=tuple(spans))

@@ -7,7 +7,7 @@ import torch
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.schedule import Kind, Schedule
-from stepdistill.diffusion.stock_schedulers import as_network_input
+from stepdistill.diffusion.stock_schedulers import as_network_input, stepped_timesteps
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.explain import Guidance, received_timestep
@@ -32,7 +32,7 @@ def check_schedule(step: Step, schedule: Schedule, kind: Kind) -> None:
         x0 = torch.rand(step.sample.shape, device=device) * 1.6 - 0.8
         eps = torch.randn(step.sample.shape, device=device)
         x, options = None, {name: None for name in step.options if name in CARRIED} | {"return_dict": False}
-        for timestep in scheduler.timesteps:
+        for timestep in stepped_timesteps(scheduler):
             t = schedule.time(timestep.to(device)).expand(len(x0))
             if x is None:
                 unit = torch.ones_like(x0)
@@ -58,7 +58,7 @@ def self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guida
     """
     with noting_inputs(denoiser.network):
         worst = _largest_error(off, on, denoiser, guidance, conditions)
-    limit = max(SELF_TEST_LIMIT, tolerance(on.steps[0].calls[0].output.dtype))
+    limit = max(SELF_TEST_LIMIT, tolerance(on.steps[0].calls[0].output.dtype)) + denoiser.schedule.rounding
     if not worst <= limit:
         raise TraceError("self-test", f"a replayed step is off the pipeline's own by {worst:.1e} (limit {limit:.0e})")
     return worst

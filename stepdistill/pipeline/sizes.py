@@ -23,9 +23,10 @@ from stepdistill.pipeline.compare import close, deviation, rows_equal, single_va
 from stepdistill.pipeline.conditioning import Conditioning, encode
 from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.folder import quiet
+from stepdistill.pipeline.frames import as_one
 from stepdistill.pipeline.live import live
 from stepdistill.pipeline.observe import Call, Recording, Step, noise_shape, observe
-from stepdistill.pipeline.places import cut_by, kept_by_time, only_free, place_of, scaled_sample
+from stepdistill.pipeline.places import cut_by, kept_by_time, only_free, place_of, scaled_sample, without
 from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.students import routed
 from stepdistill.pipeline.trace import PROBES, Trace, trace
@@ -159,12 +160,12 @@ def _recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     )
     old = trace.denoiser
     names = [helper.name for helper in old.spec.helpers]
-    known, (whole,) = old.spec, explain.only(recording, trace.component, names).steps
+    known, (whole,) = old.spec, explain.only(as_one(recording), trace.component, names).steps
     if known.joint is not None:
         own, whole = joint.again(known.joint, whole, trace.component)
         known = replace(known, joint=own)
     call = whole.calls[0]
-    spec, step, free = _placed(known, whole)
+    spec, step, free = _placed(known, whole, trace.free)
     schedule = _schedule(old.schedule, trace.pipeline.scheduler, recording.grid)
     helpers = tuple(_helper(helper, whole, schedule) for helper in old.spec.helpers)
     spec = replace(spec, constants=_constants(spec, call.arguments), helpers=helpers)
@@ -196,8 +197,12 @@ def _recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     )
 
 
-def _placed(spec: CallSpec, step: Step) -> tuple[CallSpec, Step, Span | None]:
-    """(the spec for the places in a step's call, the step of the free part of its sample, that part)."""
+def _placed(spec: CallSpec, step: Step, former: Span | None = None) -> tuple[CallSpec, Step, Span | None]:
+    """(the spec for the places in a step's call, the step of the free part of its sample, that part).
+
+    Args:
+        former: the free part at the traced size.
+    """
     call = step.calls[0]
     given = call.arguments[spec.sample]
     place, time = place_of(given, scaled_sample(step)), single_value(call.arguments[spec.timestep])
@@ -218,6 +223,11 @@ def _placed(spec: CallSpec, step: Step) -> tuple[CallSpec, Step, Span | None]:
         apart = explain.times_apart([call.arguments], spec.timestep, {spec.sample, *spec.times})
         spec = replace(spec, times_apart={name: apart.get(name) for name in spec.times_apart})
     spec, free = kept_by_time(spec, step, place.free)
+    if free is None and former is not None:  # one step does not show what is put back before each
+        if step.sample.shape[former.axis] != sum(former[1:]):
+            raise TraceError("size", "it does not show which part of the sample is kept")
+        free, window = former, without(spec.window, former)
+        spec = replace(spec, window=cut_by(window, given, call.output))
     (step,) = only_free(Recording(1, [step]), free).steps
     return spec, step, free
 

@@ -110,7 +110,15 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
 
     pipeline.scheduler.step = in_each(pipeline.scheduler, recorded)
     torch.manual_seed(0)
-    images = called(pipeline, ready(pipeline, call), lambda: bool(result))[0]
+    try:
+        made = called(pipeline, ready(pipeline, call), lambda: bool(result))
+    except NotImplementedError as error:
+        if not tiled(pipeline, error):
+            raise
+        result.clear()
+        torch.manual_seed(0)
+        made = called(pipeline, ready(pipeline, call), lambda: bool(result))
+    images = made if isinstance(made, torch.Tensor) else made[0]  # no tuple: Stable Video Diffusion's frames
     if isinstance(images, torch.Tensor):
         result["images"] = images
     # Copies: the images of a pipeline without an autoencoder are its latents, and files hold no shared memory.
@@ -196,13 +204,13 @@ def _called_in_blocks(pipeline, call: dict) -> tuple:
 def ready(pipeline, call: dict) -> dict:
     """The arguments of a call: what they name files of, pictures or tensors, and the tuples that it declares."""
 
-    def shown_in(value):
-        if files := pictures_in(value):
-            shown = [opened(file) if Path(file).is_file() else file for file in files]
-            return shown if isinstance(value, list) else shown[0]
-        return value
+    def shown(value):
+        if isinstance(value, (list, tuple)):
+            return [shown(one) for one in value]
+        return opened(value) if isinstance(value, str) and Path(value).is_file() else value
 
-    return {name: shown_in(value) for name, value in declared(pipeline, call).items()}
+    call = declared(pipeline, call)
+    return {name: shown(value) if pictures_in(value) else value for name, value in call.items()}
 
 
 def opened(file: str):
@@ -234,11 +242,23 @@ def without_black_pictures(pipeline) -> None:
         pipeline.register_modules(safety_checker=None)
 
 
+def tiled(pipeline, error) -> bool:
+    """Switch on the tiling of an autoencoder that failed for want of it (Allegro's); False where that is not why."""
+    vae = getattr(pipeline, "vae", None)
+    off = getattr(vae, "use_tiling", True) is False
+    if not off or not isinstance(error, NotImplementedError) or "tiling" not in str(error):
+        return False
+    vae.enable_tiling()
+    return True
+
+
 def pictures_in(value) -> list:
-    """The names of files with endings of PICTURES that a value is: one, or a list of nothing else."""
-    names = value if isinstance(value, list) else [value]
-    pictured = all(isinstance(name, str) and Path(name).suffix.lower() in PICTURES for name in names)
-    return names if pictured else []
+    """The names of files with endings of PICTURES that a value is: one, or lists of nothing else and of None."""
+    if isinstance(value, (list, tuple)):
+        parts = [pictures_in(one) for one in value]
+        complete = all(part or one is None for part, one in zip(parts, value, strict=True))
+        return [name for part in parts for name in part] if complete else []
+    return [value] if isinstance(value, str) and Path(value).suffix.lower() in PICTURES else []
 
 
 class Replaced:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepdistill.diffusion.denoiser import Denoiser, Helper, innermost
+from stepdistill.diffusion.denoiser import CallSpec, Denoiser, Helper, innermost
 from stepdistill.diffusion.experts import Experts, Turn
 from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
 from stepdistill.diffusion.stock_schedulers import without_learned_variance
@@ -37,10 +37,12 @@ from stepdistill.pipeline.call import (
 from stepdistill.pipeline.compare import same
 from stepdistill.pipeline.components import put
 from stepdistill.pipeline.explain import Guidance
+from stepdistill.pipeline.frames import as_one
 from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
 from stepdistill.pipeline.guiders import guiders, negative_prompt
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.observe import Recording, modules, observe
+from stepdistill.pipeline.observe import Call, Recording, modules, observe
+from stepdistill.pipeline.paths import seen_by_scheduler
 from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument
 from stepdistill.pipeline.self_test import check_schedule, self_test
 from stepdistill.pipeline.several_passes import linear_rule
@@ -77,6 +79,7 @@ class Trace:
         encoders: the networks that work before the first step alone, and make conditions.
         fewest_steps: the fewest steps that its call takes.
         free: the part of the scheduler's sample that is sampled, where the pipeline keeps the rest (a first frame).
+        frames: the axis of the sample whose parts copies of the scheduler step, where they do; None: it steps it whole.
         set_ups: how the pipeline sets up the schedulers that were run so far (filled by :func:`.set_up.set_up`).
     """
 
@@ -93,6 +96,7 @@ class Trace:
     encoders: tuple[str, ...] = ()
     fewest_steps: int = 1
     free: Span | None = None
+    frames: int | None = None
     set_ups: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -136,7 +140,7 @@ class Trace:
         settings = dict(self.arguments)
         for name in self.pictures:
             hashes = [sha256(Path(file)) for file in pictures_in(settings[name])]
-            settings[f"{name} sha256"] = hashes if isinstance(settings[name], list) else hashes[0]
+            settings[f"{name} sha256"] = hashes[0] if isinstance(settings[name], str) else hashes
         return settings | ({"guidance inside": self.guidance.scale} if self.guidance.kind == "embedded" else {})
 
     def summary(self) -> dict[str, Any]:
@@ -189,16 +193,18 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     watched = partial(_watched, pipeline, entry, scale)
     (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
     schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
-    component = explain.denoiser_component(off)
-    network = networks[component]
+    network = networks[component := explain.denoiser_component(off)]
     off, on, one = joint.as_one(off, on, component)
     helpers, helper_conditions, seen = _helpers(off, on, component, networks, schedule, kind)
     names = [helper.name for helper in helpers]
+    called = [explain.only(run, component) for run in (off, on)]
+    off, on, path = seen_by_scheduler(off, on, component, schedule, kind)
     whole, (off, on) = (off, on), (explain.only(off, component), explain.only(on, component))
     if len({len(step.calls) for step in on.steps}) > 1:
         raise TraceError("guidance", f"{component} is called twice at some steps and once at others")
     spec, free, batched = sample_argument(off, on, component)
-    spec = explain.timestep_map(off, on, replace(spec, joint=one), joint.around(one, network), schedule)
+    around = joint.around(one, network)
+    spec = explain.timestep_map(*called, replace(spec, joint=one, path=path), around, schedule)
     spec, free = kept_by_time(spec, off.steps[0], free)
     _check_seen(seen, free, component)
     whole = only_free(whole[0], free), only_free(whole[1], free)
@@ -220,9 +226,6 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         network = Experts({name: networks[name] for name in experts})
     denoiser = Denoiser(network, spec, schedule, kind)
     check_schedule(off.steps[0], schedule, kind)
-    padded = {name for owner, (mask, _) in spec.masks.items() for name in (owner, mask)}
-    rows = spec.conditions(off.steps[0].calls[0].arguments, conditions)
-    shapes = {name: tuple(value.shape[1:]) for name, value in rows.items()}
     return Trace(
         pipeline=pipeline,
         component=component,
@@ -230,14 +233,23 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         denoiser=denoiser,
         guidance=guidance,
         latent_shape=tuple(off.steps[0].sample.shape[1:]),
-        conditioning={name: (None, *shape[1:]) if name in padded else shape for name, shape in shapes.items()},
+        conditioning=_shapes(spec, off.steps[0].calls[0], conditions),
         self_test_error=self_test(off, on, denoiser, guidance, conditions),
         arguments=arguments,
         alone=alone,
         encoders=explain.encoders(whole[0].steps[0], component, names),
         fewest_steps=_fewest_steps(pipeline, _first(entry, alone), arguments, component),
         free=free,
+        frames=off.frames,
     )
+
+
+def _shapes(spec: CallSpec, call: Call, conditions: Sequence[str]) -> dict[str, tuple[int | None, ...]]:
+    """One row's shape of each condition; None for the length of what grows with the prompt."""
+    padded = {name for owner, (mask, _) in spec.masks.items() for name in (owner, mask)}
+    rows = spec.conditions(call.arguments, conditions)
+    shapes = {name: tuple(value.shape[1:]) for name, value in rows.items()}
+    return {name: (None, *shape[1:]) if name in padded else shape for name, shape in shapes.items()}
 
 
 def _watched(
@@ -361,4 +373,4 @@ def _few_steps(
     if not recording.steps:
         name = type(pipeline).__name__
         raise TraceError("components", f"{name} never steps its own scheduler; perhaps it steps copies of it")
-    return turns.as_one(recording, turns.alike(recording, modules(pipeline)))
+    return turns.as_one(as_one(recording), turns.alike(recording, modules(pipeline)))

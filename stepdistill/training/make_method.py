@@ -50,11 +50,22 @@ def make_sampler(recipe: Recipe, traced: Trace, grid: Callable[[Any, int], dict[
             return set_up(traced, scheduler, steps)[0]
         except TraceError as error:
             other = "methods of sampler renoise are dmd2, lcm and most others" if sampler.name == "ddim" else OF_DDIM
+            if not _takes(traced, SAMPLERS["renoise" if sampler.name == "ddim" else "ddim"], steps):
+                other = "no scheduler of a few steps takes that call, so that no student can be exported"
             raise InputError(
                 f"sampler {sampler.name}: with its scheduler in place of the pipeline's own {error.reason}; {other}"
             ) from error
 
     return sampler(schedule, traced.pipeline.scheduler, student.steps, grid or shown, student.start)
+
+
+def _takes(traced: Trace, kind: type[Sampler], steps: int) -> bool:
+    """Whether the pipeline's call runs with the stock scheduler of a sampler."""
+    try:
+        set_up(traced, kind(traced.denoiser.schedule, traced.pipeline.scheduler, steps).scheduler, steps)
+    except InputError:
+        return False
+    return True
 
 
 def guidance_scale(recipe: Recipe, traced: Trace) -> float:

@@ -255,8 +255,8 @@ def test_epsilon_at_zero_terminal_snr_is_refused(scheduler):
 
 
 def test_unknown_schedulers_are_refused():
-    with pytest.raises(InputError, match="SCMScheduler has no alphas_cumprod"):
-        from_scheduler(diffusers.SCMScheduler())
+    with pytest.raises(InputError, match="CMStochasticIterativeScheduler has no alphas_cumprod"):
+        from_scheduler(diffusers.CMStochasticIterativeScheduler())
     scheduler = diffusers.DDIMScheduler()
     scheduler.register_to_config(prediction_type="noise")
     with pytest.raises(InputError, match="'noise' is not one of"):

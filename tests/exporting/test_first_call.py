@@ -74,7 +74,8 @@ def test_inpainting_with_a_network_that_takes_another_picture(pictures, tmp_path
     parts["transformer"] = tiny.redraw(diffusers.FluxTransformer2DModel(**config | double), 4)
     pipeline = zoo.ready(diffusers.FluxControlInpaintPipeline(**parts))
     arguments = pictures | zoo.SMALL | {"control_image": pictures["image"], "strength": 1.0}
-    assert "takes the mask beside the latents" in refused(tmp_path, pipeline, arguments)
+    line = refused(tmp_path, pipeline, arguments)
+    assert "takes the mask beside the latents" in line and "a white picture as teacher.arguments.mask_image" in line
 
 
 def test_noise_that_the_call_adds(tmp_path):

@@ -14,7 +14,6 @@ from diffusers import (
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     StableDiffusionPAGPipeline,
@@ -236,16 +235,6 @@ def test_output_maps(channels, read, output):
     x, t, cond = torch.randn(1, 4, 8, 8), torch.ones(1), {"extra.what": torch.tensor([3])}
     raw = result.denoiser.network(x, torch.tensor([1 - 0.999]), {"what": cond["extra.what"], "bias": 0.25})[0]
     assert torch.allclose(result.denoiser(x, t, cond).raw, read(raw), atol=1e-6)
-
-
-def test_a_velocity_that_the_pipeline_makes_of_x0_is_refused_by_that_name():
-    class Predicts(ToyPipeline):
-        def _network(self, x, t, labels, step):
-            return (x - super()._network(x, t, labels, step)) / (t / 1000).clamp(min=0.05)
-
-    pipeline = Predicts(redraw(ToyNetwork(), 9), FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(TraceError, match="network predicts x_0"):
-        trace(pipeline)
 
 
 def rescaled(cond, uncond, scale):

@@ -12,14 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.tiny import redraw
-from pipeline.toy import Control, ControlledPipeline, ToyNetwork, ToyPipeline, toy
+from pipeline.toy import Control, ControlledPipeline, PicturedPipeline, ToyNetwork, ToyPipeline, toy
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.errors import InputError
 from stepdistill.pipeline.components import put
 from stepdistill.pipeline.conditioning import encode, entries
+from stepdistill.pipeline.decode import one_picture_each
 from stepdistill.pipeline.set_up import set_up
 from stepdistill.pipeline.sizes import at_size
-from stepdistill.pipeline.stock_call import record
+from stepdistill.pipeline.stock_call import pictures_in, ready, record
 from stepdistill.pipeline.trace import TraceError, trace
 
 
@@ -65,6 +66,28 @@ def test_a_learned_variance_is_left_to_the_pipeline():
     pipeline.read = lambda raw: raw if "learned" in pipeline.scheduler.config.variance_type else raw[:, :4]
     result = trace(pipeline)
     assert result.denoiser.spec.output == "first_half" and result.self_test_error <= 1e-5
+
+
+class Tiling(nn.Module):
+    use_tiling = False
+
+    def enable_tiling(self):
+        self.use_tiling = True
+
+
+def test_an_autoencoder_that_knows_tiles_alone():
+    class Tiled(ToyPipeline):
+        def __call__(self, class_labels: list[int], num_inference_steps: int = 5) -> tuple[Tensor]:
+            made = super().__call__(class_labels, 1.0, None, num_inference_steps)
+            if not self.vae.use_tiling:
+                raise NotImplementedError("Decoding without tiling has not been implemented yet.")
+            return made
+
+    pipeline = Tiled(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False))
+    pipeline.vae = Tiling()
+    made = record(pipeline, {"class_labels": [1], "num_inference_steps": 2})
+    again = record(pipeline, {"class_labels": [1], "num_inference_steps": 2})
+    assert pipeline.vae.use_tiling and torch.equal(made["noise"], again["noise"])
 
 
 def test_a_stock_call_whose_images_are_its_latents_is_stored(tmp_path):
@@ -120,6 +143,46 @@ def test_a_picture_before_the_sample_and_no_latents_to_return(tmp_path):
     result = trace(Estimator(redraw(Beside(), 9), DDIMScheduler(clip_sample=False)), arguments)
     assert result.denoiser.spec.window.spans == ((1, 3, 4, 0),) and result.self_test_error <= 1e-5
     assert result.arguments == {"image": [arguments["image"]]}  # one for each: all others would be left out
+
+
+class OnePicture(PicturedPipeline):
+    """Takes a list of a single picture, however many images are made."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        image: Any,
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 5,
+    ) -> tuple[Tensor]:
+        if not isinstance(image, list) or len(image) != 1:
+            raise ValueError("takes one picture for each of its networks")
+        return super().__call__(class_labels, image * len(class_labels), guidance_scale, generator, num_inference_steps)
+
+
+def test_a_list_of_one_picture_may_be_what_the_call_takes(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "picture.png")
+    result = trace(
+        OnePicture(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False)),
+        {"image": [str(tmp_path / "picture.png")]},
+    )
+    assert result.arguments == {"image": (str(tmp_path / "picture.png"),)} and not result.alone
+
+
+def test_lists_of_lists_of_pictures_are_opened(tmp_path):
+    file = str(tmp_path / "picture.png")
+    Image.new("RGB", (8, 8), "red").save(file)
+    grid = [[file, None], [file, file]]
+    assert pictures_in(grid) == [file] * 3 and pictures_in([[file, 1]]) == []
+    (opened,) = ready(toy(), {"image": grid}).values()
+    assert [[one and one.size for one in row] for row in opened] == [[(8, 8), None], [(8, 8), (8, 8)]]
+
+
+def test_several_pictures_of_a_sample_are_beside_each_other():
+    images = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 3, 2, 2)
+    assert one_picture_each(images, 2)[:, 0, 0].tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
 
 
 class Prior(ToyPipeline):

@@ -1,0 +1,103 @@
+"""Read off whether a pipeline converts between its scheduler and its network, which is on another path then."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from stepdistill.diffusion.path import Path
+from stepdistill.diffusion.schedule import Kind, Schedule
+from stepdistill.pipeline.compare import close
+from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
+from stepdistill.pipeline.places import scaled_sample
+
+PATHS = (Path("sample"), Path("flow", flow=True))
+
+
+def seen_by_scheduler(
+    off: Recording, on: Recording, component: str, schedule: Schedule, kind: Kind
+) -> tuple[Recording, Recording, Path | None]:
+    """Both recordings as if the network took what the scheduler steps and returned a prediction of ``kind``.
+
+    As they are where it does.
+
+    Args:
+        off: a run without guidance.
+        on: one with it.
+    """
+    path = _path_of(off, component, schedule, kind)
+    return *(_seen(run, component, path, schedule, kind) for run in (off, on)), path
+
+
+def _path_of(off: Recording, component: str, schedule: Schedule, kind: Kind) -> Path | None:
+    """The path of the network ``component``; None: it predicts ``kind``, or is on no known path."""
+    outputs = _outputs(off, component)
+    if not outputs or any(close(output, step.model_output) for step, _, output in outputs):
+        return None
+    floored = [replace(PATHS[0], floor=floor)] if (floor := _floor(outputs)) else []
+    for path in (*PATHS, *floored):
+        found = []
+        for step, call, output in outputs:
+            seen = path.sample(schedule, scaled_sample(step), _time(step, schedule))
+            made = path.prediction(output, schedule, scaled_sample(step), _time(step, schedule), kind)
+            given = any(isinstance(value, Tensor) and close(value, seen) for value in call.arguments.values())
+            # Of rounding a division by a small sigma makes much, and the step makes as little of it again.
+            found.append(given and close(step.replay(made.to(step.model_output)), step.previous))
+        if all(found):
+            return path
+    return None
+
+
+def _floor(outputs: Sequence[tuple[Step, Call, Tensor]]) -> float:
+    """What the pipeline divides by at its last step, if it makes velocities of x_0 there."""
+    step, _, x0 = outputs[-1]
+    difference, given = (step.sample - x0).double(), step.model_output.double()
+    return float(f"{float((difference * given).sum() / given.square().sum()):.4g}")
+
+
+def _seen(recording: Recording, component: str, path: Path | None, schedule: Schedule, kind: Kind) -> Recording:
+    if path is None:
+        return recording
+    steps = []
+    for step in recording.steps:
+        calls = [
+            _converted(call, step, recording.count, path, schedule, kind) if call.component == component else call
+            for call in step.calls
+        ]
+        steps.append(replace(step, calls=calls))
+    return replace(recording, steps=steps)
+
+
+def _converted(call: Call, step: Step, count: int, path: Path, schedule: Schedule, kind: Kind) -> Call:
+    passes = len(call.output) // count
+    x_t = scaled_sample(step)[:count]
+    x_t = x_t.repeat(passes, *[1] * (x_t.ndim - 1))
+    t = _time(step, schedule).expand(len(x_t))
+    seen = path.sample(schedule, x_t, t)
+    arguments = {
+        name: path.stepped(schedule, value, t) if isinstance(value, Tensor) and close(value, seen) else value
+        for name, value in call.arguments.items()
+    }
+    return replace(call, arguments=arguments, output=path.prediction(call.output, schedule, x_t, t, kind))
+
+
+def times_of(steps: Sequence[Step], path: Path | None, schedule: Schedule) -> list[Tensor]:
+    """The scheduler's timestep at each step, as the network's path has it."""
+    if path is None:
+        return [step.timestep for step in steps]
+    return [path.time(schedule, _time(step, schedule)).reshape(()) for step in steps]
+
+
+def _outputs(off: Recording, component: str) -> list[tuple[Step, Call, Tensor]]:
+    """Each step with the network's call and its output, where that is like the sample."""
+    calls = [(step, *calls_of(step.calls, component)[-1:]) for step in off.steps]
+    return [(*one, one[1].output) for one in calls if _alike(one[1].output, one[0].model_output)]
+
+
+def _alike(output: object, given: Tensor) -> bool:
+    return isinstance(output, Tensor) and output.shape == given.shape
+
+
+def _time(step: Step, schedule: Schedule) -> Tensor:
+    """The time (1,) of a step, on its device."""
+    return schedule.time(step.timestep.reshape(-1)[:1]).to(step.sample.device)

@@ -1,0 +1,127 @@
+"""Pipelines that do something between their network and their scheduler: convert, step frame by frame, put back."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
+from torch import Tensor
+
+from pipeline.tiny import redraw
+from pipeline.toy import ToyNetwork, ToyPipeline
+from stepdistill.diffusion.path import Path
+from stepdistill.diffusion.samplers import Renoise
+from stepdistill.diffusion.schedule import from_scheduler
+from stepdistill.diffusion.window import Span
+from stepdistill.errors import InputError
+from stepdistill.exporting.check import free_part, stepped_in
+from stepdistill.pipeline.stock_call import record
+from stepdistill.pipeline.trace import trace
+
+
+def made(kind: type, scheduler: Any = None) -> Any:
+    return kind(redraw(ToyNetwork(), 9), scheduler or DDIMScheduler(clip_sample=False))
+
+
+class OfImages(ToyPipeline):
+    """Its network predicts x_0, of which it makes velocities, dividing by .05 at least."""
+
+    def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
+        return (x - super()._network(x, t, labels, step)) / max(float(t) / 1000, 0.05)
+
+
+def test_x0_that_the_pipeline_makes_velocities_of():
+    found = trace(made(OfImages, FlowMatchEulerDiscreteScheduler()))
+    assert found.denoiser.spec.path == Path("sample", floor=0.05)
+    assert found.self_test_error <= 1e-5
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([0.5])
+    prediction = found.denoiser(x, t, {"extra.what": torch.tensor([3])})
+    raw = found.network(x, 1 - t, extra={"what": torch.tensor([3]), "bias": 0.25})[0]
+    torch.testing.assert_close(prediction.x0, raw)
+
+
+class OnFlow(ToyPipeline):
+    """Under TrigFlow's angles; its network is one of rectified flow."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 2,
+    ) -> tuple[Tensor]:
+        labels, deviation = torch.tensor(class_labels), self.scheduler.config.sigma_data
+        x = torch.randn(len(labels), 4, 8, 8, generator=generator) * deviation
+        self.scheduler.set_timesteps(
+            num_inference_steps, intermediate_timesteps=1.3 if num_inference_steps == 2 else None
+        )
+        for angle in self.scheduler.timesteps[:-1]:
+            s = angle.sin() / (angle.sin() + angle.cos())
+            norm = (s**2 + (1 - s) ** 2).sqrt()
+            seen = x / deviation * norm
+            raw = self.network(seen, s.expand(len(x)), extra={"what": labels, "bias": 0.25})[0]
+            given = ((1 - 2 * s) * seen + (1 - 2 * s + 2 * s**2) * raw) / norm * deviation
+            x, clean = self.scheduler.step(given, angle.expand(len(x)), x, generator, return_dict=False)
+        return (clean / deviation,)
+
+
+def test_a_network_on_another_path_than_its_scheduler():
+    found = trace(made(OnFlow, SCMScheduler()))
+    assert found.denoiser.spec.path == Path("flow", flow=True)
+    assert found.denoiser.schedule.name == "angle" and found.self_test_error <= 1e-5
+    with pytest.raises(InputError, match="found SCMScheduler"):
+        Renoise(found.denoiser.schedule, found.pipeline.scheduler, 2)
+
+
+class FrameByFrame(ToyPipeline):
+    """A copy of the scheduler steps each of the sample's lines."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 5,
+    ) -> tuple[Tensor]:
+        labels = torch.tensor(class_labels)
+        x = torch.randn(len(labels), 4, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        copies = [copy.deepcopy(self.scheduler) for _ in range(8)]
+        for step, t in enumerate(self.scheduler.timesteps):
+            output = self._network(x, t, labels, step)
+            each = zip(copies, output.unbind(2), x.unbind(2), strict=True)
+            x = torch.stack([one.step(raw, t, line).prev_sample for one, raw, line in each], 2)
+        return (x,)
+
+
+def test_frames_that_copies_of_the_scheduler_step():
+    found = trace(made(FrameByFrame))
+    assert (found.frames, found.latent_shape) == (2, (4, 8, 8)) and found.self_test_error <= 1e-5
+    stock = record(found.pipeline, {"class_labels": [1, 2], "num_inference_steps": 3})
+    torch.testing.assert_close(free_part(found, stepped_in(found, stock, "latents")), stock["images"])
+
+
+class PutBack(ToyPipeline):
+    """Puts the same two lines in the place of its sample's first at each step."""
+
+    def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
+        x[:, :, :2] = torch.linspace(-1, 1, 8)
+        return super()._network(x, t, labels, step)
+
+
+def test_what_is_put_back_at_each_step_is_beside_the_sample():
+    found = trace(made(PutBack))
+    assert found.free == Span(2, 2, 6, 0) and found.latent_shape == (4, 6, 8)
+    assert found.self_test_error <= 1e-5
+
+
+def test_sigmas_above_one_are_those_of_data_and_noise():
+    scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002)
+    scheduler.set_timesteps(sigmas=[0.0, 0.5, 1.0])
+    schedule, kind = from_scheduler(scheduler)
+    assert (schedule.name, kind) == ("sigma", "epsilon")
+    times = schedule.time(scheduler.timesteps)
+    torch.testing.assert_close(schedule.timestep(times), scheduler.timesteps.double())
+    torch.testing.assert_close(schedule.sigma(times).float(), scheduler.sigmas[:-1])
