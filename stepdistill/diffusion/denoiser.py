@@ -52,8 +52,7 @@ class CallSpec:
             second is a learned variance).
         constants: arguments that are neither sample, time nor condition (img_ids, return_dict=False, ...),
             named like conditions.
-        expanded: the constants that are stored as one row and want the batch's length (an embedded
-            guidance scale, the size of each image).
+        expanded: the constants stored as one row that want the batch's length (an embedded guidance scale).
         window: where x_t lies in the argument that takes it. What is beside it are conditions, see :attr:`beside`.
         lists: arguments that are lists with an entry per image; where the sample is one, so is the output.
         apart: arguments that are lists (or tuples: their type) of tensors with a row per image each (the pictures of

@@ -1,13 +1,16 @@
 """Prompts that are longer than a pipeline reads."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from stepdistill.files import read_json, write_json
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.trace import Trace
+from stepdistill.progress import say
 
 PART = 1024
 """Prompts that are tokenized at once."""
@@ -20,6 +23,24 @@ def unread(trace: Trace, prompts: Sequence[str]) -> dict[str, str]:
         return {}
     cut = [_cut(one, _room(trace, one), prompts) for one in tokenizers]
     return {text: min((ends[text] for ends in cut), key=len) for text in cut[0] if all(text in ends for ends in cut)}
+
+
+def say_what_is_unread(trace: Trace, prompts: Sequence[str | int], store: Path | None) -> None:
+    """How many prompts are too long; looked for once where there is the folder of a ``store``."""
+    file = store and store / "unread.json"
+    if file is not None and file.is_file():
+        facts = read_json(file)
+    else:
+        facts = {"count": 0, "end": "", "prompt": ""}
+        for start in range(0, len(prompts), PART):
+            for prompt, end in unread(trace, prompts[start : start + PART]).items():
+                longest = max((facts["end"], facts["prompt"]), (end, prompt), key=lambda one: len(one[0]))
+                facts = {"count": facts["count"] + 1, "end": longest[0], "prompt": longest[1]}
+        if file is not None:
+            write_json(file, facts)
+    if facts["count"]:
+        longer = f"{facts['count']} of {len(prompts)} prompts are longer than the pipeline reads"
+        say(f"data.conditions: {longer}; it does not see “{facts['end']}” of “{facts['prompt']}”")
 
 
 def with_most_tokens(trace: Trace, prompts: Sequence[str | int]) -> list[int]:

@@ -19,7 +19,6 @@ from stepdistill.data.store import Rows, Store
 from stepdistill.diffusion.experts import Experts
 from stepdistill.diffusion.samplers import TCD, Sampler
 from stepdistill.errors import InputError
-from stepdistill.files import read_json, write_json
 from stepdistill.methods.base import DistillMethod
 from stepdistill.pipeline.conditioning import Conditioning, encode
 from stepdistill.pipeline.encoders import release_encoders
@@ -32,7 +31,7 @@ from stepdistill.pipeline.resting import rest
 from stepdistill.pipeline.set_up import set_up
 from stepdistill.pipeline.sizes import conditioning_at
 from stepdistill.pipeline.trace import Trace
-from stepdistill.pipeline.unread import unread
+from stepdistill.pipeline.unread import say_what_is_unread
 from stepdistill.pipeline.variants import with_shift
 from stepdistill.progress import phase, say
 from stepdistill.recipe import Recipe
@@ -232,7 +231,7 @@ def encode_data(
     else:
         conditioning = encode(traced, stated, cache, pictures, share, verify)
     with share.after_the_first():
-        _say_what_is_unread(traced, conditioning)
+        say_what_is_unread(traced, conditioning.entries, conditioning.store and conditioning.store.folder)
         conditioning = own_group(recipe.data, traced, conditioning)
         probable = sizes_and_shares(recipe, traced, cache=cache)
         sizes = sizes_of(recipe, traced, sampler, conditioning, probable, cache, pictures)
@@ -323,24 +322,6 @@ def _teacher(recipe: Recipe, device: torch.device) -> tuple[Trace, Sampler]:
 
 def _dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.teacher.precision == "bf16" else torch.float32
-
-
-def _say_what_is_unread(traced: Trace, conditioning: Conditioning) -> None:
-    """How many prompts are too long; looked for once for a store."""
-    prompts, file = conditioning.entries, conditioning.store and conditioning.store.folder / "unread.json"
-    if file is not None and file.is_file():
-        facts = read_json(file)
-    else:
-        facts = {"count": 0, "end": "", "prompt": ""}
-        for start in range(0, len(prompts), 1024):
-            for prompt, end in unread(traced, prompts[start : start + 1024]).items():
-                longest = max((facts["end"], facts["prompt"]), (end, prompt), key=lambda one: len(one[0]))
-                facts = {"count": facts["count"] + 1, "end": longest[0], "prompt": longest[1]}
-        if file is not None:
-            write_json(file, facts)
-    if facts["count"]:
-        longer = f"{facts['count']} of {len(prompts)} prompts are longer than the pipeline reads"
-        say(f"data.conditions: {longer}; it does not see “{facts['end']}” of “{facts['prompt']}”")
 
 
 def _scale(recipe: Recipe, traced: Trace, conditioning: Conditioning) -> float:
