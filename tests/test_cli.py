@@ -156,7 +156,7 @@ def test_recipes_are_filtered(capsys: pytest.CaptureFixture) -> None:
     assert "sdxl_dmd2_lora" not in names("--gpu", "24") and "sdxl_dmd2_lora_24gb" in names("--gpu", "24")
     assert "sdxl_tcd_lora" not in names("--no-images", "--base", "sdxl") and names("--method", "tdm") == {"fashion_tdm"}
     assert names("--steps", "1", "--base", "sd15") == {"sd15_dmd2", "sd15_sid", "sd15_swiftbrush"}
-    assert all(name.startswith(("fashion", "emoji", "quickstart")) for name in names("--gpu", "0"))
+    assert all(name.startswith(("fashion", "emoji", "quickstart", "students")) for name in names("--gpu", "0"))
     in_need = {row["name"] for row in printed_json(["methods", "--no-images"], capsys)}
     assert "dmd2" in in_need and "tcd" not in in_need
 

@@ -39,9 +39,9 @@ def test_long_screens_keep_their_ends_and_no_place_of_this_machine(tmp_path):
 
 
 def test_a_command_is_run_on_a_terminal_of_80_columns(tmp_path):
-    seen = walk.run(walk.Step("Version", "", "--version"), tmp_path)
+    seen = walk.run(walk.Step("Version", "", "stepdistill --version"), tmp_path)
     assert seen.code == 0 and seen.seconds > 0 and seen.lines[0].startswith("stepdistill ")
-    wrong = walk.run(walk.Step("Wrong", "", "train no-such-recipe-anywhere-at-all"), tmp_path)
+    wrong = walk.run(walk.Step("Wrong", "", "stepdistill train no-such-recipe-anywhere-at-all"), tmp_path)
     assert wrong.code == 2 and max(map(len, wrong.lines)) <= 80 and wrong.lines[0].startswith("error: ")
 
 
@@ -55,11 +55,14 @@ def test_the_recipe_of_the_stand_in_is_one(tmp_path, monkeypatch):
 
 
 def test_the_committed_page_has_every_step_as_it_is_run():
-    step = walk.Step("Version", "It answers.", "--version")
+    step = walk.Step("Version", "It answers.", "stepdistill --version")
     page = walk.page({step: walk.Seen(1.25, 1, ["stepdistill 0"])})
     assert "| 1. Version | 1 |" in page and "```text\n$ stepdistill --version\nstepdistill 0\n```" in page
     assert "It answers. It took 1.2 seconds, exit code 1." in page
     committed = walk.PAGE.read_text(encoding="utf-8")
-    assert [step.arguments for step in walk.STEPS if f"\n$ stepdistill {step.arguments}\n" not in committed] == []
+    assert [step.command for step in walk.STEPS if f"\n$ {step.command}\n" not in committed] == []
+    shown = [step.picture for step in walk.STEPS if step.picture]
+    assert [file for file in shown if not (walk.PAGE.parent / walk.PICTURES / file).is_file()] == []
+    assert len(shown) == committed.count(f"]({walk.PICTURES}/") == 4
     assert "exit code" not in committed and str(Path.home()) not in committed and len(committed) < 30_000
     assert sys.prefix not in committed
