@@ -7,7 +7,8 @@ RESULTS.jsonl is written by scripts/sweep/sweep.py and whole.py beside it, a lin
 ``test`` wins over an earlier one. ``name`` is the pipeline's class, ``kind`` text-to-image or another, ``built`` and
 ``traced`` are booleans, ``reason`` says why not. ``arguments`` are those that a refusal named and that were then set;
 ``objects`` says that some are no plain values. ``whole`` is what came of the whole way: ``passed``, the ``form`` of the
-export, the ``sampler``, what was trained (``train``), and the ``reason`` where it did not pass.
+export, the ``sampler``, what was trained (``train``), ``mask`` where a white one was stated, and the ``reason`` where
+it did not pass.
 """
 
 import argparse
@@ -38,6 +39,9 @@ argument was set that the first refusal had named (`{names}`).
 is saved as a folder, and `stepdistill train` distils it with a recipe: two steps of DMD2, a LoRA. The export is loaded
 by stock diffusers, and a plain call of it repeats the student's samples to 1e-5. {loras} of the exports are LoRAs,
 {wholes} whole pipelines. {ddim} students take DDIM's or Euler's step, because the pipeline's call knows no other.
+
+{white} of these students fill a masked part of a picture. They were distilled with a white mask, as the refusal of
+another says: the network is not given the mask, and the student then works with any.
 """
 
 
@@ -113,6 +117,7 @@ def section(stored: dict[str, Any]) -> str:
         passed_share=share(len(passed), len(passed) + len(failed)),
         loras=sum(whole(row)["form"] == "lora" for row in passed),
         wholes=sum(whole(row)["form"] == "pipeline" for row in passed),
+        white=sum(whole(row).get("mask") == "white" for row in passed),
         ddim=sum(whole(row)["sampler"] == "ddim" for row in passed),
         commit=stored["tests"][:10],
         **stored["versions"],

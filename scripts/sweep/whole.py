@@ -206,6 +206,8 @@ def taken(row: Mapping[str, Any], test: Any, case: sweep.Case) -> dict[str, Any]
             break
     if "reason" in found:
         found["reason"] = found["reason"].replace(f"{folder}/", "")
+    if any(str(value).endswith("/white.png") for value in recipe["teacher"]["arguments"].values()):
+        found["mask"] = "white"
     return found | {"sampler": recipe["method"].get("sampler", "renoise"), "train": recipe["student"]["train"]}
 
 
