@@ -89,7 +89,8 @@ def planned(arguments: argparse.Namespace) -> list[Task]:
     tasks, answered = [], set()
     for source, one in loaded.items():
         stem, method = source.stem.removeprefix(PREFIX), one.method.name
-        name = method if methods.count(method) == 1 and ".py:" not in method else stem
+        alone = methods.count(method) == 1 or stem.replace("_", "-") == method
+        name = method if alone and ".py:" not in method else stem
         called = {name, method, stem, source.stem, str(source)} & wanted
         answered |= called
         for seed in arguments.seeds if called or not wanted else ():

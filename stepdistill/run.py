@@ -27,7 +27,7 @@ from stepdistill.training.distributed import Processes, join
 from stepdistill.training.faults import explained
 from stepdistill.training.layout import RunFolder
 from stepdistill.training.optimizer import check_optimizers
-from stepdistill.training.run_folder import check_grid, check_teacher, prepare_folder
+from stepdistill.training.run_folder import check_grid, check_groups, check_teacher, prepare_folder
 from stepdistill.training.runs import heartbeat
 from stepdistill.training.selfcheck import check_conventions
 from stepdistill.training.session import Session, build, encode_ahead
@@ -88,7 +88,7 @@ def _train(recipe: Recipe, safe: bool) -> RunResult:
         processes.once(lambda: check_grid(folder, times, session.sampler.scheduler, resumes=start is not None))
         processes.once(lambda: check_teacher(folder, session.trace.pipeline.made_of, resumes=start is not None))
         if (group := session.conditioning.group) is not None:
-            processes.once(lambda: group.router.write(folder))
+            processes.once(lambda: check_groups(folder, group.router, resumes=start is not None))
         if start is None:
             phase("checking the pipeline's plain call and the settings")
             # Before networks are sharded: the pipeline's own is called, and weights are measured.

@@ -39,14 +39,21 @@ Waiting = Callable[[], Cut | None]
 """Waits for a picture; None: there is none, or it is in another bucket. Raises one of UNREADABLE."""
 
 
-def decoding(found: Iterable[tuple[int, Sample]], channels: int, bucket: Bucket) -> Iterator[tuple[Sample, Waiting]]:
-    """Each of the samples, given with its number, and what waits for its picture."""
+def decoding(
+    found: Iterable[tuple[int, Sample]], channels: int, bucket: Bucket, ahead: int = AHEAD
+) -> Iterator[tuple[Sample, Waiting]]:
+    """Each of the samples, given with its number, and what waits for its picture.
+
+    Args:
+        ahead: how many samples are read before they are needed; 0 where more than their pictures is read of them, as
+            files of an archive can be opened until the next sample is read.
+    """
     waiting: deque[tuple[Sample, Waiting]] = deque()
     pool = ThreadPoolExecutor(THREADS, "decoding")
     try:
         for row, sample in found:
             waiting.append((sample, _begun(pool, row, sample, channels, bucket)))
-            if len(waiting) > AHEAD:
+            if len(waiting) > ahead:
                 yield waiting.popleft()
         while waiting:
             yield waiting.popleft()

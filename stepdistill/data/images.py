@@ -64,7 +64,8 @@ def stream(
             yield Item(f"image {number}", image, fashion_mnist.CLASS_NAMES[label], {})
         return
     found = enumerate(islice(_samples(data, "images"), first, last), first)
-    pictures = decoding(found, channels, bucket or Bucket(((sides[0], sides[1]),), 0))
+    own_bucket = bucket or Bucket(((sides[0], sides[1]),), 0)
+    pictures = decoding(found, channels, own_bucket, 0) if data.arguments else decoding(found, channels, own_bucket)
     for sample, own, notes, waiting in _usable(data, pictures, tally):
         if own is None:
             yield None

@@ -16,6 +16,7 @@ from stepdistill.diffusion.denoiser import Conditions, Denoiser, joined
 from stepdistill.diffusion.experts import parts
 from stepdistill.diffusion.passes import in_pass
 from stepdistill.diffusion.schedule import Prediction, per_sample
+from stepdistill.errors import InputError
 from stepdistill.kernels import Rule, Update, guide
 
 
@@ -127,10 +128,13 @@ def outputs(
             cost no second pass, but knowing which they are is one read from the device.
 
     Raises:
+        InputError: several students are guided, each of which has guidance in its weights.
         ValueError: ``scale`` is not 1 and there is no null condition.
     """
     if not isinstance(scale, Tensor) and scale == 1:
         return Pair(denoiser, denoiser(x_t, t, cond))
+    if isinstance(denoiser, Denoiser) and denoiser.spec.router is not None:
+        raise InputError("guidance: expected 1 for several students, each of which has it in its weights")
     guider = denoiser.spec.guider if rule is None and isinstance(denoiser, Denoiser) else None
     rule, scale = denoiser.rule if rule is None else rule, scale_at(denoiser, t, scale)
     if guider is not None:

@@ -36,6 +36,9 @@ def join(runs: Sequence[str | Path], out: str | Path) -> Path:
     out, found = Path(out), {}
     if out.exists() and not (out / FACTS).is_file():
         raise InputError(f"{out}: exists and is not an export of stepdistill; choose another folder")
+    for run in (Path(run).resolve() for run in runs):
+        if run == out.resolve() or run in out.resolve().parents or out.resolve() in run.parents:
+            raise InputError(f"{out}: expected a folder beside the runs, found one inside or around {run}")
     for run in map(RunFolder, runs):
         number, facts, router = _student(run)
         if number in found:
@@ -48,7 +51,7 @@ def join(runs: Sequence[str | Path], out: str | Path) -> Path:
         raise InputError(f"join: expected a run for each of {len(router)} groups, found none for {missing[0]}")
     for run, its, groups in found.values():
         different = [name for name in ALIKE if getattr(its, name) != getattr(facts, name)]
-        if different or groups != router:
+        if different or not groups.alike(router):
             one = different[0] if different else "data.groups or data.conditions"
             raise InputError(f"{run.path}: expected students that differ in their weights alone, found another {one}")
     with atomic(out) as draft:
@@ -95,5 +98,5 @@ The router is stepdistill's, and no stock call knows it:
     stepdistill sample PATH_OF_THIS_FOLDER --steps {facts.steps}
 
 `students/0`, `students/1`, ... are exports in stock diffusers format with cards of their own. One of them, loaded by
-itself, draws well what is in its group, and other conditions as it happens.
+itself, draws well what is in its group, and other conditions worse.
 """

@@ -21,15 +21,13 @@ from stepdistill.pipeline.call import COUNTS
 from stepdistill.pipeline.compare import close, rows_equal, same
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.groups import Group
-from stepdistill.pipeline.identity import identity
+from stepdistill.pipeline.identity import FEW, identity
 from stepdistill.pipeline.observe import Call, Recording, calls_of, observe
 from stepdistill.pipeline.resting import rest
 from stepdistill.pipeline.trace import Trace
 
 CHUNK = 32
 """Entries that are encoded at once."""
-FEW = 8
-"""The same where each is padded to the longest beside it, and encoding one again takes all of them."""
 # Names under which a diffusers network's config states how many classes it embeds.
 CLASS_COUNTS = ("num_classes", "num_class_embeds", "num_embeds_ada_norm")
 

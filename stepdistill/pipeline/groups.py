@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.chosen import Chosen, chosen_rows
-from stepdistill.diffusion.routing import Router, places
+from stepdistill.diffusion.routing import Router, distances, nearest, places
 from stepdistill.errors import InputError
+from stepdistill.files import digest, read_json, write_json
 from stepdistill.progress import say
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from stepdistill.recipe import Data
 
 ROUNDS, AT_ONCE, LEARNT = 50, 256, 20_000
+GROUPS = "groups.json"
+"""The group of each condition, beside the router."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +43,21 @@ class Group:
 def own_group(data: "Data", traced: "Trace", conditioning: "Conditioning") -> "Conditioning":
     """The conditions of the run's group, ``data.group`` of ``data.groups``; all where there is one group.
 
-    Groups depend on the conditions alone. Classes are parted in the order of their numbers, into groups of one size or
+    Groups depend on the conditions alone. Classes are divided in the order of their numbers, into groups of one size or
     nearly; prompts into the clusters (k-means) of their text embeddings.
 
     Raises:
-        InputError: there are fewer different conditions than groups, or the pipeline's networks take turns.
+        InputError: the group has no condition, or the pipeline's networks take turns.
     """
     count, number = data.groups, data.group
     if count == 1:
         return conditioning
     if traced.denoiser.takes_turns:
         raise InputError("data.groups: expected 1 for a pipeline whose networks take turns")
-    router = _by_class(conditioning, count) or _by_prompt(conditioning, count)
-    rows = conditioning.cond[router.argument]
-    starts = range(0, len(conditioning), AT_ONCE)
-    group = torch.cat([router.group(rows[torch.arange(s, min(s + AT_ONCE, len(conditioning)))]) for s in starts])
+    router, group = _found(conditioning, count)
     index = (group == number).nonzero()[:, 0]
     if not len(index):
-        raise InputError(f"data.groups: expected at most as many groups as different conditions, found {count}")
+        raise InputError(f"data.groups: expected fewer, found {count}, of which group {number} has no condition")
     say(f"data.groups: group {number} of {count} has {len(index)} of {len(conditioning)} conditions")
     numbers = index.tolist()
     cond, null = (
@@ -70,9 +70,24 @@ def own_group(data: "Data", traced: "Trace", conditioning: "Conditioning") -> "C
         entries=Chosen(conditioning.entries, numbers),
         cond=cond,
         null=null,
-        key=f"{conditioning.key} group {number} of {count}",
+        key=f"{conditioning.key} group {number} of {count}: {digest(numbers)}",
         group=Group(router, number, conditioning.labels, conditioning.entries),
-    )
+    ).to(conditioning.device)
+
+
+def _found(conditioning: "Conditioning", count: int) -> tuple[Router, Tensor]:
+    """The router, and the group of each condition (N,); looked for once for a store, all of which is read for it."""
+    folder = conditioning.store and conditioning.store.folder / f"groups-{count}"
+    if folder is not None and (folder / GROUPS).is_file():
+        return Router.read(folder), torch.tensor(read_json(folder / GROUPS)["groups"])
+    router = _by_class(conditioning, count) or _by_prompt(conditioning, count)
+    rows, length = conditioning.cond[router.argument], len(conditioning)
+    starts = range(0, length, AT_ONCE)
+    group = torch.cat([router.group(rows[torch.arange(start, min(start + AT_ONCE, length))]) for start in starts])
+    if folder is not None:
+        router.write(folder)
+        write_json(folder / GROUPS, {"groups": group.tolist()})
+    return router, group
 
 
 def _by_class(conditioning: "Conditioning", count: int) -> Router | None:
@@ -107,11 +122,11 @@ def _centres(points: Tensor, count: int) -> Tensor:
     """The centres (count, d) of k-means on points (N, d), which begins with points far from each other."""
     centres = points[:1]
     for _ in range(count - 1):
-        farthest = torch.cdist(points, centres).amin(1).argmax()
+        farthest = distances(points, centres).amin(1).argmax()
         centres = torch.cat([centres, points[farthest, None]])
     for _ in range(ROUNDS):
-        nearest = torch.cdist(points, centres).argmin(1)
-        means = [points[nearest == k].mean(0) if (nearest == k).any() else centres[k] for k in range(count)]
+        near = nearest(points, centres)
+        means = [points[near == k].mean(0) if (near == k).any() else centres[k] for k in range(count)]
         moved = torch.stack(means)
         if torch.equal(moved, centres):
             break

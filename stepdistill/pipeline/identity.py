@@ -13,6 +13,9 @@ from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.stock_call import pictures_in
 from stepdistill.pipeline.trace import Trace
 
+FEW = 8
+"""Entries that are encoded at once where each is padded to the longest beside it, and one alone takes all of them."""
+
 
 def identity(trace: Trace, entries: Sequence[str | int], pictures: Sequence[Pictures] | None) -> str:
     """A hash of everything the conditions depend on; of the encoders' weights a few values of each tensor."""
@@ -26,8 +29,10 @@ def identity(trace: Trace, entries: Sequence[str | int], pictures: Sequence[Pict
     encoders = {name: module for name, module in modules(pipeline).items() if name not in trace.components}
     weights = {name: {n: _some(p) for n, p in encoder.named_parameters()} for name, encoder in encoders.items()}
     # A textual inversion may show in none of these.
-    made_of = [one] if (one := getattr(pipeline, "made_of", None)) else []
-    return digest(call, entries, picture_hashes, own, parts, weights, *made_of)
+    further = [one] if (one := getattr(pipeline, "made_of", None)) else []
+    if any(None in shape for shape in trace.conditioning.values()):
+        further.append(f"{FEW} at once")  # each is padded to the longest beside it
+    return digest(call, entries, picture_hashes, own, parts, weights, *further)
 
 
 def _settings(component: Any) -> tuple[Any, ...]:

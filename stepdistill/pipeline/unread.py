@@ -58,7 +58,9 @@ def with_most_tokens(trace: Trace, prompts: Sequence[str | int]) -> list[int]:
 
 
 def _tokenizers(trace: Trace) -> list[Any]:
-    return [one for one in trace.pipeline.components.values() if isinstance(one, PreTrainedTokenizerBase)]
+    """Those of processors too, each once."""
+    parts = [getattr(one, "tokenizer", one) for one in trace.pipeline.components.values()]
+    return [*{id(one): one for one in parts if isinstance(one, PreTrainedTokenizerBase)}.values()]
 
 
 def _room(trace: Trace, tokenizer: Any) -> int:

@@ -124,13 +124,15 @@ def plan(
             activations[player] = max(activations.get(player, 0), peak - gradients[player])
     store = stored(recipe, drawn)
     encoders = Line(ENCODERS, *weights.pop(ENCODERS))
-    encoding = encoders.weights + sum(weights[name][1] for name in ("teacher", AUTOENCODER)) + store.chunk
+    resting = found.autoencoder if recipe.teacher.offload is not None and not decoding else 0
+    idle = weights["teacher"][1] + weights[AUTOENCODER][1] - resting
+    encoding = encoders.weights + idle + store.chunk
     player = max(activations, key=lambda name: activations[name] + gradients[name])
     lines = [
         Line(
             name,
             parameters,
-            size,
+            size - resting if name == AUTOENCODER else size,
             gradients.get(name, 0),
             optimizer.get(name, 0),
             averaged if name == "student" else 0,
@@ -138,11 +140,7 @@ def plan(
         )
         for name, (parameters, size) in weights.items()
     ]
-    away, own = found.offloaded, recipe.data.encode
-    if recipe.teacher.offload is not None and not decoding:
-        lines = [line for line in lines if line.name != AUTOENCODER]
-        away += weights[AUTOENCODER][1]
-        encoding -= weights[AUTOENCODER][1]
+    away, own = found.offloaded + resting, recipe.data.encode
     if own == "live":  # they are there for every batch
         lines.append(encoders)
         encoders = Line(ENCODERS)
@@ -151,7 +149,7 @@ def plan(
     if own == "live-offloaded":  # they come for every batch
         encoding, away = max(encoding, fixed + encoders.weights), away + encoders.weights
     made = trajectories(recipe, drawn, method, known)
-    solving = made.activations + sum(weights[name][1] for name in ("teacher", AUTOENCODER)) if made.count else 0
+    solving = made.activations + idle if made.count else 0
     peaks = {ENCODERS: encoding, TRAJECTORIES: solving, player: fixed + gradients[player] + activations[player]}
     highest = max(peaks, key=peaks.__getitem__)
     checks = audit.audit(recipe, method, drawn.trace.denoiser.kind, store.conditions, seconds)

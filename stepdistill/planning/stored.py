@@ -10,7 +10,7 @@ from stepdistill.data.shards import SHARD
 from stepdistill.data.sources import count as samples_in
 from stepdistill.data.sources import form
 from stepdistill.files import read_text
-from stepdistill.pipeline.conditioning import CHUNK, class_names
+from stepdistill.pipeline.conditioning import class_names, together
 from stepdistill.planning.fake_pipeline import Blueprint
 from stepdistill.recipe import Recipe
 from stepdistill.training.make_method import guidance_scale
@@ -26,6 +26,7 @@ class Stored:
         row: bytes of one condition.
         latents: bytes of one image's latents.
         halves: 2 where guidance doubles a batch's conditions, 1 otherwise.
+        at_once: how many conditions are encoded at once.
         live: conditions are encoded for each batch, and none is stored.
     """
 
@@ -34,6 +35,7 @@ class Stored:
     row: int
     latents: int
     halves: int
+    at_once: int
     live: bool = False
 
     @property
@@ -43,12 +45,12 @@ class Stored:
 
     def host(self, size: int) -> int:
         """In the host's memory: a shard twice while it is written, or two batches, the one after being gathered."""
-        return max(2 * min(SHARD + CHUNK * self.row, self.disk), 2 * self.batch(size))
+        return max(2 * min(SHARD + self.at_once * self.row, self.disk), 2 * self.batch(size))
 
     @property
     def chunk(self) -> int:
         """On the device while conditions are encoded: a chunk as the pipeline makes it, and as it is caught."""
-        return 2 * self.halves * min(CHUNK, self.conditions) * self.row
+        return 2 * self.halves * min(self.at_once, self.conditions) * self.row
 
     def batch(self, size: int) -> int:
         """On the device in training: the conditions and latents of a batch, and what they are encoded among."""
@@ -64,6 +66,7 @@ def stored(recipe: Recipe, drawn: Blueprint) -> Stored:
         sum(row.numel() * row.element_size() for row in drawn.condition.values()),
         torch.Size(drawn.trace.latent_shape).numel() * 4,
         1 if guidance_scale(recipe, drawn.trace) == 1 else 2,
+        together(drawn.trace),
         recipe.data.encode != "store",
     )
 

@@ -23,11 +23,13 @@ class Weights:
         sizes: (parameters, bytes on the device) by name.
         loaded: bytes of the teacher's network as it is loaded.
         offloaded: bytes of it that rest in the host's memory.
+        autoencoder: bytes of the autoencoder alone, which rests beside an offloaded network.
     """
 
     sizes: dict[str, tuple[int, int]]
     loaded: int
     offloaded: int = 0
+    autoencoder: int = 0
 
 
 def weights_of(teacher: Teacher, drawn: Blueprint, method: DistillMethod) -> Weights:
@@ -66,7 +68,10 @@ def weights_of(teacher: Teacher, drawn: Blueprint, method: DistillMethod) -> Wei
     if frozen:
         away, passing, offloaded = _stored(backbone, frozen)
         size += passing - away
-    return Weights(sizes | {"teacher": (count, size)}, loaded, offloaded)
+    vae = pipeline.components.get("vae") if "vae" not in drawn.trace.encoders else None
+    held = [*vae.parameters(), *vae.buffers()] if isinstance(vae, nn.Module) else []
+    autoencoder = sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in held}.values())
+    return Weights(sizes | {"teacher": (count, size)}, loaded, offloaded, autoencoder)
 
 
 def _saved(backbone: nn.Module, quantize: str, adapters: set[int]) -> int:

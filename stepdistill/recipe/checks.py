@@ -265,8 +265,9 @@ def sizes(recipe: "Recipe", config: Any) -> Problems:
     if data.buckets != "off" and (data.arguments or data.images == "fashion-mnist"):
         beside = "data.arguments" if data.arguments else "images of one size"
         yield _expected("data.buckets", f"off beside {beside}", data.buckets)
-    if data.crop != "center" and (data.arguments or not real):
-        yield _expected("data.crop", f"center {'beside data.arguments' if real else 'without real images'}", data.crop)
+    if data.crop != "center" and (data.arguments or not real or data.images == "fashion-mnist"):
+        why = "beside data.arguments" if data.arguments else "for images of one size"
+        yield _expected("data.crop", f"center {why if real else 'without real images'}", data.crop)
 
 
 def guidance(recipe: "Recipe", config: Any) -> Problems:

@@ -108,7 +108,9 @@ def make_method(
     own = ("student", *implementation.slow)
     for name in own if student.quantize is not None else ():
         if training.get(name) == "full":
-            quantize_aware(getattr(roles, name).network, student.quantize)
+            network = getattr(roles, name).network
+            for one in network.children() if isinstance(network, Experts) else [network]:
+                quantize_aware(one, student.quantize)
     for name in training:
         role = getattr(roles, name)
         network = implementation.adapt(config, name, role.network, scale)

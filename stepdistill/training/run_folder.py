@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stepdistill.diffusion.routing import Router
 from stepdistill.errors import InputError
 from stepdistill.files import read_json, write_json, write_text
 from stepdistill.progress import say
@@ -129,6 +130,25 @@ def check_teacher(folder: Path, made_of: Mapping[str, Any], resumes: bool) -> No
             )
     if made_of:
         write_json(kept, made_of)
+
+
+def check_groups(folder: Path, router: Router, resumes: bool) -> None:
+    """Keep the groups of ``data.groups`` with their run, and hold a resumed run to them.
+
+    Args:
+        folder: of the run.
+        router: of the groups as they are now.
+        resumes: whether the run has taken steps.
+
+    Raises:
+        InputError: they are other ones than the run began with.
+    """
+    if resumes and RunFolder(folder).router.is_file() and not Router.read(folder).alike(router):
+        raise InputError(
+            f"data.groups: expected the groups that the run in {folder} began with, found others, as of other "
+            "conditions or encoders; put these back, or choose another output"
+        )
+    router.write(folder)
 
 
 def _set_aside(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Threads decode the next pictures; what comes out is what one thread would give, in the order of the samples."""
 
+import io
+import tarfile
 import threading
 import time
 
@@ -59,3 +61,20 @@ def test_pictures_are_cut_to_the_proportions_of_the_pipeline(tmp_path):
     (tmp_path / "a.txt").write_text("high")
     (item,) = stream(Data(images=str(tmp_path)), (3, 8, 16), Tally("data.images", 1.0))
     assert item.image.shape == (3, 8, 16) and item.image[0, :, 0].tolist() == [*range(28, 36)]
+
+
+def test_other_files_of_an_archive_are_read_while_it_is_open(tmp_path):
+    """Those of its last samples, too."""
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for number in range(3):
+                picture = io.BytesIO()
+                Image.new("RGB", (16, 16), (10 * shard + number, 0, 0)).save(picture, "png")
+                for ending, content in (("png", picture.getvalue()), ("edge.png", picture.getvalue()), ("txt", b"one")):
+                    member = tarfile.TarInfo(f"{number}.{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    data = Data(images=str(tmp_path / "{0..1}.tar"), arguments={"image": "edge.png"})
+    items = [*stream(data, (3, 16, 16), Tally("data.images", 0.0))]
+    assert [int(item.image[0, 0, 0]) for item in items] == [0, 1, 2, 10, 11, 12]
+    assert [item.own["image"].getpixel((0, 0))[0] for item in items] == [0, 1, 2, 10, 11, 12]

@@ -78,7 +78,7 @@ def test_every_student_is_a_stock_pipeline_and_all_of_them_a_call(of_classes):
     moved = {name: any(one is not None and one.any() for one in each) for name, each in slopes.items()}
     assert moved == {"0": False, "1": True}
     assert traced.denoiser.features(x, t, rows)[0].shape[0] == 4
-    with pytest.raises(InputError, match="expected a class of 10 that the students share, and no guidance, found"):
+    with pytest.raises(InputError, match="guidance: expected 1 for several students"):
         sample(of_classes / "joined", steps=2, guidance=2.0, conditions=["Coat"], count=1)
 
 
@@ -91,6 +91,8 @@ def test_students_that_do_not_belong_together_are_refused(of_classes, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="choose another folder"):
         join([run, of_classes / "run1"], of_classes / "teacher")
+    with pytest.raises(InputError, match="expected a folder beside the runs, found one inside or around"):
+        join([run, of_classes / "run1"], run / "export")
 
 
 def test_loras_of_prompts_share_one_network(tmp_path):

@@ -1,15 +1,21 @@
 """One affine student cannot be a mixture of two classes; two of them, one a class, are exactly that."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from stepdistill.data.chosen import ChosenRows
 from stepdistill.diffusion.routing import Router
 from stepdistill.errors import InputError
 from stepdistill.methods import METHODS, Roles
+from stepdistill.pipeline.conditioning import Conditioning
+from stepdistill.pipeline.groups import own_group
 from stepdistill.testing.analytic import LABELS, MixtureDenoiser, affine_critic
 from stepdistill.testing.bed import KINDS, M1, SCHEDULES, OnGrid, at, batch, generator, gradients
+from stepdistill.training.run_folder import check_groups
 
 ALL = [(name, kind) for name in SCHEDULES for kind in KINDS]
 ROUTER = Router(LABELS, classes=((0,), (1,)))
@@ -90,3 +96,28 @@ def test_the_empty_class_has_no_student(tmp_path):
     (tmp_path / "router.json").write_text('{"classes": [[0]]}')
     with pytest.raises(InputError, match="expected argument, classes and centres"):
         Router.read(tmp_path)
+
+
+def test_groups_of_prompts_are_clusters_found_once_for_a_store(tmp_path):
+    """Five places in three clusters, one of a single prompt; a run is held to its groups up to the last digits."""
+    text = torch.tensor([[9.0, 1.0], [0.1, 5.0], [8.0, 1.0], [0.2, 3.0], [-1.0, -1.0]])[:, None]
+    store = SimpleNamespace(folder=tmp_path / "store")
+    names = ("a", "b", "c", "d", "e")
+    rows = ChosenRows(text, torch.arange(5))  # as of a store: no tensor
+    whole = Conditioning(names, {"text": rows}, {"text": text[:1]}, names, store=store)
+    trace = SimpleNamespace(denoiser=SimpleNamespace(takes_turns=False))
+    own = [own_group(SimpleNamespace(groups=3, group=number), trace, whole) for number in range(3)]
+    assert sorted(sorted(one.entries) for one in own) == [["a", "c"], ["b", "d"], ["e"]]
+    (alone,) = (one for one in own if len(one) == 1)
+    assert torch.equal(alone.batch(torch.zeros(2, dtype=torch.long))[0]["text"], text[[4, 4]])
+    assert len({one.key for one in own}) == 3
+    router = own[0].group.router
+    near = replace(router, centres=tuple(tuple(x + 1e-6 for x in one) for one in router.centres))
+    far = replace(router, centres=tuple(tuple(x + 1e-2 for x in one) for one in router.centres))
+    assert router.alike(near) and not router.alike(far) and not router.alike(ROUTER)
+    check_groups(tmp_path, router, resumes=False)
+    check_groups(tmp_path, near, resumes=True)
+    with pytest.raises(InputError, match="expected the groups that the run in"):
+        check_groups(tmp_path, far, resumes=True)
+    text += 100  # not read again
+    assert [*own_group(SimpleNamespace(groups=3, group=0), trace, whole).entries] == [*own[0].entries]

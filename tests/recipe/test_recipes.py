@@ -96,7 +96,7 @@ def shortened(recipe: Recipe, place, out: Path) -> list[str]:
         keys["method.critic_steps"] = 2  # a critic that has not moved yet teaches nothing
     keys |= {"train.steps": STEPS, "train.batch_size": 4, "train.lr_warmup": 0, "train.log_every": 1}
     keys |= {"train.preview_every": 100, "train.checkpoint_every": 100, "train.tracker": "none"}
-    keys["train.accumulation"] = 1
+    keys["train.accumulation"] = min(2, recipe.train.accumulation)
     return [f"{key}={value}" for key, value in keys.items()]
 
 
