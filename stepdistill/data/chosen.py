@@ -1,4 +1,4 @@
-"""Some of many entries or rows, by their numbers; none is copied before it is asked for."""
+"""Some of many entries or rows, by their numbers; none is copied before it is read."""
 
 from collections.abc import Sequence
 from typing import Any

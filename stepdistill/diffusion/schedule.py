@@ -15,7 +15,14 @@ from torch import Tensor
 
 from stepdistill.diffusion.devices import DeviceTable
 from stepdistill.diffusion.schedule_base import Kind, Schedule, per_sample
-from stepdistill.diffusion.scheduler_tables import is_flow, is_sigma, leaves_out, shifted, tables, tells_log_sigma
+from stepdistill.diffusion.scheduler_tables import (
+    has_log_sigma_timesteps,
+    is_flow,
+    is_sigma,
+    leaves_out,
+    shifted,
+    tables,
+)
 from stepdistill.errors import InputError
 
 __all__ = ["KINDS", "EDMSchedule", "FlowSchedule", "Kind", "Prediction", "Schedule", "VPSchedule", "from_scheduler"]
@@ -288,7 +295,7 @@ def from_scheduler(scheduler: Any, mu: float | None = None) -> tuple[Schedule, K
         return FlowSchedule(shift, steps, dynamic, left_out, inverted), "inverted flow" if inverted else "flow"
     if declared == "trigflow":
         return AngleSchedule(config["sigma_data"]), "v"
-    edm = tells_log_sigma(scheduler)
+    edm = has_log_sigma_timesteps(scheduler)
     if not edm and not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(
             f"schedule: {type(scheduler).__name__} has no alphas_cumprod and is neither a flow-matching scheduler nor "

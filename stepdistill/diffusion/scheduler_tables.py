@@ -11,7 +11,7 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (shift * t + (1 - t))
 
 
-def tells_log_sigma(scheduler: Any) -> bool:
+def has_log_sigma_timesteps(scheduler: Any) -> bool:
     """Whether timesteps are log(sigma)/4, as EDM tells its networks the noise."""
     sigmas, timesteps = tables(scheduler)
     if not 0 < len(timesteps) <= len(sigmas) or sigmas[0] <= 0:

@@ -1,4 +1,4 @@
-"""Networks that rest in the host's memory: they come to the device when they are called, and go back when told to."""
+"""Networks that rest in the host's memory: they come to the device when they are called, and go back on request."""
 
 from collections.abc import Collection
 from contextlib import ExitStack

@@ -211,8 +211,8 @@ def blueprint_of(recipe: Recipe) -> Blueprint:
 
     def sized(sizes: Sequence[Sequence[int]]) -> Blueprint:
         height, width = max(sizes, key=math.prod)
-        told = teacher.arguments | {"height": height, "width": width}
-        return blueprint(teacher.model_copy(update={"arguments": told}), dtype)
+        arguments = teacher.arguments | {"height": height, "width": width}
+        return blueprint(teacher.model_copy(update={"arguments": arguments}), dtype)
 
     drawn = sized(recipe.sizes) if recipe.sizes else blueprint(teacher, dtype)
     if recipe.data.buckets == "auto":

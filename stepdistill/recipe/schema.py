@@ -151,7 +151,7 @@ class Data(Section):
         1,
         ge=1,
         description="groups of the conditions, a student for each: classes in order, prompts by clusters of their text "
-        "embeddings; `stepdistill join` puts the students together",
+        "embeddings; `stepdistill join` combines the students in one folder",
     )
     group: int = Field(0, ge=0, description="the group that this run trains, from 0 to data.groups - 1")
 
