@@ -72,9 +72,12 @@ class Tracking:
 
     def draw(self, picture: Path, step: int) -> None:
         """Log a preview."""
-        with Image.open(picture) as opened:
-            image = opened.convert("RGB")
-        self._each("draw", step, lambda name, tracker: _draw(name, tracker, image, step))
+
+        def draw(name: str, tracker: GeneralTracker) -> None:
+            with Image.open(picture) as opened:
+                _draw(name, tracker, opened.convert("RGB"), step)
+
+        self._each("draw", step, draw)
 
     def __enter__(self) -> "Tracking":
         return self
