@@ -1,17 +1,19 @@
 """Walk the first hour as a new user does, and write docs/walk.md: each command, its seconds, and what the screen said.
 
-    pip install -e '.[eval,demo]'
-    python scripts/walk.py
+    pip install -e '.[eval,demo]' playwright
+    python scripts/walk.py --chromium /usr/bin/chromium
 
-Every command is a process of its own on a terminal of 80 columns, in a temporary folder with an empty cache and
-without a network. The own pipeline is a stand-in: SDXL with random weights, 70 thousand of them, in one file of the
-published layout. Without gradio the pages of ``watch`` and ``demo`` are left out.
+Every command is a process of its own on a terminal of 80 columns, in a temporary folder with an empty cache; all but
+the installation are without a network. The own pipeline is a stand-in: SDXL with random weights, 70 thousand of them,
+in one file of the published layout. Pages are opened in a headless Chromium, and their first screens kept in
+docs/pictures/walk. Without gradio those of ``watch`` and ``demo`` are left out.
 """
 
 import argparse
 import fcntl
 import functools
 import importlib.util
+import io
 import os
 import platform
 import pty
@@ -25,17 +27,25 @@ import tempfile
 import termios
 import textwrap
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
+from check_pages import chromium
+from PIL import Image
 
 import stepdistill
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "walk.md"
+PICTURES = "pictures/walk"
+"""Of the page's own folder."""
+VIEW = {"width": 1180, "height": 840}
+DRAWN = """document.querySelector('.frame img, .watch img, .slider') && !document.querySelector('.frame:empty')
+  && [...document.images].every(image => image.complete)"""
+"""True in a page of ours whose pictures are there."""
 COLUMNS, ROWS = 80, 50
 FIRST, LAST = 10, 24
 """Lines of a screen that are kept."""
@@ -70,40 +80,71 @@ class Step:
     Args:
         title: its heading.
         words: a sentence or two on what is seen.
-        arguments: of the command.
-        page: whether it opens a page, which is fetched once before the command is interrupted.
+        command: as it is typed.
+        page: whether it opens a page, whose picture is taken before the command is interrupted.
+        shows: a page that it leaves, whose picture is shown below the screen.
     """
 
     title: str
     words: str
-    arguments: str
+    command: str
     page: bool = False
+    shows: str = ""
+
+    @property
+    def picture(self) -> str:
+        """The file name of its picture; empty where it has none."""
+        return re.sub(r"\W+", "-", self.title.lower()) + ".png" if self.page or self.shows else ""
 
 
 STEPS = (
-    Step("Version", "No torch is loaded for it.", "--version"),
-    Step("What this machine can do", "A line for each thing, with advice below what is missing.", "doctor"),
+    Step(
+        "Installation",
+        "Into a fresh environment, with torch from the package index.",
+        "python3 -m venv .venv && .venv/bin/pip install -qq -e ~/stepdistill'[eval,demo]'",
+    ),
+    Step("Version", "No torch is loaded for it.", "stepdistill --version"),
+    Step("What this machine can do", "A line for each thing, with advice below what is missing.", "stepdistill doctor"),
     Step(
         "Quickstart, shortened",
         "The embedded teacher of clothes, with a fifth of the steps and a tenth of the pictures. The student is not "
         "good yet; that takes the whole quickstart.",
-        "train quickstart train.steps=40 method.regression_steps=12 method.critic_warmup=6 report.samples=100",
+        "stepdistill train quickstart train.steps=40 method.regression_steps=12 method.critic_warmup=6 "
+        "report.samples=100",
+        shows="runs/quickstart/report/index.html",
     ),
-    Step("Demo", "The page of the shipped student of emoji.", "demo", page=True),
-    Step("Which recipe for SDXL on this card", "Recipes that a 24 GB card holds.", "recipes --base sdxl --gpu 24"),
-    Step("The own pipeline", "One file, as Civitai has them.", "inspect my.safetensors --config ./sdxl-base"),
-    Step("A recipe to edit", "The file keeps the comments of the shipped one.", "init sdxl_dmd2_lora_24gb sdxl.yaml"),
-    Step("Will it fit, can it work", "No weight is loaded.", "plan sdxl.yaml --gpu 24"),
-    Step("Train", "The student, its export and its report.", "train sdxl.yaml"),
-    Step("The runs", "All runs in `runs/`, and how each stands.", "runs"),
+    Step("Demo", "The page of the shipped student of emoji.", "stepdistill demo", page=True),
     Step(
-        "Watch", "A page with state, curves and previews; here of the run that has ended.", "watch runs/sdxl", page=True
+        "Which recipe for SDXL on this card",
+        "Recipes that a 24 GB card holds.",
+        "stepdistill recipes --base sdxl --gpu 24",
     ),
-    Step("Export for ComfyUI", "The stock folder, and files for ComfyUI in it.", "export runs/sdxl out --to comfyui"),
+    Step(
+        "The own pipeline", "One file, as Civitai has them.", "stepdistill inspect my.safetensors --config ./sdxl-base"
+    ),
+    Step(
+        "A recipe to edit",
+        "The file keeps the comments of the shipped one.",
+        "stepdistill init sdxl_dmd2_lora_24gb sdxl.yaml",
+    ),
+    Step("Will it fit, can it work", "No weight is loaded.", "stepdistill plan sdxl.yaml --gpu 24"),
+    Step("Train", "The student, its export and its report.", "stepdistill train sdxl.yaml"),
+    Step("The runs", "All runs in `runs/`, and how each stands.", "stepdistill runs"),
+    Step(
+        "Watch",
+        "A page with state, curves and previews; here of the run that has ended.",
+        "stepdistill watch runs/sdxl",
+        page=True,
+    ),
+    Step(
+        "Export for ComfyUI",
+        "The stock folder, and files for ComfyUI in it.",
+        "stepdistill export runs/sdxl out --to comfyui",
+    ),
     Step(
         "Draw",
         "Four steps in place of fifty.",
-        'sample runs/sdxl --steps 4 --prompt "a red shoe" --count 4 --out grid.png',
+        'stepdistill sample runs/sdxl --steps 4 --prompt "a red shoe" --count 4 --out grid.png',
     ),
 )
 
@@ -164,16 +205,28 @@ def without_places(text: str, folder: Path) -> str:
     return re.sub(rf"\b{re.escape(socket.gethostname())}\b", "machine", text)
 
 
-def run(step: Step, folder: Path) -> Seen:
-    """Run a step on a terminal in ``folder``; a page is fetched once, and its command interrupted."""
+def photograph(browser: Any, source: str | Path, file: Path) -> None:
+    """The first screen of a page as a small PNG file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    page = browser.new_page(viewport=VIEW)
+    page.goto(source.resolve().as_uri() if isinstance(source, Path) else source)
+    page.wait_for_function(DRAWN, timeout=1000 * PATIENCE)
+    shown = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    page.close()
+    shown.quantize(128).save(file, optimize=True)
+
+
+def run(step: Step, folder: Path, browser: Any = None, file: Path | None = None) -> Seen:
+    """Run a step on a terminal in ``folder``; a page's picture goes to ``file``, and its command is interrupted."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
     environment |= {"TERM": "xterm", "HF_HUB_OFFLINE": "1", "STEPDISTILL_CACHE": str(folder / "cache")}
-    command = f"{sys.executable} -m stepdistill {step.arguments}"
-    start, said, fetched = time.monotonic(), b"", ""
+    command = step.command.replace("~/stepdistill", str(ROOT))
+    command = re.sub(r"^stepdistill ", f"exec {sys.executable} -m stepdistill ", command)
+    start, said, opened = time.monotonic(), b"", 0.0
     with subprocess.Popen(
-        ["sh", "-c", f"exec {command}"],
+        ["sh", "-c", command],
         cwd=folder,
         env=environment,
         stdin=theirs,
@@ -185,18 +238,19 @@ def run(step: Step, folder: Path) -> Seen:
         os.close(theirs)
         while block := _read(ours):
             said += block
-            address = OPEN.search("".join(screen(said.decode(errors="replace")))) if step.page and not fetched else None
+            address = OPEN.search("".join(screen(said.decode(errors="replace")))) if step.page and not opened else None
             if address:
-                with urllib.request.urlopen(address[1], timeout=60) as answer:
-                    fetched = f"(the page was fetched: {answer.status} {answer.reason}, {len(answer.read()) >> 10} KiB)"
-                seconds = time.monotonic() - start
+                opened = time.monotonic() - start
+                photograph(browser, address[1], file)
                 process.send_signal(signal.SIGINT)
             if time.monotonic() - start > PATIENCE:
                 process.kill()
         code = process.wait()
     os.close(ours)
+    if step.shows and code == 0:
+        photograph(browser, folder / step.shows, file)
     lines = screen(without_places(said.decode(errors="replace"), folder))
-    return Seen(seconds if fetched else time.monotonic() - start, code, [*lines, fetched] if fetched else lines)
+    return Seen(opened or time.monotonic() - start, code, lines)
 
 
 def _read(terminal: int) -> bytes:
@@ -250,31 +304,34 @@ def page(seen: Mapping[Step, Seen]) -> str:
         ending = f", exit code {one.code}" if one.code and not step.page else ""
         parts.append(f"## {number}. {step.title}")
         parts.append(f"{step.words} It took {one.seconds:.1f} seconds{ending}.")
-        parts.append("\n".join(["```text", f"$ stepdistill {step.arguments}", *kept(one.lines), "```"]))
-        if step.arguments.startswith("init"):
+        parts.append("\n".join(["```text", f"$ {step.command}", *kept(one.lines), "```"]))
+        if step.picture:
+            parts.append(f"![{step.title}: {step.shows or 'the page'}]({PICTURES}/{step.picture})")
+        if " init " in step.command:
             parts += [
                 "These keys are then changed in the file. Those of the second block make the run short, and belong to "
                 "the stand-in alone.",
                 "\n".join(["```text", *(f"{key}: {value}" for key, value in CHANGED.items()), "```"]),
                 "\n".join(["```text", *(f"{key}: {value}" for key, value in SHORTER.items()), "```"]),
             ]
-    wrapped = [part if part[0] in "#|`" else textwrap.fill(part, 120, break_on_hyphens=False) for part in parts]
+    wrapped = [part if part[0] in "#|`!" else textwrap.fill(part, 120, break_on_hyphens=False) for part in parts]
     return "\n\n".join(wrapped) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PAGE)
+    parser.add_argument("--chromium", help="an installed browser")
     arguments = parser.parse_args()
     seen, has_pages = {}, importlib.util.find_spec("gradio") is not None
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, chromium(arguments.chromium) as browser:
         folder = Path(name)
         stand_in(folder)
         for step in [step for step in STEPS if has_pages or not step.page]:
-            seen[step] = run(step, folder)
-            print(f"\n$ stepdistill {step.arguments}\n" + "\n".join(seen[step].lines), flush=True)
+            seen[step] = run(step, folder, browser, arguments.out.parent / PICTURES / step.picture)
+            print(f"\n$ {step.command}\n" + "\n".join(seen[step].lines), flush=True)
             print(f"[{seen[step].seconds:.1f} s, exit code {seen[step].code}]", flush=True)
-            if step.arguments.startswith("init"):
+            if " init " in step.command:
                 recipe = yaml.safe_load((folder / "sdxl.yaml").read_text(encoding="utf-8"))
                 text = yaml.safe_dump(changed(recipe, CHANGED | SHORTER), sort_keys=False)
                 (folder / "sdxl.yaml").write_text(text, encoding="utf-8")

@@ -63,6 +63,6 @@ def test_the_committed_page_has_every_step_as_it_is_run():
     assert [step.command for step in walk.STEPS if f"\n$ {step.command}\n" not in committed] == []
     shown = [step.picture for step in walk.STEPS if step.picture]
     assert [file for file in shown if not (walk.PAGE.parent / walk.PICTURES / file).is_file()] == []
-    assert len(shown) == committed.count(f"]({walk.PICTURES}/") == 4
+    assert len(shown) == committed.count(f"]({walk.PICTURES}/") == 3
     assert "exit code" not in committed and str(Path.home()) not in committed and len(committed) < 30_000
     assert sys.prefix not in committed
