@@ -5,7 +5,7 @@
 For each kernel, shape and type: the time of each way, and for the kernel the bytes it must move (every input read once,
 every output written once) over its time, as a share of what a copy of as many bytes reaches (bandwidth_share). Medians
 of rounds that take the ways in turns. Where no kernel runs (no CUDA device, or no Triton), the function is its PyTorch
-reference, and each row says so ("runs": "reference"). torch.compile takes seconds a case, so it is asked for the last
+reference, and each row says so ("runs": "reference"). torch.compile takes seconds a case, so it is called for the last
 batch size in bfloat16 only. The file is written anew after every row.
 """
 

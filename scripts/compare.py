@@ -48,7 +48,7 @@ from stepdistill.eval.bench.settings import Settings
 from stepdistill.eval.bench.sources import device_name, library_versions
 from stepdistill.eval.protocol import load_protocol
 from stepdistill.eval.report import between_markers
-from stepdistill.files import write_json
+from stepdistill.files import write_json, write_text
 from stepdistill.pipeline.set_up import can_run
 from stepdistill.run import train
 from stepdistill.sampling.meter import metered
@@ -259,7 +259,14 @@ def opened(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield content
         notes = path.with_name(f"{path.stem}_notes.yaml")
         said = yaml.safe_load(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
-        write_json(path, conclude(content, said))
+        write_text(path, by_rows(conclude(content, said)))
+
+
+def by_rows(content: dict[str, Any]) -> str:
+    """The comparison as JSON with a line for each row: it has hundreds of them, of dozens of numbers."""
+    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in content["rows"])
+    head = json.dumps({key: value for key, value in content.items() if key != "rows"}, indent=1)
+    return f'{head[:-2]},\n "rows": [\n{rows}\n]\n}}\n'
 
 
 def publish(content: dict[str, Any], arguments: argparse.Namespace) -> None:

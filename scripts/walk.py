@@ -213,7 +213,7 @@ def photograph(browser: Any, source: str | Path, file: Path) -> None:
     page.wait_for_function(DRAWN, timeout=1000 * PATIENCE)
     shown = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     page.close()
-    shown.quantize(128).save(file, optimize=True)
+    shown.quantize(64).save(file, optimize=True)
 
 
 def run(step: Step, folder: Path, browser: Any = None, file: Path | None = None) -> Seen:

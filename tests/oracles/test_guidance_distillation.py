@@ -303,7 +303,7 @@ def test_a_teacher_without_an_empty_condition_is_refused():
 
 
 def test_a_plain_teacher_is_matched_where_there_is_no_guidance():
-    """Its own prediction, pointwise: no empty condition is asked for, and the loss of the teacher itself is 0."""
+    """Its own prediction, pointwise: it needs no empty condition, and the loss of the teacher itself is 0."""
     schedule = SCHEDULES["vp"]
     teacher = mixture(schedule, "v")
     student = told(lambda x, t, labels, w: guided_mean(teacher, x, t, labels, 1.0 + 0 * w), schedule, "v")
