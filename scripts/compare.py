@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import yaml
-from comparison import NFES, PHASES, base, choices, conclude, first_table, page, plot
+from comparison import FD, NFES, PHASES, base, choices, conclude, first_table, page, plot
 from safetensors import safe_open
 
 from stepdistill import assets, recipe
@@ -94,9 +94,10 @@ def planned(arguments: argparse.Namespace) -> list[Task]:
         called = {name, method, stem, source.stem, str(source)} & wanted
         answered |= called
         for seed in arguments.seeds if called or not wanted else ():
-            run = arguments.runs / f"{stem}-seed{seed}{ending}"
+            run, budget = arguments.runs / f"{stem}-seed{seed}{ending}", arguments.budget * SHORTER.get(source.stem, 1)
             settings = [
-                *scaled(one, arguments.budget * SHORTER.get(source.stem, 1)),
+                *scaled(one, budget),
+                *curve(one, budget, arguments.samples),
                 f"train.seed={seed}",
                 f"output={run}",
                 "report.samples=0",
@@ -118,6 +119,15 @@ def scaled(stated: recipe.Recipe, budget: float) -> list[str]:
     if budget == 1:
         return []
     return [f"{key}={max(1, round(budget * length)) if length else 0}" for key, length in lengths.items()]
+
+
+def curve(stated: recipe.Recipe, budget: float, samples: int) -> list[str]:
+    """Overrides that measure a student of a few steps ten times in its run; the last checkpoint is exported."""
+    if stated.student.steps > max(NFES):
+        return []
+    every = max(1, round(budget * stated.train.steps / 10))
+    settings = {"every": every, "metric": FD, "samples": samples, "keep_best": 0, "patience": "null"}
+    return [f"evaluation.{key}={value}" for key, value in settings.items()]
 
 
 def work(task: Task, arguments: argparse.Namespace) -> bool:
@@ -158,7 +168,7 @@ def same(task: Task) -> bool:
     except InputError:
         return False
     for tree in trees:
-        for key in ("output", "resume", "report"):
+        for key in ("output", "resume", "report", "evaluation"):
             del tree[key]
         for key in ("checkpoint_every", "keep_checkpoints", "preview_every", "log_every", "tracker"):
             del tree["train"][key]
@@ -193,6 +203,7 @@ def training(task: Task, device: torch.device) -> dict[str, Any]:
         "steps": task.recipe.student.steps,
         "train_steps": task.recipe.train.steps,
         "evaluations": evaluations[-1] if evaluations else None,
+        "curve": [[line["evaluations"], line[f"evaluation/{FD}"]] for line in lines if f"evaluation/{FD}" in line],
         "trainable_parameters": sum(torch.Size(shape).numel() for shape in shapes),
         **cost,
         "device": device_name(device),

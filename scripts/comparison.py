@@ -26,7 +26,8 @@ PHASES = (
 )
 """The methods' keys that count steps of training: they grow with a run's budget."""
 GAP_BAR, ADAPTER_BAR, BEST_BARS = 0.9, 1.1, {1: 1.5, 2: 1.2, 4: 1.0}
-FD = "fd_classifier"
+FD, TARGET = "fd_classifier", 5.5
+REACHED = f"Evaluations to FD {TARGET:g}"
 Entry = dict[str, Any]
 """A row of the comparison."""
 
@@ -161,28 +162,28 @@ def short_table(content: dict[str, Any]) -> str:
     wanted = ("kid_enet", "precision", "recall", "accuracy", DIVERSITY[0])
     shown = [metric for metric in wanted if any(metric in row["metrics"] for row in rows)]
     header = ["", "NFE", metric_name(FD, n), *(f"at NFE {nfe}" for nfe in NFES)]
-    header += [*(metric_name(metric, n) for metric in shown), "Gap closed", "Evaluations", "Trained", "Bar"]
+    header += [*(metric_name(metric, n) for metric in shown), "Gap closed", "Evaluations", REACHED, "Trained", "Bar"]
     lines: list[list[Any]] = []
     for row in (row for row in rows if row["role"] == "teacher"):
         cells = [_text(rows, row, metric) for metric in shown]
         lines.append(
-            [f"{row['name']}, {row['steps']} steps", row["nfe"], _text(rows, row, FD), *"––––", *cells, *"––––"]
+            [f"{row['name']}, {row['steps']} steps", row["nfe"], _text(rows, row, FD), *"––––", *cells, *"–––––"]
         )
     if solvers := best_solvers(rows):
         at = [metric_text(FD, solvers.get(nfe)) for nfe in NFES]
-        lines.append(["best stock solver", "–", "–", *at, *"–" * len(shown), *"––––"])
+        lines.append(["best stock solver", "–", "–", *at, *"–" * len(shown), *"–––––"])
     for name in dict.fromkeys(base(row) for row in rows if as_trained(row)):
         mine = {row["nfe"]: row for row in students(rows) if base(row) == name}
         row = next(row for row in mine.values() if as_trained(row))
         at = [_mean(rows, mine[nfe], FD) if nfe in mine else "–" for nfe in NFES]
         cells = [_mean(rows, row, metric) for metric in shown]
         lines.append(
-            [f"**{name}**", row["nfe"], f"**{_mean(rows, row, FD)}**", *at, *cells, *_cost(row), _verdict(row)]
+            [f"**{name}**", row["nfe"], f"**{_mean(rows, row, FD)}**", *at, *cells, *_cost(row, rows), _verdict(row)]
         )
     if content["floor"]:
         floor = {"role": "floor", "metrics": content["floor"]}
         cells = [_text(rows, floor, metric) for metric in shown]
-        lines.append(["real test images (the floor)", "–", _text(rows, floor, FD), *"––––", *cells, *"––––"])
+        lines.append(["real test images (the floor)", "–", _text(rows, floor, FD), *"––––", *cells, *"–––––"])
     return "\n".join([*_table(header, lines), "", _stated(content)])
 
 
@@ -237,7 +238,7 @@ def page(content: dict[str, Any], others: Sequence[dict[str, Any]] = (), listed:
     n, rows = content["samples"], content["rows"]
     shown = [metric for metric in METRICS if any(metric in row["metrics"] for row in rows)]
     names = [metric_name(metric, n) for metric in shown]
-    header = ["", "Seed", "Steps", "NFE", *names, "Gap closed", "Evaluations", "Trained", "Peak MiB", "Bar"]
+    header = ["", "Seed", "Steps", "NFE", *names, "Gap closed", "Evaluations", REACHED, "Trained", "Peak MiB", "Bar"]
     text = [short_table(content), ""]
     text += [f"![{metric_name(FD, n)} against NFE, rings: the steps trained for](../assets/benchmarks/comparison.png)"]
     text += [""]
@@ -276,8 +277,9 @@ def page(content: dict[str, Any], others: Sequence[dict[str, Any]] = (), listed:
         "Names in bold: the number of steps that the student was trained for. FD and KID are distances to real images, "
         "lower is better; diversity is the variance of the features within a class, as a ratio to the guided "
         "teacher's. Gap closed: (best stock solver at that NFE - student) / (that solver - teacher), in FD-classifier. "
-        "An evaluation is one row through one network once, in training. Trained: the student's trainable parameters. "
-        "The peak is that of training.",
+        "An evaluation is one row through one network once, in training. A student is measured ten times on its way; "
+        f"{REACHED} is when its FD was first as low as that, – in rows made before these measurements. "
+        "Trained: the student's trainable parameters. The peak is that of training.",
         "",
         _stated(content),
         "",
@@ -305,20 +307,36 @@ def _line(row: Entry) -> list[Any]:
 
 def _end(row: Entry) -> list[str]:
     if row["role"] != "student":
-        return ["–"] * 5
+        return ["–"] * 6
     memory = row["training"]["peak_memory_mib"]
-    return [*_cost(row), f"{memory:.0f}" if memory else "–", _verdict(row)]
+    return [*_cost(row, [row]), f"{memory:.0f}" if memory else "–", _verdict(row)]
 
 
 def _verdict(row: Entry) -> str:
     return ", ".join(map(_met, row["bars"])) or "–"
 
 
-def _cost(row: Entry) -> list[str]:
+def _cost(row: Entry, rows: Sequence[Entry]) -> list[str]:
+    """Gap closed, evaluations, those until FD is low enough (the mean of a name's ``rows``), trainable parameters."""
     closed, spent = row["gap_closed"], row["training"]["evaluations"]
     share = "–" if closed is None else f"{100 * closed:.0f} %"
+    curves = [one["training"].get("curve") for one in students(rows) if one["name"] == row["name"]]
+    reached = [until(curve) for curve in curves if curve]
+    there = [number for number in reached if number is not None]
+    cell = "–"
+    if reached and as_trained(row):
+        cell = "not reached" if len(there) < len(reached) else _thousands(statistics.fmean(there))
     trained = f"{row['training']['trainable_parameters'] / 1e6:.2f} M"
-    return [share, f"{spent / 1000:.0f} k" if spent else "–", trained]
+    return [share, _thousands(spent) if spent else "–", cell, trained]
+
+
+def until(curve: Sequence[tuple[int, float]]) -> int | None:
+    """The evaluations of a run when its FD was first measured at :data:`TARGET` or below; None if it never was."""
+    return next((evaluations for evaluations, fd in curve if fd <= TARGET), None)
+
+
+def _thousands(number: float) -> str:
+    return f"{number / 1000:.0f} k"
 
 
 def _met(bar: Entry) -> str:

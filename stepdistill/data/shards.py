@@ -42,11 +42,13 @@ class Share:
 
     Args:
         any: whether the flag is set in any process; returns when all of them have called it.
+        of_first: what the first process has called it with, in all of them.
     """
 
     rank: int = 0
     count: int = 1
     any: Callable[[bool], bool] = bool
+    of_first: Callable[[Exception | None], Exception | None] = lambda error: error
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -54,12 +56,21 @@ class Share:
 
     @contextmanager
     def after_the_first(self) -> Iterator[None]:
-        """The block runs in the first process, then in the others: they find what it has left on the disk."""
+        """The block runs in the first process, then in the others: they find what it has left on the disk.
+
+        What it raises in the first is raised in all of them: none is left waiting.
+        """
         if self.rank:
-            self.wait()
-        yield
-        if not self.rank:
-            self.wait()
+            if (error := self.of_first(None)) is not None:
+                raise error
+            yield
+            return
+        try:
+            yield
+        except Exception as error:
+            self.of_first(error)
+            raise
+        self.of_first(None)
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,11 @@ class Evaluation(Section):
             description="against the teacher's samples (any pipeline) or the embedded protocol's images",
         )
     )
-    keep_best: int = Field(1, gt=0, description="best checkpoints kept beside the newest; the best one is exported")
+    keep_best: int = Field(
+        1,
+        ge=0,
+        description="best checkpoints kept beside the newest; the best one is exported; 0: none, the last one is",
+    )
     patience: int | None = Field(
         None, gt=0, description="stop after this many measurements in a row without improvement; null: never"
     )

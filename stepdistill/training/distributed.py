@@ -93,6 +93,21 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     return 0
 
 
+def rows_each(batch_size: int, accumulation: int, processes: int) -> int:
+    """The rows of a process's micro-batch.
+
+    Raises:
+        InputError: the batch cannot be divided.
+    """
+    size, rest = divmod(batch_size, processes * accumulation)
+    if rest:
+        raise InputError(
+            f"train.batch_size: expected a multiple of processes x train.accumulation ({processes} x "
+            f"{accumulation}), found {batch_size}"
+        )
+    return size
+
+
 def leave() -> None:
     """Part from the other processes, where there are any; the last thing a process of several does."""
     if torch.distributed.is_initialized():
@@ -117,33 +132,36 @@ class Processes:
         Raises:
             InputError: the batch cannot be divided.
         """
-        if batch_size % (self.count * accumulation):
-            raise InputError(
-                f"train.batch_size: expected a multiple of processes x train.accumulation ({self.count} x "
-                f"{accumulation}), found {batch_size}"
-            )
-        size = batch_size // (self.count * accumulation)
+        size = rows_each(batch_size, accumulation, self.count)
         return [(i * self.count + self.rank) * size for i in range(accumulation)], size
 
     @property
     def encoders(self) -> Share:
         """The processes as those that fill a store together."""
-        return Share(self.rank, self.count, self.any)
+        return Share(self.rank, self.count, self.any, self.of_first)
 
     def once(self, work: Callable[[], T]) -> T:
         """What ``work`` returns, or raises, in the first process; the others wait for it and do not call it."""
         if self.count == 1:
             return work()
-        outcome: list[Any] = [None, None]
+        result, failure = None, None
         if self.first:
             try:
-                outcome[0] = work()
+                result = work()
             except Exception as error:  # it is raised below, in every process: none is left waiting
-                outcome[1] = error
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+                failure = error
+        result, failure = self.of_first((result, failure))
+        if failure is not None:
+            raise failure
+        return result
+
+    def of_first(self, value: T) -> T:
+        """The first process's value, in all of them."""
+        if self.count == 1:
+            return value
+        values = [value]
+        broadcast_object_list(values)
+        return values[0]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from comparison import FAMILIES, choices, conclude, first_table, page, plot, short_table
+from comparison import FAMILIES, choices, conclude, first_table, page, plot, short_table, students
 from synthetic import ROWS, hasty, pictures
 
 from pipeline.tiny import save_dit, tiny_dit
@@ -108,6 +108,11 @@ def test_pieces_are_merged_finished_runs_are_kept_and_rows_say_what_they_cost(ru
     }  # fmt: skip
     # Each of 2 training steps: 2 teacher steps of 2 passes, 2 student steps, 4 rows each; and 3 previews of 16 rows.
     assert 2 * 4 * (2 * 2 + 2) <= one["evaluations"] <= 2 * 4 * (2 * 2 + 2) + 3 * 16 * 2
+    # Measured after either step, which costs the run no evaluations; the student is that of its end all the same.
+    assert [at for at, _ in one["curve"]] == [one["evaluations"] // 2, one["evaluations"]]
+    assert len({fd for _, fd in one["curve"]}) == 2 and not list(
+        (folder / "runs" / "walk-seed0" / "best").glob("step*")
+    )
     assert one["peak_memory_mib"] > 10 and one["seconds"] > 0
     assert read_report(folder / "all.json").rows[-1].name == "walk@2"
     assert (folder / "all.png").is_file()
@@ -190,7 +195,7 @@ def test_other_protocols_samples_and_budgets_are_not_mixed(_students_only, run, 
 
 
 def test_names_budget_and_what_is_unknown(script, tmp_path, monkeypatch):
-    arguments = script.argparse.Namespace(methods=["dmd2"], seeds=[0, 3], budget=1.0, runs=tmp_path)
+    arguments = script.argparse.Namespace(methods=["dmd2"], seeds=[0, 3], samples=1000, budget=1.0, runs=tmp_path)
     tasks = script.planned(arguments)
     assert {task.seed for task in tasks} == {0, 3} and {task.recipe.method.name for task in tasks} == {"dmd2"}
     several = sum(recipe.load(name).method.name == "dmd2" for name in assets.recipes() if name.startswith("fashion_"))
@@ -284,7 +289,16 @@ def test_gaps_ratios_and_bars_are_the_arithmetic_of_their_definitions():
 
 
 def test_tables_and_plot_show_what_was_found():
-    content = conclude(a_comparison(*STUDENTS), {"lcm@4": "too few steps"})
+    content = a_comparison(*STUDENTS)
+    # Of lcm one seed has never been so low; dmd2 had been before it got worse.
+    curves = {
+        ("dmd2@4", 0): [[50_000, 7.0], [80_000, 5.5], [90_000, 5.6], [150_000, 4.2]],
+        ("lcm@4", 0): [[150_000, 5.0]],
+        ("lcm@4", 1): [[150_000, 5.6]],
+    }
+    for row in students(content["rows"]):
+        row["training"] |= {"curve": curves.get((row["name"], row["training"]["seed"]), [])}
+    content = conclude(content, {"lcm@4": "too few steps"})
     lines = [line.strip("|").split("|") for line in short_table(content).splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1
     cells = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
@@ -292,7 +306,8 @@ def test_tables_and_plot_show_what_was_found():
     assert cells["best stock solver"][2:6] == ["104.00", "–", "8.00", "3.00"]
     assert cells["**dmd2**"][:6] == ["4", "**4.20**", "54.00", "–", "4.20", "4.00"]
     # The teacher's diversity is 8.
-    assert cells["**dmd2**"][-5:] == ["1.050", "95 %", "150 k", "3.50 M", "met"]
+    assert cells["**dmd2**"][-6:] == ["1.050", "95 %", "150 k", "80 k", "3.50 M", "met"]
+    assert (cells["**lcm**"][-3], cells["**agd**"][-3]) == ("not reached", "–")
     assert cells["**lcm**"][1] == "**5.30 ± 0.42**" and cells["**agd**"][:2] == ["50", "**4.30**"]
     first = [line.strip("| ").split(" | ")[:3] for line in first_table(content).splitlines()[2:]]
     assert ["best stock solver", "4", "8.00"] in first and [
@@ -336,7 +351,7 @@ def test_readme_and_page_show_what_is_stored(script):
     readme, page, choosing = pages = [(assets.root() / name).read_text(encoding="utf-8") for name in names]
     assert all(text.count(script.BEGIN) == text.count(script.END) == 1 for text in pages)
     assert first_table(content) in readme and short_table(content) in page
-    tasks = script.planned(SimpleNamespace(methods=[], budget=1, seeds=[0], runs=Path("runs")))
+    tasks = script.planned(SimpleNamespace(methods=[], samples=1000, budget=1, seeds=[0], runs=Path("runs")))
     assert choices(content, [task.name for task in tasks if task.recipe.data.images is not None]) in choosing
 
 

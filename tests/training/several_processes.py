@@ -42,11 +42,16 @@ def answers(processes: Processes) -> dict[str, object]:
         assert rank == 0
         raise InputError("no room")
 
+    def refuse_first() -> None:
+        with processes.encoders.after_the_first():
+            refuse()
+
     group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
     return {
         "patience": group.options._timeout.total_seconds(),
         "once": processes.once(lambda: f"from {rank}"),
         "refused": fails(lambda: processes.once(refuse)),
+        "refused first": fails(refuse_first),
         "any": [processes.any(False), processes.any(rank == 1)],
         "mean": processes.mean({"a": float(rank), "b": 3.0}),
         "equal": fails(lambda: processes.check_equal(7, [torch.ones(2)])),

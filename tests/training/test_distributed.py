@@ -16,13 +16,15 @@ from accelerate.utils import DistributedType
 from diffusers import DiTTransformer2DModel
 from filelock import FileLock
 from test_trainer import GAN, make_recipe, pictures, teacher  # noqa: F401
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import stepdistill
 from data import test_store
+from stepdistill import cli
 from stepdistill.data import shards, store
 from stepdistill.errors import InputError
 from stepdistill.run import train
-from stepdistill.training import checkpoint, part_files
+from stepdistill.training import checkpoint, distributed, part_files
 from stepdistill.training.distributed import LAUNCHED, Processes, join, process_count
 
 CASES = {
@@ -162,7 +164,7 @@ def test_what_the_processes_tell_each_other(runs):
     assert first.pop("share") == [[0, 4], 2] and second.pop("share") == [[2, 6], 2]
     assert first == second
     assert first["patience"] == 24 * 3600  # the first process may encode data or evaluate for hours
-    assert first["once"] == "from 0" and first["refused"] == "InputError: no room"
+    assert first["once"] == "from 0" and first["refused"] == first["refused first"] == "InputError: no room"
     assert first["any"] == [False, True]
     assert first["mean"] == {"a": 0.5, "b": 3.0}
     assert first["equal"] == "nothing" and first["unequal"].startswith("RuntimeError: the processes have drifted apart")
@@ -216,14 +218,38 @@ def test_what_goes_wrong_with_one_processs_shards_is_raised_in_all(runs):
         assert first[answer] == second[answer]
 
 
+@pytest.mark.slow  # half a minute of three processes' imports
 def test_a_launched_run_ends_with_one_line_and_the_code_of_a_wrong_input(teacher, tmp_path):  # noqa: F811
+    recipe = make_recipe(teacher, tmp_path / "run", {"name": "dmd2"}) | {"distributed": {"processes": 2}}
+    recipe["teacher"]["arguments"] = {"nothing": 1}
+    done = launched(recipe, tmp_path)
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 2 and len(lines) == 2 and "no argument 'nothing'" in lines[1], lines
+
+
+def launched(recipe: dict, folder: Path) -> subprocess.CompletedProcess:
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "stepdistill", "train", str(folder / "recipe.yaml")]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("codes, expected", [((2, 1), 2), ((1, 1), 1)])
+def test_a_launch_ends_with_the_code_of_its_processes(codes, expected, monkeypatch):
+    def fail(*_):
+        raise ChildFailedError("stepdistill", {r: ProcessFailure(r, 1, code, "") for r, code in enumerate(codes)})
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(distributed, "elastic_launch", lambda *_: fail)
+    assert distributed.launch(["train", "recipe.yaml"], 2) == expected
+
+
+def test_a_batch_that_cannot_be_shared_starts_no_process(teacher, tmp_path, monkeypatch, capsys):  # noqa: F811
     recipe = make_recipe(teacher, tmp_path / "run", {"name": "dmd2"}, batch_size=3) | {"distributed": {"processes": 2}}
     (tmp_path / "three.yaml").write_text(json.dumps(recipe))
-    command = [sys.executable, "-m", "stepdistill", "train", str(tmp_path / "three.yaml")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line]
-    assert lines == ["error: train.batch_size: expected a multiple of processes x train.accumulation (2 x 1), found 3"]
+    monkeypatch.setattr(distributed, "launch", lambda *_: pytest.fail("launched"))
+    assert cli.run(["train", str(tmp_path / "three.yaml")]) == 2
+    line = "error: train.batch_size: expected a multiple of processes x train.accumulation (2 x 1), found 3\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("launcher", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
