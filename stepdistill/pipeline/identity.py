@@ -25,9 +25,9 @@ def identity(trace: Trace, entries: Sequence[str | int], pictures: Sequence[Pict
     own = getattr(pictures, "identity", None) or [
         {name: (picture.size, picture.tobytes()) for name, picture in one.items()} for one in pictures or ()
     ]
-    parts = {name: _settings(component) for name, component in pipeline.components.items()}
+    parts = {name: settings(component) for name, component in pipeline.components.items()}
     encoders = {name: module for name, module in modules(pipeline).items() if name not in trace.components}
-    weights = {name: {n: _some(p) for n, p in encoder.named_parameters()} for name, encoder in encoders.items()}
+    weights = {name: {n: some(p) for n, p in encoder.named_parameters()} for name, encoder in encoders.items()}
     # A textual inversion may show in none of these.
     further = [one] if (one := getattr(pipeline, "made_of", None)) else []
     if any(None in shape for shape in trace.conditioning.values()):
@@ -35,7 +35,7 @@ def identity(trace: Trace, entries: Sequence[str | int], pictures: Sequence[Pict
     return digest(call, entries, picture_hashes, own, parts, weights, *further)
 
 
-def _settings(component: Any) -> tuple[Any, ...]:
+def settings(component: Any) -> tuple[Any, ...]:
     """What a pipeline's component is beside its weights; where those were loaded from is not what it is."""
     config = getattr(component, "config", None)
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
@@ -43,7 +43,7 @@ def _settings(component: Any) -> tuple[Any, ...]:
     return type(component).__name__, settings, getattr(component, "model_max_length", None)
 
 
-def _some(weights: Tensor) -> Tensor:
+def some(weights: Tensor) -> Tensor:
     """Sixteen values or a few more: hashing all of a text encoder's would take as long as a run's first steps."""
     flat = weights.detach().reshape(-1)
     return flat[:: max(1, len(flat) // 16)]

@@ -8,10 +8,10 @@ import torch
 
 from stepdistill.errors import InputError
 from stepdistill.pipeline.exports import ExportFacts, is_lora, put_scheduler
+from stepdistill.pipeline.kept_traces import kept_trace
 from stepdistill.pipeline.load import as_teacher, load_pipeline
 from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.resting import place, rest, stay
-from stepdistill.pipeline.sizes import trace_small
 from stepdistill.pipeline.students import base_of, student_folders, with_students
 from stepdistill.pipeline.trace import Trace, TraceError
 from stepdistill.pipeline.variants import with_guidance, with_guider, with_rule
@@ -60,7 +60,7 @@ def open_teacher(
         facts = ExportFacts.read(as_teacher(name).pipeline)
         arguments = {} if facts is None else facts.arguments
     if device is None or device.type == "cpu":
-        traced = trace_small(pipeline, arguments)
+        traced = kept_trace(pipeline, arguments)
     else:
         traced = _traced_on(device, pipeline, arguments, resting, autoencoder_rests=frozen.offload is not None)
     if students:
@@ -77,14 +77,14 @@ def _traced_on(
     at_rest = [name for name in modules(pipeline) if name not in home] if resting else []
     place(pipeline, device, at_rest)
     try:
-        traced = trace_small(pipeline, arguments)
+        traced = kept_trace(pipeline, arguments)
     except TraceError:
         if not at_rest:
             raise
         # It may take its networks by other ways than their calls.
         for network in modules(pipeline).values():
             stay(network)
-        return trace_small(pipeline, arguments)
+        return kept_trace(pipeline, arguments)
     for name, network in modules(pipeline).items():
         if name not in traced.encoders and name != "vae":
             stay(network)

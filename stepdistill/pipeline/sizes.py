@@ -63,7 +63,7 @@ def at_size(trace: Trace, size: Size, key: str = "size") -> Trace:
     if (router := trace.denoiser.spec.router) is not None:
         return routed(at_size(routed(trace, trace.network, None), size, key), trace.denoiser.network, router)
     try:
-        sized = _recorded(trace, _with_size(trace, size))
+        sized = recorded(trace, _with_size(trace, size))
         if (made := picture_size(sized)) != size:
             problem = f"it makes pictures of {in_words(made)}"
     except TraceError as error:
@@ -91,7 +91,7 @@ def trace_small(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Tr
             with quiet():  # of the sizes that it does not take
                 traced = trace(pipeline, arguments | small)
                 own = {name: (arguments if name in small else traced.arguments)[name] for name in arguments}
-                return _recorded(traced, own)
+                return recorded(traced, own)
         except TraceError as error:
             if error.check not in ("call", "size"):
                 break
@@ -134,7 +134,7 @@ def multiple(trace: Trace) -> int | None:
 
 def _makes(trace: Trace, size: Size) -> bool:
     try:
-        return picture_size(_recorded(trace, _with_size(trace, size))) == size
+        return picture_size(recorded(trace, _with_size(trace, size))) == size
     except InputError:
         return False
 
@@ -144,7 +144,7 @@ def _with_size(trace: Trace, size: Size) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
+def recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     """The trace with what depends on the size from the first step of a run with these arguments.
 
     Raises:

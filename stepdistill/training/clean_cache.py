@@ -13,6 +13,7 @@ _KINDS = {
     "prompts": "lists of captions",
     "buckets": "proportions of images",
     "pipelines": "pipelines made of several files",
+    "traces": "what was learned about pipelines",
     "samples": "samples of benchmarks",
     "references": "features of reference images",
     "texts": "features of prompts",
