@@ -27,9 +27,12 @@ hypothesis.settings.register_profile("soak", deadline=None, max_examples=10_000)
 hypothesis.settings.load_profile("suite")
 short_samples.shorten()
 CALL_ELSEWHERE = check.call_elsewhere
+LONG = ("test_distributed", "test_real_run", "test_docs_commands", "test_notebook", "test_compare")
+"""Modules with tests of up to a minute: they come first, so that no worker is left with one at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
