@@ -99,6 +99,7 @@ def convert(
     config: Config = None,
 ) -> None:
     """Write a pipeline as a folder with safetensors: of pickled weights, of which nothing runs, or of a single file."""
+    check_name(source)
     from stepdistill.pipeline.convert import convert as rewritten  # torch is not needed for --help
 
     print("\n".join([*rewritten(source, out, revision, config), f"written: {out}"]))

@@ -273,8 +273,11 @@ def test_no_module_is_called_like_a_verb() -> None:
 
 
 def test_what_only_looks_does_not_wait_for_torch(tmp_path: Path) -> None:
-    commands = [[], ["--version"], ["init", "quickstart", str(tmp_path / "mine.yaml")], ["runs", str(tmp_path)]]
-    program = f"import sys\nfrom stepdistill import cli\nassert [cli.run(one) for one in {commands}] == [0] * 4\n"
+    mine, gone = str(tmp_path / "mine.yaml"), str(tmp_path / "gone")
+    answered = [[], ["--version"], ["init", "quickstart", mine], ["runs", str(tmp_path)], ["doctor"]]
+    refused = [["convert", "gone", "out"], ["join", gone, gone, "--out", "out"], ["train", mine, f"data.images={gone}"]]
+    program = "import sys\nfrom stepdistill import cli, doctor\ndoctor._DEVICE_FILES = ()\n"
+    program += f"assert [cli.run(one) for one in {answered + refused}] == {[0] * len(answered) + [2] * len(refused)}\n"
     program += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
