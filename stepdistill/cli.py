@@ -97,9 +97,10 @@ def train(
         folder, facts = profile_training(resolved, profile)
         print(json.dumps(facts, indent=2) if as_json else f"{table(facts)}\n{folder / 'trace.json'}")
         return
-    from stepdistill.training.distributed import launch, leave, process_count
+    from stepdistill.training.distributed import launch, leave, process_count, rows_at_once
 
     if (processes := process_count(resolved.distributed.processes)) > 1:
+        rows_at_once(resolved.train.batch_size, processes, resolved.train.accumulation)
         options = [name for name, given in (("--safe", safe), ("--json", as_json)) if given]
         raise typer.Exit(launch(["train", recipe, *(overrides or ()), *options], processes))
     result = stepdistill.train(resolved, safe=safe)

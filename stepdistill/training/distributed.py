@@ -36,6 +36,20 @@ def process_count(requested: int | None) -> int:
     return requested or max(1, device_count())
 
 
+def rows_at_once(batch_size: int, processes: int, accumulation: int) -> int:
+    """Rows of a batch that each process computes at a time.
+
+    Raises:
+        InputError: the batch cannot be divided.
+    """
+    if batch_size % (processes * accumulation):
+        raise InputError(
+            f"train.batch_size: expected a multiple of processes x train.accumulation ({processes} x {accumulation}), "
+            f"found {batch_size}"
+        )
+    return batch_size // (processes * accumulation)
+
+
 def join(**options: Any) -> Accelerator:
     """This process as one rank of its run. Ranks wait for each other for up to a day: the first one makes trajectories,
     evaluates and draws previews while the others stand still, which takes longer than PyTorch's ten minutes. What
@@ -117,12 +131,7 @@ class Processes:
         Raises:
             InputError: the batch cannot be divided.
         """
-        if batch_size % (self.count * accumulation):
-            raise InputError(
-                f"train.batch_size: expected a multiple of processes x train.accumulation ({self.count} x "
-                f"{accumulation}), found {batch_size}"
-            )
-        size = batch_size // (self.count * accumulation)
+        size = rows_at_once(batch_size, self.count, accumulation)
         return [(i * self.count + self.rank) * size for i in range(accumulation)], size
 
     @property
