@@ -21,9 +21,11 @@ import os
 import re
 import sys
 import tempfile
+from code import InteractiveInterpreter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 from check_pages import chromium
@@ -191,14 +193,19 @@ def tutorial(name: str, folder: Path, browser: Any) -> None:
     page.write_text(filled(page.read_text(encoding="utf-8"), ran, done), encoding="utf-8")
 
 
-def evaluated(source: str, names: dict[str, Any]) -> tuple[str, Any]:
-    """Run a cell; returns what it printed, and the value of its last line, as a notebook shows it."""
-    tree, out = ast.parse(source), io.StringIO()
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    with contextlib.redirect_stdout(out):
-        exec(compile(tree, NOTEBOOK.name, "exec"), names)
-        value = eval(compile(ast.Expression(last.value), NOTEBOOK.name, "eval"), names) if last else None
-    return out.getvalue(), value
+class Cells(InteractiveInterpreter):
+    """Runs cells as a notebook does; an error ends the script."""
+
+    def showtraceback(self) -> None:
+        raise  # it is called where the error is handled
+
+    def show(self, source: str) -> tuple[str, Any]:
+        """Run a cell; returns what it printed, and the value of the last expression that stands alone."""
+        out, values = io.StringIO(), [None]
+        with contextlib.redirect_stdout(out), mock.patch("sys.displayhook", values.append):
+            for statement in ast.parse(source).body:
+                self.runsource(f"{ast.get_source_segment(source, statement)}\n", NOTEBOOK.name)
+        return out.getvalue(), values[-1]
 
 
 def shown(name: str, value: Any, folder: Path, browser: Any) -> Iterator[str]:
@@ -220,7 +227,7 @@ def notebook(folder: Path, browser: Any) -> None:
     """Run the notebook's cells in ``folder`` and write their page."""
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     parts: list[str] = []
-    names: dict[str, Any] = {}
+    interpreter = Cells()
     with contextlib.chdir(folder):
         for cell in cells:
             source = "".join(cell["source"])
@@ -231,9 +238,9 @@ def notebook(folder: Path, browser: Any) -> None:
             tags = cell["metadata"].get("tags", ())
             if "install" in tags:
                 continue
-            said, value = evaluated(source, names)
+            said, value = interpreter.show(source)
             if "parameters" in tags:
-                names["sdxl_settings"] = [f"{key}={stated}" for key, stated in SDXL.items()]
+                interpreter.locals["sdxl_settings"] = [f"{key}={stated}" for key, stated in SDXL.items()]
             if said:
                 lines = shortened(screen(without_places(said, folder).replace("\n", "\r\n")))
                 parts.append("\n".join(["```text", *lines, "```"]))

@@ -45,6 +45,14 @@ def test_pictures_are_small_and_a_workflow_is_drawn_from_left_to_right(tmp_path)
     assert drawn.index("<caption>First") < drawn.index("<caption>Later") and "from First" in drawn
 
 
+def test_cells_show_what_they_print_and_their_last_value():
+    cells = tutorials.Cells()
+    assert cells.show("a = 2\nfor b in range(2):\n    print(b)\na + b") == ("0\n1\n", 3)
+    assert cells.show("a = 5") == ("", None) and cells.show("a") == ("", 5)
+    with pytest.raises(ZeroDivisionError):
+        cells.show("1 / 0")
+
+
 @pytest.mark.parametrize("name", [*tutorials.PAGES, "notebook"])
 def test_the_committed_pages_are_whole(name):
     page = (tutorials.DOCS / f"{name}.md").read_text(encoding="utf-8")
