@@ -66,7 +66,7 @@ def _has_driver() -> bool:
 
 
 def _devices() -> list[Finding]:
-    findings = [Finding("cpu", True, counted(os.cpu_count(), "core"))]
+    findings = [Finding("cpu", True, counted(os.cpu_count() or 1, "core"))]
     advice = "not needed for the quickstart; a GPU's build of torch and a driver are needed for larger teachers"
     none = Finding("accelerator", False, "no device", advice)
     if not _has_driver():
