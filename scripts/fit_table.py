@@ -322,7 +322,8 @@ def main() -> None:
         (Path(place) / "one.txt").write_text("one")
         for name in () if options.page else options.models or MODELS:
             numbers[name] = {method: peaks(name, method, Path(place)) for method in METHODS}
-            NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+            rows = (f"{json.dumps(model)}: {json.dumps(found)}" for model, found in numbers.items())
+            NUMBERS.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
     numbers = {name: numbers[name] for name in MODELS if name in numbers}
     PAGE.write_text(page(numbers), encoding="utf-8")
     between_markers(ROOT / "README.md", BEGIN, END, first_table(numbers))

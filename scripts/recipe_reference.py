@@ -71,8 +71,9 @@ def page() -> str:
 
 
 def methods() -> str:
-    """What ``stepdistill methods`` lists, as JSON."""
-    return json.dumps({"methods": [listed(method) for method in METHODS.values()]}, indent=1) + "\n"
+    """What ``stepdistill methods`` lists, as JSON with a line for each method."""
+    rows = ",\n".join(json.dumps(listed(method)) for method in METHODS.values())
+    return f'{{"methods": [\n{rows}\n]}}\n'
 
 
 def listed(method: type[DistillMethod]) -> dict[str, Any]:

@@ -161,6 +161,8 @@ def join(
     as_json: AsJson = False,
 ) -> None:
     """Put the students of groups of conditions (data.groups) into one folder, with a router."""
+    for run in runs:
+        RunFolder(run).check()
     print_facts({"students": str(stepdistill.join(runs, out))}, as_json)
 
 

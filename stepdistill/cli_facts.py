@@ -99,6 +99,7 @@ def convert(
     config: Config = None,
 ) -> None:
     """Write a pipeline as a folder with safetensors: of pickled weights, of which nothing runs, or of a single file."""
+    check_name(source)
     from stepdistill.pipeline.convert import convert as rewritten  # torch is not needed for --help
 
     print("\n".join([*rewritten(source, out, revision, config), f"written: {out}"]))
@@ -183,13 +184,16 @@ def init(
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Where runs are looked for, up to three folders down.")] = Path("runs"),
+    folder: Annotated[
+        Path | None, typer.Argument(help="Where runs are looked for, up to three folders down; default: runs.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List runs: method, state, step, best metric, and the time since the last sign of life."""
     from stepdistill.training.runs import runs as standings  # --help need not wait for psutil
 
-    rows = standings(folder)
+    place = folder or Path("runs")
+    rows = [] if folder is None and not place.exists() else standings(place)  # before the first run
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return
@@ -198,7 +202,7 @@ def runs(
         best = "-" if row.best is None else f"{row.metric} {row.best:.4g}"
         table.append((row.run, row.method, row.state, f"{row.step}/{row.steps}", best, _age(row.seconds)))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table if rows else [(f"no runs in {folder}",)]:
+    for line in table if rows else [(f"no runs in {place}",)]:
         print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=False)).rstrip())
 
 

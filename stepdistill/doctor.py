@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ _EXTRAS = {
     "triton": "cuda",
     "xformers": "cuda",
 }
+
+
+_DEVICE_FILES = ("nvidia*", "nvmap", "nvhost-*", "dxg", "kfd", "dri/render*", "accel/*")
+"""What drivers of accelerators leave in /dev."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +58,27 @@ def _library(name: str, advice: str) -> Finding:
         return Finding(name, False, "not installed", advice)
 
 
+def _has_driver() -> bool:
+    """Whether torch could find an accelerator: on Linux by what drivers leave in /dev; elsewhere it is asked."""
+    if sys.platform != "linux" or importlib.metadata.entry_points(group="torch.backends"):
+        return True
+    return any(path for name in _DEVICE_FILES for path in Path("/dev").glob(name))
+
+
 def _devices() -> list[Finding]:
-    # torch takes seconds to import and `stepdistill --help` need not wait for it.
+    findings = [Finding("cpu", True, counted(os.cpu_count() or 1, "core"))]
+    advice = "not needed for the quickstart; a GPU's build of torch and a driver are needed for larger teachers"
+    none = Finding("accelerator", False, "no device", advice)
+    if not _has_driver():
+        return [*findings, none]
+    # torch takes seconds to import, and would find nothing without a driver.
     import torch
 
     from stepdistill.diffusion.devices import has_float64, torch_of
 
-    findings = [
-        Finding("cpu", True, f"{os.cpu_count()} cores, {counted(torch.get_num_threads(), 'thread')} in use by torch")
-    ]
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is None:
-        advice = "not needed for the quickstart; a GPU's build of torch and a driver are needed for larger teachers"
-        return [*findings, Finding("accelerator", False, "no device", advice)]
+        return [*findings, none]
     for index in range(torch.accelerator.device_count()):
         if not has_float64(torch.device(kind.type, index)):
             advice = "runs are on the CPU: times are float64, which this device lacks"

@@ -189,7 +189,9 @@ def test_init_copies_a_recipe_with_its_comments_and_overwrites_nothing(
     assert (tmp_path / "quickstart.yaml").read_text() == "mine"
 
 
-def test_runs_are_listed(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_runs_are_listed(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     (row,) = printed_json(["runs", str(run_folder.parent)], capsys)
     assert row["run"] == str(run_folder) and row["method"] == "sfd" and row["state"] == "finished"
     assert row["step"] == row["steps"] == 2 and row["best"] is None and 0 <= row["seconds"] < 600
@@ -200,6 +202,9 @@ def test_runs_are_listed(run_folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert cli.run(["runs", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
     assert cli.run(["runs", str(tmp_path / "no")]) == 2
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert cli.run(["runs"]) == 0 and capsys.readouterr().out == "no runs in runs\n"
 
 
 def test_version_and_short_help(capsys: pytest.CaptureFixture) -> None:
@@ -273,8 +278,11 @@ def test_no_module_is_called_like_a_verb() -> None:
 
 
 def test_what_only_looks_does_not_wait_for_torch(tmp_path: Path) -> None:
-    commands = [[], ["--version"], ["init", "quickstart", str(tmp_path / "mine.yaml")], ["runs", str(tmp_path)]]
-    program = f"import sys\nfrom stepdistill import cli\nassert [cli.run(one) for one in {commands}] == [0] * 4\n"
+    mine, gone = str(tmp_path / "mine.yaml"), str(tmp_path / "gone")
+    answered = [[], ["--version"], ["init", "quickstart", mine], ["runs", str(tmp_path)], ["doctor"]]
+    refused = [["convert", "gone", "out"], ["join", gone, gone, "--out", "out"], ["train", mine, f"data.images={gone}"]]
+    program = "import sys\nfrom stepdistill import cli, doctor\ndoctor._DEVICE_FILES = ()\n"
+    program += f"assert [cli.run(one) for one in {answered + refused}] == {[0] * len(answered) + [2] * len(refused)}\n"
     program += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -142,16 +142,29 @@ def test_every_form_of_input_is_listed_with_a_test_that_exists():
     assert all(f"`{ending}`" in listed or ending == ".tar" for ending in FORMS)
 
 
-def built(root: Path, site: Path) -> subprocess.CompletedProcess:
+def built(root: Path, site: Path, **said: str) -> subprocess.CompletedProcess:
     """The site as `make docs` builds it: with --quiet mkdocs counts no warnings, and --strict cannot fail."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
+    names = ("REPOSITORY_URL", "CI_PROJECT_URL", "GITHUB_REPOSITORY", "GITHUB_SERVER_URL")
+    environment = {key: value for key, value in os.environ.items() if key not in names} | {"NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment | said)
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
-    done = built(ROOT, tmp_path / "site")
+    """As the CI of a fork on GitHub builds it, so pages lead to the fork, and the notebook opens from there."""
+    done = built(ROOT, tmp_path / "site", GITHUB_REPOSITORY="me/fork", GITHUB_SERVER_URL="https://github.com")
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    notebook = (tmp_path / "site" / "notebook" / "index.html").read_text(encoding="utf-8")
+    place = "github/me/fork/blob/HEAD/docs/examples/quickstart.ipynb"
+    assert (
+        f'href="https://colab.research.google.com/{place}"' in notebook
+        and EXAMPLE.with_name("quickstart.ipynb").is_file()
+    )
+    assert 'href="https://github.com/me/fork"' in notebook and "me/fork</" in "".join(notebook.split())
+    for page in ("notebook/index.html", "404.html"):  # with it the theme asks GitHub for stars
+        assert 'data-md-component="source"' not in (tmp_path / "site" / page).read_text(encoding="utf-8")
+    methods = (tmp_path / "site" / "methods" / "index.html").read_text(encoding="utf-8")
+    assert 'href="https://github.com/me/fork/blob/HEAD/tests/oracles"' in methods
     pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} | {"messages"}
     assert {path.parent.name for path in (tmp_path / "site").glob("*/index.html")} == pages
     messages = (tmp_path / "site" / "messages" / "index.html").read_text(encoding="utf-8")
@@ -160,6 +173,21 @@ def test_the_site_builds_without_a_warning(tmp_path):
         for target in re.findall(r'<(?:a|img)[^>]* (?:href|src)="([^"#]*)', page.read_text(encoding="utf-8")):
             dead = target and "://" not in target and page.name != "404.html" and not (page.parent / target).exists()
             assert not dead, f"{page}: {target}"
+
+
+@pytest.mark.parametrize(
+    ("said", "address", "in_colab"),
+    [
+        ({}, "", False),
+        ({"GITHUB_REPOSITORY": "a/b"}, "https://github.com/a/b", True),
+        ({"GITHUB_REPOSITORY": "a/b", "GITHUB_SERVER_URL": "https://git.a.org"}, "https://git.a.org/a/b", False),
+        ({"CI_PROJECT_URL": "https://gitlab.com/a/b"}, "https://gitlab.com/a/b", False),
+        ({"REPOSITORY_URL": "https://github.com/a/b.git", "GITHUB_REPOSITORY": "c/d"}, "https://github.com/a/b", True),
+    ],
+)
+def test_the_repository_is_where_the_environment_says(said, address, in_colab):
+    links = script("site_links")
+    assert links.repository(said) == address and bool(links.colab(address)) == in_colab
 
 
 def test_dead_links_stop_the_site(tmp_path):

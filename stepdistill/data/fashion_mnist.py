@@ -4,9 +4,12 @@ import gzip
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CLASS_NAMES = (
     "T-shirt/top",
@@ -61,13 +64,15 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(dims)
 
 
-def load(split: str, folder: str | Path | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def load(split: str, folder: str | Path | None = None) -> "tuple[Tensor, Tensor]":
     """One split as ``(images, labels)``: uint8 (N, 1, 32, 32), zero-padded from 28x28, and int64 (N,).
 
     Args:
         split: "train" (60,000) or "test" (10,000); both hold the ten classes in equal numbers.
         folder: where the idx files are; see :func:`find_folder`.
     """
+    import torch  # it takes seconds, and `stepdistill doctor` only asks for the folder
+
     prefix = {"train": "train", "test": "t10k"}[split]
     folder = find_folder(folder)
     images = torch.from_numpy(_read_idx(folder, f"{prefix}-images-idx3-ubyte").copy())

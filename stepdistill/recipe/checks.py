@@ -1,7 +1,8 @@
 """The rules that a recipe's sections cannot check alone: keys that contradict each other, sources that do not exist.
 
-A rule is a function of the recipe and the method's own section as its ``Config``; it yields what is wrong, as (key,
-problem). What depends on one section's text alone is checked in :mod:`stepdistill.recipe.schema`.
+A rule is a function of the recipe and the method's own section as its ``Config``, or of the recipe alone; it yields
+what is wrong, as (key, problem). What depends on one section's text alone is checked in
+:mod:`stepdistill.recipe.schema`.
 """
 
 import re
@@ -34,11 +35,17 @@ def problems(recipe: "Recipe", config: Any) -> Problems:
         yield from rule(recipe, config)
 
 
+def missing(recipe: "Recipe") -> Problems:
+    """(key, problem) of what is named and is not there; no method is asked, as torch takes seconds to import."""
+    for rule in SOURCE_RULES:
+        yield from rule(recipe)
+
+
 def _expected(key: str, expected: str, value: Any) -> tuple[Keys, str]:
     return tuple(key.split(".")), f"expected {expected}, found {found(value)}"
 
 
-def teacher_pipeline(recipe: "Recipe", config: Any) -> Problems:
+def teacher_pipeline(recipe: "Recipe") -> Problems:
     """A pipeline that is not there, or not in diffusers format with safetensors."""
     pipeline, embedded = recipe.teacher.pipeline, assets.teachers()
     folder = Path(pipeline)
@@ -63,7 +70,7 @@ def teacher_pipeline(recipe: "Recipe", config: Any) -> Problems:
         yield ("teacher", lack[0]), lack[1]
 
 
-def teacher_files(recipe: "Recipe", config: Any) -> Problems:
+def teacher_files(recipe: "Recipe") -> Problems:
     """Files that are put into the teacher: not there, or no safetensors."""
     teacher = recipe.teacher
     if teacher.config is not None and not Path(teacher.pipeline).is_file():
@@ -154,7 +161,7 @@ def critic(recipe: "Recipe", config: Any) -> Problems:
             yield _expected(f"critic.{key}", f"null for {holder}", value)
 
 
-def listed(recipe: "Recipe", config: Any) -> Problems:
+def listed(recipe: "Recipe") -> Problems:
     """Sources that cannot be listed, and those of several kinds of files."""
     for key, source in (("conditions", recipe.data.conditions), ("images", recipe.data.images)):
         try:
@@ -164,7 +171,7 @@ def listed(recipe: "Recipe", config: Any) -> Problems:
             yield ("data", key), str(error)
 
 
-def conditions(recipe: "Recipe", config: Any) -> Problems:
+def conditions(recipe: "Recipe") -> Problems:
     """Conditions from nowhere."""
     data, known = recipe.data, ("classes", "captions", *assets.prompt_lists())
     if isinstance(data.conditions, str) and data.conditions not in known and form(data.conditions) is None:
@@ -175,7 +182,7 @@ def conditions(recipe: "Recipe", config: Any) -> Problems:
         yield _expected("data.conditions", "data.images beside 'captions'", None)
 
 
-def own_pictures(recipe: "Recipe", config: Any) -> Problems:
+def own_pictures(recipe: "Recipe") -> Problems:
     """Samples with pictures of their own: where these come from, and an example of each."""
     data, examples = recipe.data, recipe.teacher.arguments
     if data.arguments and data.conditions != "captions":
@@ -194,7 +201,7 @@ def own_pictures(recipe: "Recipe", config: Any) -> Problems:
                 yield ("teacher", "arguments", name), f"{problem}, found {file}"
 
 
-def sources(recipe: "Recipe", config: Any) -> Problems:
+def sources(recipe: "Recipe") -> Problems:
     """Samples from nowhere, or a stream without an end."""
     data = recipe.data
     if data.images not in (None, "fashion-mnist") and form(data.images) in (None, "text"):
@@ -355,7 +362,7 @@ def compiled(recipe: "Recipe", config: Any) -> Problems:
         yield _expected("train.gradient_checkpointing", expected, train.gradient_checkpointing)
 
 
-def run(recipe: "Recipe", config: Any) -> Problems:
+def run(recipe: "Recipe") -> Problems:
     """A published run that is not known, and folders that are not there or are none."""
     if recipe.published is not None and recipe.published not in RUNS:
         key, problem = _expected("published", f"one of {', '.join(RUNS)}, or null", recipe.published)
@@ -369,10 +376,12 @@ def run(recipe: "Recipe", config: Any) -> Problems:
         yield key, f"{problem}{suggest(recipe.resume, ['auto', 'never'])}"
 
 
+SOURCE_RULES: tuple[Callable[["Recipe"], Problems], ...] = (
+    *(teacher_pipeline, teacher_files, listed, conditions, own_pictures, sources, run),
+)
 RULES: tuple[Callable[["Recipe", Any], Problems], ...] = (
-    *(teacher_pipeline, teacher_files, student_weights, student_steps, quantized, quantized_student, stored, critic),
-    *(listed, conditions, own_pictures, sources, live, groups, real_samples),
-    *(sizes, guidance, method, sharded, optimizers, compiled, run),
+    *(student_weights, student_steps, quantized, quantized_student, stored, critic),
+    *(live, groups, real_samples, sizes, guidance, method, sharded, optimizers, compiled),
 )
 
 

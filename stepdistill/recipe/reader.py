@@ -15,7 +15,7 @@ from stepdistill import assets
 from stepdistill.errors import InputError, found, suggest
 from stepdistill.files import read_text
 from stepdistill.recipe import yaml_lines
-from stepdistill.recipe.checks import problems
+from stepdistill.recipe.checks import missing, problems
 from stepdistill.recipe.find_method import find_method
 from stepdistill.recipe.messages import describe, section_words
 from stepdistill.recipe.schema import Method, Recipe
@@ -37,6 +37,8 @@ def load(source: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     for override in overrides:
         draft.override(override)
     recipe = draft.validate(Recipe, draft.tree)
+    for keys, problem in missing(recipe):
+        raise draft.error(keys, problem)
     draft.check(("method", "name"), lambda: find_method(recipe.method.name, safe))
     settings, owner = recipe.method.model_extra, f" of method {recipe.method.name}"
     config = draft.validate(recipe.method.implementation.Config, settings, ("method",), owner)

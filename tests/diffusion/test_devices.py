@@ -23,6 +23,7 @@ def found(monkeypatch):
             is_bf16_supported=lambda: True,
             empty_cache=lambda: find.emptied.append(kind),
         )
+        monkeypatch.setattr(doctor, "_has_driver", lambda: True)
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))

@@ -56,7 +56,7 @@ def test_the_commands_draw_the_pictures(place, monkeypatch):
     page = Path("gallery_emoji.md").read_text(encoding="utf-8")
     assert "- a red shoe · rain\n" in page and "(seed 3)" in page and "The teacher under UniPC: 2 steps" in page
     assert "The teacher, guidance 2: 3 steps, NFE 6" in page and "trained for 2 steps: 1 step, NFE 1" in page
-    shown = dict(re.findall(r"\]\((pictures/gallery_emoji/[\w-]+\.png)\)\n\n(?:```bash\nstepdistill (.*)\n)?", page))
+    shown = dict(re.findall(r"\]\((pictures/gallery_emoji/[\w-]+\.webp)\)\n\n(?:```bash\nstepdistill (.*)\n)?", page))
     assert [Path(one).stem for one in shown] == ["teacher", "solver", "student-2", "student-1"]
     for picture, command in shown.items():
         assert bool(command) == ("solver" not in picture)
