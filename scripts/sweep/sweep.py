@@ -159,7 +159,7 @@ def attempt(case: Case, fresh: bool) -> Refusal | None:
                 trace(pipeline, case.arguments)
                 return None
             except (TraceError, InputError) as error:
-                hint = re.search(r"teacher\.arguments\.(\w+)=(false|null|[\d.]*\d)", str(error))
+                hint = re.search(r"teacher\.arguments\.(\w+)=(true|false|null|[\d.]*\d)", str(error))
                 if hint is None or hint[1] in case.advised:
                     raise
                 case.advised[hint[1]] = case.arguments[hint[1]] = json.loads(hint[2])

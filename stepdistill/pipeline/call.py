@@ -116,6 +116,10 @@ NEEDED = {
         False,
         "otherwise its network takes the end of each step as a second time, and predicts no velocity at one time",
     ),
+    "input_frames_guidance": (
+        True,
+        "otherwise its unconditional pass sees noise where its conditional one sees the frames that are kept",
+    ),
 }
 """Arguments that pipelines have to be called with, where they take them, and why."""
 
@@ -140,11 +144,15 @@ def check_needed(pipeline: Any, arguments: Mapping[str, Any]) -> None:
             )
 
 
+NOISE = ("cond_noise_scale", "augment_sigma")
+"""Endings of arguments that say how much noise is added to what is kept."""
+
+
 def added_noise(pipeline: Any, arguments: Mapping[str, Any]) -> str:
     """Which argument leaves out the noise that the pipeline adds at every step to what it keeps; may be empty."""
     for name, parameter in parameters(pipeline).items():
         value = arguments.get(name, parameter.default)
-        if name.endswith("cond_noise_scale") and isinstance(value, int | float) and value > 0:
+        if name.endswith(NOISE) and isinstance(value, int | float) and value > 0:
             return f"; teacher.arguments.{name}=0 leaves its noise out"
     return ""
 

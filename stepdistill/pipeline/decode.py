@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import first_tensor
-from stepdistill.diffusion.window import Window
+from stepdistill.diffusion.window import Span, Window
 from stepdistill.errors import InputError
+from stepdistill.pipeline import in_two
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.observe import Answer, forked_random
@@ -68,7 +69,7 @@ def _decoded(trace: Trace, latents: Tensor) -> Tensor:
     wishes = {"guidance": trace.guidance.plain_scale, "output_type": "pt", **many}
     with (
         standing_in(trace, torch.zeros_like),
-        patched(scheduler, "step", _giving(scheduler, _as_stepped(trace, latents))),
+        patched(scheduler, "step", _giving(scheduler, _as_stepped(trace, latents), trace.free)),
         forked_random(latents.device),
     ):
         try:
@@ -109,14 +110,19 @@ def _as_stepped(trace: Trace, latents: Tensor) -> list[Tensor]:
     return [x if part.free is None else part.free.padded(x) for part, x in split]
 
 
-def _giving(scheduler: Any, samples: Sequence[Tensor]) -> Replaced:
-    """A step() that returns the first of ``samples``; that of the n-th copy of the scheduler which steps the n-th."""
+def _giving(scheduler: Any, samples: Sequence[Tensor], free: Span | None) -> Replaced:
+    """A step() that returns the first of ``samples``; that of the n-th copy of the scheduler which steps the n-th.
+
+    Of a step that goes on from an x_0 which it is given, all but the ``free`` part is that.
+    """
 
     def given(own_step: Callable[..., Any], number_of: Callable[[], int]) -> Callable[..., Answer]:
         @functools.wraps(own_step)
-        def step(*_args: Any, **_kwargs: Any) -> Answer:
+        def step(*_args: Any, **kwargs: Any) -> Answer:
             number = number_of()
             sample = samples[number if number < len(samples) else 0]
+            if free is not None and in_two.GIVEN in kwargs:
+                sample = free.whole(free.inside(sample), free.outside(kwargs[in_two.GIVEN]).to(sample))
             # LCM's pipeline takes the denoised latents from the second place.
             return Answer((sample, sample))
 
@@ -148,7 +154,8 @@ def _stand_in(trace: Trace, network: nn.Module, answer: Callable[[Tensor], Tenso
         if isinstance(x, list):
             return [answer(row) for row in x]
         for span in window.spans:
-            x = x if span.axis in window.cut else span.inside(x)
+            left_out = x.shape[span.axis] == span.length  # the network has kept what it made of it (KV caches)
+            x = x if span.axis in window.cut or left_out else span.inside(x)
         raw = answer(x)
         channels = 2 if window.grid or window.frame_axis == 1 else 1
         return torch.cat([raw, raw], channels) if spec.output.endswith("first_half") else raw
@@ -157,7 +164,7 @@ def _stand_in(trace: Trace, network: nn.Module, answer: Callable[[Tensor], Tenso
     def forward(*args: Any, **kwargs: Any) -> Answer:
         bound = signature.bind(*args, **kwargs).arguments
         if spec.joint is None:
-            return Answer((of(bound[spec.sample], spec.window),))
+            return Answer((of(bound[spec.sample], spec.window), *[None] * (trace.returned - 1)))
         made = {part.output: of(bound[part.argument], part.window) for part in spec.joint.parts}
         return Answer(made.get(number) for number in range(max(made) + 1))
 

@@ -20,7 +20,7 @@ from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
 from stepdistill.diffusion.stock_schedulers import without_learned_variance
 from stepdistill.diffusion.window import Span
 from stepdistill.files import sha256
-from stepdistill.pipeline import explain, joint, turns
+from stepdistill.pipeline import cached, explain, joint, turns
 from stepdistill.pipeline.call import (
     COUNTS,
     TraceError,
@@ -79,6 +79,7 @@ class Trace:
         encoders: the networks that work before the first step alone, and make conditions.
         fewest_steps: the fewest steps that its call takes.
         free: the part of the scheduler's sample that is sampled, where the pipeline keeps the rest (a first frame).
+        returned: how many values a call of the denoiser returns: it may be more than the output.
         frames: the axis of the sample whose parts copies of the scheduler step, where they do; None: it steps it whole.
         set_ups: how the pipeline sets up the schedulers that were run so far (filled by :func:`.set_up.set_up`).
     """
@@ -97,6 +98,7 @@ class Trace:
     fewest_steps: int = 1
     free: Span | None = None
     frames: int | None = None
+    returned: int = 1
     set_ups: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -182,8 +184,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
 
     Raises:
         InputError: the pipeline takes no such arguments.
-        TraceError: a check failed; ``check`` is one of components, call, denoiser, sample, timestep, output,
-            conditioning, constants, guidance, schedule, self-test.
+        TraceError: a check failed, the one that ``check`` names.
     """
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
     check_needed(pipeline, arguments)
@@ -241,6 +242,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         fewest_steps=_fewest_steps(pipeline, _first(entry, alone), arguments, component),
         free=free,
         frames=off.frames,
+        returned=off.steps[0].calls[0].returned,
     )
 
 
@@ -373,4 +375,6 @@ def _few_steps(
     if not recording.steps:
         name = type(pipeline).__name__
         raise TraceError("components", f"{name} never steps its own scheduler; perhaps it steps copies of it")
-    return turns.as_one(as_one(recording), turns.alike(recording, modules(pipeline)))
+    networks = modules(pipeline)
+    recording = cached.as_first(as_one(recording), networks)
+    return turns.as_one(recording, turns.alike(recording, networks))
