@@ -55,7 +55,7 @@ class Sampler(ABC):
         set_up: Callable[[Any, int], dict[str, Any]] | None = None,
         start: int | None = None,
     ):
-        if schedule.name in ("angle", "sigma"):
+        if schedule.name == "sigma" or (schedule.name == "angle" and schedule.data_std != 1):
             raise InputError(
                 f"teacher.pipeline: expected a scheduler of VP, flow or EDM, found {type(source).__name__} on a path "
                 "of its own, for which diffusers has no scheduler of a few steps; such a pipeline can be inspected, "
@@ -157,7 +157,7 @@ class Renoise(Sampler):
     stochastic = True
 
     def stock(self, steps: int) -> Any:
-        from diffusers import FlowMatchLCMScheduler, LCMScheduler
+        from diffusers import FlowMatchLCMScheduler, LCMScheduler, SCMScheduler
 
         if self.schedule.name == "flow":
             if self.schedule.inverted:
@@ -165,6 +165,8 @@ class Renoise(Sampler):
                     f"sampler {self.name}: expected ddim, FlowMatchLCMScheduler inverts no sigmas; {OF_DDIM}"
                 )
             return self._flow(FlowMatchLCMScheduler, steps)
+        if self.schedule.name == "angle":
+            return SCMScheduler.from_config(self.source.config)
         _not_edm(self.schedule, self.name)
         # From the whole table any number of steps is evenly spaced: 999, 749, 499, 249 for 4.
         length = len(self.schedule.alphas_cumprod) if self.start is None else self.start + 1
@@ -190,6 +192,7 @@ class DDIM(Sampler):
             return self._flow(FlowMatchEulerDiscreteScheduler, steps)
         if self.schedule.name == "edm":
             return edm_scheduler(self.source, self.schedule, steps)
+        _not_angle(self.schedule, self.name)
         trailing = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
         return vp_scheduler(DDIMScheduler, self.source, self.schedule, self.start, **trailing)
 
@@ -226,6 +229,7 @@ class TCD(Sampler):
         if self.schedule.name == "flow":
             raise InputError("sampler tcd: the stock TCDScheduler has no flow-matching form; use renoise or ddim")
         _not_edm(self.schedule, self.name)
+        _not_angle(self.schedule, self.name)
         # A shorter table has no even part of 50 entries that holds its last one.
         original = 50 if self.start is None else self.start + 1
         extra = {"original_inference_steps": original}
@@ -310,6 +314,14 @@ def _not_edm(schedule: Schedule, sampler: str) -> None:
     if schedule.name == "edm":
         raise InputError(
             f"sampler {sampler}: expected ddim for an EDM schedule, no stock scheduler noises afresh there; {OF_DDIM}"
+        )
+
+
+def _not_angle(schedule: Schedule, sampler: str) -> None:
+    if schedule.name == "angle":
+        raise InputError(
+            f"sampler {sampler}: expected renoise under TrigFlow's scheduler, which noises afresh; that is the "
+            "sampler of dmd2, lcm and most other methods"
         )
 
 

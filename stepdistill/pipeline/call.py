@@ -120,6 +120,7 @@ NEEDED = {
         True,
         "otherwise its unconditional pass sees noise where its conditional one sees the frames that are kept",
     ),
+    "sigma_conditioning": (0, "otherwise the frames that it keeps have a time of their own, which is not 0"),
 }
 """Arguments that pipelines have to be called with, where they take them, and why."""
 

@@ -49,6 +49,7 @@ from stepdistill.pipeline.several_passes import linear_rule
 from stepdistill.pipeline.singly import observe_each
 from stepdistill.pipeline.sorting import sort_arguments
 from stepdistill.pipeline.stock_call import pictures_in
+from stepdistill.pipeline.unit_data import with_unit_data
 
 __all__ = ["Guidance", "Trace", "TraceError", "load_pipeline", "trace"]
 
@@ -177,7 +178,7 @@ class Trace:
 def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     """Learn how to drive the pipeline's denoiser from two short runs, guidance off and on.
 
-    A scheduler that takes a learned variance is replaced by one that takes the mean alone.
+    A scheduler of learned variance is replaced by one that takes the mean alone, TrigFlow's by one of unit data.
 
     Args:
         arguments: further arguments of the pipeline's call; what is learned holds for these (a size, for instance).
@@ -190,6 +191,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     check_needed(pipeline, arguments)
     if hasattr(pipeline, "scheduler"):
         put(pipeline, "scheduler", without_learned_variance(pipeline.scheduler))
+        with_unit_data(pipeline, PROBES[entry][:1], arguments)
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
     (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.schedule import from_scheduler
+from stepdistill.diffusion.stock_schedulers import stepped_timesteps
 from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.pipeline.decode import at_once
@@ -147,7 +148,7 @@ class Way:
         ready, options = ready_scheduler(trace, scheduler, steps, torch.device("cpu"))
         # Schedulers of second order go through each step in two.
         first = start * getattr(ready, "order", 1)
-        times = trace.denoiser.schedule.time(ready.timesteps)
+        times = trace.denoiser.schedule.time(stepped_timesteps(ready))
         times = torch.cat([times, times.new_zeros(1)]).to(device)
         scale = float(getattr(ready, "init_noise_sigma", 1.0))
         _begin(ready, first)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.tiny import redraw
 from pipeline.toy import ToyNetwork, ToyPipeline
 from stepdistill.diffusion.path import Path
-from stepdistill.diffusion.samplers import Renoise
+from stepdistill.diffusion.samplers import DDIM, Renoise
 from stepdistill.diffusion.schedule import from_scheduler
 from stepdistill.diffusion.window import Span
 from stepdistill.errors import InputError
@@ -42,7 +42,10 @@ def test_x0_that_the_pipeline_makes_velocities_of():
 
 
 class OnFlow(ToyPipeline):
-    """Under TrigFlow's angles; its network is one of rectified flow."""
+    """Under TrigFlow's angles; its network is one of rectified flow, which sees what is kept of its first lines."""
+
+    own_deviation: float | None = None
+    kept = 0
 
     @torch.no_grad()
     def __call__(
@@ -51,17 +54,20 @@ class OnFlow(ToyPipeline):
         generator: torch.Generator | None = None,
         num_inference_steps: int = 2,
     ) -> tuple[Tensor]:
-        labels, deviation = torch.tensor(class_labels), self.scheduler.config.sigma_data
+        labels, deviation = torch.tensor(class_labels), self.own_deviation or self.scheduler.config.sigma_data
         x = torch.randn(len(labels), 4, 8, 8, generator=generator) * deviation
         self.scheduler.set_timesteps(
             num_inference_steps, intermediate_timesteps=1.3 if num_inference_steps == 2 else None
         )
+        self.scheduler.set_begin_index(0)
         for angle in self.scheduler.timesteps[:-1]:
             s = angle.sin() / (angle.sin() + angle.cos())
             norm = (s**2 + (1 - s) ** 2).sqrt()
             seen = x / deviation * norm
+            seen[:, :, : self.kept] = 0.5
             raw = self.network(seen, s.expand(len(x)), extra={"what": labels, "bias": 0.25})[0]
             given = ((1 - 2 * s) * seen + (1 - 2 * s + 2 * s**2) * raw) / norm * deviation
+            given[:, :, : self.kept] = 1
             x, clean = self.scheduler.step(given, angle.expand(len(x)), x, generator, return_dict=False)
         return (clean / deviation,)
 
@@ -70,8 +76,34 @@ def test_a_network_on_another_path_than_its_scheduler():
     found = trace(made(OnFlow, SCMScheduler()))
     assert found.denoiser.spec.path == Path("flow", flow=True)
     assert found.denoiser.schedule.name == "angle" and found.self_test_error <= 1e-5
+    # The student's sampler is the scheduler's, of unit data.
+    sampler, call = Renoise(found.denoiser.schedule, found.pipeline.scheduler, 2), {"class_labels": [1, 2]}
+    assert sampler.scheduler.config.sigma_data == 1
+    stock = record(found.pipeline, call | {"num_inference_steps": 2})
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.set_rng_state(stock["random_state"])
+        cond = {"extra.what": torch.tensor([1, 2])}
+        made_here = sampler.sample(lambda x, t: found.denoiser(x, t, cond), stock["noise"])
+    torch.testing.assert_close(made_here, stock["latents"])
+    with pytest.raises(InputError, match="sampler ddim: expected renoise"):
+        DDIM(found.denoiser.schedule, found.pipeline.scheduler, 2)
+
+
+def test_a_pipeline_that_does_not_read_the_deviation_off_its_scheduler_has_no_student():
+    pipeline = made(OnFlow, SCMScheduler())
+    pipeline.own_deviation = 0.5
+    found = trace(pipeline)
+    assert found.pipeline.scheduler.config.sigma_data == found.denoiser.schedule.data_std == 0.5
     with pytest.raises(InputError, match="found SCMScheduler"):
         Renoise(found.denoiser.schedule, found.pipeline.scheduler, 2)
+
+
+def test_lines_that_are_kept_on_another_path():
+    pipeline = made(OnFlow, SCMScheduler())
+    pipeline.kept = 2
+    found = trace(pipeline)
+    assert found.denoiser.spec.path == Path("flow", flow=True) and found.free == Span(2, 2, 6, 0)
+    assert found.self_test_error <= 1e-5
 
 
 class FrameByFrame(ToyPipeline):
