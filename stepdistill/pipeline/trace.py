@@ -189,9 +189,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     """
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
     check_needed(pipeline, arguments)
-    if hasattr(pipeline, "scheduler"):
-        put(pipeline, "scheduler", without_learned_variance(pipeline.scheduler))
-        with_unit_data(pipeline, PROBES[entry][:1], arguments)
+    _replace_scheduler(pipeline, entry, arguments)
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
     (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
@@ -246,6 +244,12 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         frames=off.frames,
         returned=off.steps[0].calls[0].returned,
     )
+
+
+def _replace_scheduler(pipeline: Any, entry: str, arguments: Mapping[str, Any]) -> None:
+    if hasattr(pipeline, "scheduler"):
+        put(pipeline, "scheduler", without_learned_variance(pipeline.scheduler))
+        with_unit_data(pipeline, PROBES[entry][:1], arguments)
 
 
 def _shapes(spec: CallSpec, call: Call, conditions: Sequence[str]) -> dict[str, tuple[int | None, ...]]:
