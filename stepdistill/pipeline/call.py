@@ -158,6 +158,22 @@ def added_noise(pipeline: Any, arguments: Mapping[str, Any]) -> str:
     return ""
 
 
+def one_part(pipeline: Any, arguments: Mapping[str, Any]) -> str:
+    """Which argument makes one part of a video that the pipeline samples part by part; may be empty."""
+    accepted = parameters(pipeline)
+    values = {name: arguments.get(name, parameter.default) for name, parameter in accepted.items()}
+    whole: dict[str, Any] = {}
+    if "base_num_frames" in values and isinstance(values.get("num_frames"), int):
+        whole["base_num_frames"] = values["num_frames"]
+    configs = [getattr(part, "config", None) or {} for part in pipeline.components.values()]
+    partition = values.get("chunk_partition") or next(
+        (config["chunk_partition"] for config in configs if "chunk_partition" in config), None
+    )
+    if "chunk_partition" in values and partition:
+        whole["chunk_partition"] = [sum(partition)]
+    return "".join(f"; teacher.arguments.{name}={value} makes it one part" for name, value in whole.items())
+
+
 def fewest_steps(pipeline: Any) -> int:
     """The fewest steps that its scheduler has a grid of: 2 where it is stretched down to a ``shift_terminal``."""
     return 2 if pipeline.scheduler.config.get("shift_terminal") else 1

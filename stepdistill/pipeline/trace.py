@@ -32,6 +32,7 @@ from stepdistill.pipeline.call import (
     guidance_argument,
     in_any_way,
     one_guidance,
+    one_part,
     other_guidance,
 )
 from stepdistill.pipeline.compare import same
@@ -355,7 +356,8 @@ def _fewest_steps(pipeline: Any, entries: Sequence[Any] | str, arguments: Mappin
         return fewest
     if len(made) > fewest and same(made[fewest].timestep, made[0].timestep):
         name = type(pipeline).__name__
-        raise TraceError("components", f"{name} runs its grid again for each part of an image; a student has one grid")
+        reason = f"{name} runs its grid again for each part of an image; a student has one grid"
+        raise TraceError("components", reason + one_part(pipeline, arguments))
     return fewest
 
 
