@@ -14,7 +14,13 @@ from torch import Tensor
 
 from stepdistill.diffusion.schedule import Prediction, Schedule
 from stepdistill.diffusion.schedule_base import per_sample
-from stepdistill.diffusion.stock_schedulers import edm_scheduler, flow_settings, stepped_timesteps, vp_scheduler
+from stepdistill.diffusion.stock_schedulers import (
+    as_network_input,
+    edm_scheduler,
+    flow_settings,
+    stepped_timesteps,
+    vp_scheduler,
+)
 from stepdistill.errors import InputError
 
 Noise = Callable[[], Tensor]
@@ -55,7 +61,7 @@ class Sampler(ABC):
         set_up: Callable[[Any, int], dict[str, Any]] | None = None,
         start: int | None = None,
     ):
-        if schedule.name == "sigma" or (schedule.name == "angle" and schedule.data_std != 1):
+        if schedule.name == "angle" and schedule.data_std != 1:
             raise InputError(
                 f"teacher.pipeline: expected a scheduler of VP, flow or EDM, found {type(source).__name__} on a path "
                 "of its own, for which diffusers has no scheduler of a few steps; such a pipeline can be inspected, "
@@ -100,12 +106,12 @@ class Sampler(ABC):
         return other
 
     def seen(self, sample: Tensor) -> Tensor:
-        """x_t of a stock run's first sample: EDM's schedulers scale it before the network sees it, others do not."""
+        """x_t of a stock run's first sample: EDM's is scaled before the network sees it, others are not."""
         scheduler = self.stock(self.steps)
-        if not hasattr(scheduler, "scale_model_input"):
+        if self.schedule.name != "edm" and not hasattr(scheduler, "scale_model_input"):
             return sample
         scheduler.set_timesteps(**self.set_up(scheduler, self.steps), device=sample.device)
-        return scheduler.scale_model_input(sample, scheduler.timesteps[0])
+        return as_network_input(scheduler, sample, scheduler.timesteps[0])
 
     @property
     def rounding(self) -> float:
@@ -198,6 +204,8 @@ class DDIM(Sampler):
 
     def grid(self, steps: int | None = None) -> list[Step]:
         grid = super().grid(steps)
+        if self.scheduler.config.get("final_sigmas_type") == "sigma_min":  # its last step ends where it begins
+            return [*grid[:-1], Step(grid[-1].t, grid[-1].t)]
         if self.schedule.name != "vp_discrete":
             return grid
         # DDIMScheduler steps to t - N // n, which differs from its own next timestep when n does not divide N; the

@@ -170,26 +170,24 @@ class ScaledEDMSchedule(Schedule):
         return self.data_std * alpha * eps - sigma * x0 / self.data_std
 
 
-class SigmaSchedule(EDMSchedule):
-    """x_t = x_0 + sigma eps, under a scheduler of flow whose timesteps are sigma (Cosmos 2).
+class SigmaSchedule(ScaledEDMSchedule):
+    """EDM's under a scheduler of flow whose timesteps are sigma (Cosmos 2): it steps x_0 + sigma eps.
 
     Args:
-        sigma_min, sigma_max, rho: as for EDM.
+        levels: sigma over t.
         train_timesteps: the timestep of sigma 1.
     """
 
-    name = "sigma"
-
-    def __init__(self, sigma_min: float, sigma_max: float, rho: float = 7.0, train_timesteps: int = 1000):
-        super().__init__(sigma_min, sigma_max, rho)
-        self.train_timesteps, self.rounding = train_timesteps, 2**-21 * sigma_max
+    def __init__(self, levels: EDMSchedule, train_timesteps: int = 1000):
+        super().__init__(levels, data_std=1.0)
+        self.train_timesteps, self.rounding = train_timesteps, 2**-21 * levels.sigma_max
 
     def timestep(self, t: Tensor) -> Tensor:
-        return self.sigma(t) * self.train_timesteps
+        return self.levels.sigma(t) * self.train_timesteps
 
     def time(self, timestep: Tensor) -> Tensor:
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return ((timestep.double() / self.train_timesteps) ** (1 / self.rho) - low) / (high - low)
+        sigma = timestep.double() / self.train_timesteps
+        return self.levels.time(sigma.log() / 4)
 
 
 class AngleSchedule(Schedule):
@@ -283,9 +281,11 @@ def from_scheduler(scheduler: Any, mu: float | None = None) -> tuple[Schedule, K
                 "network's is flow_prediction (scheduler/scheduler_config.json)"
             )
         shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
-        if is_flow(scheduler) and is_sigma(scheduler):
+        if is_sigma(scheduler):
             sigmas, _ = tables(scheduler)
-            return SigmaSchedule(float(sigmas[sigmas > 0].min()), float(max(sigmas))), "epsilon"
+            low = float(config.get("sigma_min") or sigmas[sigmas > 0].min())
+            levels = EDMSchedule(low, float(config.get("sigma_max") or max(sigmas)))
+            return SigmaSchedule(levels, config.get("num_train_timesteps", 1000)), "epsilon"
         dynamic = bool(config.get("use_dynamic_shifting"))
         if dynamic and mu is not None:
             shift = float(mu) if config.get("time_shift_type") == "linear" else math.exp(mu)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.schedule import FlowSchedule, ScaledEDMSchedule, VPSchedule
+from stepdistill.diffusion.scheduler_tables import is_sigma
 from stepdistill.errors import InputError
 
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr")
@@ -89,10 +90,20 @@ def edm_scheduler(source: Any, schedule: ScaledEDMSchedule, steps: int) -> Any:
     """EDM's Euler scheduler, or plain Euler on continuous time where the network has no preconditioning of its own.
 
     Its ``steps`` stand at even t; left alone the last one would start at the smallest sigma, where nothing changes.
+
+    Raises:
+        InputError: it is left alone, and there is one step.
     """
     from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
 
     levels, config = schedule.levels, source.config
+    if is_sigma(source):  # its pipeline sets both ends and begins the last step where it ends
+        if steps == 1:
+            raise InputError(
+                f"student.steps: expected at least 2 under {type(source).__name__} with sigmas up to "
+                f"{levels.sigma_max:g}, whose last step changes nothing, found 1"
+            )
+        return type(source).from_config(config)
     last = levels.sigma_min if steps == 1 else levels.sigma(torch.tensor(1 / steps)).item()
     ends = {"sigma_min": last, "sigma_max": levels.sigma_max, "prediction_type": config["prediction_type"]}
     if "sigma_data" in config:
@@ -114,8 +125,16 @@ def _same(actual: Tensor, table: Tensor) -> bool:
 
 
 def as_network_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
-    """x_t: the scheduler's sample (B, ...) as it scales it for the network, if it does."""
+    """x_t: the scheduler's sample (B, ...) as it scales it for the network, if it does, or its pipeline (Cosmos 2)."""
+    if is_sigma(scheduler):
+        sigma = torch.as_tensor(timestep).double().to(sample.device) / scheduler.config["num_train_timesteps"]
+        return sample * (sigma**2 + 1).rsqrt().to(sample)
     return scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+
+
+def noise_scale(scheduler: Any) -> float:
+    """The deviation of the noise that a run starts from."""
+    return float(scheduler.config["sigma_max"] if is_sigma(scheduler) else getattr(scheduler, "init_noise_sigma", 1.0))
 
 
 def stepped_timesteps(scheduler: Any) -> Tensor:

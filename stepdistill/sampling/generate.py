@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.schedule import from_scheduler
-from stepdistill.diffusion.stock_schedulers import stepped_timesteps
+from stepdistill.diffusion.stock_schedulers import noise_scale, stepped_timesteps
 from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.pipeline.decode import at_once
@@ -150,7 +150,7 @@ class Way:
         first = start * getattr(ready, "order", 1)
         times = trace.denoiser.schedule.time(stepped_timesteps(ready))
         times = torch.cat([times, times.new_zeros(1)]).to(device)
-        scale = float(getattr(ready, "init_noise_sigma", 1.0))
+        scale = noise_scale(ready)
         _begin(ready, first)
         if (table := coefficients(ready, options, first)) is not None:
             affine = AffineSteps(table.to(device), bool((table[first:, 0] != 1).any()))

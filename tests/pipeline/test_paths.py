@@ -12,10 +12,13 @@ from pipeline.tiny import redraw
 from pipeline.toy import ToyNetwork, ToyPipeline
 from stepdistill.diffusion.path import Path
 from stepdistill.diffusion.samplers import DDIM, Renoise
-from stepdistill.diffusion.schedule import from_scheduler
+from stepdistill.diffusion.stock_schedulers import noise_scale
 from stepdistill.diffusion.window import Span
 from stepdistill.errors import InputError
 from stepdistill.exporting.check import free_part, stepped_in
+from stepdistill.pipeline.compare import deviation
+from stepdistill.pipeline.decode import decode
+from stepdistill.pipeline.set_up import set_up
 from stepdistill.pipeline.stock_call import record
 from stepdistill.pipeline.trace import trace
 
@@ -104,6 +107,9 @@ def test_lines_that_are_kept_on_another_path():
     found = trace(pipeline)
     assert found.denoiser.spec.path == Path("flow", flow=True) and found.free == Span(2, 2, 6, 0)
     assert found.self_test_error <= 1e-5
+    found.network.dtype = torch.float32  # as networks of diffusers have it
+    pictures = decode(found, torch.zeros(1, 4, 6, 8), left=torch.full((1, 4, 8, 8), 0.6))
+    assert pictures[:, :, :2].eq(153).all() and not pictures[:, :, 2:].any()
 
 
 class FrameByFrame(ToyPipeline):
@@ -148,12 +154,44 @@ def test_what_is_put_back_at_each_step_is_beside_the_sample():
     assert found.self_test_error <= 1e-5
 
 
+class UnderSigmas(ToyPipeline):
+    """Under a scheduler of flow whose sigmas exceed 1; its network is one of rectified flow."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 5,
+    ) -> tuple[Tensor]:
+        labels = torch.tensor(class_labels)
+        x = torch.randn(len(labels), 4, 8, 8, generator=generator) * self.scheduler.config.sigma_max
+        self.scheduler.set_timesteps(sigmas=torch.linspace(0, 1, num_inference_steps, dtype=torch.float64))
+        self.scheduler.sigmas[-1] = self.scheduler.sigmas[-2]
+        for t, sigma in zip(self.scheduler.timesteps, self.scheduler.sigmas, strict=False):
+            s = sigma / (sigma + 1)
+            raw = self.network(x * (1 - s), s.expand(len(x)), extra={"what": labels, "bias": 0.25})[0]
+            x0 = (1 - s) * x - s * raw
+            x = self.scheduler.step((x - x0) / sigma, t, x).prev_sample
+        return (x,)
+
+
 def test_sigmas_above_one_are_those_of_data_and_noise():
     scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
-    scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002)
+    scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002, final_sigmas_type="sigma_min")
+    found = trace(made(UnderSigmas, scheduler))
+    schedule = found.denoiser.schedule
+    assert (schedule.name, found.denoiser.kind) == ("edm", "epsilon") and noise_scale(scheduler) == 80
+    assert found.denoiser.spec.path == Path("flow", flow=True)
     scheduler.set_timesteps(sigmas=[0.0, 0.5, 1.0])
-    schedule, kind = from_scheduler(scheduler)
-    assert (schedule.name, kind) == ("sigma", "epsilon")
     times = schedule.time(scheduler.timesteps)
     torch.testing.assert_close(schedule.timestep(times), scheduler.timesteps.double())
-    torch.testing.assert_close(schedule.sigma(times).float(), scheduler.sigmas[:-1])
+    torch.testing.assert_close(schedule.levels.sigma(times).float(), scheduler.sigmas[:-1])
+    # The student's sampler is the scheduler's, whose last step changes nothing.
+    sampler = DDIM(schedule, scheduler, 3, lambda one, steps: set_up(found, one, steps)[0])
+    stock, cond = record(found.pipeline, {"class_labels": [1, 2], "num_inference_steps": 3}), torch.tensor([1, 2])
+    with torch.no_grad():
+        own = sampler.sample(lambda x, t: found.denoiser(x, t, {"extra.what": cond}), sampler.seen(stock["noise"]))
+    assert deviation(own, stock["latents"]) <= 1e-5 + sampler.rounding
+    with pytest.raises(InputError, match=r"student\.steps: expected at least 2 under FlowMatchEuler"):
+        DDIM(schedule, scheduler, 1)
