@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
 from torch import Tensor
 
 from pipeline.tiny import redraw
@@ -110,6 +110,24 @@ def test_lines_that_are_kept_on_another_path():
     found.network.dtype = torch.float32  # as networks of diffusers have it
     pictures = decode(found, torch.zeros(1, 4, 6, 8), left=torch.full((1, 4, 8, 8), 0.6))
     assert pictures[:, :, :2].eq(153).all() and not pictures[:, :, 2:].any()
+
+
+class Preconditioned(ToyPipeline):
+    """Its network is EDM's, is told its noise levels, and has a channel that is left off; its scheduler takes x_0."""
+
+    def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
+        sigma = self.scheduler.sigmas[step]
+        seen = self.scheduler.scale_model_input(x, t)
+        self.level = lambda _: sigma.log() * 0.25
+        raw = super()._network(seen, t, labels, step)[:, :4]
+        return x / (sigma**2 + 1) + raw * sigma / (sigma**2 + 1).sqrt()
+
+
+def test_a_network_of_edm_under_another_scheduler():
+    pipeline = Preconditioned(redraw(ToyNetwork(5), 9), EulerDiscreteScheduler(prediction_type="sample"))
+    found = trace(pipeline)
+    assert found.denoiser.spec.path == Path("edm", levels=True) and found.denoiser.spec.timestep == "noise_level"
+    assert found.self_test_error <= 1e-5
 
 
 class FrameByFrame(ToyPipeline):
