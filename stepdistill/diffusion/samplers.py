@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.schedule import Prediction, Schedule
+from stepdistill.diffusion.schedule import FlowSchedule, Prediction, Schedule
 from stepdistill.diffusion.schedule_base import per_sample
 from stepdistill.diffusion.stock_schedulers import (
     as_network_input,
+    cut_flow_scheduler,
     edm_scheduler,
     flow_settings,
     stepped_timesteps,
@@ -90,7 +91,10 @@ class Sampler(ABC):
         if steps not in self._times:  # several calls per training step
             scheduler = self.stock(steps)
             scheduler.set_timesteps(**self.set_up(scheduler, steps))
-            self._times[steps] = self.schedule.time(stepped_timesteps(scheduler).double()).tolist()
+            times = self.schedule.time(stepped_timesteps(scheduler).double())
+            if isinstance(self.schedule, FlowSchedule) and self.schedule.cut:
+                times = scheduler.sigmas[:-1].double()
+            self._times[steps] = times.tolist()
         times = self._times[steps]
         return [Step(t, r) for t, r in zip(times, [*times[1:], None], strict=True)]
 
@@ -170,6 +174,11 @@ class Renoise(Sampler):
                 raise InputError(
                     f"sampler {self.name}: expected ddim, FlowMatchLCMScheduler inverts no sigmas; {OF_DDIM}"
                 )
+            if self.schedule.cut:
+                raise InputError(
+                    f"sampler {self.name}: expected ddim, the pipeline cuts off timesteps to integers, which "
+                    f"FlowMatchLCMScheduler does not take; {OF_DDIM}"
+                )
             return self._flow(FlowMatchLCMScheduler, steps)
         if self.schedule.name == "angle":
             return SCMScheduler.from_config(self.source.config)
@@ -195,6 +204,8 @@ class DDIM(Sampler):
         from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
         if self.schedule.name == "flow":
+            if self.schedule.cut:
+                return cut_flow_scheduler(self.schedule)
             return self._flow(FlowMatchEulerDiscreteScheduler, steps)
         if self.schedule.name == "edm":
             return edm_scheduler(self.source, self.schedule, steps)

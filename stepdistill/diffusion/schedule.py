@@ -80,6 +80,7 @@ class FlowSchedule(Schedule):
         dynamic: whether the pipeline computes the shift from the size of the sample, and ``shift`` is that of one.
         left_out: a shift that the network's timesteps lack: they are u where the path is at the shifted u (CogView4).
         inverted: whether timesteps rise from 0 at the noise end (Mochi).
+        cut: whether the network is told integers, as its pipeline cuts off what is behind them.
     """
 
     name = "flow"
@@ -91,9 +92,10 @@ class FlowSchedule(Schedule):
         dynamic: bool = False,
         left_out: float = 1.0,
         inverted: bool = False,
+        cut: bool = False,
     ):
         self.shift, self.train_timesteps = shift, train_timesteps
-        self.dynamic, self.left_out, self.inverted = dynamic, left_out, inverted
+        self.dynamic, self.left_out, self.inverted, self.cut = dynamic, left_out, inverted, cut
 
     def between(self, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
         low, high = (shifted(t.double(), 1 / self.shift) for t in (low, high))
@@ -104,7 +106,9 @@ class FlowSchedule(Schedule):
 
     def timestep(self, t: Tensor) -> Tensor:
         fraction = shifted(t.double(), 1 / self.left_out)
-        return (1 - fraction if self.inverted else fraction) * self.train_timesteps
+        timestep = (1 - fraction if self.inverted else fraction) * self.train_timesteps
+        # Rounding may leave it just below an integer. It keeps its derivative in t.
+        return timestep + ((timestep + 1e-3).floor() - timestep).detach() if self.cut else timestep
 
     def time(self, timestep: Tensor) -> Tensor:
         fraction = timestep.double() / self.train_timesteps

@@ -41,6 +41,14 @@ def flow_settings(source: Any, schedule: FlowSchedule) -> dict[str, Any]:
     return settings | {"shift": schedule.shift}
 
 
+def cut_flow_scheduler(schedule: FlowSchedule) -> Any:
+    """The scheduler of Euler's steps on flow whose timesteps are integers: DPM-Solver++ of first order."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": schedule.shift}
+    return DPMSolverMultistepScheduler(num_train_timesteps=schedule.train_timesteps, solver_order=1, **flow)
+
+
 def vp_scheduler(kind: type, source: Any, schedule: VPSchedule, start: int | None = None, **settings: Any) -> Any:
     """A scheduler of ``kind`` with the table and prediction type of ``source``, which clips nothing.
 

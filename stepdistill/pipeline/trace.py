@@ -16,7 +16,7 @@ from torch import nn
 
 from stepdistill.diffusion.denoiser import CallSpec, Denoiser, Helper, innermost
 from stepdistill.diffusion.experts import Experts, Turn
-from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
+from stepdistill.diffusion.schedule import Kind, Schedule
 from stepdistill.diffusion.stock_schedulers import without_learned_variance
 from stepdistill.diffusion.window import Span
 from stepdistill.files import sha256
@@ -37,6 +37,7 @@ from stepdistill.pipeline.call import (
 )
 from stepdistill.pipeline.compare import same
 from stepdistill.pipeline.components import put
+from stepdistill.pipeline.cut_timesteps import schedule_of
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.frames import as_one
 from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
@@ -194,7 +195,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
     (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
-    schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
+    schedule, kind = schedule_of(pipeline, off, _first(entry, alone), arguments)
     network = networks[component := explain.denoiser_component(off)]
     off, on, one = joint.as_one(off, on, component)
     helpers, helper_conditions, seen = _helpers(off, on, component, networks, schedule, kind)
