@@ -64,8 +64,11 @@ def vp_scheduler(kind: type, source: Any, schedule: VPSchedule, start: int | Non
     # Without effect on any of the grids here, but Stable Diffusion's pipelines rewrite a 0, with a warning.
     common = {"prediction_type": config["prediction_type"], "steps_offset": config.get("steps_offset", 0)} | settings
     common["clip_sample"] = False
-    made = kind(**{name: config[name] for name in _BETAS if config.get(name) is not None}, **common)
-    own = _same(made.alphas_cumprod, table)
+    try:
+        made = kind(**{name: config[name] for name in _BETAS if config.get(name) is not None}, **common)
+        own = _same(made.alphas_cumprod, table)
+    except NotImplementedError:  # its beta_schedule is one of the source's class alone (Shap-E's "exp")
+        own = False
     if own and start is None:
         return _with_variance_type(made, source)
     # CogVideoX and CogView3 shift their table's signal-to-noise ratio after it is made of betas.

@@ -185,7 +185,8 @@ def _stand_in(trace: Trace, network: nn.Module, answer: Callable[[Tensor], Tenso
             x = x if span.axis in window.cut or left_out else span.inside(x)
         raw = answer(x)
         channels = 2 if window.grid or window.frame_axis == 1 else 1
-        return torch.cat([raw, raw], channels) if spec.output.endswith("first_half") else raw
+        channels = -1 if spec.output.endswith("last_axis") else channels
+        return torch.cat([raw, raw], channels) if "first_half" in spec.output else raw
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Answer:

@@ -206,14 +206,11 @@ def noise_shape(
 
 
 class Answer(tuple):
-    """What stands in for the answer of a network or a scheduler: one tensor, readable as a tuple and by its names."""
+    """What stands in for the answer of a network or a scheduler: one tensor, readable as a tuple and by any name."""
 
-    @property
-    def sample(self) -> Tensor:
-        return self[0]
-
-    @property
-    def prev_sample(self) -> Tensor:
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("_"):
+            raise AttributeError(name)
         return self[0]
 
 
