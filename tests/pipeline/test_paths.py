@@ -21,6 +21,8 @@ from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.set_up import set_up
 from stepdistill.pipeline.stock_call import record
 from stepdistill.pipeline.trace import trace
+from stepdistill.recipe import load
+from stepdistill.training.make_method import make_sampler
 
 
 def made(kind: type, scheduler: Any = None) -> Any:
@@ -56,12 +58,11 @@ class OnFlow(ToyPipeline):
         class_labels: list[int],
         generator: torch.Generator | None = None,
         num_inference_steps: int = 2,
+        intermediate_timesteps: float | None = 1.3,
     ) -> tuple[Tensor]:
         labels, deviation = torch.tensor(class_labels), self.own_deviation or self.scheduler.config.sigma_data
         x = torch.randn(len(labels), 4, 8, 8, generator=generator) * deviation
-        self.scheduler.set_timesteps(
-            num_inference_steps, intermediate_timesteps=1.3 if num_inference_steps == 2 else None
-        )
+        self.scheduler.set_timesteps(num_inference_steps, intermediate_timesteps=intermediate_timesteps)
         self.scheduler.set_begin_index(0)
         for angle in self.scheduler.timesteps[:-1]:
             s = angle.sin() / (angle.sin() + angle.cos())
@@ -90,6 +91,16 @@ def test_a_network_on_another_path_than_its_scheduler():
     torch.testing.assert_close(made_here, stock["latents"])
     with pytest.raises(InputError, match="sampler ddim: expected renoise"):
         DDIM(found.denoiser.schedule, found.pipeline.scheduler, 2)
+
+
+def test_an_argument_that_a_student_of_other_steps_leaves_out_is_named():
+    recipe = {"teacher": {"pipeline": "fashion-dit"}, "student": {"steps": 4}, "data": {"conditions": "classes"}}
+    recipe = load(recipe | {"method": {"name": "dmd2"}, "train": {"steps": 1, "batch_size": 2, "lr": 1e-3}})
+    named = r"sampler renoise: .*; teacher\.arguments\.intermediate_timesteps: null leaves it out"
+    with pytest.raises(InputError, match=named):
+        make_sampler(recipe, trace(made(OnFlow, SCMScheduler()))).grid()
+    found = trace(made(OnFlow, SCMScheduler()), {"intermediate_timesteps": None})
+    assert [step.r is None for step in make_sampler(recipe, found).grid()] == [False, False, False, True]
 
 
 def test_a_pipeline_that_does_not_read_the_deviation_off_its_scheduler_has_no_student():
