@@ -21,7 +21,6 @@ from stepdistill.diffusion.scheduler_tables import (
     is_sigma,
     leaves_out,
     shifted,
-    tables,
 )
 from stepdistill.errors import InputError
 
@@ -286,9 +285,7 @@ def from_scheduler(scheduler: Any, mu: float | None = None) -> tuple[Schedule, K
             )
         shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
         if is_sigma(scheduler):
-            sigmas, _ = tables(scheduler)
-            low = float(config.get("sigma_min") or sigmas[sigmas > 0].min())
-            levels = EDMSchedule(low, float(config.get("sigma_max") or max(sigmas)))
+            levels = EDMSchedule(config["sigma_min"], config["sigma_max"])
             return SigmaSchedule(levels, config.get("num_train_timesteps", 1000)), "epsilon"
         dynamic = bool(config.get("use_dynamic_shifting"))
         if dynamic and mu is not None:
