@@ -51,7 +51,7 @@ def of_bytes(first: int = 0) -> dict[str, int]:
 def clip(model_max_length: int = 77) -> Any:
     symbols = [symbol for letter in LETTERS for symbol in (letter, letter + "</w>")]
     vocab = {symbol: place + 3 for place, symbol in enumerate(symbols)}
-    vocab |= {"<|startoftext|>": 998, "<|endoftext|>": 999}
+    vocab |= {"<pad>": 0, "<|startoftext|>": 998, "<|endoftext|>": 999}
     return tf.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=model_max_length)
 
 

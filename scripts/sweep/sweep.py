@@ -89,7 +89,7 @@ class Case:
     test: Any
     place: Path
     tensors: bool = False
-    advised: dict[str, float | None] = field(default_factory=dict)
+    advised: dict[str, float | list[int] | None] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -159,7 +159,7 @@ def attempt(case: Case, fresh: bool) -> Refusal | None:
                 trace(pipeline, case.arguments)
                 return None
             except (TraceError, InputError) as error:
-                hint = re.search(r"teacher\.arguments\.(\w+)=(false|null|[\d.]*\d)", str(error))
+                hint = re.search(r"teacher\.arguments\.(\w+)=(true|false|null|\[\d+\]|[\d.]*\d)", str(error))
                 if hint is None or hint[1] in case.advised:
                     raise
                 case.advised[hint[1]] = case.arguments[hint[1]] = json.loads(hint[2])

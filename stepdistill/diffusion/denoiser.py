@@ -27,7 +27,7 @@ from stepdistill.kernels import Rule
 Conditions = dict[str, Tensor]
 """Batch-first tensors keyed by the network's argument; an entry of a dict argument is named "argument.key"."""
 
-Output = Literal["identity", "negated", "first_half", "negated_first_half"]
+Output = Literal["identity", "negated", "first_half", "negated_first_half", "first_half_of_last_axis"]
 """How the network's raw output becomes what its scheduler is given."""
 
 SECOND_TIME = "second_time"
@@ -120,8 +120,8 @@ class CallSpec:
     def decode_output(self, returned: Any) -> Tensor:
         """The prediction (B, ...) inside whatever the network returned."""
         tensor = self.window.prediction(self.raw_output(returned))
-        if self.output.endswith("first_half"):
-            tensor = tensor.chunk(2, dim=1)[0]
+        if "first_half" in self.output:
+            tensor = tensor.chunk(2, dim=-1 if self.output.endswith("last_axis") else 1)[0]
         return -tensor if self.output.startswith("negated") else tensor
 
     def taken_apart(self, arguments: Mapping[str, Any]) -> dict[str, Any]:

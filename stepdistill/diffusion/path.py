@@ -21,18 +21,22 @@ class Path:
     Args:
         kind: what the network emits.
         flow: whether it is on that path; else on the scheduler's own.
+        levels: whether the network is told log(sigma / alpha) / 4, as EDM's are (Stable Diffusion's upscaler).
         floor: what the pipeline divides by, to make a velocity of x_0, where the time is below it (PRX in pixels).
     """
 
     kind: Kind
     flow: bool = False
+    levels: bool = False
     floor: float = 0.0
 
     def time(self, schedule: Schedule, t: Tensor) -> Tensor:
         """The network's timestep at times ``t`` (B,) of the scheduler's schedule."""
-        if not self.flow:
+        if not self.flow and not self.levels:
             return schedule.timestep(t)
         alpha, sigma = schedule.coefficients(t)
+        if self.levels:
+            return (sigma / alpha).log() / 4
         return sigma / (schedule.data_std * alpha + sigma)
 
     def sample(self, schedule: Schedule, x_t: Tensor, t: Tensor) -> Tensor:
@@ -44,8 +48,11 @@ class Path:
         return x * self._scale(schedule, x, t)
 
     def prediction(self, raw: Tensor, schedule: Schedule, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
-        """The network's output (B, ...) at ``x_t`` as a prediction of ``kind``, which the scheduler takes."""
-        raw, x_t = raw.float(), x_t.float()
+        """The network's output (B, ...) at ``x_t`` as a prediction of ``kind``, which the scheduler takes.
+
+        Channels behind those of ``x_t`` are left off.
+        """
+        raw, x_t = raw[:, : x_t.shape[1]].float(), x_t.float()
         if self.flow:
             inner = FLOW.to_x0(raw, self.sample(schedule, x_t, t), self.time(schedule, t), self.kind)
             x0 = schedule.data_std * inner

@@ -12,9 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.schedule import Prediction, Schedule
+from stepdistill.diffusion.schedule import FlowSchedule, Prediction, Schedule
 from stepdistill.diffusion.schedule_base import per_sample
-from stepdistill.diffusion.stock_schedulers import edm_scheduler, flow_settings, stepped_timesteps, vp_scheduler
+from stepdistill.diffusion.stock_schedulers import (
+    as_network_input,
+    cut_flow_scheduler,
+    edm_scheduler,
+    flow_settings,
+    stepped_timesteps,
+    vp_scheduler,
+)
 from stepdistill.errors import InputError
 
 Noise = Callable[[], Tensor]
@@ -55,7 +62,7 @@ class Sampler(ABC):
         set_up: Callable[[Any, int], dict[str, Any]] | None = None,
         start: int | None = None,
     ):
-        if schedule.name in ("angle", "sigma"):
+        if schedule.name == "angle" and schedule.data_std != 1:
             raise InputError(
                 f"teacher.pipeline: expected a scheduler of VP, flow or EDM, found {type(source).__name__} on a path "
                 "of its own, for which diffusers has no scheduler of a few steps; such a pipeline can be inspected, "
@@ -84,7 +91,10 @@ class Sampler(ABC):
         if steps not in self._times:  # several calls per training step
             scheduler = self.stock(steps)
             scheduler.set_timesteps(**self.set_up(scheduler, steps))
-            self._times[steps] = self.schedule.time(stepped_timesteps(scheduler).double()).tolist()
+            times = self.schedule.time(stepped_timesteps(scheduler).double())
+            if isinstance(self.schedule, FlowSchedule) and self.schedule.cut:
+                times = scheduler.sigmas[:-1].double()
+            self._times[steps] = times.tolist()
         times = self._times[steps]
         return [Step(t, r) for t, r in zip(times, [*times[1:], None], strict=True)]
 
@@ -100,12 +110,12 @@ class Sampler(ABC):
         return other
 
     def seen(self, sample: Tensor) -> Tensor:
-        """x_t of a stock run's first sample: EDM's schedulers scale it before the network sees it, others do not."""
+        """x_t of a stock run's first sample: EDM's is scaled before the network sees it, others are not."""
         scheduler = self.stock(self.steps)
-        if not hasattr(scheduler, "scale_model_input"):
+        if self.schedule.name != "edm" and not hasattr(scheduler, "scale_model_input"):
             return sample
         scheduler.set_timesteps(**self.set_up(scheduler, self.steps), device=sample.device)
-        return scheduler.scale_model_input(sample, scheduler.timesteps[0])
+        return as_network_input(scheduler, sample, scheduler.timesteps[0])
 
     @property
     def rounding(self) -> float:
@@ -157,14 +167,21 @@ class Renoise(Sampler):
     stochastic = True
 
     def stock(self, steps: int) -> Any:
-        from diffusers import FlowMatchLCMScheduler, LCMScheduler
+        from diffusers import FlowMatchLCMScheduler, LCMScheduler, SCMScheduler
 
         if self.schedule.name == "flow":
             if self.schedule.inverted:
                 raise InputError(
                     f"sampler {self.name}: expected ddim, FlowMatchLCMScheduler inverts no sigmas; {OF_DDIM}"
                 )
+            if self.schedule.cut:
+                raise InputError(
+                    f"sampler {self.name}: expected ddim, the pipeline cuts off timesteps to integers, which "
+                    f"FlowMatchLCMScheduler does not take; {OF_DDIM}"
+                )
             return self._flow(FlowMatchLCMScheduler, steps)
+        if self.schedule.name == "angle":
+            return SCMScheduler.from_config(self.source.config)
         _not_edm(self.schedule, self.name)
         # From the whole table any number of steps is evenly spaced: 999, 749, 499, 249 for 4.
         length = len(self.schedule.alphas_cumprod) if self.start is None else self.start + 1
@@ -187,14 +204,19 @@ class DDIM(Sampler):
         from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
         if self.schedule.name == "flow":
+            if self.schedule.cut:
+                return cut_flow_scheduler(self.schedule)
             return self._flow(FlowMatchEulerDiscreteScheduler, steps)
         if self.schedule.name == "edm":
             return edm_scheduler(self.source, self.schedule, steps)
+        _not_angle(self.schedule, self.name)
         trailing = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
         return vp_scheduler(DDIMScheduler, self.source, self.schedule, self.start, **trailing)
 
     def grid(self, steps: int | None = None) -> list[Step]:
         grid = super().grid(steps)
+        if self.scheduler.config.get("final_sigmas_type") == "sigma_min":  # its last step ends where it begins
+            return [*grid[:-1], Step(grid[-1].t, grid[-1].t)]
         if self.schedule.name != "vp_discrete":
             return grid
         # DDIMScheduler steps to t - N // n, which differs from its own next timestep when n does not divide N; the
@@ -226,6 +248,7 @@ class TCD(Sampler):
         if self.schedule.name == "flow":
             raise InputError("sampler tcd: the stock TCDScheduler has no flow-matching form; use renoise or ddim")
         _not_edm(self.schedule, self.name)
+        _not_angle(self.schedule, self.name)
         # A shorter table has no even part of 50 entries that holds its last one.
         original = 50 if self.start is None else self.start + 1
         extra = {"original_inference_steps": original}
@@ -310,6 +333,14 @@ def _not_edm(schedule: Schedule, sampler: str) -> None:
     if schedule.name == "edm":
         raise InputError(
             f"sampler {sampler}: expected ddim for an EDM schedule, no stock scheduler noises afresh there; {OF_DDIM}"
+        )
+
+
+def _not_angle(schedule: Schedule, sampler: str) -> None:
+    if schedule.name == "angle":
+        raise InputError(
+            f"sampler {sampler}: expected renoise under TrigFlow's scheduler, which noises afresh; that is the "
+            "sampler of dmd2, lcm and most other methods"
         )
 
 

@@ -21,7 +21,6 @@ from stepdistill.diffusion.scheduler_tables import (
     is_sigma,
     leaves_out,
     shifted,
-    tables,
 )
 from stepdistill.errors import InputError
 
@@ -80,6 +79,7 @@ class FlowSchedule(Schedule):
         dynamic: whether the pipeline computes the shift from the size of the sample, and ``shift`` is that of one.
         left_out: a shift that the network's timesteps lack: they are u where the path is at the shifted u (CogView4).
         inverted: whether timesteps rise from 0 at the noise end (Mochi).
+        cut: whether the network is told integers, as its pipeline cuts off what is behind them.
     """
 
     name = "flow"
@@ -91,9 +91,10 @@ class FlowSchedule(Schedule):
         dynamic: bool = False,
         left_out: float = 1.0,
         inverted: bool = False,
+        cut: bool = False,
     ):
         self.shift, self.train_timesteps = shift, train_timesteps
-        self.dynamic, self.left_out, self.inverted = dynamic, left_out, inverted
+        self.dynamic, self.left_out, self.inverted, self.cut = dynamic, left_out, inverted, cut
 
     def between(self, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
         low, high = (shifted(t.double(), 1 / self.shift) for t in (low, high))
@@ -104,7 +105,9 @@ class FlowSchedule(Schedule):
 
     def timestep(self, t: Tensor) -> Tensor:
         fraction = shifted(t.double(), 1 / self.left_out)
-        return (1 - fraction if self.inverted else fraction) * self.train_timesteps
+        timestep = (1 - fraction if self.inverted else fraction) * self.train_timesteps
+        # Rounding may leave it just below an integer. It keeps its derivative in t.
+        return timestep + ((timestep + 1e-3).floor() - timestep).detach() if self.cut else timestep
 
     def time(self, timestep: Tensor) -> Tensor:
         fraction = timestep.double() / self.train_timesteps
@@ -170,26 +173,24 @@ class ScaledEDMSchedule(Schedule):
         return self.data_std * alpha * eps - sigma * x0 / self.data_std
 
 
-class SigmaSchedule(EDMSchedule):
-    """x_t = x_0 + sigma eps, under a scheduler of flow whose timesteps are sigma (Cosmos 2).
+class SigmaSchedule(ScaledEDMSchedule):
+    """EDM's under a scheduler of flow whose timesteps are sigma (Cosmos 2): it steps x_0 + sigma eps.
 
     Args:
-        sigma_min, sigma_max, rho: as for EDM.
+        levels: sigma over t.
         train_timesteps: the timestep of sigma 1.
     """
 
-    name = "sigma"
-
-    def __init__(self, sigma_min: float, sigma_max: float, rho: float = 7.0, train_timesteps: int = 1000):
-        super().__init__(sigma_min, sigma_max, rho)
-        self.train_timesteps, self.rounding = train_timesteps, 2**-21 * sigma_max
+    def __init__(self, levels: EDMSchedule, train_timesteps: int = 1000):
+        super().__init__(levels, data_std=1.0)
+        self.train_timesteps, self.rounding = train_timesteps, 2**-21 * levels.sigma_max
 
     def timestep(self, t: Tensor) -> Tensor:
-        return self.sigma(t) * self.train_timesteps
+        return self.levels.sigma(t) * self.train_timesteps
 
     def time(self, timestep: Tensor) -> Tensor:
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return ((timestep.double() / self.train_timesteps) ** (1 / self.rho) - low) / (high - low)
+        sigma = timestep.double() / self.train_timesteps
+        return self.levels.time(sigma.log() / 4)
 
 
 class AngleSchedule(Schedule):
@@ -283,9 +284,9 @@ def from_scheduler(scheduler: Any, mu: float | None = None) -> tuple[Schedule, K
                 "network's is flow_prediction (scheduler/scheduler_config.json)"
             )
         shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
-        if is_flow(scheduler) and is_sigma(scheduler):
-            sigmas, _ = tables(scheduler)
-            return SigmaSchedule(float(sigmas[sigmas > 0].min()), float(max(sigmas))), "epsilon"
+        if is_sigma(scheduler):
+            levels = EDMSchedule(config["sigma_min"], config["sigma_max"])
+            return SigmaSchedule(levels, config.get("num_train_timesteps", 1000)), "epsilon"
         dynamic = bool(config.get("use_dynamic_shifting"))
         if dynamic and mu is not None:
             shift = float(mu) if config.get("time_shift_type") == "linear" else math.exp(mu)

@@ -40,6 +40,5 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def is_sigma(scheduler: Any) -> bool:
-    """Whether a scheduler of flow steps a sample x_0 + sigma eps (Cosmos 2): its sigmas exceed 1."""
-    sigmas, _ = tables(scheduler)
-    return bool(len(sigmas) and max(sigmas) > 1.001)
+    """Whether a scheduler of flow steps a sample x_0 + sigma eps (Cosmos 2): its config states a sigma above 1."""
+    return is_flow(scheduler) and (scheduler.config.get("sigma_max") or 0) > 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.schedule import FlowSchedule, ScaledEDMSchedule, VPSchedule
+from stepdistill.diffusion.scheduler_tables import is_sigma
 from stepdistill.errors import InputError
 
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr")
@@ -40,6 +41,14 @@ def flow_settings(source: Any, schedule: FlowSchedule) -> dict[str, Any]:
     return settings | {"shift": schedule.shift}
 
 
+def cut_flow_scheduler(schedule: FlowSchedule) -> Any:
+    """The scheduler of Euler's steps on flow whose timesteps are integers: DPM-Solver++ of first order."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": schedule.shift}
+    return DPMSolverMultistepScheduler(num_train_timesteps=schedule.train_timesteps, solver_order=1, **flow)
+
+
 def vp_scheduler(kind: type, source: Any, schedule: VPSchedule, start: int | None = None, **settings: Any) -> Any:
     """A scheduler of ``kind`` with the table and prediction type of ``source``, which clips nothing.
 
@@ -55,8 +64,11 @@ def vp_scheduler(kind: type, source: Any, schedule: VPSchedule, start: int | Non
     # Without effect on any of the grids here, but Stable Diffusion's pipelines rewrite a 0, with a warning.
     common = {"prediction_type": config["prediction_type"], "steps_offset": config.get("steps_offset", 0)} | settings
     common["clip_sample"] = False
-    made = kind(**{name: config[name] for name in _BETAS if config.get(name) is not None}, **common)
-    own = _same(made.alphas_cumprod, table)
+    try:
+        made = kind(**{name: config[name] for name in _BETAS if config.get(name) is not None}, **common)
+        own = _same(made.alphas_cumprod, table)
+    except NotImplementedError:  # its beta_schedule is one of the source's class alone (Shap-E's "exp")
+        own = False
     if own and start is None:
         return _with_variance_type(made, source)
     # CogVideoX and CogView3 shift their table's signal-to-noise ratio after it is made of betas.
@@ -89,10 +101,20 @@ def edm_scheduler(source: Any, schedule: ScaledEDMSchedule, steps: int) -> Any:
     """EDM's Euler scheduler, or plain Euler on continuous time where the network has no preconditioning of its own.
 
     Its ``steps`` stand at even t; left alone the last one would start at the smallest sigma, where nothing changes.
+
+    Raises:
+        InputError: it is left alone, and there is one step.
     """
     from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
 
     levels, config = schedule.levels, source.config
+    if is_sigma(source):  # its pipeline sets both ends and begins the last step where it ends
+        if steps == 1:
+            raise InputError(
+                f"student.steps: expected at least 2 under {type(source).__name__} with sigmas up to "
+                f"{levels.sigma_max:g}, whose last step changes nothing, found 1"
+            )
+        return type(source).from_config(config)
     last = levels.sigma_min if steps == 1 else levels.sigma(torch.tensor(1 / steps)).item()
     ends = {"sigma_min": last, "sigma_max": levels.sigma_max, "prediction_type": config["prediction_type"]}
     if "sigma_data" in config:
@@ -114,8 +136,16 @@ def _same(actual: Tensor, table: Tensor) -> bool:
 
 
 def as_network_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
-    """x_t: the scheduler's sample (B, ...) as it scales it for the network, if it does."""
+    """x_t: the scheduler's sample (B, ...) as it scales it for the network, if it does, or its pipeline (Cosmos 2)."""
+    if is_sigma(scheduler):
+        sigma = torch.as_tensor(timestep).double().to(sample.device) / scheduler.config["num_train_timesteps"]
+        return sample * (sigma**2 + 1).rsqrt().to(sample)
     return scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+
+
+def noise_scale(scheduler: Any) -> float:
+    """The deviation of the noise that a run starts from."""
+    return float(scheduler.config["sigma_max"] if is_sigma(scheduler) else getattr(scheduler, "init_noise_sigma", 1.0))
 
 
 def stepped_timesteps(scheduler: Any) -> Tensor:

@@ -124,7 +124,7 @@ def _sampled(session: Session, count: int | None = None) -> Sampled:
     began = without_network(session, call)
     latents = repeated(session, session.method.roles.student, rows, began)
     try:
-        pictures, levels = _pictures(session, latents) if precision(session) == torch.float32 else (None, 0)
+        pictures, levels = _pictures(session, latents, began) if precision(session) == torch.float32 else (None, 0)
     except (TraceError, torch.OutOfMemoryError):
         if len(latents) == 1:
             raise
@@ -134,15 +134,19 @@ def _sampled(session: Session, count: int | None = None) -> Sampled:
     return Sampled(size, call, noise, latents.cpu(), pictures, levels, allowed(session))
 
 
-def _pictures(session: Session, latents: Tensor) -> tuple[Tensor, int]:
-    """The pictures of the latents, and how far they move with latents that are ROUNDING away, in levels."""
-    made = []
+def _pictures(session: Session, latents: Tensor, began: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """The pictures of the latents, and how far they move with latents that are ROUNDING away, in levels.
+
+    Args:
+        began: what :func:`stock_call.record` told of the call that began where they did: it keeps what they keep.
+    """
+    made, left = [], began.get("latents")
     for share in (0.0, ROUNDING):
         with forked_random(session.device):
             torch.manual_seed(0)
             moved = latents + share * latents.abs().max() * torch.randn_like(latents).sign()
             torch.manual_seed(0)  # the plain call's seed and batch: a kept first frame is drawn from its encoding
-            made.append(decode(session.trace, moved, len(latents)))
+            made.append(decode(session.trace, moved, len(latents), left))
     return made[0], int((made[0].float() - made[1].float()).abs().max())
 
 

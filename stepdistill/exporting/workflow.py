@@ -86,7 +86,7 @@ def no_workflow(trace: Trace, facts: ExportFacts, sampler: Sampler) -> str | Non
     """Why ComfyUI has no nodes that take the student's steps; None where it has."""
     if sampler.name not in SAMPLERS:
         return f"ComfyUI has no sampler like {sampler.name}"
-    if sampler.schedule.name == "edm":
+    if sampler.schedule.name not in ("vp_discrete", "flow"):
         return "its nodes are for the noise tables of SD and for flow matching"
     if sampler.start is not None:
         return "ComfyUI scales the first noise of a run that starts below the noise end"

@@ -116,6 +116,11 @@ NEEDED = {
         False,
         "otherwise its network takes the end of each step as a second time, and predicts no velocity at one time",
     ),
+    "input_frames_guidance": (
+        True,
+        "otherwise its unconditional pass sees noise where its conditional one sees the frames that are kept",
+    ),
+    "sigma_conditioning": (0, "otherwise the frames that it keeps have a time of their own, which is not 0"),
 }
 """Arguments that pipelines have to be called with, where they take them, and why."""
 
@@ -140,13 +145,33 @@ def check_needed(pipeline: Any, arguments: Mapping[str, Any]) -> None:
             )
 
 
+NOISE = ("cond_noise_scale", "augment_sigma")
+"""Endings of arguments that say how much noise is added to what is kept."""
+
+
 def added_noise(pipeline: Any, arguments: Mapping[str, Any]) -> str:
     """Which argument leaves out the noise that the pipeline adds at every step to what it keeps; may be empty."""
     for name, parameter in parameters(pipeline).items():
         value = arguments.get(name, parameter.default)
-        if name.endswith("cond_noise_scale") and isinstance(value, int | float) and value > 0:
+        if name.endswith(NOISE) and isinstance(value, int | float) and value > 0:
             return f"; teacher.arguments.{name}=0 leaves its noise out"
     return ""
+
+
+def one_part(pipeline: Any, arguments: Mapping[str, Any]) -> str:
+    """Which argument makes one part of a video that the pipeline samples part by part; may be empty."""
+    accepted = parameters(pipeline)
+    values = {name: arguments.get(name, parameter.default) for name, parameter in accepted.items()}
+    whole: dict[str, Any] = {}
+    if "base_num_frames" in values and isinstance(values.get("num_frames"), int):
+        whole["base_num_frames"] = values["num_frames"]
+    configs = [getattr(part, "config", None) or {} for part in pipeline.components.values()]
+    partition = values.get("chunk_partition") or next(
+        (config["chunk_partition"] for config in configs if "chunk_partition" in config), None
+    )
+    if "chunk_partition" in values and partition:
+        whole["chunk_partition"] = [sum(partition)]
+    return "".join(f"; teacher.arguments.{name}={value} makes it one part" for name, value in whole.items())
 
 
 def fewest_steps(pipeline: Any) -> int:

@@ -1,8 +1,9 @@
 """Images from latents, by the pipeline's own decoding code."""
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import first_tensor
+from stepdistill.diffusion.stock_schedulers import as_network_input
 from stepdistill.diffusion.window import Window
 from stepdistill.errors import InputError
+from stepdistill.pipeline import in_two
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.observe import Answer, forked_random
@@ -32,17 +35,22 @@ def at_once(shape: Sequence[int], numbers: int = 2**18) -> int:
 
 
 @torch.no_grad()
-def decode(trace: Trace, latents: Tensor, batch: int | None = None) -> Tensor:
+def decode(trace: Trace, latents: Tensor, batch: int | None = None, left: Tensor | None = None) -> Tensor:
     """Images uint8 (N, C, H, W) of ``latents`` (N, *latent_shape), by the pipeline's own decoding code.
 
     Of a video its middle frame; of several pictures for each sample one beside the other. ``batch`` None: fewer at once
     than :func:`at_once`, as autoencoders take more memory, and one by one where the pipeline cannot decode several at
     once (HunyuanVideo 1.5).
 
+    Args:
+        left: whole samples as a run's scheduler left them, for what the pipeline keeps; None: what it keeps them at.
+
     Raises:
         TraceError: the pipeline's decoding fails, or does not return images as a tensor.
     """
     parts = []
+    if left is not None and trace.free is not None:
+        latents = trace.free.whole(latents, trace.free.outside(left).to(latents))
     for chunk in latents.split(trace.at_once(batch or at_once(trace.latent_shape, 2**16))):
         try:
             parts.append(_decoded(trace, chunk))
@@ -68,7 +76,7 @@ def _decoded(trace: Trace, latents: Tensor) -> Tensor:
     wishes = {"guidance": trace.guidance.plain_scale, "output_type": "pt", **many}
     with (
         standing_in(trace, torch.zeros_like),
-        patched(scheduler, "step", _giving(scheduler, _as_stepped(trace, latents))),
+        patched(scheduler, "step", _giving(trace, latents)),
         forked_random(latents.device),
     ):
         try:
@@ -99,30 +107,55 @@ def one_picture_each(images: Tensor, count: int) -> Tensor:
 
 
 def _as_stepped(trace: Trace, latents: Tensor) -> list[Tensor]:
-    """Latents (B, *latent_shape) as the pipeline's scheduler, and then those of its copies that step, return them."""
+    """Latents as the pipeline's scheduler, and then those of its copies that step, return them."""
     joint = trace.denoiser.spec.joint
     if trace.frames is not None:
         return [latents, *latents.unbind(trace.frames)]
     if joint is None:
-        return [latents if trace.free is None else trace.free.padded(latents)]
+        return [trace.free.padded(latents) if _is_part(trace, latents) else latents]
     split = zip(joint.parts, joint.split(latents), strict=True)
     return [x if part.free is None else part.free.padded(x) for part, x in split]
 
 
-def _giving(scheduler: Any, samples: Sequence[Tensor]) -> Replaced:
-    """A step() that returns the first of ``samples``; that of the n-th copy of the scheduler which steps the n-th."""
+def _is_part(trace: Trace, latents: Tensor) -> bool:
+    """Whether latents are the free part of samples alone."""
+    return trace.free is not None and tuple(latents.shape[1:]) == trace.latent_shape
+
+
+def _giving(trace: Trace, latents: Tensor) -> Replaced:
+    """A step() that returns latents (B, *latent_shape), or whole samples; that of the n-th copy the n-th of several.
+
+    Where they are a part of the samples, what the pipeline keeps is the x_0 that the step is given.
+    """
+    samples, is_part = _as_stepped(trace, latents), _is_part(trace, latents)
+    scheduler = trace.pipeline.scheduler
 
     def given(own_step: Callable[..., Any], number_of: Callable[[], int]) -> Callable[..., Answer]:
+        signature = inspect.signature(own_step)
+
         @functools.wraps(own_step)
-        def step(*_args: Any, **_kwargs: Any) -> Answer:
+        def step(*args: Any, **kwargs: Any) -> Answer:
             number = number_of()
             sample = samples[number if number < len(samples) else 0]
+            if is_part:
+                sample = _with_kept(trace, sample, signature.bind(*args, **kwargs).arguments)
             # LCM's pipeline takes the denoised latents from the second place.
             return Answer((sample, sample))
 
         return step
 
     return in_each(scheduler, given)
+
+
+def _with_kept(trace: Trace, sample: Tensor, call: Mapping[str, Any]) -> Tensor:
+    """The sample, outside its free part as the x_0 that a step is called with."""
+    x0 = call.get(in_two.GIVEN)
+    if x0 is None and call["model_output"].shape == call["sample"].shape == sample.shape:
+        schedule, timestep = trace.denoiser.schedule, torch.as_tensor(call["timestep"]).reshape(-1)[:1]
+        x_t = as_network_input(copy.deepcopy(trace.pipeline.scheduler), call["sample"], timestep)
+        t = schedule.time(timestep.to(x_t.device)).expand(len(x_t))
+        x0 = schedule.to_x0(call["model_output"], x_t, t, trace.denoiser.kind)
+    return sample if x0 is None else trace.free.whole(trace.free.inside(sample), trace.free.outside(x0).to(sample))
 
 
 @contextmanager
@@ -148,16 +181,18 @@ def _stand_in(trace: Trace, network: nn.Module, answer: Callable[[Tensor], Tenso
         if isinstance(x, list):
             return [answer(row) for row in x]
         for span in window.spans:
-            x = x if span.axis in window.cut else span.inside(x)
+            left_out = x.shape[span.axis] == span.length  # the network has kept what it made of it (KV caches)
+            x = x if span.axis in window.cut or left_out else span.inside(x)
         raw = answer(x)
         channels = 2 if window.grid or window.frame_axis == 1 else 1
-        return torch.cat([raw, raw], channels) if spec.output.endswith("first_half") else raw
+        channels = -1 if spec.output.endswith("last_axis") else channels
+        return torch.cat([raw, raw], channels) if "first_half" in spec.output else raw
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Answer:
         bound = signature.bind(*args, **kwargs).arguments
         if spec.joint is None:
-            return Answer((of(bound[spec.sample], spec.window),))
+            return Answer((of(bound[spec.sample], spec.window), *[None] * (trace.returned - 1)))
         made = {part.output: of(bound[part.argument], part.window) for part in spec.joint.parts}
         return Answer(made.get(number) for number in range(max(made) + 1))
 

@@ -68,8 +68,9 @@ def guidance_rule(
 
 def _outputs(on: Recording, spec: CallSpec) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(the first pass's output, the second's, what the scheduler was given) at each step, float64."""
-    # Where the pipeline divides by sigma, rounding is much at the last step, whose sigma may be .002.
-    steps = on.steps if spec.path is None or len(on.steps) == 1 else on.steps[:-1]
+    # Where it is divided by sigma, rounding is much at the last step, whose sigma may be .002.
+    divided = spec.path is not None or on.steps[-1].in_two
+    steps = on.steps[:-1] if divided and len(on.steps) > 1 else on.steps
     raws = (torch.cat([call.output for call in step.calls]) for step in steps)
     halves = (spec.decode_output(raw).double().chunk(2) for raw in raws)
     return [(*two, step.model_output.double()) for two, step in zip(halves, steps, strict=True)]

@@ -16,6 +16,7 @@ from stepdistill.diffusion.denoiser import first_tensor
 from stepdistill.diffusion.devices import torch_of
 from stepdistill.diffusion.nested import flatten, tensors_in
 from stepdistill.errors import InputError
+from stepdistill.pipeline import in_two
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.modular import free_hooks
@@ -33,12 +34,14 @@ class _Enough(Exception):
 
 @dataclass
 class Call:
-    """One forward of one component: its arguments by (dotted) name, the first tensor and all tensors of its output."""
+    """One forward of one component: its arguments by (dotted) name, the first tensor and all tensors of its output,
+    and how many values it ``returned``."""
 
     component: str
     arguments: dict[str, Any]
     output: Any = None
     outputs: list[Tensor] = field(default_factory=list)
+    returned: int = 1
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Step:
     """One scheduler step: the scheduler as it was before, what went in, what came out, who was called before.
 
     ``others`` are the steps of the scheduler's copies that followed it: those of further samples (a video's sound).
+    ``in_two`` is whether the pipeline made it in two (:mod:`stepdistill.pipeline.in_two`).
     """
 
     scheduler: Any
@@ -57,6 +61,7 @@ class Step:
     calls: list[Call]
     previous: Tensor | None = None
     others: list["Step"] = field(default_factory=list)
+    in_two: bool = False
 
     def replay(self, model_output: Tensor) -> Tensor:
         """The next latents for this ``model_output``, with the state and the random numbers of the original."""
@@ -201,14 +206,11 @@ def noise_shape(
 
 
 class Answer(tuple):
-    """What stands in for the answer of a network or a scheduler: one tensor, readable as a tuple and by its names."""
+    """What stands in for the answer of a network or a scheduler: one tensor, readable as a tuple and by any name."""
 
-    @property
-    def sample(self) -> Tensor:
-        return self[0]
-
-    @property
-    def prev_sample(self) -> Tensor:
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("_"):
+            raise AttributeError(name)
         return self[0]
 
 
@@ -255,6 +257,7 @@ def _listen(
     def after(_module: nn.Module, _args: tuple, _kwargs: dict, output: Any) -> None:
         open_calls[-1].output = _copied(first_tensor(output))
         open_calls[-1].outputs = _copied(tensors_in(output))
+        open_calls[-1].returned = len(output) if isinstance(output, tuple) else 1
 
     for handle in (
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -298,16 +301,20 @@ def _recording_step(record: Recording, scheduler: Any, stop: int | None) -> Repl
         return step
 
     original = scheduler.step
+    in_halves = in_two.GIVEN in inspect.signature(original).parameters
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
-        if record.ended(stop, copies=0):
+        second = in_two.GIVEN in kwargs and bool(record.steps) and not record.calls
+        if record.ended(stop, copies=0) and not second:
             raise _Enough
         calls = [call for one in record.apart for call in one.calls] + record.calls
         result, seen = _stepped_and_seen(scheduler, original, calls, args, kwargs)
+        if second:
+            seen = in_two.as_one(record.steps.pop(), seen)
         record.steps.append(seen)
         record.calls, record.apart = [], []
-        if record.ended(stop, len(copies)):
+        if record.ended(stop, len(copies)) and (second or not in_halves):
             raise _Enough
         return result
 

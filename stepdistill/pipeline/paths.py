@@ -9,9 +9,9 @@ from stepdistill.diffusion.path import Path
 from stepdistill.diffusion.schedule import Kind, Schedule
 from stepdistill.pipeline.compare import close
 from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
-from stepdistill.pipeline.places import scaled_sample
+from stepdistill.pipeline.places import Place, place_of, scaled_sample
 
-PATHS = (Path("sample"), Path("flow", flow=True))
+PATHS = (Path("sample"), Path("flow", flow=True), Path("edm", levels=True))
 
 
 def seen_by_scheduler(
@@ -40,9 +40,12 @@ def _path_of(off: Recording, component: str, schedule: Schedule, kind: Kind) -> 
         for step, call, output in outputs:
             seen = path.sample(schedule, scaled_sample(step), _time(step, schedule))
             made = path.prediction(output, schedule, scaled_sample(step), _time(step, schedule), kind)
-            given = any(isinstance(value, Tensor) and close(value, seen) for value in call.arguments.values())
+            find = _whole_place if path.flow else place_of
+            places = [place for value in call.arguments.values() if (place := find(value, seen))]
+            free = places[0].free if places else None
+            stepped = (step.replay(made.to(step.model_output)), step.previous)
             # Of rounding a division by a small sigma makes much, and the step makes as little of it again.
-            found.append(given and close(step.replay(made.to(step.model_output)), step.previous))
+            found.append(bool(places) and close(*(one if free is None else free.inside(one) for one in stepped)))
         if all(found):
             return path
     return None
@@ -74,11 +77,19 @@ def _converted(call: Call, step: Step, count: int, path: Path, schedule: Schedul
     x_t = x_t.repeat(passes, *[1] * (x_t.ndim - 1))
     t = _time(step, schedule).expand(len(x_t))
     seen = path.sample(schedule, x_t, t)
-    arguments = {
-        name: path.stepped(schedule, value, t) if isinstance(value, Tensor) and close(value, seen) else value
-        for name, value in call.arguments.items()
-    }
+    arguments = dict(call.arguments)
+    for name, value in call.arguments.items() if path.flow else ():
+        if (place := _whole_place(value, seen)) is not None:
+            stepped, free = path.stepped(schedule, value, t), place.free
+            # What is kept is in the argument as the network sees it.
+            arguments[name] = stepped if free is None else free.whole(free.inside(stepped), free.outside(value))
     return replace(call, arguments=arguments, output=path.prediction(call.output, schedule, x_t, t, kind))
+
+
+def _whole_place(value: object, seen: Tensor) -> Place | None:
+    """The place of what the network sees in an argument of its shape, which may hold something else in a part of it."""
+    alike = isinstance(value, Tensor) and value.shape == seen.shape
+    return place_of(value, seen) if alike else None
 
 
 def times_of(steps: Sequence[Step], path: Path | None, schedule: Schedule) -> list[Tensor]:
@@ -89,13 +100,15 @@ def times_of(steps: Sequence[Step], path: Path | None, schedule: Schedule) -> li
 
 
 def _outputs(off: Recording, component: str) -> list[tuple[Step, Call, Tensor]]:
-    """Each step with the network's call and its output, where that is like the sample."""
-    calls = [(step, *calls_of(step.calls, component)[-1:]) for step in off.steps]
-    return [(*one, one[1].output) for one in calls if _alike(one[1].output, one[0].model_output)]
-
-
-def _alike(output: object, given: Tensor) -> bool:
-    return isinstance(output, Tensor) and output.shape == given.shape
+    """Each step with the network's call and its output, where that is like the sample, without channels behind its."""
+    found = []
+    for step in off.steps:
+        for call in calls_of(step.calls, component)[-1:]:
+            output, given = call.output, step.model_output
+            cut = output[:, : given.shape[1]] if isinstance(output, Tensor) and output.ndim > 1 else None
+            if cut is not None and cut.shape == given.shape:
+                found.append((step, call, cut))
+    return found
 
 
 def _time(step: Step, schedule: Schedule) -> Tensor:

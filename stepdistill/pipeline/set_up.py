@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from stepdistill.diffusion.stock_schedulers import stepped_timesteps
 from stepdistill.errors import InputError
 from stepdistill.pipeline.components import scheduled
 from stepdistill.pipeline.observe import observe
@@ -56,14 +57,15 @@ def can_run(trace: Trace, steps: int) -> bool:
 def passes(trace: Trace, scheduler: Any, steps: int, guidance: float) -> int:
     """Passes through the network per image (NFE): guidance costs further ones at each step where it is on."""
     ready, _ = ready_scheduler(trace, scheduler, steps, torch.device("cpu"))
-    count = len(ready.timesteps)  # more than the steps under schedulers of second order, and PNDM's
+    timesteps = stepped_timesteps(ready)
+    count = len(timesteps)  # more than the steps under schedulers of second order, and PNDM's
     if guidance == 1:
         return count
     guider = trace.denoiser.spec.guider
     further = guider.passes - 1 if guider else max(1, len(trace.denoiser.mix))
     if trace.denoiser.rule.interval is None:
         return (1 + further) * count
-    return count + further * int(trace.denoiser.rule.inside(trace.denoiser.schedule.time(ready.timesteps)).sum())
+    return count + further * int(trace.denoiser.rule.inside(trace.denoiser.schedule.time(timesteps)).sum())
 
 
 def ready_scheduler(trace: Trace, scheduler: Any, steps: int, device: torch.device) -> tuple[Any, dict[str, Any]]:

@@ -16,11 +16,11 @@ from torch import nn
 
 from stepdistill.diffusion.denoiser import CallSpec, Denoiser, Helper, innermost
 from stepdistill.diffusion.experts import Experts, Turn
-from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
+from stepdistill.diffusion.schedule import Kind, Schedule
 from stepdistill.diffusion.stock_schedulers import without_learned_variance
 from stepdistill.diffusion.window import Span
 from stepdistill.files import sha256
-from stepdistill.pipeline import explain, joint, turns
+from stepdistill.pipeline import cached, explain, joint, turns
 from stepdistill.pipeline.call import (
     COUNTS,
     TraceError,
@@ -32,10 +32,12 @@ from stepdistill.pipeline.call import (
     guidance_argument,
     in_any_way,
     one_guidance,
+    one_part,
     other_guidance,
 )
 from stepdistill.pipeline.compare import same
 from stepdistill.pipeline.components import put
+from stepdistill.pipeline.cut_timesteps import schedule_of
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.frames import as_one
 from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
@@ -49,6 +51,7 @@ from stepdistill.pipeline.several_passes import linear_rule
 from stepdistill.pipeline.singly import observe_each
 from stepdistill.pipeline.sorting import sort_arguments
 from stepdistill.pipeline.stock_call import pictures_in
+from stepdistill.pipeline.unit_data import with_unit_data
 
 __all__ = ["Guidance", "Trace", "TraceError", "load_pipeline", "trace"]
 
@@ -79,6 +82,7 @@ class Trace:
         encoders: the networks that work before the first step alone, and make conditions.
         fewest_steps: the fewest steps that its call takes.
         free: the part of the scheduler's sample that is sampled, where the pipeline keeps the rest (a first frame).
+        returned: how many values a call of the denoiser returns: it may be more than the output.
         frames: the axis of the sample whose parts copies of the scheduler step, where they do; None: it steps it whole.
         set_ups: how the pipeline sets up the schedulers that were run so far (filled by :func:`.set_up.set_up`).
     """
@@ -97,6 +101,7 @@ class Trace:
     fewest_steps: int = 1
     free: Span | None = None
     frames: int | None = None
+    returned: int = 1
     set_ups: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -175,24 +180,22 @@ class Trace:
 def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     """Learn how to drive the pipeline's denoiser from two short runs, guidance off and on.
 
-    A scheduler that takes a learned variance is replaced by one that takes the mean alone.
+    A scheduler of learned variance is replaced by one that takes the mean alone, TrigFlow's by one of unit data.
 
     Args:
         arguments: further arguments of the pipeline's call; what is learned holds for these (a size, for instance).
 
     Raises:
         InputError: the pipeline takes no such arguments.
-        TraceError: a check failed; ``check`` is one of components, call, denoiser, sample, timestep, output,
-            conditioning, constants, guidance, schedule, self-test.
+        TraceError: a check failed, the one that ``check`` names.
     """
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
     check_needed(pipeline, arguments)
-    if hasattr(pipeline, "scheduler"):
-        put(pipeline, "scheduler", without_learned_variance(pipeline.scheduler))
+    _replace_scheduler(pipeline, entry, arguments)
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
     (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
-    schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
+    schedule, kind = schedule_of(pipeline, off, _first(entry, alone), arguments)
     network = networks[component := explain.denoiser_component(off)]
     off, on, one = joint.as_one(off, on, component)
     helpers, helper_conditions, seen = _helpers(off, on, component, networks, schedule, kind)
@@ -241,7 +244,14 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         fewest_steps=_fewest_steps(pipeline, _first(entry, alone), arguments, component),
         free=free,
         frames=off.frames,
+        returned=off.steps[0].calls[0].returned,
     )
+
+
+def _replace_scheduler(pipeline: Any, entry: str, arguments: Mapping[str, Any]) -> None:
+    if hasattr(pipeline, "scheduler"):
+        put(pipeline, "scheduler", without_learned_variance(pipeline.scheduler))
+        with_unit_data(pipeline, PROBES[entry][:1], arguments)
 
 
 def _shapes(spec: CallSpec, call: Call, conditions: Sequence[str]) -> dict[str, tuple[int | None, ...]]:
@@ -347,7 +357,8 @@ def _fewest_steps(pipeline: Any, entries: Sequence[Any] | str, arguments: Mappin
         return fewest
     if len(made) > fewest and same(made[fewest].timestep, made[0].timestep):
         name = type(pipeline).__name__
-        raise TraceError("components", f"{name} runs its grid again for each part of an image; a student has one grid")
+        reason = f"{name} runs its grid again for each part of an image; a student has one grid"
+        raise TraceError("components", reason + one_part(pipeline, arguments))
     return fewest
 
 
@@ -373,4 +384,6 @@ def _few_steps(
     if not recording.steps:
         name = type(pipeline).__name__
         raise TraceError("components", f"{name} never steps its own scheduler; perhaps it steps copies of it")
-    return turns.as_one(as_one(recording), turns.alike(recording, modules(pipeline)))
+    networks = modules(pipeline)
+    recording = cached.as_first(as_one(recording), networks)
+    return turns.as_one(recording, turns.alike(recording, networks))

@@ -94,5 +94,6 @@ def with_shift(trace: Trace, shift: float | None) -> Trace:
         return trace
     if old.schedule.name != "flow":
         raise InputError(f"student.shift: expected null for a {old.schedule.name} schedule, found {shift:g}")
-    schedule = FlowSchedule(shift, old.schedule.train_timesteps, inverted=old.schedule.inverted)
+    known = old.schedule
+    schedule = FlowSchedule(shift, known.train_timesteps, inverted=known.inverted, cut=known.cut)
     return replace(trace, denoiser=Denoiser(old.network, old.spec, schedule, old.kind))

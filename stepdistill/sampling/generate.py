@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.schedule import from_scheduler
+from stepdistill.diffusion.stock_schedulers import noise_scale, stepped_timesteps
 from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import Conditioning
 from stepdistill.pipeline.decode import at_once
@@ -147,9 +148,9 @@ class Way:
         ready, options = ready_scheduler(trace, scheduler, steps, torch.device("cpu"))
         # Schedulers of second order go through each step in two.
         first = start * getattr(ready, "order", 1)
-        times = trace.denoiser.schedule.time(ready.timesteps)
+        times = trace.denoiser.schedule.time(stepped_timesteps(ready))
         times = torch.cat([times, times.new_zeros(1)]).to(device)
-        scale = float(getattr(ready, "init_noise_sigma", 1.0))
+        scale = noise_scale(ready)
         _begin(ready, first)
         if (table := coefficients(ready, options, first)) is not None:
             affine = AffineSteps(table.to(device), bool((table[first:, 0] != 1).any()))

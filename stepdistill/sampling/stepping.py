@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.guidance import Pair
 from stepdistill.diffusion.schedule import Prediction
-from stepdistill.diffusion.stock_schedulers import as_network_input
+from stepdistill.diffusion.stock_schedulers import as_network_input, stepped_timesteps
 from stepdistill.pipeline.observe import stepped
 
 TOLERANCE = 1e-5
@@ -91,7 +91,7 @@ def coefficients(ready: Any, options: Mapping[str, Any], first: int = 0) -> Tens
     # The first two read a and b; the third shows what does not come from them; the others are of any size.
     sizes = torch.logspace(-1, 3, 13)
     rows = [torch.zeros(3)] * first
-    for timestep in scheduler.timesteps[first:]:
+    for timestep in stepped_timesteps(scheduler)[first:]:
         x, output = (
             torch.cat([unit, size * torch.randn(13, generator=random)]).reshape(1, -1, 1, 1)
             for unit, size in (

@@ -13,11 +13,12 @@ from stepdistill.diffusion.experts import Experts
 from stepdistill.diffusion.samplers import OF_DDIM, SAMPLERS, Sampler
 from stepdistill.errors import InputError
 from stepdistill.methods.base import DistillMethod
-from stepdistill.pipeline.call import TraceError
+from stepdistill.pipeline.call import SET_ELSEWHERE, TraceError
 from stepdistill.pipeline.exports import is_lora, load_adapter
 from stepdistill.pipeline.latents import decoder
 from stepdistill.pipeline.load import is_export, load_pipeline, pipeline_of
 from stepdistill.pipeline.set_up import set_up
+from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.trace import Trace
 from stepdistill.recipe import Recipe
 from stepdistill.roles import Roles
@@ -51,12 +52,23 @@ def make_sampler(recipe: Recipe, traced: Trace, grid: Callable[[Any, int], dict[
         except TraceError as error:
             other = "methods of sampler renoise are dmd2, lcm and most others" if sampler.name == "ddim" else OF_DDIM
             if not _takes(traced, SAMPLERS["renoise" if sampler.name == "ddim" else "ddim"], steps):
-                other = "no scheduler of a few steps takes that call, so that no student can be exported"
+                other = _left_out(traced, error.reason) or (
+                    "no scheduler of a few steps takes that call, so that no student can be exported"
+                )
             raise InputError(
                 f"sampler {sampler.name}: with its scheduler in place of the pipeline's own {error.reason}; {other}"
             ) from error
 
     return sampler(schedule, traced.pipeline.scheduler, student.steps, grid or shown, student.start)
+
+
+def _left_out(traced: Trace, reason: str) -> str:
+    """What leaves out an argument of the pipeline's call that a failure names; empty where it names none."""
+    for name, parameter in parameters(traced.pipeline).items():
+        named = "_" in name and name.replace("_", " ") in reason.lower()
+        if named and name not in SET_ELSEWHERE and traced.arguments.get(name, parameter.default) is not None:
+            return f"teacher.arguments.{name}: null leaves it out"
+    return ""
 
 
 def _takes(traced: Trace, kind: type[Sampler], steps: int) -> bool:

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
-from stepdistill.diffusion.samplers import SAMPLERS, dpm_solver_step, renoise_up
+from stepdistill.diffusion.samplers import DDIM, SAMPLERS, Renoise, dpm_solver_step, renoise_up
 from stepdistill.diffusion.schedule import KINDS, FlowSchedule, Prediction, VPSchedule, from_scheduler
 from stepdistill.errors import InputError
 
@@ -116,3 +116,11 @@ def test_dpm_solver_is_second_order(kind):
     truth = exact(torch.tensor([0.8]).double(), torch.tensor(0.9).double(), torch.tensor(0.3).double())
     coarse, fine = (solve(20) - truth).abs().item(), (solve(40) - truth).abs().item()
     assert fine < coarse / 3
+
+
+def test_a_table_that_only_its_own_scheduler_can_make():
+    source = HeunDiscreteScheduler(num_train_timesteps=1024, beta_schedule="exp", prediction_type="sample")
+    schedule, _ = from_scheduler(source)
+    for kind in (Renoise, DDIM):
+        made = kind(schedule, source, 2).scheduler
+        torch.testing.assert_close(made.alphas_cumprod, source.alphas_cumprod, rtol=1e-5, atol=1e-9)

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from pipeline import zoo
@@ -175,3 +176,29 @@ def test_a_checker_of_pictures_hides_nothing_here_and_stays_in_the_export(tmp_pa
     with quiet():
         stock_call.main(str(tmp_path / "request.json"), str(tmp_path / "result.safetensors"))
     assert load_file(tmp_path / "result.safetensors")["images"].max() > 0
+
+
+class InParts(ToyPipeline):
+    """Samples a video part by part: of so many frames, or as it is parted."""
+
+    def __call__(
+        self,
+        class_labels: list[int],
+        num_frames: int = 9,
+        base_num_frames: int = 5,
+        chunk_partition: list[int] | None = (1, 2),
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = 5,
+    ) -> tuple[Tensor]:
+        for _ in range(max(num_frames // base_num_frames, len(chunk_partition))):
+            made = super().__call__(class_labels, guidance_scale, generator, num_inference_steps)
+        return made
+
+
+def test_a_video_in_parts_is_refused_with_what_makes_it_one():
+    pipeline = InParts(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False))
+    named = r"teacher\.arguments\.base_num_frames=9 .*; teacher\.arguments\.chunk_partition=\[3\]"
+    with pytest.raises(TraceError, match=f"runs its grid again .*{named}"):
+        trace(pipeline)
+    assert trace(pipeline, {"base_num_frames": 9, "chunk_partition": [3]}).self_test_error <= 1e-5

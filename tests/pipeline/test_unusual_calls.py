@@ -1,12 +1,20 @@
 """What tracing finds about calls that few pipelines make, each by a made-up pipeline."""
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils import BaseOutput
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,7 +25,7 @@ from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.errors import InputError
 from stepdistill.pipeline.components import put
 from stepdistill.pipeline.conditioning import encode, entries
-from stepdistill.pipeline.decode import one_picture_each
+from stepdistill.pipeline.decode import decode, one_picture_each
 from stepdistill.pipeline.set_up import set_up
 from stepdistill.pipeline.sizes import at_size
 from stepdistill.pipeline.stock_call import pictures_in, ready, record
@@ -397,3 +405,46 @@ def test_a_helper_that_sees_another_part_of_the_sample_is_refused():
     pipeline.feed = lambda x: torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, 1:]], 2)
     with pytest.raises(TraceError, match="control sees another part of the sample than network"):
         trace(pipeline)
+
+
+@dataclass
+class Predicted(BaseOutput):
+    predicted: Tensor
+
+
+class OfTokens(nn.Module):
+    """Returns the output of tokens (B, N, C), and a learned variance behind each, by a name of its own."""
+
+    dtype = torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor, time: Tensor, labels: Tensor) -> Predicted:
+        raw = self.layer((tokens + (time + labels)[:, None, None]).tanh())
+        return Predicted(torch.cat([raw, 2 * raw], 2))
+
+
+class TokenPipeline(DiffusionPipeline):
+    def __init__(self, network: nn.Module, scheduler: Any):
+        super().__init__()
+        self.register_modules(network=network, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self, class_labels: list[int], generator: torch.Generator | None = None, num_inference_steps: int = 5
+    ) -> tuple[Tensor]:
+        labels = torch.tensor(class_labels) / 10
+        x = torch.randn(len(labels), 6, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            raw = self.network(x, t.expand(len(x)) / 1000, labels).predicted
+            x = self.scheduler.step(raw.chunk(2, 2)[0], t, x).prev_sample
+        return (x[:, None],)
+
+
+def test_the_first_half_of_a_sample_of_tokens_is_of_the_last_axis():
+    result = trace(TokenPipeline(redraw(OfTokens(), 9), DDIMScheduler(clip_sample=False)))
+    assert result.denoiser.spec.output == "first_half_of_last_axis" and result.self_test_error <= 1e-5
+    assert decode(result, torch.ones(1, 6, 4)).eq(255).all()
