@@ -21,17 +21,15 @@ import stepdistill
 from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.experts import Experts
 from stepdistill.diffusion.schedule import from_scheduler
-from stepdistill.diffusion.stock_schedulers import without_learned_variance
 from stepdistill.errors import InputError
 from stepdistill.files import atomic, cache_folder, digest, sha256
 from stepdistill.pipeline.call import TraceError
-from stepdistill.pipeline.components import put
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.identity import settings, some
 from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.sizes import recorded, trace_small
 from stepdistill.pipeline.stock_call import pictures_in
-from stepdistill.pipeline.trace import Trace
+from stepdistill.pipeline.trace import Trace, replace_scheduler
 
 UNREADABLE = (OSError, RuntimeError, UnpicklingError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 """What reading a file raises that was damaged, or written by an earlier version."""
@@ -98,11 +96,17 @@ def _write(file: Path, traced: Trace) -> None:
     names = tuple(network) if isinstance(network, Experts) else (traced.component,)
     facts = {one.name: getattr(traced, one.name) for one in fields(traced) if one.name not in OF_THE_RUN}
     content = {"facts": facts, "networks": names, "spec": _without_networks(traced.denoiser.spec)}
+    content["schedule"] = _numbers(traced.denoiser.schedule)
     try:
         with atomic(file) as draft:
             torch.save(content, draft)
     except (PicklingError, AttributeError, TypeError, OSError):
         return
+
+
+def _numbers(schedule: Any) -> dict[str, Any]:
+    """What a schedule is beside its scheduler's tables, such as whether its timesteps are cut off."""
+    return {name: value for name, value in vars(schedule).items() if isinstance(value, bool | int | float)}
 
 
 def _without_networks(spec: Any) -> Any:
@@ -120,7 +124,7 @@ def _read(file: Path, pipeline: Any, arguments: dict[str, Any]) -> Trace | None:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         with torch.serialization.safe_globals([_own_class(name) for name in unknown]):
             content = torch.load(file, map_location=_device(pipeline), weights_only=True)
-        put(pipeline, "scheduler", without_learned_variance(pipeline.scheduler))
+        replace_scheduler(pipeline, content["facts"]["entry"], arguments)
         with quiet():
             return recorded(_restored(content, pipeline), content["facts"]["arguments"])
     except (*UNREADABLE, InputError, TraceError):
@@ -139,7 +143,8 @@ def _device(pipeline: Any) -> torch.device:
 
 
 def _restored(content: Mapping[str, Any], pipeline: Any) -> Trace:
-    schedule, kind = from_scheduler(pipeline.scheduler, 0.0)  # a shift is that of the confirming step
+    schedule, kind = from_scheduler(pipeline.scheduler, 0.0)
+    vars(schedule).update(content["schedule"])
 
     def denoiser(network: nn.Module, spec: Any) -> Denoiser:
         helpers = [replace(one, denoiser=denoiser(getattr(pipeline, one.name), one.denoiser)) for one in spec.helpers]

@@ -191,7 +191,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     """
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
     check_needed(pipeline, arguments)
-    _replace_scheduler(pipeline, entry, arguments)
+    replace_scheduler(pipeline, entry, arguments)
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
     (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
@@ -248,7 +248,8 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     )
 
 
-def _replace_scheduler(pipeline: Any, entry: str, arguments: Mapping[str, Any]) -> None:
+def replace_scheduler(pipeline: Any, entry: str, arguments: Mapping[str, Any]) -> None:
+    """Put the scheduler that a student can have in the place of one that learns a variance, or is not of unit data."""
     if hasattr(pipeline, "scheduler"):
         put(pipeline, "scheduler", without_learned_variance(pipeline.scheduler))
         with_unit_data(pipeline, PROBES[entry][:1], arguments)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from pipeline import zoo
+from pipeline.test_cut_timesteps import Cutting, flow
 from pipeline.test_joint import PLAIN, ltx2
 from pipeline.tiny import tiny_dit, tiny_sd
 from stepdistill.diffusion.nested import tensors_in
@@ -25,6 +26,7 @@ CASES = {
     "one by one": (zoo.vace, VIDEO),
     "three passes": (zoo.pix2pix, {"image": "picture.png", "image_guidance_scale": 2.0}),
     "a first frame": (zoo.wan_from_a_frame, VIDEO | {"image": "picture.png", "num_frames": 9}),
+    "timesteps that are cut off": (lambda: flow(Cutting), {}),
     "two samples": (ltx2, zoo.SMALLER | PLAIN | {"num_frames": 9, "max_sequence_length": 16}),
 }
 
@@ -63,6 +65,7 @@ def test_a_second_start_knows_what_the_first_has_learned(name, monkeypatch):
             cond, _ = encode(traced, entries).batch(torch.tensor([0, 1]))
             outputs.append(traced.denoiser(x, t, cond).raw)
     assert torch.equal(*outputs)
+    assert torch.equal(*(traced.denoiser.schedule.timestep(t) for traced in (first, second)))
 
 
 def test_the_guided_calls_are_left_out(monkeypatch):
