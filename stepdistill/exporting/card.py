@@ -56,6 +56,7 @@ def model_card(
         pipeline=type(trace.pipeline).__name__,
         scheduler=type(scheduler).__name__,
         stretched=bool(scheduler.config.get("shift_terminal")),
+        passes=len(trace.guidance.passes) if trace.guidance.always else 1,
         guidance=f"{facts.guidance:g}{facts.teacher_guidance.in_words}",
         place=_place(facts),
         parts=_parts(facts),

@@ -82,9 +82,11 @@ def other_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> str:
         for name, parameter in accepted.items()
         if name.endswith("guidance_scale") and isinstance(parameter.default, int | float) and parameter.default > 1
     ]
-    if scale is None and len(scales) == 1:
-        return f"; its scale is {scales[0]}, and teacher.arguments.{scales[0]}=1 leaves guidance out"
-    return ""
+    further = [name for name in scales if scale is None or name != scale.name]
+    if len(further) != 1 or arguments.get(further[0]) == 1:
+        return ""
+    leaves = f"teacher.arguments.{further[0]}=1 leaves"
+    return f"; its scale is {further[0]}, and {leaves} guidance out" if scale is None else f"; {leaves} a pass out"
 
 
 def one_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from stepdistill.diffusion.schedule import Kind, Schedule, from_scheduler
 from stepdistill.diffusion.stock_schedulers import without_learned_variance
 from stepdistill.diffusion.window import Span
 from stepdistill.files import sha256
-from stepdistill.pipeline import explain, joint, turns
+from stepdistill.pipeline import always, explain, joint, turns
 from stepdistill.pipeline.call import (
     COUNTS,
     TraceError,
@@ -166,6 +166,8 @@ class Trace:
         }
         if spec.joint is not None:
             facts["joint"] = {part.argument: list(part.shape) for part in spec.joint.parts}
+        if self.guidance.always:
+            facts["passes_without_guidance"] = len(self.guidance.passes)
         if spec.experts:
             facts["experts"] = {name: turn._asdict() for name, turn in spec.experts.items()}
         return facts
@@ -191,7 +193,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         put(pipeline, "scheduler", without_learned_variance(pipeline.scheduler))
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
-    (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
+    (off, on, experts, kept), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
     schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
     network = networks[component := explain.denoiser_component(off)]
     off, on, one = joint.as_one(off, on, component)
@@ -221,6 +223,8 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         first = turns.steps_of(component, on) if experts else on
         hint = one_guidance(pipeline, arguments) if one else ""
         guidance, spec = guidance_rule(first, spec, conditions, batched, scale, hint)
+    if kept is not None:
+        guidance = always.stated(guidance, kept)
     if experts:
         spec = replace(spec, experts=turns.with_scales(experts, on, spec, guidance))
         network = Experts({name: networks[name] for name in experts})
@@ -254,12 +258,14 @@ def _shapes(spec: CallSpec, call: Call, conditions: Sequence[str]) -> dict[str, 
 
 def _watched(
     pipeline: Any, entry: str, scale: float, arguments: Mapping[str, Any], alone: bool
-) -> tuple[Recording, Recording, dict[str, Turn]]:
-    """Three images without guidance, two with it, and the turns of networks that take turns.
+) -> tuple[Recording, Recording, dict[str, Turn], int | None]:
+    """Three images without guidance, two with it, the turns of networks that take turns, and the place of the pass.
 
+    That is the conditional one's, where the pipeline makes all passes at any scale; None: it makes one at some scale.
     An argument whose length follows the number of images is one with rows for each.
     """
-    three, two = PROBES[entry], PROBES[entry][:2]
+    three, two, guided = PROBES[entry], PROBES[entry][:2], {}
+    kept = None
     for unguided in (1.0, 0.0):
         try:
             off = _few_steps(pipeline, three, arguments, unguided, alone)
@@ -271,11 +277,12 @@ def _watched(
             raise TraceError("call", f"{error.reason}; {reason}") from error
         if not explain.is_guided(off):
             break
+        guided[unguided] = off
     else:
-        raise TraceError(
-            "guidance",
-            f"the denoiser is still called twice per step at scales 1 and 0{other_guidance(pipeline, arguments)}",
-        )
+        if (found := always.conditional(guided)) is None:
+            reason = "at scales 1 and 0 the denoiser makes several passes at a step, and none alone is the result"
+            raise TraceError("guidance", reason + other_guidance(pipeline, arguments))
+        unguided, kept, off = found
     alike = turns.alike(off, modules(pipeline))
     experts = turns.turns_of(pipeline, _first(entry, alone), arguments, alike, off, unguided)
     steps = PROBE_STEPS
@@ -285,7 +292,7 @@ def _watched(
     on = _few_steps(pipeline, two, arguments, scale, alone, steps)
     if negative_prompt(pipeline, arguments) and explain.repeats(on):
         raise TraceError("call", "both passes of a guided step are the same, as no negative prompt is stated")
-    return off, on, experts
+    return off, on, experts, kept
 
 
 def _first(entry: str, alone: bool) -> Any:
