@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stepdistill.diffusion.ragged import Rows
 from stepdistill.pipeline import explain
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.explain import Guidance
@@ -86,8 +87,9 @@ def _rows_of(call: Call, place: int, count: int) -> Call:
 
     def taken(value: Any) -> Any:
         if isinstance(value, Tensor | list) and getattr(value, "ndim", 1) and len(value) == rows:
-            return value[place * count : (place + 1) * count]
-        parts = isinstance(value, list | tuple) and value and all(isinstance(part, Tensor) for part in value)
+            own = value[place * count : (place + 1) * count]
+            return type(value)(own) if isinstance(value, Rows) else own
+        parts = isinstance(value, list | tuple) and value and all(isinstance(part, Tensor | Rows) for part in value)
         return type(value)(map(taken, value)) if parts else value
 
     arguments = {name: taken(value) for name, value in call.arguments.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stepdistill.diffusion.denoiser import first_tensor
+from stepdistill.diffusion.nested import first_tensor
 from stepdistill.diffusion.window import Window
 from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, run

@@ -40,7 +40,7 @@ class Guidance:
         residual: the largest relative deviation from the rule.
         order: which pass is the conditional one and which are the unconditional ones, where there are several of these.
         drawn: the conditions whose unconditional rows are another's for each image and not the conditional ones either:
-            latents of a picture that are drawn for every row.
+            latents of a picture that are drawn for every row, or rows as long as the image's prompt.
         always: whether all passes are made at any scale, one that leaves guidance out among them.
     """
 
@@ -211,7 +211,7 @@ def times_apart(calls: Iterable[Mapping[str, Any]], timestep: str, known: Collec
     found: dict[str, Tensor | None] = {}
     every = list(calls)
     times = [single_value(one[timestep]) for one in every]
-    for name in (name for name in every[0] if name != timestep and name not in known):
+    for name in (n for n in every[0] if n != timestep and n not in known and all(n in one for one in every)):
         values = [one[name] for one in every]
         own = [single_value(value) if isinstance(value, Tensor) and value.ndim else None for value in values]
         if not all(mine and time and close(mine[0], time[0]) for mine, time in zip(own, times, strict=True)):

@@ -42,6 +42,7 @@ from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
 from stepdistill.pipeline.guiders import guiders, negative_prompt
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.observe import Call, Recording, modules, observe
+from stepdistill.pipeline.own_shapes import of_own_shapes, packed, unpadded
 from stepdistill.pipeline.paths import seen_by_scheduler
 from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument
 from stepdistill.pipeline.self_test import check_schedule, self_test
@@ -59,6 +60,8 @@ PROBES: dict[str, tuple[Any, ...]] = {
     "class_labels": (0, 1, 2),
     **dict.fromkeys(COUNTS, (0, 1, 2)),
 }
+OF_SEVERAL = ("conditioning", "constants")
+"""Checks that may fail for what prompts of one call have in common, and not for calls of one each."""
 PROBE_STEPS = 3
 MOST_STEPS = 50
 PROBE_SCALE = 4.0
@@ -191,12 +194,32 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     check_needed(pipeline, arguments)
     if hasattr(pipeline, "scheduler"):
         put(pipeline, "scheduler", without_learned_variance(pipeline.scheduler))
+    try:
+        return _traced(pipeline, entry, arguments)
+    except TraceError as error:
+        if entry != "prompt" or error.check not in OF_SEVERAL:
+            raise
+        refusal = error
+    try:
+        return _traced(pipeline, entry, arguments, singly=True)
+    except TraceError as error:
+        raise refusal from error
+
+
+def _traced(pipeline: Any, entry: str, arguments: dict[str, Any], singly: bool = False) -> Trace:
+    """:func:`trace`, by calls for one prompt each where ``singly``, whatever else the pipeline takes."""
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
-    (off, on, experts, kept), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
+    if singly:
+        (off, on, experts, kept), alone = watched(arguments, True), True
+    else:
+        (off, on, experts, kept), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
     schedule, kind = from_scheduler(pipeline.scheduler, off.grid.get("mu"))
     network = networks[component := explain.denoiser_component(off)]
+    off, on, ragged = of_own_shapes(off, on, component)
     off, on, one = joint.as_one(off, on, component)
+    if ragged and (experts or one):
+        raise TraceError("conditioning", "conditions have shapes of their own, beside several networks or samples")
     helpers, helper_conditions, seen = _helpers(off, on, component, networks, schedule, kind)
     names = [helper.name for helper in helpers]
     called = [explain.only(run, component) for run in (off, on)]
@@ -205,8 +228,8 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     if len({len(step.calls) for step in on.steps}) > 1:
         raise TraceError("guidance", f"{component} is called twice at some steps and once at others")
     spec, free, batched = sample_argument(off, on, component)
-    around = joint.around(one, network)
-    spec = explain.timestep_map(*called, replace(spec, joint=one, path=path), around, schedule)
+    around = joint.around(one, network) if ragged is None else unpadded(ragged, network, off, on)
+    spec = explain.timestep_map(*called, replace(spec, joint=one, path=path, ragged=ragged), around, schedule)
     spec, free = kept_by_time(spec, off.steps[0], free)
     _check_seen(seen, free, component)
     whole = only_free(whole[0], free), only_free(whole[1], free)
@@ -217,6 +240,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     off, on = (explain.only(recording, component, names) for recording in whole)
     if passes_of(on, spec) > 2:
         again = joint.joined(_few_steps(pipeline, PROBES[entry][:2], arguments, scale + 1, alone), one, component)
+        again = again if ragged is None else packed(again, component, ragged)
         runs = {scale: on, scale + 1: explain.only(only_free(again, free), component, names)}
         guidance, spec = linear_rule(runs, spec, conditions, batched)
     else:
@@ -251,6 +275,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
 def _shapes(spec: CallSpec, call: Call, conditions: Sequence[str]) -> dict[str, tuple[int | None, ...]]:
     """One row's shape of each condition; None for the length of what grows with the prompt."""
     padded = {name for owner, (mask, _) in spec.masks.items() for name in (owner, mask)}
+    padded |= set() if spec.ragged is None else {*spec.ragged.fields}
     rows = spec.conditions(call.arguments, conditions)
     shapes = {name: tuple(value.shape[1:]) for name, value in rows.items()}
     return {name: (None, *shape[1:]) if name in padded else shape for name, shape in shapes.items()}

@@ -13,7 +13,6 @@ from stepdistill.pipeline.conditioning import encode, plain_conditions
 from stepdistill.pipeline.sizes import at_size
 from stepdistill.pipeline.trace import TraceError, trace
 
-
 ARGUMENTS = {"image_guidance_scale": 1.0}
 
 
