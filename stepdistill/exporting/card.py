@@ -120,10 +120,11 @@ def _snippet(facts: ExportFacts, trace: Trace, half: bool) -> str:
     """Python that loads the export and draws from it."""
     name, scheduler = type(trace.pipeline).__name__, type(trace.pipeline.scheduler).__name__
     lora, embedded = facts.form == "lora", facts.teacher in assets.teachers()
-    imports = ["import torch"] if half else []
+    named = half or getattr(trace.pipeline, "needs_generator", False)
+    imports = ["import torch"] if named else []
     files = [file for name in trace.pictures for file in pictures_in(trace.arguments[name])]
     tensors = [file for file in files if file.endswith(".npy")]
-    imports += ["import numpy", "import torch"][: 1 if half else 2] if tensors else []
+    imports += ["import numpy", "import torch"][: 1 if named else 2] if tensors else []
     imports += ["from diffusers.utils import load_image"] if len(tensors) < len(files) else []
     base, lines = f'"{PLACE}"', []
     if lora:
@@ -182,6 +183,8 @@ def _call(facts: ExportFacts, trace: Trace) -> str:
     scale = "" if guidance is None else f", {guidance.name}={facts.call_guidance:g}"
     plain = _keywords({name: value for name, value in arguments.items() if name not in pictures})
     loaded = "".join(f", {name}={_loaded(trace.arguments[name])}" for name in pictures)
+    if getattr(trace.pipeline, "needs_generator", False):
+        loaded += ", generator=torch.Generator().manual_seed(0)"
     return f"{first[trace.entry]}, num_inference_steps={facts.steps}{scale}{plain}{loaded}"
 
 

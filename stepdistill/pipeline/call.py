@@ -151,6 +151,15 @@ def added_noise(pipeline: Any, arguments: Mapping[str, Any]) -> str:
     return ""
 
 
+def again(pipeline: Any, arguments: Mapping[str, Any]) -> str:
+    """Which arguments leave out a second run of the grid, over the first one's picture; may be empty."""
+    for name, parameter in parameters(pipeline).items():
+        value = arguments.get(name, parameter.default)
+        if name.endswith("_strength") and isinstance(value, int | float) and value > 0:
+            return f"; teacher.arguments.{name}=0 leaves out what runs over the picture of the first"
+    return ""
+
+
 def fewest_steps(pipeline: Any) -> int:
     """The fewest steps that its scheduler has a grid of: 2 where it is stretched down to a ``shift_terminal``."""
     return 2 if pipeline.scheduler.config.get("shift_terminal") else 1

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -82,6 +82,8 @@ def _decoded(trace: Trace, latents: Tensor) -> Tensor:
                 return _decoded(trace, latents)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TraceError("decode", f"{name} fails after its last step: {reason}") from error
+    if isinstance(made[0], Mapping):  # of a pipeline inside this one (VisualCloze)
+        made = made[0]
     images = made[0] if isinstance(made[0], np.ndarray) else first_tensor(made)
     if isinstance(images, np.ndarray) and images.ndim == 4:  # of a pipeline that knows no tensors (T2I adapters)
         images = torch.from_numpy(images).movedim(-1, 1)

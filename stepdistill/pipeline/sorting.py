@@ -41,7 +41,7 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec, hint: str = ""
     Args:
         hint: what is known to change what is beside the sample from step to step, for the message.
     """
-    first_off, first_on = off.steps[0].calls[0].arguments, on.steps[0].calls[0].arguments
+    first_off = off.steps[0].calls[0].arguments
     for other in (call.arguments for call in on.steps[0].calls):
         if changed := sorted(first_off.keys() ^ other.keys()):
             raise TraceError("constants", f"guidance changes which arguments are passed: {changed}")

@@ -119,6 +119,7 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         made = called(pipeline, ready(pipeline, call), lambda: bool(result))
     images = made if isinstance(made, torch.Tensor) else made[0]  # no tuple: Stable Video Diffusion's frames
+    images = next(iter(images.values())) if isinstance(images, dict) else images  # of a pipeline inside it
     if isinstance(images, torch.Tensor):
         result["images"] = images
     # Copies: the images of a pipeline without an autoencoder are its latents, and files hold no shared memory.
@@ -173,13 +174,26 @@ def off(guider) -> dict:
 def called(pipeline, call: dict, sampled=lambda: False):
     """What a call of the pipeline returns; without ``output_type`` if it refuses that one (Marigold has no latents).
 
+    Some calls fail without a generator (VisualCloze): such a pipeline gets one of seed 0, and ``needs_generator``.
+
     Where ``sampled()`` is true by then, it refuses after its last step (Kandinsky's prior): nothing is drawn again, and
     what is returned is (None,).
     """
     if is_modular(pipeline):
         return _called_in_blocks(pipeline, call)
+    if getattr(pipeline, "needs_generator", False) and call.get("generator") is None:
+        call = {**call, "generator": torch.Generator().manual_seed(0)}
     try:
         return pipeline(**call)
+    except TypeError as error:
+        if "'NoneType'" not in str(error) or call.get("generator") or "generator" not in parameters(pipeline):
+            raise
+        pipeline.needs_generator = True
+        try:
+            return called(pipeline, call, sampled)
+        except TypeError:
+            pipeline.needs_generator = False
+            raise error from None
     except ValueError as error:
         if "output_type" not in call or "output_type" not in str(error):
             raise

@@ -25,6 +25,7 @@ from stepdistill.pipeline.call import (
     COUNTS,
     TraceError,
     added_noise,
+    again,
     by_itself,
     check_needed,
     entry_argument,
@@ -378,8 +379,8 @@ def _fewest_steps(pipeline: Any, entries: Sequence[Any] | str, arguments: Mappin
     except TraceError:  # it fails after its last step, as a student's export would
         return fewest
     if len(made) > fewest and same(made[fewest].timestep, made[0].timestep):
-        name = type(pipeline).__name__
-        raise TraceError("components", f"{name} runs its grid again for each part of an image; a student has one grid")
+        reason = f"{type(pipeline).__name__} runs its grid again, and a student has one grid"
+        raise TraceError("components", reason + again(pipeline, arguments))
     return fewest
 
 
