@@ -66,6 +66,12 @@ def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
     return next(iter([*on, *present]), None)
 
 
+def unguided(pipeline: Any, arguments: Mapping[str, Any] | None) -> bool:
+    """Whether the arguments leave the pipeline's guidance out: its scale is 1 in every call."""
+    scale = guidance_argument(pipeline)
+    return scale is not None and (arguments or {}).get(scale.name) == 1
+
+
 OFF: dict[str, float] = {"pag_scale": 0, "stg_scale": 0, "modality_scale": 1, "guidance_rescale": 0}
 """Arguments of guidance beside uncond + w (cond - uncond), and what switches each off."""
 
@@ -87,6 +93,12 @@ def other_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> str:
         return ""
     leaves = f"teacher.arguments.{further[0]}=1 leaves"
     return f"; its scale is {further[0]}, and {leaves} guidance out" if scale is None else f"; {leaves} a pass out"
+
+
+def without_guidance(pipeline: Any) -> str:
+    """What leaves out a guidance that no rule explains; may be empty."""
+    scale = guidance_argument(pipeline)
+    return "" if scale is None else f"; teacher.arguments.{scale.name}=1 leaves guidance out, of teacher and student"
 
 
 def one_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> str:
@@ -206,6 +218,8 @@ def call_arguments(
     count = 1 if alone else len(entries)
     scale = guidance_argument(pipeline)
     elsewhere = SET_ELSEWHERE if scale is None else SET_ELSEWHERE | {scale.name: "teacher.guidance.scale sets it"}
+    if unguided(pipeline, arguments):
+        elsewhere, guidance = SET_ELSEWHERE, 1.0
     for name in arguments or {}:
         if name in elsewhere:
             value = (arguments or {})[name]

@@ -34,6 +34,7 @@ from stepdistill.pipeline.call import (
     in_any_way,
     one_guidance,
     other_guidance,
+    without_guidance,
 )
 from stepdistill.pipeline.compare import same
 from stepdistill.pipeline.components import put
@@ -246,7 +247,7 @@ def _traced(pipeline: Any, entry: str, arguments: dict[str, Any], singly: bool =
         guidance, spec = linear_rule(runs, spec, conditions, batched)
     else:
         first = turns.steps_of(component, on) if experts else on
-        hint = one_guidance(pipeline, arguments) if one else ""
+        hint = one_guidance(pipeline, arguments) if one else without_guidance(pipeline)
         guidance, spec = guidance_rule(first, spec, conditions, batched, scale, hint)
     if kept is not None:
         guidance = always.stated(guidance, kept)
