@@ -25,21 +25,19 @@ from stepdistill.pipeline.call import (
     COUNTS,
     TraceError,
     added_noise,
-    again,
     by_itself,
     check_needed,
     entry_argument,
-    fewest_steps,
     guidance_argument,
     in_any_way,
     one_guidance,
     other_guidance,
     without_guidance,
 )
-from stepdistill.pipeline.compare import same
 from stepdistill.pipeline.components import put
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.frames import as_one
+from stepdistill.pipeline.grid import fewest
 from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
 from stepdistill.pipeline.guiders import guiders, negative_prompt
 from stepdistill.pipeline.load import load_pipeline
@@ -268,7 +266,7 @@ def _traced(pipeline: Any, entry: str, arguments: dict[str, Any], singly: bool =
         arguments=arguments,
         alone=alone,
         encoders=explain.encoders(whole[0].steps[0], component, names),
-        fewest_steps=_fewest_steps(pipeline, _first(entry, alone), arguments, component),
+        fewest_steps=fewest(pipeline, _first(entry, alone), arguments, component, PROBE_STEPS),
         free=free,
         frames=off.frames,
     )
@@ -359,30 +357,6 @@ def _probe_scale(pipeline: Any, arguments: Mapping[str, Any]) -> float:
     while scale in taken:
         scale += 1
     return scale
-
-
-def _fewest_steps(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], component: str) -> int:
-    """The fewest steps that the pipeline's call takes: some compute no grid of one.
-
-    Raises:
-        TraceError: the call runs its grid again after the last step.
-    """
-    fewest = PROBE_STEPS
-    for steps in range(fewest_steps(pipeline), PROBE_STEPS):
-        try:
-            observe(pipeline, entries, arguments, steps=steps, guidance=1.0, stop_calls=(component, 1))
-        except TraceError:
-            continue
-        fewest = steps
-        break
-    try:
-        made = observe(pipeline, entries, arguments, steps=fewest, guidance=1.0, stop_steps=fewest + 1).steps
-    except TraceError:  # it fails after its last step, as a student's export would
-        return fewest
-    if len(made) > fewest and same(made[fewest].timestep, made[0].timestep):
-        reason = f"{type(pipeline).__name__} runs its grid again, and a student has one grid"
-        raise TraceError("components", reason + again(pipeline, arguments))
-    return fewest
 
 
 def _few_steps(

@@ -1,4 +1,4 @@
-"""Calls that need a generator, a dataclass, a second grid switched off, or that answer with another pipeline's answer."""
+"""Calls with a generator, a dataclass, a second grid switched off, or the answer of a pipeline inside."""
 
 from dataclasses import dataclass
 from pathlib import Path
