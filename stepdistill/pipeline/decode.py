@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.nested import first_tensor
-from stepdistill.diffusion.window import Window
+from stepdistill.diffusion.window import Span, Window
 from stepdistill.errors import InputError
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.components import patched
@@ -100,25 +100,35 @@ def one_picture_each(images: Tensor, count: int) -> Tensor:
     return torch.cat(images.unflatten(0, (count, -1)).unbind(1), -1)
 
 
-def _as_stepped(trace: Trace, latents: Tensor) -> list[Tensor]:
-    """Latents (B, *latent_shape) as the pipeline's scheduler, and then those of its copies that step, return them."""
+def _as_stepped(trace: Trace, latents: Tensor) -> list[tuple[Tensor, Span | None]]:
+    """What the pipeline's scheduler, and then those of its copies that step, return of latents (B, *latent_shape).
+
+    Each with the part of a sample that it is; None: all of it.
+    """
     joint = trace.denoiser.spec.joint
     if trace.frames is not None:
-        return [latents, *latents.unbind(trace.frames)]
+        return [(one, None) for one in (latents, *latents.unbind(trace.frames))]
     if joint is None:
-        return [latents if trace.free is None else trace.free.padded(latents)]
-    split = zip(joint.parts, joint.split(latents), strict=True)
-    return [x if part.free is None else part.free.padded(x) for part, x in split]
+        return [(latents, trace.free)]
+    return [(x, part.free) for part, x in zip(joint.parts, joint.split(latents), strict=True)]
 
 
-def _giving(scheduler: Any, samples: Sequence[Tensor]) -> Replaced:
-    """A step() that returns the first of ``samples``; that of the n-th copy of the scheduler which steps the n-th."""
+def _giving(scheduler: Any, samples: Sequence[tuple[Tensor, Span | None]]) -> Replaced:
+    """A step() that returns the first of ``samples``; that of the n-th copy of the scheduler which steps the n-th.
+
+    What is kept of a sample is as the pipeline has it.
+    """
 
     def given(own_step: Callable[..., Any], number_of: Callable[[], int]) -> Callable[..., Answer]:
+        signature = inspect.signature(own_step)
+
         @functools.wraps(own_step)
-        def step(*_args: Any, **_kwargs: Any) -> Answer:
+        def step(*args: Any, **kwargs: Any) -> Answer:
             number = number_of()
-            sample = samples[number if number < len(samples) else 0]
+            sample, free = samples[number if number < len(samples) else 0]
+            if free is not None:
+                kept = free.outside(signature.bind(*args, **kwargs).arguments["sample"])
+                sample = free.whole(sample, kept.to(sample))
             # LCM's pipeline takes the denoised latents from the second place.
             return Answer((sample, sample))
 

@@ -81,6 +81,30 @@ def test_the_answer_of_a_pipeline_inside_and_its_second_grid():
     assert record(pipeline, CALL)["images"].shape == (1, 3, 8, 8)
 
 
+class Keeping(ToyPipeline):
+    """Keeps the first row of what its scheduler steps, and does not put it back after the last step."""
+
+    @torch.no_grad()
+    def __call__(
+        self, class_labels: list[int], generator: torch.Generator | None = None, num_inference_steps: int = 5
+    ) -> tuple[Tensor]:
+        x = torch.randn(len(class_labels), 4, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for step, t in enumerate(self.scheduler.timesteps):
+            x[:, :, 0] = 0.6
+            x = self.scheduler.step(self._network(x, t, torch.tensor(class_labels), step), t, x).prev_sample
+        return (x[:, :3],)
+
+
+def test_what_a_pipeline_keeps_is_decoded_as_the_pipeline_has_it():
+    pipeline = made(Keeping)
+    pipeline.network.dtype = torch.float32
+    traced = trace(pipeline)
+    assert traced.latent_shape == (4, 7, 8)
+    picture = decode(traced, torch.zeros(1, 4, 7, 8))
+    assert (picture[:, :, 0] == 153).all() and (picture[:, :, 1:] == 0).all()
+
+
 def test_a_scheduler_that_a_pipeline_inside_has_too():
     pipeline = tiny_sd()
     assert not shared_inside(pipeline, "scheduler")
