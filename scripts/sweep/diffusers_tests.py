@@ -1,8 +1,10 @@
 """The tests of diffusers that build a tiny pipeline, and their inputs as stepdistill's arguments."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,17 @@ def plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+def worded(inputs: Mapping[str, Any], words: str) -> str:
+    """A prompt of ``words``; where the test's own is an object of JSON, such a one with them for each of its texts."""
+    try:
+        form = json.loads(str(inputs.get("prompt")))
+    except ValueError:
+        return words
+    if not isinstance(form, dict):
+        return words
+    return json.dumps({name: words if isinstance(value, str) else value for name, value in form.items()})
+
+
 def arguments_of(inputs: Mapping[str, Any], folder: Path, lists: bool = False) -> dict[str, Any]:
     """A test's inputs as the arguments that a user of stepdistill would state: pictures are files.
 
@@ -120,6 +133,10 @@ def as_files(arguments: Mapping[str, Any], folder: Path, pictures: bool = True) 
     """
 
     def stated(value: Any, name: str) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {
+                one.name: stated(getattr(value, one.name), f"{name}_{one.name}") for one in dataclasses.fields(value)
+            }
         if plain(value):
             return list(value) if isinstance(value, tuple) else value
         if isinstance(value, (list, tuple)):

@@ -12,7 +12,7 @@ where it was stopped. The last stores the lines and writes the section of docs/p
 Each test is run in a process of its own. Its pipeline is built with random weights, with the stand-ins of shim.py for
 what the test would download, and traced with the arguments of the test. Where a refusal names an argument to set, it is
 set. Where a call fails with files, it gets the test's own tensors. Where a check fails that depends on the weights, the
-test's own are tried.
+test's own are tried. Where its prompt is an object of JSON, so are the prompts here.
 """
 
 import argparse
@@ -43,8 +43,9 @@ import torch
 import transformers
 
 from stepdistill.errors import InputError
-from stepdistill.pipeline.trace import TraceError, trace
+from stepdistill.pipeline.trace import PROBES, TraceError, trace
 
+WORDS = PROBES["prompt"]
 DENOISERS = ("transformer", "unet", "controlnet", "adapter", "decoder", "prior")
 # A check that may fail for the weights alone.
 OF_WEIGHTS = ("guidance", "output", "schedule", "self-test")
@@ -59,6 +60,7 @@ LONG_PROMPTS = {
     "cosmos2_5": 400,
     "flux2.test_pipeline_flux2.": 400,
     "dreamlite": 400,
+    "ace_step": 400,
 }
 # Networks that predict a flow are sampled so; the tests leave their scheduler at its class's default, epsilon.
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -136,12 +138,13 @@ def said(error: BaseException, named: bool = True) -> str:
 def arguments_of(case: Case) -> dict[str, Any]:
     """The arguments to trace with: the test's, and those that refusals named."""
     inputs = diffusers_tests.dummy_inputs(case.test)
+    PROBES["prompt"] = tuple(diffusers_tests.worded(inputs, words) for words in WORDS)
     arguments = diffusers_tests.arguments_of(inputs, case.place, lists="Multi" in case.name)
     if "use_resolution_binning" in inspect.signature(case.test.pipeline_class.__call__).parameters:
         arguments["use_resolution_binning"] = False  # which makes 32 x 32 pixels a million
     for word, length in LONG_PROMPTS.items():
-        if word in f"{case.module}." and "max_sequence_length" in arguments:
-            arguments["max_sequence_length"] = length
+        if word in f"{case.module}.":
+            arguments |= {name: length for name in ("max_sequence_length", "max_text_length") if name in arguments}
     if case.tensors:
         files = [name for name, value in arguments.items() if str(value).endswith(".png") and name in inputs]
         arguments |= {name: inputs[name] for name in files}

@@ -200,6 +200,9 @@ def taken(row: Mapping[str, Any], test: Any, case: sweep.Case) -> dict[str, Any]
         except Exception as error:
             return {"passed": False, "reason": f"diffusers cannot save it: {sweep.said(error)}"}
         recipe = recipe_of(folder, sized(arguments, pipeline), pipeline)
+        if recipe["data"]["conditions"] == PROMPTS:
+            inputs = diffusers_tests.dummy_inputs(test)
+            recipe["data"]["conditions"] = [diffusers_tests.worded(inputs, words) for words in PROMPTS]
         found = trained(recipe, place)
         of_weights = any(one in found.get("reason", "") for one in OF_WEIGHTS)
         if found["passed"] or not of_weights:

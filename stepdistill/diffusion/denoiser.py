@@ -14,9 +14,10 @@ from stepdistill.diffusion import experts
 from stepdistill.diffusion.experts import Experts, Part, Turn
 from stepdistill.diffusion.features import FEATURE_DEPTHS, hidden_states
 from stepdistill.diffusion.joint import Joint
-from stepdistill.diffusion.nested import tensors_in, unflatten
+from stepdistill.diffusion.nested import first_tensor, tensors_in, unflatten
 from stepdistill.diffusion.passes import in_pass
 from stepdistill.diffusion.path import Path
+from stepdistill.diffusion.ragged import Ragged
 from stepdistill.diffusion.routing import Router
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.diffusion.schedule import Kind, Prediction, Schedule
@@ -71,6 +72,7 @@ class CallSpec:
         guider: a :class:`stepdistill.diffusion.guiders.Guider` in the place of all these rules; None: these rules.
         path: how the network sees x_t and what it emits, where the pipeline converts both; None: as the scheduler does.
         joint: how several samples make one; then :attr:`sample` names the packed one, which the network does not take.
+        ragged: how conditions whose rows have shapes of their own reach the network; None: none have.
     """
 
     sample: str
@@ -99,6 +101,7 @@ class CallSpec:
     guider: Any = None
     path: Path | None = None
     joint: Joint | None = None
+    ragged: Ragged | None = None
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -137,6 +140,8 @@ class CallSpec:
         """
         conditions: Conditions = {}
         arguments = arguments if self.joint is None else self.joint.packed_call(arguments)
+        if self.ragged is not None:
+            arguments = self.ragged.packed_call(arguments, self.window.rows(arguments[self.sample]))
         for helper in self.helpers:
             inner = helper.denoiser.spec.conditions(helper.own(arguments), helper.own(dict.fromkeys(names)))
             conditions |= {helper.prefix + name: value for name, value in inner.items()}
@@ -171,33 +176,6 @@ def joined(parts: Sequence[Conditions]) -> Conditions:
             rows = [functional.pad(value, (*padding, 0, longest - value.shape[1])) for value in rows]
         whole[name] = torch.cat(rows)
     return whole
-
-
-def first_tensor(output: Any) -> Any:
-    """The first entry of a network's return value: a tensor itself, a tuple's or a model output's first.
-
-    A list that holds a tensor per image is stacked.
-    """
-    if not isinstance(output, Tensor | list):
-        output = next(iter(output.values() if isinstance(output, Mapping) else output))
-    return torch.stack(output) if is_list_of_rows(output) else output
-
-
-def is_list_of_rows(value: Any) -> bool:
-    """Whether ``value`` is a list of tensors of one shape."""
-    return isinstance(value, list) and all(isinstance(row, Tensor) for row in value) and len({*map(_shape, value)}) == 1
-
-
-def with_first_tensor(output: Any, tensor: Tensor) -> Any:
-    """``output`` with another first entry; the inverse of :func:`first_tensor`."""
-    if isinstance(output, Tensor):
-        return tensor
-    if isinstance(output, list):
-        return list(tensor.unbind())
-    if isinstance(output, Mapping):
-        name, first = next(iter(output.items()))
-        return type(output)(**{**output, name: with_first_tensor(first, tensor)})
-    return type(output)((with_first_tensor(output[0], tensor), *output[1:]))
 
 
 class Denoiser:
@@ -253,9 +231,12 @@ class Denoiser:
         return Prediction(raw, x_t, t, self.schedule, self.kind)
 
     def run(self, x_t: Tensor, t: Tensor, cond: Conditions, r: Tensor | None = None) -> Any:
-        """The network's own return value, of one counted call; of experts the output (B, ...) of all rows."""
+        """The network's own return value, of one counted call; of several calls the output (B, ...) of all rows.
+
+        Experts take one each, and so does every row where conditions have shapes of their own.
+        """
         self.evaluations += len(x_t)
-        if not self.takes_turns:
+        if not self.takes_turns and self.spec.ragged is None:
             return self.network(**self.arguments(x_t, t, cond, r))
         split = self._split(t, cond)
         return experts.gathered([self.spec.raw_output(self._part(one, x_t, t, cond, r)) for one in split], split)
@@ -266,7 +247,9 @@ class Denoiser:
         return isinstance(innermost(self.network), Experts)
 
     def _split(self, t: Tensor, cond: Conditions) -> list[Part]:
-        """The networks that answer a batch, with their rows."""
+        """The networks that answer a batch, with their rows; where there is one it has no name."""
+        if self.spec.ragged is not None:
+            return self.spec.ragged.rows(in_pass(cond, 0))
         if self.spec.router is not None:
             return self.spec.router.parts(cond)
         return experts.parts(self.schedule.timestep(t), self.spec.experts)
@@ -276,7 +259,7 @@ class Denoiser:
         name, rows = part
         cond = {key: experts.taken(value, rows) for key, value in cond.items()}
         x_t, t, r = experts.taken(x_t, rows), experts.taken(t, rows), None if r is None else experts.taken(r, rows)
-        return self.network(**self.arguments(x_t, t, cond, r), **{experts.EXPERT: name})
+        return self.network(**self.arguments(x_t, t, cond, r), **({experts.EXPERT: name} if name else {}))
 
     def on(self, network: nn.Module) -> "Denoiser":
         """The same call on other weights."""
@@ -292,11 +275,14 @@ class Denoiser:
         A network of equal blocks gives evenly spaced depths, (B, tokens, width) each; a UNet gives the
         deepest of its down blocks and its middle, (B, channels, h, w).
         """
-        if not self.takes_turns:
+        if not self.takes_turns and self.spec.ragged is None:
             return hidden_states(self.network, lambda: self.run(x_t, t, cond), depths)
         self.evaluations += len(x_t)
         own, split = innermost(self.network).get_submodule, self._split(t, cond)
         states = [hidden_states(own(one[0]), partial(self._part, one, x_t, t, cond), depths) for one in split]
+        if len({tuple(state.shape[1:] for state in part) for part in states}) > 1:
+            reason = "expected prompts of one length for a method that reads the network's hidden states"
+            raise InputError(f"data.conditions: {reason}, found several, which this pipeline does not pad")
         return [experts.gathered(depth, split) for depth in zip(*states, strict=True)]
 
     def arguments(self, x_t: Tensor, t: Tensor, cond: Conditions, r: Tensor | None = None) -> dict[str, Any]:
@@ -340,6 +326,7 @@ class Denoiser:
                 name = type(innermost(self.network)).__name__
                 raise InputError(f"{name} has no input for a second time r; TimeEmbedded, in adapt(), adds one")
             flat[SECOND_TIME] = r
+        flat = flat if spec.ragged is None else spec.ragged.network_call(flat)
         nested = unflatten(flat if spec.joint is None else spec.joint.network_call(flat))
         return nested | {name: kind(nested[name]) for name, kind in spec.apart.items() if name in nested}
 
@@ -382,10 +369,6 @@ def _on(device: torch.device, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_on(device, item) for item in value) if type(value) in (list, tuple) else value
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _shape(value: Tensor) -> tuple[int, ...]:
-    return tuple(value.shape)
 
 
 def _dtype(network: nn.Module) -> torch.dtype | None:

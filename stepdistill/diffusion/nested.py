@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -49,3 +50,34 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in tensors_in(item)]
     return [value] if isinstance(value, Tensor) else []
+
+
+def first_tensor(output: Any) -> Any:
+    """The first entry of a network's return value: a tensor itself, a tuple's or a model output's first.
+
+    A list that holds a tensor per image is stacked.
+    """
+    if not isinstance(output, Tensor | list):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return torch.stack(output) if is_list_of_rows(output) else output
+
+
+def is_list_of_rows(value: Any) -> bool:
+    """Whether ``value`` is a list of tensors of one shape."""
+    return isinstance(value, list) and all(isinstance(row, Tensor) for row in value) and len({*map(_shape, value)}) == 1
+
+
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """``output`` with another first entry; the inverse of :func:`first_tensor`."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, list):
+        return list(tensor.unbind())
+    if isinstance(output, Mapping):
+        name, first = next(iter(output.items()))
+        return type(output)(**{**output, name: with_first_tensor(first, tensor)})
+    return type(output)((with_first_tensor(output[0], tensor), *output[1:]))
+
+
+def _shape(value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from stepdistill.diffusion.row_layout import RowLayout
 
@@ -32,10 +31,6 @@ class Span(NamedTuple):
         """The inverse of :meth:`inside` and :meth:`outside`."""
         before, after = outside.split((self.before, self.after), self.axis)
         return torch.cat([before, inside, after], self.axis)
-
-    def padded(self, inside: Tensor) -> Tensor:
-        """The whole, with zeros outside."""
-        return functional.pad(inside, (0, 0) * (inside.ndim - 1 - self.axis) + (self.before, self.after))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from stepdistill.pipeline.call import COUNTS, guidance_argument, one_each
 from stepdistill.pipeline.exports import ExportFacts, into, lora_files
 from stepdistill.pipeline.guiders import guiders
 from stepdistill.pipeline.ip_adapter import stock_arguments
-from stepdistill.pipeline.stock_call import declared, is_modular, off, pictures_in, result_name
+from stepdistill.pipeline.stock_call import dataclass_of, declared, is_modular, off, pictures_in, result_name
 from stepdistill.pipeline.trace import Trace
 
 PLACE = "PATH_OF_THIS_FOLDER"
@@ -56,6 +56,7 @@ def model_card(
         pipeline=type(trace.pipeline).__name__,
         scheduler=type(scheduler).__name__,
         stretched=bool(scheduler.config.get("shift_terminal")),
+        passes=len(trace.guidance.passes) if trace.guidance.always else 1,
         guidance=f"{facts.guidance:g}{facts.teacher_guidance.in_words}",
         place=_place(facts),
         parts=_parts(facts),
@@ -119,10 +120,11 @@ def _snippet(facts: ExportFacts, trace: Trace, half: bool) -> str:
     """Python that loads the export and draws from it."""
     name, scheduler = type(trace.pipeline).__name__, type(trace.pipeline.scheduler).__name__
     lora, embedded = facts.form == "lora", facts.teacher in assets.teachers()
-    imports = ["import torch"] if half else []
+    named = half or getattr(trace.pipeline, "needs_generator", False)
+    imports = ["import torch"] if named else []
     files = [file for name in trace.pictures for file in pictures_in(trace.arguments[name])]
     tensors = [file for file in files if file.endswith(".npy")]
-    imports += ["import numpy", "import torch"][: 1 if half else 2] if tensors else []
+    imports += ["import numpy", "import torch"][: 1 if named else 2] if tensors else []
     imports += ["from diffusers.utils import load_image"] if len(tensors) < len(files) else []
     base, lines = f'"{PLACE}"', []
     if lora:
@@ -148,6 +150,8 @@ def _snippet(facts: ExportFacts, trace: Trace, half: bool) -> str:
         lines.append(f"pipe.load_ip_adapter({origin!r}{_keywords(stock)})")
         lines.append(f"pipe.set_ip_adapter_scale({adapter.scale:g})")
     imports.append(f"from diffusers import {f'{scheduler}, {name}' if lora else name}")
+    kinds = dict.fromkeys(dataclass_of(trace.pipeline, name) for name in trace.pictures)
+    imports += [f"from {kind.__module__} import {kind.__name__}" for kind in kinds if kind is not None]
     result = "frames" if _is_video(trace) else "images"
     if is_modular(trace.pipeline):
         stated = [f'variant="{facts.variant}"'] if lora and facts.variant else []
@@ -178,16 +182,28 @@ def _call(facts: ExportFacts, trace: Trace) -> str:
         "class_labels": "class_labels=[0, 1, 2, 3]",
         **{name: f"{name}=4" for name in COUNTS},
     }
-    scale = "" if guidance is None else f", {guidance.name}={facts.call_guidance:g}"
+    stated = guidance is None or guidance.name in arguments
+    scale = "" if stated else f", {guidance.name}={facts.call_guidance:g}"
     plain = _keywords({name: value for name, value in arguments.items() if name not in pictures})
-    loaded = "".join(f", {name}={_loaded(trace.arguments[name])}" for name in pictures)
+    kinds = {name: dataclass_of(trace.pipeline, name) for name in pictures}
+    loaded = "".join(f", {name}={_loaded(trace.arguments[name], kinds[name])}" for name in pictures)
+    if getattr(trace.pipeline, "needs_generator", False):
+        loaded += ", generator=torch.Generator().manual_seed(0)"
     return f"{first[trace.entry]}, num_inference_steps={facts.steps}{scale}{plain}{loaded}"
 
 
-def _loaded(pictures: Any) -> str:
-    """The code that loads a picture or a tensor, or a list of several; a list of one is one for each prompt."""
+def _loaded(pictures: Any, kind: type | None = None) -> str:
+    """The code that loads a picture or a tensor, or a list of several; a list of one is one for each prompt.
+
+    Args:
+        kind: what the call takes for a dict.
+    """
+    if isinstance(pictures, dict) and kind is not None:
+        entries = (f"{n}={_loaded(v) if pictures_in(v) else repr(v)}" for n, v in pictures.items())
+        return f"{kind.__name__}({', '.join(entries)})"
     if isinstance(pictures, list | tuple):
-        return _loaded(pictures[0]) if one_each(pictures) else f"[{', '.join(map(_loaded, pictures))}]"
+        each = [_loaded(one, kind) for one in pictures]
+        return each[0] if one_each(pictures) else f"[{', '.join(each)}]"
     name = pictures and Path(pictures).name
     if name is None:
         return "None"

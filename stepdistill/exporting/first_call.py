@@ -78,6 +78,9 @@ def _compared(session: Session) -> float:
     say(
         f"a plain call of {name} runs sampler {sampler.name} ({len(rows)} samples without the network, {seconds:.1f} s)"
     )
+    if traced.guidance.always:
+        count = len(traced.guidance.passes)
+        say(f"a plain call makes {count} passes at each step, whatever its scale; the student's is the conditional one")
     return error
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from stepdistill.diffusion.experts import Experts
 from stepdistill.errors import InputError
+from stepdistill.pipeline.components import shared_inside
 from stepdistill.pipeline.exports import WEIGHTS, lora_files
 from stepdistill.pipeline.trace import Trace
 from stepdistill.roles.views import AdapterView, adapter_layers
@@ -31,6 +32,8 @@ def why_not_lora(trace: Trace, student: nn.Module) -> str | None:
     loadable = getattr(pipeline, "_lora_loadable_modules", ())
     if lacking := [name for name in trace.components if name not in loadable]:
         return f"{type(pipeline).__name__} loads no LoRA for its {lacking[0]}"
+    if shared_inside(pipeline, "scheduler"):
+        return f"a pipeline inside {type(pipeline).__name__} keeps its scheduler when another is put beside a LoRA"
     networks = [getattr(pipeline, name) for name in trace.components]
     if bare := [type(one).__name__ for one in networks if not hasattr(one, "load_lora_adapter")]:
         return f"{bare[0]} of diffusers takes no LoRA"

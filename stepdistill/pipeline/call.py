@@ -66,6 +66,12 @@ def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
     return next(iter([*on, *present]), None)
 
 
+def unguided(pipeline: Any, arguments: Mapping[str, Any] | None) -> bool:
+    """Whether the arguments leave the pipeline's guidance out: its scale is 1 in every call."""
+    scale = guidance_argument(pipeline)
+    return scale is not None and (arguments or {}).get(scale.name) == 1
+
+
 OFF: dict[str, float] = {"pag_scale": 0, "stg_scale": 0, "modality_scale": 1, "guidance_rescale": 0}
 """Arguments of guidance beside uncond + w (cond - uncond), and what switches each off."""
 
@@ -82,9 +88,17 @@ def other_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> str:
         for name, parameter in accepted.items()
         if name.endswith("guidance_scale") and isinstance(parameter.default, int | float) and parameter.default > 1
     ]
-    if scale is None and len(scales) == 1:
-        return f"; its scale is {scales[0]}, and teacher.arguments.{scales[0]}=1 leaves guidance out"
-    return ""
+    further = [name for name in scales if scale is None or name != scale.name]
+    if len(further) != 1 or arguments.get(further[0]) == 1:
+        return ""
+    leaves = f"teacher.arguments.{further[0]}=1 leaves"
+    return f"; its scale is {further[0]}, and {leaves} guidance out" if scale is None else f"; {leaves} a pass out"
+
+
+def without_guidance(pipeline: Any) -> str:
+    """What leaves out a guidance that no rule explains; may be empty."""
+    scale = guidance_argument(pipeline)
+    return "" if scale is None else f"; teacher.arguments.{scale.name}=1 leaves guidance out, of teacher and student"
 
 
 def one_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> str:
@@ -174,6 +188,15 @@ def one_part(pipeline: Any, arguments: Mapping[str, Any]) -> str:
     return "".join(f"; teacher.arguments.{name}={value} makes it one part" for name, value in whole.items())
 
 
+def again(pipeline: Any, arguments: Mapping[str, Any]) -> str:
+    """Which arguments leave out a second run of the grid, over the first one's picture; may be empty."""
+    for name, parameter in parameters(pipeline).items():
+        value = arguments.get(name, parameter.default)
+        if name.endswith("_strength") and isinstance(value, int | float) and value > 0:
+            return f"; teacher.arguments.{name}=0 leaves out what runs over the picture of the first"
+    return ""
+
+
 def fewest_steps(pipeline: Any) -> int:
     """The fewest steps that its scheduler has a grid of: 2 where it is stretched down to a ``shift_terminal``."""
     return 2 if pipeline.scheduler.config.get("shift_terminal") else 1
@@ -220,6 +243,8 @@ def call_arguments(
     count = 1 if alone else len(entries)
     scale = guidance_argument(pipeline)
     elsewhere = SET_ELSEWHERE if scale is None else SET_ELSEWHERE | {scale.name: "teacher.guidance.scale sets it"}
+    if unguided(pipeline, arguments):
+        elsewhere, guidance = SET_ELSEWHERE, 1.0
     for name in arguments or {}:
         if name in elsewhere:
             value = (arguments or {})[name]

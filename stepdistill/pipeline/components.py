@@ -46,6 +46,11 @@ def put(pipeline: Any, name: str, part: Any) -> None:
         setattr(owner, own, part)
 
 
+def shared_inside(pipeline: Any, name: str) -> bool:
+    """Whether a pipeline inside has the same component, which keeps it when another one takes its place outside."""
+    return len(_places(pipeline, name)) > 1
+
+
 def _places(pipeline: Any, name: str) -> list[tuple[Any, str]]:
     """Where a component is: (the pipeline, its name), and of pipelines inside that have the same one."""
     part = getattr(pipeline, name)

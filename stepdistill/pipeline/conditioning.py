@@ -330,16 +330,20 @@ def plain_conditions(trace: Trace, entries: Sequence[str | int], steps: int) -> 
 
     A picture that the pipeline encodes for its network is drawn at random there, so no other call's conditions will do.
     """
+    count = trace.guidance.calls if trace.guidance.always else 1
     recording = observe(
         trace.pipeline,
         trace.entries(entries),
         trace.arguments,
         steps=steps,
         guidance=trace.guidance.plain_scale,
-        stop_calls=(trace.component, 1),
+        stop_calls=(trace.component, count),
         plain=True,
     )
-    return trace.denoiser.spec.conditions(_calls(trace, recording)[0].arguments, trace.conditioning)
+    calls = _calls(trace, recording)
+    if trace.guidance.always:
+        return trace.guidance.split(calls, trace.denoiser.spec, trace.conditioning, len(entries))[0]
+    return trace.denoiser.spec.conditions(calls[0].arguments, trace.conditioning)
 
 
 def _calls(trace: Trace, recording: Recording) -> list[Call]:

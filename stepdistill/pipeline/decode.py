@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stepdistill.diffusion.denoiser import first_tensor
+from stepdistill.diffusion.nested import first_tensor
 from stepdistill.diffusion.stock_schedulers import as_network_input
-from stepdistill.diffusion.window import Window
+from stepdistill.diffusion.window import Span, Window
 from stepdistill.errors import InputError
 from stepdistill.pipeline import in_two
 from stepdistill.pipeline.call import TraceError, run
@@ -90,6 +90,8 @@ def _decoded(trace: Trace, latents: Tensor) -> Tensor:
                 return _decoded(trace, latents)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TraceError("decode", f"{name} fails after its last step: {reason}") from error
+    if isinstance(made[0], Mapping):  # of a pipeline inside this one (VisualCloze)
+        made = made[0]
     images = made[0] if isinstance(made[0], np.ndarray) else first_tensor(made)
     if isinstance(images, np.ndarray) and images.ndim == 4:  # of a pipeline that knows no tensors (T2I adapters)
         images = torch.from_numpy(images).movedim(-1, 1)
@@ -106,29 +108,22 @@ def one_picture_each(images: Tensor, count: int) -> Tensor:
     return torch.cat(images.unflatten(0, (count, -1)).unbind(1), -1)
 
 
-def _as_stepped(trace: Trace, latents: Tensor) -> list[Tensor]:
-    """Latents as the pipeline's scheduler, and then those of its copies that step, return them."""
+def _as_stepped(trace: Trace, latents: Tensor) -> list[tuple[Tensor, Span | None]]:
+    """What the pipeline's scheduler, and then those of its copies that step, return of latents or whole samples.
+
+    Each with the part of a sample that it is; None: all of it.
+    """
     joint = trace.denoiser.spec.joint
     if trace.frames is not None:
-        return [latents, *latents.unbind(trace.frames)]
+        return [(one, None) for one in (latents, *latents.unbind(trace.frames))]
     if joint is None:
-        return [trace.free.padded(latents) if _is_part(trace, latents) else latents]
-    split = zip(joint.parts, joint.split(latents), strict=True)
-    return [x if part.free is None else part.free.padded(x) for part, x in split]
-
-
-def _is_part(trace: Trace, latents: Tensor) -> bool:
-    """Whether latents are the free part of samples alone."""
-    return trace.free is not None and tuple(latents.shape[1:]) == trace.latent_shape
+        return [(latents, trace.free if tuple(latents.shape[1:]) == trace.latent_shape else None)]
+    return [(x, part.free) for part, x in zip(joint.parts, joint.split(latents), strict=True)]
 
 
 def _giving(trace: Trace, latents: Tensor) -> Replaced:
-    """A step() that returns latents (B, *latent_shape), or whole samples; that of the n-th copy the n-th of several.
-
-    Where they are a part of the samples, what the pipeline keeps is the x_0 that the step is given.
-    """
-    samples, is_part = _as_stepped(trace, latents), _is_part(trace, latents)
-    scheduler = trace.pipeline.scheduler
+    """A step() that returns latents (B, *latent_shape), or whole samples; that of the n-th copy the n-th of several."""
+    samples, scheduler = _as_stepped(trace, latents), trace.pipeline.scheduler
 
     def given(own_step: Callable[..., Any], number_of: Callable[[], int]) -> Callable[..., Answer]:
         signature = inspect.signature(own_step)
@@ -136,9 +131,10 @@ def _giving(trace: Trace, latents: Tensor) -> Replaced:
         @functools.wraps(own_step)
         def step(*args: Any, **kwargs: Any) -> Answer:
             number = number_of()
-            sample = samples[number if number < len(samples) else 0]
-            if is_part:
-                sample = _with_kept(trace, sample, signature.bind(*args, **kwargs).arguments)
+            sample, free = samples[number if number < len(samples) else 0]
+            if free is not None:
+                kept = free.outside(_kept(trace, signature.bind(*args, **kwargs).arguments))
+                sample = free.whole(sample, kept.to(sample))
             # LCM's pipeline takes the denoised latents from the second place.
             return Answer((sample, sample))
 
@@ -147,15 +143,17 @@ def _giving(trace: Trace, latents: Tensor) -> Replaced:
     return in_each(scheduler, given)
 
 
-def _with_kept(trace: Trace, sample: Tensor, call: Mapping[str, Any]) -> Tensor:
-    """The sample, outside its free part as the x_0 that a step is called with."""
-    x0 = call.get(in_two.GIVEN)
-    if x0 is None and call["model_output"].shape == call["sample"].shape == sample.shape:
-        schedule, timestep = trace.denoiser.schedule, torch.as_tensor(call["timestep"]).reshape(-1)[:1]
-        x_t = as_network_input(copy.deepcopy(trace.pipeline.scheduler), call["sample"], timestep)
-        t = schedule.time(timestep.to(x_t.device)).expand(len(x_t))
-        x0 = schedule.to_x0(call["model_output"], x_t, t, trace.denoiser.kind)
-    return sample if x0 is None else trace.free.whole(trace.free.inside(sample), trace.free.outside(x0).to(sample))
+def _kept(trace: Trace, call: Mapping[str, Any]) -> Tensor:
+    """What the pipeline keeps of a sample: the x_0 that a step is called with; of several samples as it has them."""
+    x0, several = call.get(in_two.GIVEN), trace.denoiser.spec.joint is not None
+    if x0 is not None:
+        return x0
+    if several or call["model_output"].shape != call["sample"].shape:
+        return call["sample"]
+    schedule, timestep = trace.denoiser.schedule, torch.as_tensor(call["timestep"]).reshape(-1)[:1]
+    x_t = as_network_input(copy.deepcopy(trace.pipeline.scheduler), call["sample"], timestep)
+    t = schedule.time(timestep.to(x_t.device)).expand(len(x_t))
+    return schedule.to_x0(call["model_output"], x_t, t, trace.denoiser.kind)
 
 
 @contextmanager
@@ -180,10 +178,12 @@ def _stand_in(trace: Trace, network: nn.Module, answer: Callable[[Tensor], Tenso
     def of(x: Tensor | list[Tensor], window: Window) -> Tensor | list[Tensor]:
         if isinstance(x, list):
             return [answer(row) for row in x]
+        seen = answer(x).flatten(1).mean(1) if window.spans else None  # what is beside the sample is not to change
         for span in window.spans:
             left_out = x.shape[span.axis] == span.length  # the network has kept what it made of it (KV caches)
             x = x if span.axis in window.cut or left_out else span.inside(x)
         raw = answer(x)
+        raw = raw if seen is None else raw + seen.reshape(-1, *[1] * (raw.ndim - 1))
         channels = 2 if window.grid or window.frame_axis == 1 else 1
         channels = -1 if spec.output.endswith("last_axis") else channels
         return torch.cat([raw, raw], channels) if "first_half" in spec.output else raw

@@ -40,7 +40,8 @@ class Guidance:
         residual: the largest relative deviation from the rule.
         order: which pass is the conditional one and which are the unconditional ones, where there are several of these.
         drawn: the conditions whose unconditional rows are another's for each image and not the conditional ones either:
-            latents of a picture that are drawn for every row.
+            latents of a picture that are drawn for every row, or rows as long as the image's prompt.
+        always: whether all passes are made at any scale, one that leaves guidance out among them.
     """
 
     kind: GuidanceKind
@@ -50,6 +51,7 @@ class Guidance:
     residual: float = 0.0
     order: tuple[int, ...] = ()
     drawn: frozenset[str] = frozenset()
+    always: bool = False
 
     @property
     def w(self) -> float:
@@ -141,12 +143,16 @@ def only(recording: Recording, component: str, helpers: Iterable[str] = ()) -> R
 
 def is_guided(recording: Recording) -> bool:
     """Whether the denoiser sees every sample more than once."""
+    return passes_seen(recording) > 1
+
+
+def passes_seen(recording: Recording) -> int:
+    """How often the denoiser sees every sample at a step."""
     component, step = denoiser_component(recording), recording.steps[0]
     calls = [call for call in step.calls if call.component == component]
     scaled = scaled_sample(step)[: recording.count]
-    return len(calls) > 1 or any(
-        (place := place_of(value, scaled)) is not None and place.repeats > 1 for value in calls[0].arguments.values()
-    )
+    places = [place_of(value, scaled) for value in calls[0].arguments.values()]
+    return max(len(calls), *(place.repeats for place in places if place is not None), 1)
 
 
 def repeats(on: Recording) -> bool:
@@ -205,7 +211,7 @@ def times_apart(calls: Iterable[Mapping[str, Any]], timestep: str, known: Collec
     found: dict[str, Tensor | None] = {}
     every = list(calls)
     times = [single_value(one[timestep]) for one in every]
-    for name in (name for name in every[0] if name != timestep and name not in known):
+    for name in (n for n in every[0] if n != timestep and n not in known and all(n in one for one in every)):
         values = [one[name] for one in every]
         own = [single_value(value) if isinstance(value, Tensor) and value.ndim else None for value in values]
         if not all(mine and time and close(mine[0], time[0]) for mine, time in zip(own, times, strict=True)):

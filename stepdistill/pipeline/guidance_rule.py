@@ -93,8 +93,10 @@ def passes_of(on: Recording, spec: CallSpec) -> int:
 
 
 def with_drawn(guidance: Guidance, on: Recording, spec: CallSpec, conditions: list[str]) -> Guidance:
-    """The guidance with what is drawn anew for every unconditional row."""
-    own, null = guidance.split(on.steps[0].calls, spec, conditions, on.count)
-    rows = (null or {}).items()
-    drawn = {name for name, value in rows if not rows_equal(value) and not same(value, own[plain_name(name)])}
-    return replace(guidance, drawn=frozenset(drawn))
+    """The guidance with what is drawn anew for every unconditional row, or has another shape in each."""
+    own, found = guidance.split(on.steps[0].calls, spec, conditions, on.count)
+    null = found or {}
+    apart = [name for name, value in null.items() if not rows_equal(value)]
+    if spec.ragged is None:  # whose empty conditions may be as long as each prompt's own
+        apart = [name for name in apart if not same(null[name], own[plain_name(name)])]
+    return replace(guidance, drawn=frozenset(apart))

@@ -36,7 +36,7 @@ def live(trace: Trace, entries: Sequence[str | int], stays: bool = False) -> Con
     for name in trace.encoders if stays else ():
         stay(getattr(trace.pipeline, name))
     first, null = encoder.chunk(0)
-    if drawn := [name for name, rows in (null or {}).items() if not rows_equal(rows)]:
+    if drawn := [name for name, rows in (null or {}).items() if name in trace.guidance.drawn or not rows_equal(rows)]:
         raise InputError(f"data.encode: expected 'store' for a pipeline that draws {drawn[0]} anew, found 'live'")
     empty = {name: rows[:1].to("cpu", copy=True) for name, rows in null.items()} if null is not None else None
     if varying(trace):

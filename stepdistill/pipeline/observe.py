@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stepdistill.diffusion.denoiser import first_tensor
 from stepdistill.diffusion.devices import torch_of
-from stepdistill.diffusion.nested import flatten, tensors_in
+from stepdistill.diffusion.nested import first_tensor, flatten, tensors_in
 from stepdistill.errors import InputError
 from stepdistill.pipeline import in_two
 from stepdistill.pipeline.call import TraceError, run

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.diffusion.denoiser import CallSpec, is_list_of_rows
+from stepdistill.diffusion.denoiser import CallSpec
+from stepdistill.diffusion.nested import is_list_of_rows
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.diffusion.stock_schedulers import as_network_input
 from stepdistill.diffusion.window import Span, Window

@@ -7,6 +7,7 @@ mask of them is found by trying, as a call for one prompt states none. Whether t
 what tracing's self-test shows.
 """
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepdistill.diffusion.nested import tensors_in, unflatten
+from stepdistill.diffusion.ragged import Rows, Shared, found
 from stepdistill.pipeline.call import TraceError, by_itself
 from stepdistill.pipeline.compare import close, same
 from stepdistill.pipeline.observe import Call, Recording, Step, modules, observe
@@ -94,6 +96,7 @@ class _Stack:
     def __init__(self, network: nn.Module, passes: int):
         self.network, self.passes = network, passes
         self.fixed: frozenset[str] | None = None
+        self.stack = self._arguments
 
     def __call__(self, calls: Sequence[Call]) -> Call:
         outputs = [
@@ -102,7 +105,7 @@ class _Stack:
         if self.fixed is None:
             self.fixed = self._found_fixed(calls, outputs)
         output = _stacked("output", [call.output for call in calls], self.passes)
-        return Call(calls[0].component, self._arguments(calls, self.fixed), output, outputs)
+        return Call(calls[0].component, self.stack(calls, self.fixed), output, outputs)
 
     def _found_fixed(self, calls: Sequence[Call], outputs: Sequence[Tensor]) -> frozenset[str]:
         """The arguments that are the same for any number of images although they look like rows."""
@@ -111,17 +114,43 @@ class _Stack:
         alike = [name for name in rows if all(same(first[name], other.get(name)) for other in others)]
         usual = {name for name in alike if (_shape(first[name]) or (self.passes,))[0] != self.passes}
         further = ((), *((name,) for name in alike), tuple(alike))
-        for fixed in dict.fromkeys(frozenset({*base, *more}) for base in (usual, ()) for more in further):
-            if self._gives(self._arguments(calls, fixed), outputs):
+        every = dict.fromkeys(frozenset({*base, *more}) for base in (usual, ()) for more in further)
+        refusal: TraceError | None = None
+        for stack, fixed in itertools.product((self._arguments, self._own_shapes), every):
+            try:
+                arguments = stack(calls, fixed)
+            except TraceError as error:
+                refusal = refusal or error
+                continue
+            if self._gives(arguments, outputs, fixed):
+                self.stack = stack
                 return fixed
+        if refusal is not None:
+            raise refusal
         return frozenset(usual)
 
-    def _gives(self, arguments: Mapping[str, Any], outputs: Sequence[Tensor]) -> bool:
+    def _gives(self, arguments: Mapping[str, Any], outputs: Sequence[Tensor], whole: Collection[str] = ()) -> bool:
+        network: Any = self.network
+        if (ragged := found([arguments])) is not None:
+            arguments, network = ragged.packed_call(arguments, len(outputs[0])), ragged.around(network, whole)
         try:
-            made = tensors_in(self.network(**unflatten(arguments)))
+            made = tensors_in(network(**unflatten(arguments)))
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return False
         return len(made) == len(outputs) and all(map(close, made, outputs))
+
+    def _own_shapes(self, calls: Sequence[Call], fixed: Collection[str]) -> dict[str, Any]:
+        """The arguments where what has another shape in each call is no tensor of all, but :class:`Rows`."""
+        arguments: dict[str, Any] = {}
+        for name in {name: None for call in calls for name in call.arguments}:
+            values = [call.arguments.get(name) for call in calls]
+            if name in fixed:
+                arguments[name] = values[0]
+            elif (rows := _rows(values, self.passes)) is not None:
+                arguments[name] = rows
+            else:
+                arguments[name] = _stacked(name, values, self.passes)
+        return arguments
 
     def _arguments(self, calls: Sequence[Call], fixed: Collection[str]) -> dict[str, Any]:
         first, arguments, padded = calls[0], {}, {}
@@ -150,6 +179,32 @@ class _Stack:
                 if self._gives({**shortest.arguments, **longer, name: own}, shortest.outputs):
                     return {name: _interleaved(masks)}
         return {}
+
+
+def _rows(values: Sequence[Any], passes: int) -> Any:
+    """The rows of calls whose tensors have other shapes, or that lack one; a list of such; None: they are not so.
+
+    What has no rows, as many as passes, is shared by those of its call.
+    """
+    given = [value for value in values if value is not None]
+    if given and all(isinstance(value, Tensor) for value in given):
+        if len(given) == len(values) and (len({*map(_shape, values)}) == 1 and len(values[0]) == passes):
+            return None
+        shared = not all(value.ndim and len(value) == passes for value in given)
+        if shared and len(given) == len(values) and all(same(value, given[0]) for value in given):
+            return None
+        kind = Shared if shared else Rows
+        return kind(value if value is None or shared else value[number] for number in range(passes) for value in values)
+    if len({_lengths_of_list(value) for value in values}) == 1 and _lengths_of_list(values[0]):
+        columns = [_rows(column, passes) for column in zip(*values, strict=True)]
+        return None if None in columns else type(values[0])(columns)
+    return None
+
+
+def _lengths_of_list(value: Any) -> tuple[type, int] | None:
+    """The type and length of a list or tuple of tensors; None: it is none."""
+    tensors = isinstance(value, list | tuple) and all(isinstance(one, Tensor) for one in value)
+    return (type(value), len(value)) if tensors and value else None
 
 
 def _stacked(name: str, values: Sequence[Any], passes: int) -> Any:

@@ -17,7 +17,7 @@ from stepdistill.diffusion.denoiser import CallSpec, Conditions, Denoiser, Helpe
 from stepdistill.diffusion.schedule import FlowSchedule, Schedule, from_scheduler
 from stepdistill.diffusion.window import Span
 from stepdistill.errors import InputError
-from stepdistill.pipeline import explain, joint
+from stepdistill.pipeline import always, explain, joint
 from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps
 from stepdistill.pipeline.compare import close, deviation, rows_equal, single_value, tolerance
 from stepdistill.pipeline.conditioning import Conditioning, encode
@@ -160,6 +160,10 @@ def recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     )
     old = trace.denoiser
     names = [helper.name for helper in old.spec.helpers]
+    if trace.guidance.always:
+        place = trace.guidance.passes[0]
+        steps = [always.one_pass(step, trace.component, place, recording.count) for step in recording.steps]
+        recording = replace(recording, steps=steps)
     known, (whole,) = old.spec, explain.only(as_one(recording), trace.component, names).steps
     if known.joint is not None:
         own, whole = joint.again(known.joint, whole, trace.component)

@@ -41,15 +41,16 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec, hint: str = ""
     Args:
         hint: what is known to change what is beside the sample from step to step, for the message.
     """
-    first_off, first_on = off.steps[0].calls[0].arguments, on.steps[0].calls[0].arguments
-    if first_off.keys() != first_on.keys():
-        raise TraceError(
-            "constants", f"guidance changes which arguments are passed: {sorted(first_off.keys() ^ first_on.keys())}"
-        )
+    first_off = off.steps[0].calls[0].arguments
+    for other in (call.arguments for call in on.steps[0].calls):
+        if changed := sorted(first_off.keys() ^ other.keys()):
+            raise TraceError("constants", f"guidance changes which arguments are passed: {changed}")
     fed = {name for helper in spec.helpers for name in helper.feeds}
     time = (spec.timestep, *spec.times, *spec.times_apart)
     rest = [name for name in first_off if name not in (spec.sample, *time) and name not in fed]
     _check_steady(off, on, spec, rest, hint)
+    ragged = () if spec.ragged is None else spec.ragged.names
+    rest = [name for name in rest if name not in ragged]
     calls = [*off.steps[0].calls, *on.steps[0].calls]
     rows = [spec.window.rows(call.arguments[spec.sample]) for call in calls]
     spec = replace(spec, apart={n: type(first_off[n]) for n in rest if _is_list_of_batches(n, calls, rows)})
@@ -64,7 +65,7 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec, hint: str = ""
             layouts[name] = layout
             given.values[name] = [layout.rows(value) for value in given.values[name]]
     lists, masks = _padded(given, spec)
-    conditions = [*masks, *(mask for mask, _ in masks.values()), *spec.beside]
+    conditions = [*masks, *(mask for mask, _ in masks.values()), *spec.beside, *ragged]
     constants, expanded = {}, set()
     for name in (name for name in rest if name not in conditions):
         value, *others = given.values[name]

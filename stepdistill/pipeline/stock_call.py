@@ -5,10 +5,12 @@
 It imports only NumPy, torch, diffusers and safetensors, and drives the export as its model card says.
 """
 
+import dataclasses
 import functools
 import inspect
 import json
 import sys
+import typing
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,6 +121,7 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         made = called(pipeline, ready(pipeline, call), lambda: bool(result))
     images = made if isinstance(made, torch.Tensor) else made[0]  # no tuple: Stable Video Diffusion's frames
+    images = next(iter(images.values())) if isinstance(images, dict) else images  # of a pipeline inside it
     if isinstance(images, torch.Tensor):
         result["images"] = images
     # Copies: the images of a pipeline without an autoencoder are its latents, and files hold no shared memory.
@@ -173,13 +176,26 @@ def off(guider) -> dict:
 def called(pipeline, call: dict, sampled=lambda: False):
     """What a call of the pipeline returns; without ``output_type`` if it refuses that one (Marigold has no latents).
 
+    Some calls fail without a generator (VisualCloze): such a pipeline gets one of seed 0, and ``needs_generator``.
+
     Where ``sampled()`` is true by then, it refuses after its last step (Kandinsky's prior): nothing is drawn again, and
     what is returned is (None,).
     """
     if is_modular(pipeline):
         return _called_in_blocks(pipeline, call)
+    if getattr(pipeline, "needs_generator", False) and call.get("generator") is None:
+        call = {**call, "generator": torch.Generator().manual_seed(0)}
     try:
         return pipeline(**call)
+    except TypeError as error:
+        if "'NoneType'" not in str(error) or call.get("generator") or "generator" not in parameters(pipeline):
+            raise
+        pipeline.needs_generator = True
+        try:
+            return called(pipeline, call, sampled)
+        except TypeError:
+            pipeline.needs_generator = False
+            raise error from None
     except ValueError as error:
         if "output_type" not in call or "output_type" not in str(error):
             raise
@@ -202,15 +218,34 @@ def _called_in_blocks(pipeline, call: dict) -> tuple:
 
 
 def ready(pipeline, call: dict) -> dict:
-    """The arguments of a call: what they name files of, pictures or tensors, and the tuples that it declares."""
+    """The arguments of a call: what they name files of, pictures or tensors, and what it declares for tuples and dicts.
 
-    def shown(value):
+    A dict with files becomes the dataclass that the call declares (a condition of LTX).
+    """
+
+    def shown(value, kind):
         if isinstance(value, (list, tuple)):
-            return [shown(one) for one in value]
+            return [shown(one, kind) for one in value]
+        if isinstance(value, dict) and kind is not None:
+            return kind(**{key: shown(one, None) for key, one in value.items()})
         return opened(value) if isinstance(value, str) and Path(value).is_file() else value
 
     call = declared(pipeline, call)
-    return {name: shown(value) if pictures_in(value) else value for name, value in call.items()}
+    return {
+        name: shown(value, dataclass_of(pipeline, name)) if pictures_in(value) else value
+        for name, value in call.items()
+    }
+
+
+def dataclass_of(pipeline, name: str):
+    """The dataclass that a pipeline's call declares for an argument, alone or in lists; None: none."""
+    found = [getattr(parameters(pipeline).get(name), "annotation", None)]
+    while found:
+        kind = found.pop()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return kind
+        found += typing.get_args(kind)
+    return None
 
 
 def opened(file: str):
@@ -253,7 +288,12 @@ def tiled(pipeline, error) -> bool:
 
 
 def pictures_in(value) -> list:
-    """The names of files with endings of PICTURES that a value is: one, or lists of nothing else and of None."""
+    """The names of files with endings of PICTURES that a value is: one, or lists of nothing else and of None.
+
+    Those of a dict are its entries'.
+    """
+    if isinstance(value, dict):
+        return [name for one in value.values() for name in pictures_in(one)]
     if isinstance(value, (list, tuple)):
         parts = [pictures_in(one) for one in value]
         complete = all(part or one is None for part, one in zip(parts, value, strict=True))

@@ -20,7 +20,7 @@ from stepdistill.diffusion.schedule import Kind, Schedule
 from stepdistill.diffusion.stock_schedulers import without_learned_variance
 from stepdistill.diffusion.window import Span
 from stepdistill.files import sha256
-from stepdistill.pipeline import cached, explain, joint, turns
+from stepdistill.pipeline import always, cached, explain, joint, turns
 from stepdistill.pipeline.call import (
     COUNTS,
     TraceError,
@@ -28,22 +28,22 @@ from stepdistill.pipeline.call import (
     by_itself,
     check_needed,
     entry_argument,
-    fewest_steps,
     guidance_argument,
     in_any_way,
     one_guidance,
-    one_part,
     other_guidance,
+    without_guidance,
 )
-from stepdistill.pipeline.compare import same
 from stepdistill.pipeline.components import put
 from stepdistill.pipeline.cut_timesteps import schedule_of
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.frames import as_one
+from stepdistill.pipeline.grid import fewest
 from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
 from stepdistill.pipeline.guiders import guiders, negative_prompt
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.observe import Call, Recording, modules, observe
+from stepdistill.pipeline.own_shapes import of_own_shapes, packed, unpadded
 from stepdistill.pipeline.paths import seen_by_scheduler
 from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument
 from stepdistill.pipeline.self_test import check_schedule, self_test
@@ -62,6 +62,8 @@ PROBES: dict[str, tuple[Any, ...]] = {
     "class_labels": (0, 1, 2),
     **dict.fromkeys(COUNTS, (0, 1, 2)),
 }
+OF_SEVERAL = ("conditioning", "constants")
+"""Checks that may fail for what prompts of one call have in common, and not for calls of one each."""
 PROBE_STEPS = 3
 MOST_STEPS = 50
 PROBE_SCALE = 4.0
@@ -171,6 +173,8 @@ class Trace:
         }
         if spec.joint is not None:
             facts["joint"] = {part.argument: list(part.shape) for part in spec.joint.parts}
+        if self.guidance.always:
+            facts["passes_without_guidance"] = len(self.guidance.passes)
         if spec.experts:
             facts["experts"] = {name: turn._asdict() for name, turn in spec.experts.items()}
         return facts
@@ -192,12 +196,32 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
     check_needed(pipeline, arguments)
     replace_scheduler(pipeline, entry, arguments)
+    try:
+        return _traced(pipeline, entry, arguments)
+    except TraceError as error:
+        if entry != "prompt" or error.check not in OF_SEVERAL:
+            raise
+        refusal = error
+    try:
+        return _traced(pipeline, entry, arguments, singly=True)
+    except TraceError as error:
+        raise refusal from error
+
+
+def _traced(pipeline: Any, entry: str, arguments: dict[str, Any], singly: bool = False) -> Trace:
+    """:func:`trace`, by calls for one prompt each where ``singly``, whatever else the pipeline takes."""
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
     watched = partial(_watched, pipeline, entry, scale)
-    (off, on, experts), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
+    if singly:
+        (off, on, experts, kept), alone = watched(arguments, True), True
+    else:
+        (off, on, experts, kept), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
     schedule, kind = schedule_of(pipeline, off, _first(entry, alone), arguments)
     network = networks[component := explain.denoiser_component(off)]
+    off, on, ragged = of_own_shapes(off, on, component)
     off, on, one = joint.as_one(off, on, component)
+    if ragged and (experts or one):
+        raise TraceError("conditioning", "conditions have shapes of their own, beside several networks or samples")
     helpers, helper_conditions, seen = _helpers(off, on, component, networks, schedule, kind)
     names = [helper.name for helper in helpers]
     called = [explain.only(run, component) for run in (off, on)]
@@ -206,8 +230,8 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     if len({len(step.calls) for step in on.steps}) > 1:
         raise TraceError("guidance", f"{component} is called twice at some steps and once at others")
     spec, free, batched = sample_argument(off, on, component)
-    around = joint.around(one, network)
-    spec = explain.timestep_map(*called, replace(spec, joint=one, path=path), around, schedule)
+    around = joint.around(one, network) if ragged is None else unpadded(ragged, network, off, on)
+    spec = explain.timestep_map(*called, replace(spec, joint=one, path=path, ragged=ragged), around, schedule)
     spec, free = kept_by_time(spec, off.steps[0], free)
     _check_seen(seen, free, component)
     whole = only_free(whole[0], free), only_free(whole[1], free)
@@ -218,12 +242,15 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     off, on = (explain.only(recording, component, names) for recording in whole)
     if passes_of(on, spec) > 2:
         again = joint.joined(_few_steps(pipeline, PROBES[entry][:2], arguments, scale + 1, alone), one, component)
+        again = again if ragged is None else packed(again, component, ragged)
         runs = {scale: on, scale + 1: explain.only(only_free(again, free), component, names)}
         guidance, spec = linear_rule(runs, spec, conditions, batched)
     else:
         first = turns.steps_of(component, on) if experts else on
-        hint = one_guidance(pipeline, arguments) if one else ""
+        hint = one_guidance(pipeline, arguments) if one else without_guidance(pipeline)
         guidance, spec = guidance_rule(first, spec, conditions, batched, scale, hint)
+    if kept is not None:
+        guidance = always.stated(guidance, kept)
     if experts:
         spec = replace(spec, experts=turns.with_scales(experts, on, spec, guidance))
         network = Experts({name: networks[name] for name in experts})
@@ -241,7 +268,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
         arguments=arguments,
         alone=alone,
         encoders=explain.encoders(whole[0].steps[0], component, names),
-        fewest_steps=_fewest_steps(pipeline, _first(entry, alone), arguments, component),
+        fewest_steps=fewest(pipeline, _first(entry, alone), arguments, component, PROBE_STEPS),
         free=free,
         frames=off.frames,
         returned=off.steps[0].calls[0].returned,
@@ -258,6 +285,7 @@ def replace_scheduler(pipeline: Any, entry: str, arguments: Mapping[str, Any]) -
 def _shapes(spec: CallSpec, call: Call, conditions: Sequence[str]) -> dict[str, tuple[int | None, ...]]:
     """One row's shape of each condition; None for the length of what grows with the prompt."""
     padded = {name for owner, (mask, _) in spec.masks.items() for name in (owner, mask)}
+    padded |= set() if spec.ragged is None else {*spec.ragged.fields}
     rows = spec.conditions(call.arguments, conditions)
     shapes = {name: tuple(value.shape[1:]) for name, value in rows.items()}
     return {name: (None, *shape[1:]) if name in padded else shape for name, shape in shapes.items()}
@@ -265,12 +293,14 @@ def _shapes(spec: CallSpec, call: Call, conditions: Sequence[str]) -> dict[str, 
 
 def _watched(
     pipeline: Any, entry: str, scale: float, arguments: Mapping[str, Any], alone: bool
-) -> tuple[Recording, Recording, dict[str, Turn]]:
-    """Three images without guidance, two with it, and the turns of networks that take turns.
+) -> tuple[Recording, Recording, dict[str, Turn], int | None]:
+    """Three images without guidance, two with it, the turns of networks that take turns, and the place of the pass.
 
+    That is the conditional one's, where the pipeline makes all passes at any scale; None: it makes one at some scale.
     An argument whose length follows the number of images is one with rows for each.
     """
-    three, two = PROBES[entry], PROBES[entry][:2]
+    three, two, guided = PROBES[entry], PROBES[entry][:2], {}
+    kept = None
     for unguided in (1.0, 0.0):
         try:
             off = _few_steps(pipeline, three, arguments, unguided, alone)
@@ -282,11 +312,12 @@ def _watched(
             raise TraceError("call", f"{error.reason}; {reason}") from error
         if not explain.is_guided(off):
             break
+        guided[unguided] = off
     else:
-        raise TraceError(
-            "guidance",
-            f"the denoiser is still called twice per step at scales 1 and 0{other_guidance(pipeline, arguments)}",
-        )
+        if (found := always.conditional(guided)) is None:
+            reason = "at scales 1 and 0 the denoiser makes several passes at a step, and none alone is the result"
+            raise TraceError("guidance", reason + other_guidance(pipeline, arguments))
+        unguided, kept, off = found
     alike = turns.alike(off, modules(pipeline))
     experts = turns.turns_of(pipeline, _first(entry, alone), arguments, alike, off, unguided)
     steps = PROBE_STEPS
@@ -296,7 +327,7 @@ def _watched(
     on = _few_steps(pipeline, two, arguments, scale, alone, steps)
     if negative_prompt(pipeline, arguments) and explain.repeats(on):
         raise TraceError("call", "both passes of a guided step are the same, as no negative prompt is stated")
-    return off, on, experts
+    return off, on, experts, kept
 
 
 def _first(entry: str, alone: bool) -> Any:
@@ -336,31 +367,6 @@ def _probe_scale(pipeline: Any, arguments: Mapping[str, Any]) -> float:
     while scale in taken:
         scale += 1
     return scale
-
-
-def _fewest_steps(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], component: str) -> int:
-    """The fewest steps that the pipeline's call takes: some compute no grid of one.
-
-    Raises:
-        TraceError: the call runs its grid again after the last step.
-    """
-    fewest = PROBE_STEPS
-    for steps in range(fewest_steps(pipeline), PROBE_STEPS):
-        try:
-            observe(pipeline, entries, arguments, steps=steps, guidance=1.0, stop_calls=(component, 1))
-        except TraceError:
-            continue
-        fewest = steps
-        break
-    try:
-        made = observe(pipeline, entries, arguments, steps=fewest, guidance=1.0, stop_steps=fewest + 1).steps
-    except TraceError:  # it fails after its last step, as a student's export would
-        return fewest
-    if len(made) > fewest and same(made[fewest].timestep, made[0].timestep):
-        name = type(pipeline).__name__
-        reason = f"{name} runs its grid again for each part of an image; a student has one grid"
-        raise TraceError("components", reason + one_part(pipeline, arguments))
-    return fewest
 
 
 def _few_steps(

@@ -24,7 +24,7 @@ def with_unit_data(pipeline: Any, entries: Sequence[Any] | str, arguments: Mappi
         entries: of the pipeline's call.
         arguments: further arguments of it.
     """
-    config = pipeline.scheduler.config
+    config = getattr(pipeline.scheduler, "config", {})
     if config.get("prediction_type") != "trigflow" or config["sigma_data"] == 1:
         return
     unit = type(pipeline.scheduler).from_config(config, sigma_data=1.0)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stepdistill.diffusion.denoiser import first_tensor, with_first_tensor
+from stepdistill.diffusion.nested import first_tensor, with_first_tensor
 from stepdistill.errors import InputError
 from stepdistill.roles.added import Adapted
 from stepdistill.roles.views import plain_network

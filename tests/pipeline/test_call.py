@@ -199,6 +199,6 @@ class InParts(ToyPipeline):
 def test_a_video_in_parts_is_refused_with_what_makes_it_one():
     pipeline = InParts(redraw(ToyNetwork(), 9), DDIMScheduler(clip_sample=False))
     named = r"teacher\.arguments\.base_num_frames=9 .*; teacher\.arguments\.chunk_partition=\[3\]"
-    with pytest.raises(TraceError, match=f"runs its grid again .*{named}"):
+    with pytest.raises(TraceError, match=f"runs its grid again.*{named}"):
         trace(pipeline)
     assert trace(pipeline, {"base_num_frames": 9, "chunk_partition": [3]}).self_test_error <= 1e-5

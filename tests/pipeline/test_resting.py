@@ -64,7 +64,7 @@ def test_a_teacher_is_on_the_device_but_for_what_makes_its_conditions(
         names = tuple(name for name in modules(pipeline) if name.startswith("text"))
         return SimpleNamespace(pipeline=pipeline, encoders=names)
 
-    monkeypatch.setattr(open_module, "trace_small", traced)
+    monkeypatch.setattr(open_module, "kept_trace", traced)
     monkeypatch.setattr(open_module, "with_guidance", lambda trace, _: trace)
     for name in ("with_rule", "with_guider"):
         monkeypatch.setattr(open_module, name, lambda trace, _: trace)
