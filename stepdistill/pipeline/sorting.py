@@ -43,7 +43,8 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec, hint: str = ""
     """
     first_off = off.steps[0].calls[0].arguments
     for other in (call.arguments for call in on.steps[0].calls):
-        if changed := sorted(first_off.keys() ^ other.keys()):
+        apart = first_off.keys() ^ other.keys()  # an argument that is None may as well be left out
+        if changed := sorted(name for name in apart if name in first_off or other[name] is not None):
             raise TraceError("constants", f"guidance changes which arguments are passed: {changed}")
     fed = {name for helper in spec.helpers for name in helper.feeds}
     time = (spec.timestep, *spec.times, *spec.times_apart)

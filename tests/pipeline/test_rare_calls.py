@@ -135,3 +135,23 @@ def test_a_dict_with_a_picture_is_the_dataclass_that_a_call_declares(tmp_path: P
         condition = condition[0] if isinstance(given, list) else condition
         assert isinstance(condition, Condition) and condition.index == 2 and condition.frames.size == (8, 8)
     assert ready(made(Conditioned), {"conditions": {"index": 2}})["conditions"] == {"index": 2}
+
+
+class Adding(ToyPipeline):
+    """The unconditional call has an argument that the conditional one leaves out."""
+
+    value: bool | None = None
+
+    def _network(self, x, t, labels, step):
+        more = {"flag": self.value} if (labels == 10).all() else {}
+        extra = {"what": labels, "bias": self.bias(step, len(x))}
+        return self.network(self.feed(x), self.level(t).expand(len(x)), extra=extra, **more)[0]
+
+
+def test_an_argument_that_one_pass_leaves_out_is_none_in_the_other():
+    pipeline = made(Adding)
+    found = trace(pipeline)
+    assert found.guidance.kind == "two_calls" and found.self_test_error <= 1e-5
+    pipeline.value = True
+    with pytest.raises(TraceError, match=r"guidance changes which arguments are passed: \['flag'\]"):
+        trace(pipeline)
