@@ -279,7 +279,7 @@ def page(content: dict[str, Any], others: Sequence[dict[str, Any]] = (), listed:
         "teacher's. Gap closed: (best stock solver at that NFE - student) / (that solver - teacher), in FD-classifier. "
         "An evaluation is one row through one network once, in training. A student is measured ten times on its way; "
         f"{REACHED} is when its FD was first as low as that, – in rows made before these measurements. "
-        "Trained: the student's trainable parameters. The peak is that of training.",
+        "Trained: the student's trainable parameters. The peak is that of training and of these measurements.",
         "",
         _stated(content),
         "",

@@ -21,7 +21,7 @@ class Path:
     Args:
         kind: what the network emits.
         flow: whether it is on that path; else on the scheduler's own.
-        levels: whether the network is told log(sigma / alpha) / 4, as EDM's are (Stable Diffusion's upscaler).
+        levels: whether the network's time is log(sigma / alpha) / 4, as EDM's are (Stable Diffusion's upscaler).
         floor: what the pipeline divides by, to make a velocity of x_0, where the time is below it (PRX in pixels).
     """
 

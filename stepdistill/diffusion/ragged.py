@@ -65,7 +65,7 @@ class Ragged:
         if shape_of(next(iter(self.fields))) in arguments:
             return dict(arguments)
         apart = {f"{name} {i}": one for name in self.lists for i, one in enumerate(arguments.get(name) or ())}
-        own = arguments | apart
+        own = {**arguments, **apart}
         own_names = {*self.fields, *self.lists}
         own_names |= {name for name in self._dicts if arguments.get(name) == {}}
         call = {name: value for name, value in arguments.items() if name not in own_names}

@@ -79,7 +79,7 @@ class FlowSchedule(Schedule):
         dynamic: whether the pipeline computes the shift from the size of the sample, and ``shift`` is that of one.
         left_out: a shift that the network's timesteps lack: they are u where the path is at the shifted u (CogView4).
         inverted: whether timesteps rise from 0 at the noise end (Mochi).
-        cut: whether the network is told integers, as its pipeline cuts off what is behind them.
+        cut: whether the network receives integer timesteps, because its pipeline truncates them.
     """
 
     name = "flow"

@@ -138,7 +138,7 @@ def _pictures(session: Session, latents: Tensor, began: Mapping[str, Tensor]) ->
     """The pictures of the latents, and how far they move with latents that are ROUNDING away, in levels.
 
     Args:
-        began: what :func:`stock_call.record` told of the call that began where they did: it keeps what they keep.
+        began: what :func:`stock_call.record` returned for a call of the same noise; it keeps the same part.
     """
     made, left = [], began.get("latents")
     for share in (0.0, ROUNDING):

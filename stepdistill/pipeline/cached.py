@@ -52,6 +52,6 @@ def _of_step(value: Any, own: Any, step: Step, first: Step) -> Any:
 def _gives(network: nn.Module, arguments: Mapping[str, Any], call: Call) -> bool:
     try:
         made = tensors_in(network(**unflatten(arguments)))
-    except (RuntimeError, TypeError, ValueError, IndexError):
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
         return False
     return bool(made) and close(made[0], call.outputs[0])

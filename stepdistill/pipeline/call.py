@@ -39,6 +39,9 @@ class TraceError(InputError):
         super().__init__(f"trace: check '{check}' failed: {message}")
         self.check, self.reason = check, message
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.check, self.reason)  # it goes from one process to another
+
 
 def entry_argument(pipeline: Any) -> str:
     """Which of ENTRY_ARGUMENTS the pipeline's call takes.
@@ -177,24 +180,18 @@ def one_part(pipeline: Any, arguments: Mapping[str, Any]) -> str:
     accepted = parameters(pipeline)
     values = {name: arguments.get(name, parameter.default) for name, parameter in accepted.items()}
     whole: dict[str, Any] = {}
-    if "base_num_frames" in values and isinstance(values.get("num_frames"), int):
+    if (
+        isinstance(values.get("num_frames"), int)
+        and values.get("base_num_frames", values["num_frames"]) != values["num_frames"]
+    ):
         whole["base_num_frames"] = values["num_frames"]
     configs = [getattr(part, "config", None) or {} for part in pipeline.components.values()]
     partition = values.get("chunk_partition") or next(
         (config["chunk_partition"] for config in configs if "chunk_partition" in config), None
     )
-    if "chunk_partition" in values and partition:
+    if "chunk_partition" in values and partition and len(partition) > 1:
         whole["chunk_partition"] = [sum(partition)]
     return "".join(f"; teacher.arguments.{name}={value} makes it one part" for name, value in whole.items())
-
-
-def again(pipeline: Any, arguments: Mapping[str, Any]) -> str:
-    """Which arguments leave out a second run of the grid, over the first one's picture; may be empty."""
-    for name, parameter in parameters(pipeline).items():
-        value = arguments.get(name, parameter.default)
-        if name.endswith("_strength") and isinstance(value, int | float) and value > 0:
-            return f"; teacher.arguments.{name}=0 leaves out what runs over the picture of the first"
-    return ""
 
 
 def fewest_steps(pipeline: Any) -> int:

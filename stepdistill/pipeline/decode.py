@@ -133,7 +133,7 @@ def _giving(trace: Trace, latents: Tensor) -> Replaced:
             number = number_of()
             sample, free = samples[number if number < len(samples) else 0]
             if free is not None:
-                kept = free.outside(_kept(trace, signature.bind(*args, **kwargs).arguments))
+                kept = free.outside(_kept(trace, free, signature.bind(*args, **kwargs).arguments))
                 sample = free.whole(sample, kept.to(sample))
             # LCM's pipeline takes the denoised latents from the second place.
             return Answer((sample, sample))
@@ -143,17 +143,22 @@ def _giving(trace: Trace, latents: Tensor) -> Replaced:
     return in_each(scheduler, given)
 
 
-def _kept(trace: Trace, call: Mapping[str, Any]) -> Tensor:
-    """What the pipeline keeps of a sample: the x_0 that a step is called with; of several samples as it has them."""
-    x0, several = call.get(in_two.GIVEN), trace.denoiser.spec.joint is not None
+def _kept(trace: Trace, free: Span, call: Mapping[str, Any]) -> Tensor:
+    """A sample that outside its ``free`` part is what the pipeline keeps there at the end.
+
+    That is the x_0 which a step is called with; where the pipeline adds nothing to what the silent network answers, it
+    keeps the sample as it is.
+    """
+    x0, output = call.get(in_two.GIVEN), call["model_output"]
     if x0 is not None:
         return x0
-    if several or call["model_output"].shape != call["sample"].shape:
+    several = trace.denoiser.spec.joint is not None
+    if several or output.shape != call["sample"].shape or not free.outside(output).any():
         return call["sample"]
     schedule, timestep = trace.denoiser.schedule, torch.as_tensor(call["timestep"]).reshape(-1)[:1]
     x_t = as_network_input(copy.deepcopy(trace.pipeline.scheduler), call["sample"], timestep)
     t = schedule.time(timestep.to(x_t.device)).expand(len(x_t))
-    return schedule.to_x0(call["model_output"], x_t, t, trace.denoiser.kind)
+    return schedule.to_x0(output, x_t, t, trace.denoiser.kind)
 
 
 @contextmanager

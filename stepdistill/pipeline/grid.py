@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepdistill.pipeline.call import TraceError, again, fewest_steps, one_part
+from stepdistill.pipeline.call import TraceError, fewest_steps, one_part
 from stepdistill.pipeline.compare import same
 from stepdistill.pipeline.observe import observe
+from stepdistill.pipeline.stock_call import parameters
 
 
 def fewest(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], component: str, most: int) -> int:
@@ -22,11 +23,26 @@ def fewest(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, 
             continue
         count = steps
         break
+    if _runs_again(pipeline, entries, arguments, count):
+        reason = f"{type(pipeline).__name__} runs its grid again, and a student has one grid"
+        hint = _without_the_second(pipeline, entries, arguments, count) or one_part(pipeline, arguments)
+        raise TraceError("components", reason + hint)
+    return count
+
+
+def _runs_again(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], count: int) -> bool:
     try:
         made = observe(pipeline, entries, arguments, steps=count, guidance=1.0, stop_steps=count + 1).steps
     except TraceError:  # it fails after its last step, as a student's export would
-        return count
-    if len(made) > count and same(made[count].timestep, made[0].timestep):
-        reason = f"{type(pipeline).__name__} runs its grid again, and a student has one grid"
-        raise TraceError("components", reason + (again(pipeline, arguments) or one_part(pipeline, arguments)))
-    return count
+        return False
+    return len(made) > count and same(made[count].timestep, made[0].timestep)
+
+
+def _without_the_second(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], count: int) -> str:
+    """Which strength of 0 leaves out the second run, over the first one's picture, as a run shows; may be empty."""
+    for name, parameter in parameters(pipeline).items():
+        value = arguments.get(name, parameter.default)
+        stated = name.endswith("_strength") and isinstance(value, int | float) and value > 0
+        if stated and not _runs_again(pipeline, entries, {**arguments, name: 0}, count):
+            return f"; teacher.arguments.{name}=0 leaves out what runs over the picture of the first"
+    return ""

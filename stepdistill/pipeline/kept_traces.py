@@ -4,9 +4,11 @@ A file has the facts alone, and is found by a hash of what they depend on. It is
 library, never as code. What it says is confirmed by one unguided step of one entry, as a trace at a small size is.
 """
 
-import importlib
+import inspect
+import sys
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from pickle import PicklingError, UnpicklingError
@@ -33,6 +35,9 @@ from stepdistill.pipeline.trace import Trace, replace_scheduler
 
 UNREADABLE = (OSError, RuntimeError, UnpicklingError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 """What reading a file raises that was damaged, or written by an earlier version."""
+FACTS = ("stepdistill.diffusion.", "stepdistill.kernels.guide", "stepdistill.pipeline.explain")
+"""The modules whose dataclasses and named tuples are what a trace consists of."""
+PLAIN = {f"builtins.{kind.__name__}": kind for kind in (frozenset, list, tuple)}
 OF_THE_RUN = {"pipeline", "denoiser", "set_ups"}
 """The parts of a trace that are no facts, or are kept in another form."""
 
@@ -58,26 +63,36 @@ def kept_trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Tra
 def _name(pipeline: Any, arguments: Mapping[str, Any]) -> str | None:
     """A hash of the code, the pipeline and the call; of the weights a few values of each tensor.
 
-    None: the pipeline's weights are not there (a plan), or a value of the call has no name that lasts.
+    None: the pipeline's weights are not there (a plan), or a picture; or a value of the call has no name that lasts.
     """
     networks = modules(pipeline)
     tensors = [tensor for network in networks.values() for tensor in network.parameters()]
     if any(tensor.is_meta or type(tensor) not in (nn.Parameter, torch.Tensor) for tensor in tensors):
         return None
-    if not all(_lasts(value) for value in arguments.values()):
+    files = [Path(file) for value in arguments.values() for file in pictures_in(value)]
+    if not all(map(_lasts, arguments.values())) or not all(file.is_file() for file in files):
         return None
-    versions = (stepdistill.__version__, torch.__version__, diffusers.__version__, transformers.__version__, _code())
-    pictures = [sha256(Path(file)) for value in arguments.values() for file in pictures_in(value)]
-    parts = {name: settings(component) for name, component in pipeline.components.items()}
+    versions = (stepdistill.__version__, torch.__version__, diffusers.__version__, transformers.__version__)
+    components = pipeline.components
+    parts = {name: (*settings(one), getattr(one, "padding_side", None)) for name, one in components.items()}
     weights = {key: {name: some(p) for name, p in one.named_parameters()} for key, one in networks.items()}
-    places = sorted({f"{tensor.device} {tensor.dtype}" for tensor in tensors})
-    of_pipeline = (type(pipeline).__name__, getattr(pipeline, "made_of", None), dict(getattr(pipeline, "config", {})))
-    return digest(versions, of_pipeline, arguments, pictures, parts, weights, places)
+    places = sorted({f"{tensor.device.type} {tensor.dtype}" for tensor in tensors})
+    config = {name: value for name, value in dict(getattr(pipeline, "config", {})).items() if name[0] != "_"}
+    own = {
+        name: value
+        for name, value in vars(pipeline).items()
+        if name[0] != "_" and isinstance(value, bool | int | float)
+    }
+    of_pipeline = (type(pipeline).__name__, getattr(pipeline, "made_of", None), config, own)
+    kinds = {name: type(value).__name__ for name, value in arguments.items()}
+    call = (arguments, kinds, [sha256(file) for file in files])
+    code = (_code(), _code_of(pipeline, *components.values()))
+    return digest(versions, code, of_pipeline, call, parts, weights, places)
 
 
 def _lasts(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_lasts, value))
+    if isinstance(value, list | tuple | dict):
+        return all(map(_lasts, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, bool | int | float | str | torch.Tensor)
 
 
@@ -85,9 +100,17 @@ def _lasts(value: Any) -> bool:
 def _code() -> str:
     """A hash of the code that traces."""
     root = Path(__file__).parents[1]
-    return digest(
-        *(file.read_bytes() for room in ("diffusion", "pipeline") for file in sorted((root / room).glob("*.py")))
-    )
+    files = [file for room in ("diffusion", "pipeline") for file in sorted((root / room).glob("*.py"))]
+    return digest(*(file.read_bytes() for file in files))
+
+
+def _code_of(*parts: Any) -> list[bytes]:
+    """The code of a pipeline and its components: a library's may change between two of its versions."""
+    files = set()
+    for kind in {type(part) for part in parts if part is not None}:
+        with suppress(OSError, TypeError):  # it has none: a built-in class, or one that was made in a console
+            files.add(inspect.getsourcefile(kind))
+    return [Path(file).read_bytes() for file in sorted(filter(None, files))]
 
 
 def _write(file: Path, traced: Trace) -> None:
@@ -100,7 +123,7 @@ def _write(file: Path, traced: Trace) -> None:
     try:
         with atomic(file) as draft:
             torch.save(content, draft)
-    except (PicklingError, AttributeError, TypeError, OSError):
+    except (PicklingError, AttributeError, TypeError, ValueError, RuntimeError, OSError):  # or the disk is full
         return
 
 
@@ -132,10 +155,14 @@ def _read(file: Path, pipeline: Any, arguments: dict[str, Any]) -> Trace | None:
 
 
 def _own_class(name: str) -> type:
+    """A class of facts by its name; nothing is imported, and no function is found."""
+    if name in PLAIN:
+        return PLAIN[name]
     module, _, attribute = name.rpartition(".")
-    if module.partition(".")[0] != "stepdistill" and name != "builtins.frozenset":
-        raise UnpicklingError(f"{name} is not a class of this library")
-    return getattr(importlib.import_module(module), attribute)
+    found = getattr(sys.modules.get(module), attribute, None) if module.startswith(FACTS) else None
+    if not isinstance(found, type) or not (is_dataclass(found) or hasattr(found, "_fields")):
+        raise UnpicklingError(f"{name} is not a class of facts")
+    return found
 
 
 def _device(pipeline: Any) -> torch.device:
@@ -151,5 +178,5 @@ def _restored(content: Mapping[str, Any], pipeline: Any) -> Trace:
         return Denoiser(network, replace(spec, helpers=tuple(helpers)), schedule, kind)
 
     networks = {name: getattr(pipeline, name) for name in content["networks"]}
-    network = Experts(networks) if len(networks) > 1 else next(iter(networks.values()))
+    network = Experts(networks) if len(networks) > 1 else networks[content["networks"][0]]
     return Trace(pipeline=pipeline, denoiser=denoiser(network, content["spec"]), **content["facts"])

@@ -30,6 +30,7 @@ from stepdistill.pipeline.places import cut_by, kept_by_time, only_free, place_o
 from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.students import routed
 from stepdistill.pipeline.trace import PROBES, Trace, trace
+from stepdistill.roles.views import noting_inputs
 
 Size = tuple[int, int]
 """Height and width of a picture in pixels."""
@@ -177,7 +178,8 @@ def recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     t = schedule.time(explain.received_timestep(step, spec, schedule).to(step.sample.device)).expand(1)
     try:
         rows = spec.conditions(call.arguments, trace.conditioning)
-        raw = denoiser(scaled_sample(step), t, rows).raw.to(step.model_output.dtype)
+        with noting_inputs(denoiser.network):
+            raw = denoiser(scaled_sample(step), t, rows).raw.to(step.model_output.dtype)
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TraceError(

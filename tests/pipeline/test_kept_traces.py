@@ -1,20 +1,26 @@
 """Traces on the disk: a second start takes the same facts from there, and only those that the pipeline confirms."""
 
+import inspect
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from pipeline import zoo
 from pipeline.test_cut_timesteps import Cutting, flow
 from pipeline.test_joint import PLAIN, ltx2
-from pipeline.tiny import tiny_dit, tiny_sd
+from pipeline.tiny import redraw, tiny_dit, tiny_sd
+from pipeline.toy import ToyNetwork, ToyPipeline
 from stepdistill.diffusion.nested import tensors_in
+from stepdistill.errors import InputError
+from stepdistill.files import write_text
 from stepdistill.pipeline import kept_traces
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.kept_traces import kept_trace
+from stepdistill.roles.views import lora_targets
 
 VIDEO = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
 CASES = {
@@ -24,6 +30,7 @@ CASES = {
     "beside the sample": (zoo.inpainting, {"image": "picture.png", "mask_image": "picture.png", **zoo.SMALL}),
     "experts": (lambda: zoo.wan(boundary_ratio=0.875), zoo.SMALLER | VIDEO),
     "one by one": (zoo.vace, VIDEO),
+    "several of these": (zoo.controlnets, {"image": ["picture.png", "picture.png"], **zoo.SMALL}),
     "three passes": (zoo.pix2pix, {"image": "picture.png", "image_guidance_scale": 2.0}),
     "a first frame": (zoo.wan_from_a_frame, VIDEO | {"image": "picture.png", "num_frames": 9}),
     "timesteps that are cut off": (lambda: flow(Cutting), {}),
@@ -98,11 +105,63 @@ def test_what_it_depends_on_is_in_its_name():
     assert name(pipeline.to("meta")) is None and name(made(tiny_sd), {"image": Image.new("RGB", (8, 8))}) is None
 
 
+class ByName(ToyNetwork):
+    """Gives one layer its input by name, as AnimateDiff's motion modules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = torch.nn.Linear(8, 8)
+
+    def forward(self, picture, noise_level, extra):
+        return (self.out(input=super().forward(picture, noise_level, extra)[0]),)
+
+
+def test_layers_that_can_have_no_lora_are_noted_again(monkeypatch):
+    def build():
+        return toy_of(redraw(ByName(), 9))
+
+    first = kept_trace(build())
+    monkeypatch.setattr(kept_traces, "trace_small", not_traced)
+    assert lora_targets(kept_trace(build()).network) == lora_targets(first.network) == ["blocks.0", "blocks.1", "speed"]
+
+
+def toy_of(network):
+    return ToyPipeline(network, DDIMScheduler(clip_sample=False))
+
+
+def test_another_code_of_the_pipeline_has_another_name(tmp_path, monkeypatch):
+    pipeline = toy_of(redraw(ToyNetwork(), 9))
+    before = kept_traces._name(pipeline, {})
+    changed = tmp_path / "toy.py"
+    changed.write_text("# edited")
+    own = inspect.getsourcefile
+    monkeypatch.setattr(inspect, "getsourcefile", lambda kind: str(changed) if kind is ToyPipeline else own(kind))
+    assert kept_traces._name(pipeline, {}) not in (None, before)
+
+
+def test_a_picture_that_is_not_there_is_refused_by_the_call():
+    with pytest.raises(InputError, match=r"image: expected a picture, found no file no\.png"):
+        kept_trace(made(zoo.inpainting), {"image": "no.png", "mask_image": "picture.png", **zoo.SMALL})
+
+
+def test_a_full_disk_costs_the_file_alone(tmp_path, monkeypatch):
+    def full(_content, draft):
+        draft.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert kept_trace(made(tiny_dit)).entry == "class_labels"
+    assert not list((tmp_path / "cache").iterdir())
+
+
 class Mischief:
-    """Runs code where it is unpickled."""
+    """Calls a function where it is unpickled."""
+
+    def __init__(self, function):
+        self.function = function
 
     def __reduce__(self):
-        return Path.touch, (Path("ran"),)
+        return self.function, (Path("ran"), "")
 
 
 def lies(content):
@@ -111,7 +170,11 @@ def lies(content):
     return content
 
 
-@pytest.mark.parametrize("change", [lies, lambda _: {}, lambda content: content | {"more": Mischief()}, None])
+def with_a(function):
+    return lambda content: content | {"more": Mischief(function)}
+
+
+@pytest.mark.parametrize("change", [lies, lambda _: {}, with_a(Path.write_text), with_a(write_text), None])
 def test_a_file_that_is_not_right_is_made_again(change, tmp_path):
     expected = kept_trace(made(tiny_sd), zoo.SMALL)
     (file,) = (tmp_path / "cache").glob("traces-*")

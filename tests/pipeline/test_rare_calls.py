@@ -96,8 +96,10 @@ class Keeping(ToyPipeline):
         return (x[:, :3],)
 
 
-def test_what_a_pipeline_keeps_is_decoded_as_the_pipeline_has_it():
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])  # begins at the noise end itself
+def test_what_a_pipeline_keeps_is_decoded_as_the_pipeline_has_it(spacing):
     pipeline = made(Keeping)
+    pipeline.scheduler.register_to_config(timestep_spacing=spacing)
     pipeline.network.dtype = torch.float32
     traced = trace(pipeline)
     assert traced.latent_shape == (4, 7, 8)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from stepdistill.data import shards, store
 from stepdistill.errors import InputError
 from stepdistill.exporting import check
+from stepdistill.pipeline.call import TraceError
 from stepdistill.run import train
 from stepdistill.training import checkpoint, part_files
 from stepdistill.training.distributed import Processes, leave
@@ -42,9 +43,13 @@ def answers(processes: Processes) -> dict[str, object]:
         assert rank == 0
         raise InputError("no room")
 
+    def refuse_a_pipeline() -> None:
+        assert rank == 0
+        raise TraceError("call", "no room")
+
     def refuse_first() -> None:
         with processes.encoders.after_the_first():
-            refuse()
+            refuse_a_pipeline()
 
     group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
     return {

@@ -164,7 +164,8 @@ def test_what_the_processes_tell_each_other(runs):
     assert first.pop("share") == [[0, 4], 2] and second.pop("share") == [[2, 6], 2]
     assert first == second
     assert first["patience"] == 24 * 3600  # the first process may encode data or evaluate for hours
-    assert first["once"] == "from 0" and first["refused"] == first["refused first"] == "InputError: no room"
+    assert first["once"] == "from 0" and first["refused"] == "InputError: no room"
+    assert first["refused first"] == "TraceError: trace: check 'call' failed: no room"
     assert first["any"] == [False, True]
     assert first["mean"] == {"a": 0.5, "b": 3.0}
     assert first["equal"] == "nothing" and first["unequal"].startswith("RuntimeError: the processes have drifted apart")
