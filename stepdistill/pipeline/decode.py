@@ -178,17 +178,19 @@ def standing_in(trace: Trace, answer: Callable[[Tensor], Tensor]) -> Iterator[No
 
 def _stand_in(trace: Trace, network: nn.Module, answer: Callable[[Tensor], Tensor]) -> Callable[..., Answer]:
     spec, own = trace.denoiser.spec, network.forward
-    signature = inspect.signature(own)
+    signature, beside = inspect.signature(own), {}
 
     def of(x: Tensor | list[Tensor], window: Window) -> Tensor | list[Tensor]:
         if isinstance(x, list):
             return [answer(row) for row in x]
-        seen = answer(x).flatten(1).mean(1) if window.spans else None  # what is beside the sample is not to change
-        for span in window.spans:
-            left_out = x.shape[span.axis] == span.length  # the network has kept what it made of it (KV caches)
-            x = x if span.axis in window.cut or left_out else span.inside(x)
+        left_out = [x.shape[span.axis] == span.length for span in window.spans]
+        if window.spans and not any(left_out):  # else the network has kept what it made of it (KV caches)
+            beside[window] = sum(answer(part).flatten(1).mean(1) for part in window.beside(x))
+        for span, left in zip(window.spans, left_out, strict=True):
+            x = x if span.axis in window.cut or left else span.inside(x)
         raw = answer(x)
-        raw = raw if seen is None else raw + seen.reshape(-1, *[1] * (raw.ndim - 1))
+        if window in beside:  # it is not to change
+            raw = raw + beside[window].reshape(-1, *[1] * (raw.ndim - 1))
         channels = 2 if window.grid or window.frame_axis == 1 else 1
         channels = -1 if spec.output.endswith("last_axis") else channels
         return torch.cat([raw, raw], channels) if "first_half" in spec.output else raw
