@@ -29,7 +29,9 @@ TEXT = """\
 diffusers tests its pipelines on tiny random ones. Each of them is built here offline, with small tokenizers and text
 encoders in the place of those that its test would download. Then it is traced with the arguments of its test.
 `scripts/sweep/sweep.py` repeats this; its first lines say how. The tests of SkyReels V2 and Cosmos 2.5 leave their
-scheduler at defaults that no flow network is sampled with; here it has settings of flow (`SCHEDULERS` there).
+scheduler at defaults that no flow network is sampled with; here it has settings of flow (`SCHEDULERS` there). The
+prompts of Bria Fibo Edit are JSON here, as its test's are. `stepdistill inspect` has plain words, which that pipeline
+refuses.
 
 Of {tests} tests (commit {commit}), {built} build a pipeline with diffusers {diffusers} here. **{traced} of these
 ({share}) are traced** by stepdistill {stepdistill}: recorded steps are repeated to 1e-5. For {advised} of them an
