@@ -59,7 +59,7 @@ def _library(name: str, advice: str) -> Finding:
 
 
 def _has_driver() -> bool:
-    """Whether torch could find an accelerator: on Linux by what drivers leave in /dev; elsewhere it is asked."""
+    """Whether torch could find an accelerator: on Linux by what drivers leave in /dev; elsewhere by torch itself."""
     if sys.platform != "linux" or importlib.metadata.entry_points(group="torch.backends"):
         return True
     return any(path for name in _DEVICE_FILES for path in Path("/dev").glob(name))

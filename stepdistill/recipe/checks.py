@@ -36,7 +36,7 @@ def problems(recipe: "Recipe", config: Any) -> Problems:
 
 
 def missing(recipe: "Recipe") -> Problems:
-    """(key, problem) of what is named and is not there; no method is asked, as torch takes seconds to import."""
+    """(key, problem) of what is named and is not there; methods are not imported, as torch takes seconds to load."""
     for rule in SOURCE_RULES:
         yield from rule(recipe)
 

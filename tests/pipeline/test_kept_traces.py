@@ -26,11 +26,11 @@ VIDEO = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
 CASES = {
     "classes": (tiny_dit, {}),
     "a list for each": (zoo.z_image, zoo.ZOO["z-image"].arguments),
-    "a network that is asked first": (zoo.controlnet, {"image": "picture.png", **zoo.SMALL}),
+    "a ControlNet": (zoo.controlnet, {"image": "picture.png", **zoo.SMALL}),
     "beside the sample": (zoo.inpainting, {"image": "picture.png", "mask_image": "picture.png", **zoo.SMALL}),
     "experts": (lambda: zoo.wan(boundary_ratio=0.875), zoo.SMALLER | VIDEO),
     "one by one": (zoo.vace, VIDEO),
-    "several of these": (zoo.controlnets, {"image": ["picture.png", "picture.png"], **zoo.SMALL}),
+    "two ControlNets": (zoo.controlnets, {"image": ["picture.png", "picture.png"], **zoo.SMALL}),
     "three passes": (zoo.pix2pix, {"image": "picture.png", "image_guidance_scale": 2.0}),
     "a first frame": (zoo.wan_from_a_frame, VIDEO | {"image": "picture.png", "num_frames": 9}),
     "timesteps that are cut off": (lambda: flow(Cutting), {}),
