@@ -94,7 +94,9 @@ def reasons(rows: Sequence[dict[str, Any]]) -> list[str]:
         text = re.sub(r"^teacher\.pipeline: a plain call .* what is trained; ", "plain call: ", text)
         text = re.sub(r"(?<=own )\w+ failed on \[[^\]]*\](?=: )", "the pipeline failed", text)
         text = re.sub(r"; (its tensors are|the closest).*| \[[\d, ]+\](?=, scaled)|:? \(?off by .*", "", text)
-        groups.setdefault(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…", []).append(row)
+        text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+        open_code = text.count("`") % 2  # a mark whose partner was cut off
+        groups.setdefault("".join(text.rsplit("`", 1)) if open_code else text, []).append(row)
     return [f"| {', '.join(names(some))} | {reason} |" for reason, some in groups.items()]
 
 

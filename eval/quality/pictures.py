@@ -181,7 +181,8 @@ def panels_plot(
         axes.set_xlim(min(ticks) / 1.25, max(ticks) * 1.25)
         _logarithmic(axes)
         axes.tick_params(labelleft=True)
-        axes.legend(frameon=False, fontsize=7, ncols=2, loc="best")
+        below = {"ncols": 3, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}  # of what no empty corner holds
+        axes.legend(frameon=False, fontsize=7, **(below if len(lines) > 8 else {"ncols": 2, "loc": "best"}))
     for axes in drawn[::columns]:
         axes.set_ylabel(label)
     return _render(figure)
