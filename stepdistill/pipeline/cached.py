@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stepdistill.diffusion.nested import tensors_in, unflatten
-from stepdistill.pipeline.compare import close
+from stepdistill.pipeline.compare import close, outputs_of
 from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
 from stepdistill.pipeline.places import place_of, scaled_sample
 
@@ -50,8 +49,5 @@ def _of_step(value: Any, own: Any, step: Step, first: Step) -> Any:
 
 
 def _gives(network: nn.Module, arguments: Mapping[str, Any], call: Call) -> bool:
-    try:
-        made = tensors_in(network(**unflatten(arguments)))
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
-        return False
+    made = outputs_of(network, arguments)
     return bool(made) and close(made[0], call.outputs[0])

@@ -1,9 +1,12 @@
-"""Tolerances: when two recorded values count as equal."""
+"""When two recorded values count as equal, and what a network returns to be compared."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from stepdistill.diffusion.nested import tensors_in, unflatten
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -58,3 +61,11 @@ def single_value(value: Any) -> tuple[Tensor, Tensor | None] | None:
     if tensor.ndim < 2 or not torch.equal(mask, mask[:1].expand_as(mask)) or not (tensor == number * mask).all():
         return None
     return number, mask[:1].to(tensor.dtype)
+
+
+def outputs_of(network: Any, arguments: Mapping[str, Any]) -> list[Tensor] | None:
+    """The tensors that a network returns for arguments by their dotted names; None: it takes no such arguments."""
+    try:
+        return tensors_in(network(**unflatten(arguments)))
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+        return None

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import CallSpec, Conditions, Output, joined
-from stepdistill.diffusion.nested import tensors_in, unflatten
+from stepdistill.diffusion.nested import tensors_in
 from stepdistill.diffusion.passes import of_pass
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.diffusion.schedule import FlowSchedule, Schedule
 from stepdistill.pipeline.call import TraceError
-from stepdistill.pipeline.compare import close, deviation, same, single_value, tolerance
+from stepdistill.pipeline.compare import close, deviation, outputs_of, same, single_value, tolerance
 from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
 from stepdistill.pipeline.paths import times_of
 from stepdistill.pipeline.places import PASSES, place_of, scaled_sample
@@ -289,11 +289,8 @@ def _time_of_each(network: nn.Module, call: Call, names: Sequence[str]) -> Tenso
 
 def _gives_the_same(network: nn.Module, call: Call, changed: Mapping[str, Any]) -> bool:
     """Whether the network's outputs are those of the call with some of its arguments ``changed``."""
-    try:
-        outputs = tensors_in(network(**unflatten({**call.arguments, **changed})))
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return False
-    return all(map(close, outputs, call.outputs))
+    outputs = outputs_of(network, {**call.arguments, **changed})
+    return outputs is not None and all(map(close, outputs, call.outputs))
 
 
 def output_map(off: Recording, spec: CallSpec, component: str) -> CallSpec:

@@ -30,11 +30,12 @@ def fewest(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, 
     return count
 
 
-def _runs_again(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], count: int) -> bool:
+def _runs_again(pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], count: int) -> bool | None:
+    """Whether a call of ``count`` steps goes on with the first of them; None: it fails."""
     try:
         made = observe(pipeline, entries, arguments, steps=count, guidance=1.0, stop_steps=count + 1).steps
-    except TraceError:  # it fails after its last step, as a student's export would
-        return False
+    except TraceError:
+        return None
     return len(made) > count and same(made[count].timestep, made[0].timestep)
 
 
@@ -43,6 +44,6 @@ def _without_the_second(pipeline: Any, entries: Sequence[Any] | str, arguments: 
     for name, parameter in parameters(pipeline).items():
         value = arguments.get(name, parameter.default)
         stated = name.endswith("_strength") and isinstance(value, int | float) and value > 0
-        if stated and not _runs_again(pipeline, entries, {**arguments, name: 0}, count):
+        if stated and _runs_again(pipeline, entries, {**arguments, name: 0}, count) is False:
             return f"; teacher.arguments.{name}=0 leaves out what runs over the picture of the first"
     return ""

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepdistill.diffusion.nested import tensors_in, unflatten
 from stepdistill.diffusion.ragged import Rows, Shared, found
 from stepdistill.pipeline.call import TraceError, by_itself
-from stepdistill.pipeline.compare import close, same
+from stepdistill.pipeline.compare import close, outputs_of, same
 from stepdistill.pipeline.observe import Call, Recording, Step, modules, observe
 from stepdistill.pipeline.places import place_of, scaled_sample
 
@@ -133,11 +132,8 @@ class _Stack:
         network: Any = self.network
         if (ragged := found([arguments])) is not None:
             arguments, network = ragged.packed_call(arguments, len(outputs[0])), ragged.around(network, whole)
-        try:
-            made = tensors_in(network(**unflatten(arguments)))
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-            return False
-        return len(made) == len(outputs) and all(map(close, made, outputs))
+        made = outputs_of(network, arguments)
+        return made is not None and len(made) == len(outputs) and all(map(close, made, outputs))
 
     def _own_shapes(self, calls: Sequence[Call], fixed: Collection[str]) -> dict[str, Any]:
         """The arguments where what has another shape in each call is no tensor of all, but :class:`Rows`."""

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
-from torch import Tensor
+from torch import nn
 
 from pipeline.tiny import redraw
 from pipeline.toy import ToyNetwork, ToyPipeline
@@ -19,19 +19,9 @@ from stepdistill.pipeline.variants import with_shift
 
 
 class Cutting(ToyPipeline):
-    @torch.no_grad()
-    def __call__(
-        self,
-        class_labels: list[int],
-        generator: torch.Generator | None = None,
-        num_inference_steps: int = 5,
-    ) -> tuple[Tensor]:
-        labels = torch.tensor(class_labels)
-        x = torch.randn(len(labels), 4, 8, 8, generator=generator)
-        self.scheduler.set_timesteps(num_inference_steps)
-        for step, t in enumerate(self.scheduler.timesteps.long()):
-            x = self.scheduler.step(self._network(x, t, labels, step), t, x).prev_sample
-        return (x,)
+    def __init__(self, network: nn.Module, scheduler: Any):
+        super().__init__(network, scheduler)
+        self.times = lambda timesteps: timesteps.long()
 
 
 def flow(kind: type) -> Any:
@@ -47,7 +37,7 @@ def test_the_student_is_told_integers_and_takes_exact_steps():
     sampler = DDIM(schedule, found.pipeline.scheduler, 3)
     assert any(1000 * step.t % 1 > 0.01 for step in sampler.grid())
     with scheduled(found.pipeline, sampler.scheduler):
-        stock = record(found.pipeline, {"class_labels": [1, 2], "num_inference_steps": 3})
+        stock = record(found.pipeline, {"class_labels": [1, 2], "num_inference_steps": 3, "guidance_scale": 1.0})
     with torch.no_grad():
         cond = {"extra.what": torch.tensor([1, 2])}
         own = sampler.sample(lambda x, t: found.denoiser(x, t, cond), stock["noise"])

@@ -124,7 +124,7 @@ def test_lines_that_are_kept_on_another_path():
 
 
 class Preconditioned(ToyPipeline):
-    """Its network is EDM's, is told its noise levels, and has a channel that is left off; its scheduler takes x_0."""
+    """Its network is EDM's: it takes noise levels, and its last channel is left off. Its scheduler takes x_0."""
 
     def _network(self, x: Tensor, t: Tensor, labels: Tensor, step: int) -> Tensor:
         sigma = self.scheduler.sigmas[step]
