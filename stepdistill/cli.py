@@ -28,6 +28,7 @@ from stepdistill.cli_facts import (
     interval_of,
     methods,
     numbers,
+    opening,
     picture_size,
     print_facts,
     print_result,
@@ -36,8 +37,8 @@ from stepdistill.cli_facts import (
     watch,
 )
 from stepdistill.errors import InputError, RunError
-from stepdistill.pipeline.names import check_name
-from stepdistill.progress import WorkProgress
+from stepdistill.progress import WorkProgress, phase
+from stepdistill.recipe import load
 from stepdistill.training.layout import RunFolder
 
 app = typer.Typer(
@@ -84,13 +85,11 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train, export, report. Resumes a run that was interrupted."""
-    # pydantic is not needed for --help; torch not before the recipe is known to be good.
-    from stepdistill.recipe import load
-
     resolved = load(recipe, overrides or (), safe)
     if dry_run:
         print(json.dumps(resolved.model_dump(mode="json"), indent=2) if as_json else resolved.to_yaml().rstrip())
         return
+    phase("loading libraries")
     if profile:
         from stepdistill.training.profiling import profile_training, table
 
@@ -147,6 +146,7 @@ def export(
 
         check_name(hub)
     RunFolder(run).check()
+    phase(f"loading {run}")
     result = stepdistill.export(run, out, fuse, keys, half, safe, dtype, to, check)
     facts = {result.form: str(result.folder), "max_error": result.max_error}
     if hub is not None:
@@ -183,18 +183,19 @@ def plan(
         raise InputError("--fit: expected --gpu with the device's memory in GiB, found none")
     if fit and overrides:
         raise InputError("--fit: expected the recipe alone, found overrides; they are not in its file")
+    if gpus is not None and (fit or seconds):
+        raise InputError(f"{'--fit' if fit else '--seconds'}: expected it without --gpus")
+    taken = overrides or ()
+    load(recipe, taken)  # a mistake in it must not wait for the libraries
+    phase("loading libraries; no weights are read")
     if gpus is not None:
-        if fit or seconds:
-            raise InputError(f"{'--fit' if fit else '--seconds'}: expected it without --gpus")
-        # torch is not needed for --help.
         from stepdistill.planning import scale
 
-        estimates = scale.scale(recipe, overrides or (), numbers("--gpus", gpus))
+        estimates = scale.scale(recipe, taken, numbers("--gpus", gpus))
         print(json.dumps(scale.as_dict(estimates, gpu), indent=2) if as_json else scale.as_text(estimates, gpu))
         return
     from stepdistill.planning import plan as planning
 
-    taken = overrides or ()
     if gpu:
         first, changes = planning.fit(recipe, taken, gpu, seconds)
     else:
@@ -255,7 +256,7 @@ def sample(
         "size": picture_size(size),
         "conditions": prompts or [*named, *(prompt or ())],
     }
-    check_name(path)
+    opening(path)
     result = stepdistill.sample(path, steps=steps, guidance=guidance, seed=seed, count=count, out=out, **settings)
     facts = {"grid": str(result.path), "images": len(result.images), "seconds": round(result.seconds, 3)}
     facts["nfe"] = round(result.nfe, 2)
@@ -278,7 +279,7 @@ def edit(
     as_json: AsJson = False,
 ) -> None:
     """Invert a real picture with an iCD student's encoder, and draw it again under another condition."""
-    check_name(path)
+    opening(path)
     settings = {"guidance": guidance, "tau": tau, "tau_high": tau_high, "seed": seed, "out": out}
     result = stepdistill.edit(path, image, source, target, **settings)
     facts = {"picture": str(result.path), "reconstruction_error": round(result.error, 5)}
@@ -298,7 +299,7 @@ def demo(
 ) -> None:
     """Open a local page that draws with a student beside its teacher, from the same noise."""
     if student:
-        check_name(student)
+        opening(student)
     # gradio takes seconds to import, and is an extra.
     from stepdistill.demo.page import serve
 
@@ -337,7 +338,7 @@ def bench(
         print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
         return
     for source in sources:
-        check_name(source)
+        opening(source)
     with WorkProgress() as progress:
         report = stepdistill.bench(
             sources,

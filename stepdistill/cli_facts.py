@@ -15,7 +15,8 @@ from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.files import cache_folder, write_text
 from stepdistill.pipeline.names import check_name
-from stepdistill.recipe import shipped, yaml_lines
+from stepdistill.progress import phase
+from stepdistill.recipe import load, shipped, yaml_lines
 from stepdistill.training.layout import RunFolder
 
 
@@ -42,9 +43,8 @@ def encode(
     as_json: AsJson = False,
 ) -> None:
     """Encode a recipe's conditions and images ahead of its run, on all processes. Goes on where it was interrupted."""
-    from stepdistill.recipe import load
-
     resolved = load(recipe, overrides or (), safe)
+    phase("loading libraries")
     from stepdistill.training.distributed import launch, leave, process_count
 
     if (processes := process_count(resolved.distributed.processes)) > 1:
@@ -78,7 +78,7 @@ def inspect(
     """Trace a pipeline and print how its denoiser is driven."""
     named = dict(argument.partition("=")[::2] for argument in arguments or ())
     values = {name: yaml_lines.read(value, f"--argument {name}")[0] for name, value in named.items()}
-    check_name(pipeline)
+    opening(pipeline)
     traced = stepdistill.inspect(pipeline, arguments=values or None, variant=variant, config=config)
     facts = traced.summary()
     if "experts" in facts and not as_json:
@@ -99,7 +99,7 @@ def convert(
     config: Config = None,
 ) -> None:
     """Write a pipeline as a folder with safetensors: of pickled weights, of which nothing runs, or of a single file."""
-    check_name(source)
+    opening(source)
     from stepdistill.pipeline.convert import convert as rewritten  # torch is not needed for --help
 
     print("\n".join([*rewritten(source, out, revision, config), f"written: {out}"]))
@@ -272,6 +272,16 @@ def doctor(as_json: AsJson = False) -> None:
         print(f"{'ok' if row['ok'] else '--'}  {row['name']:33} {row['found']}")
         if row["advice"]:
             print(textwrap.indent(textwrap.fill(row["advice"], 42, break_on_hyphens=False), " " * 38))
+
+
+def opening(name: str) -> None:
+    """Refuse a pipeline that is not there before the libraries are loaded, which takes seconds; a line says so.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    check_name(name)
+    phase(f"loading {name}")
 
 
 def _age(seconds: float) -> str:

@@ -280,13 +280,21 @@ def test_no_module_is_called_like_a_verb() -> None:
 def test_what_only_looks_does_not_wait_for_torch(tmp_path: Path) -> None:
     mine, gone = str(tmp_path / "mine.yaml"), str(tmp_path / "gone")
     answered = [[], ["--version"], ["init", "quickstart", mine], ["runs", str(tmp_path)], ["doctor"]]
-    refused = [["convert", "gone", "out"], ["join", gone, gone, "--out", "out"], ["train", mine, f"data.images={gone}"]]
+    refused = [["convert", "gone", "out"], ["join", gone, gone, "--out", "out"]]
+    refused += [[verb, mine, f"data.images={gone}"] for verb in ("train", "plan", "encode")]
     program = "import sys\nfrom stepdistill import cli, doctor\ndoctor._DEVICE_FILES = ()\n"
     program += f"assert [cli.run(one) for one in {answered + refused}] == {[0] * len(answered) + [2] * len(refused)}\n"
     program += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "doctor" in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["inspect", "sample", "bench"])
+def test_what_loads_a_pipeline_says_so_before_it_loads_torch(verb: str) -> None:
+    program = f"import sys\nsys.modules['torch'] = None\nfrom stepdistill import cli\ncli.run([{verb!r}, 'fashion-dit'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.startswith("loading fashion-dit\nfailed: ModuleNotFoundError")
 
 
 def test_console_script_and_module_are_the_same_command() -> None:
