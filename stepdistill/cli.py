@@ -337,12 +337,13 @@ def bench(
         report = merged(sources, out, single_file)
         print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
         return
+    counts = numbers("--steps", steps)
     for source in sources:
         opening(source)
     with WorkProgress() as progress:
         report = stepdistill.bench(
             sources,
-            numbers("--steps", steps),
+            counts,
             samples,
             seed,
             out,

@@ -252,8 +252,9 @@ def test_wrong_input_is_one_line_and_exit_2(
     arguments: list[str], message: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert cli.run([word.format(teacher=teacher, here=tmp_path) for word in arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    *before, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and message in error
+    assert all(line == f"loading {teacher}" for line in before)
 
 
 def test_anything_else_is_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
