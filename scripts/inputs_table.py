@@ -20,6 +20,7 @@ them: [your model](your-model.md) and [data](data.md).
 ONE, MANY = "pipeline/test_single_file.py", "pipeline/test_assemble.py"
 OLD, PLACES = "pipeline/test_convert.py", "data/test_places.py"
 FOLDER, SOURCES, PICTURE = "data/test_folder.py", "data/test_sources.py", "data/test_picture.py"
+CLIPS, OF_CLIPS = "data/test_clips.py", "pipeline/test_clips_of_pipelines.py"
 
 # section: (form, what is done with it, test)
 ROWS: dict[str, list[tuple[str, str, str]]] = {
@@ -219,6 +220,30 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
             "damaged or cut short",
             "rejected, whatever Pillow raises",
             f"{PICTURE}::test_damaged_pictures_are_rejected_and_end_nothing",
+        ),
+    ],
+    "Videos, sounds and latents": [
+        (
+            "`.mp4`, `.m4v`, `.mov`, `.webm`, `.mkv`, `.avi`, animated pictures",
+            "as many frames as the pipeline makes, of the file's rate or at `data.frame_rate`",
+            f"{CLIPS}::test_frames_at_the_file_s_rate_and_at_another",
+        ),
+        ("a video that is too short", "rejected", f"{CLIPS}::test_a_video_that_ends_before_is_short"),
+        (
+            "videos of other proportions",
+            "cut in the middle, or sent to the nearest of `data.buckets`",
+            f"{CLIPS}::test_videos_go_to_buckets_by_their_proportions",
+        ),
+        (
+            "`.wav`, `.flac`, `.mp3`, `.ogg`, `.opus`, `.m4a`",
+            "resampled to the pipeline's rate and channels; a part as long as it makes",
+            f"{CLIPS}::test_sounds_are_brought_to_the_rate_and_the_channels",
+        ),
+        ("any of them in shards", "read member by member", f"{CLIPS}::test_sounds_in_shards"),
+        (
+            "`.safetensors` with a tensor `latents`",
+            "latents of the autoencoder that were made ahead; they are scaled and packed as the denoiser takes them",
+            f"{OF_CLIPS}::test_sounds_are_encoded_and_latents_made_ahead_are_taken_as_they_are",
         ),
     ],
 }

@@ -259,6 +259,7 @@ def sample(
     opening(path)
     result = stepdistill.sample(path, steps=steps, guidance=guidance, seed=seed, count=count, out=out, **settings)
     facts = {"grid": str(result.path), "images": len(result.images), "seconds": round(result.seconds, 3)}
+    facts |= {"files": ", ".join(map(str, result.files))} if result.files else {}
     facts["nfe"] = round(result.nfe, 2)
     print_facts(facts, as_json)
 

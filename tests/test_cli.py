@@ -293,7 +293,9 @@ def test_what_only_looks_does_not_wait_for_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["inspect", "sample", "bench"])
 def test_what_loads_a_pipeline_says_so_before_it_loads_torch(verb: str) -> None:
-    program = f"import sys\nsys.modules['torch'] = None\nfrom stepdistill import cli\ncli.run([{verb!r}, 'fashion-dit'])"
+    program = (
+        f"import sys\nsys.modules['torch'] = None\nfrom stepdistill import cli\ncli.run([{verb!r}, 'fashion-dit'])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr.startswith("loading fashion-dit\nfailed: ModuleNotFoundError")
 

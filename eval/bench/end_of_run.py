@@ -6,7 +6,7 @@ from pathlib import Path
 from stepdistill import assets
 from stepdistill.errors import InputError
 from stepdistill.eval.bench.rows import needed
-from stepdistill.eval.bench.samples import check_classes
+from stepdistill.eval.bench.samples import check_classes, check_pictures
 from stepdistill.eval.files import obtain
 from stepdistill.eval.measure import load_view
 from stepdistill.eval.protocol import Protocol, load_protocol
@@ -26,8 +26,9 @@ def protocol_of(trace: Trace, teacher: str, networks: Sequence[str]) -> Protocol
         networks: of a protocol of classes.
 
     Raises:
-        InputError: a package or a file is missing.
+        InputError: a package or a file is missing, or the teacher makes no pictures.
     """
+    check_pictures(trace, teacher)
     protocol = load_protocol()
     try:
         check_classes(trace, protocol, teacher)

@@ -30,7 +30,7 @@ from stepdistill.eval.shards import SHARD, Shards, features_of
 from stepdistill.pipeline.conditioning import class_count, entries
 from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.exports import ExportFacts
-from stepdistill.pipeline.latents import image_shape
+from stepdistill.pipeline.latents import image_shape, medium
 from stepdistill.pipeline.load import as_teacher
 from stepdistill.pipeline.open import open_teacher
 from stepdistill.pipeline.trace import Trace
@@ -150,6 +150,7 @@ class Samples:
         if protocol.conditions not in (kind, "any"):
             cls = type(traced.pipeline).__name__
             raise InputError(f"{path}: protocol {protocol.id} needs a pipeline of {protocol.conditions}, found {cls}")
+        check_pictures(traced, path)
         if isinstance(protocol.reference, ShippedReference):
             actual, size = image_shape(traced), protocol.reference.size
             if actual != (3, size):
@@ -308,6 +309,14 @@ def check_classes(traced: Trace, protocol: Protocol, path: str) -> None:
     if tuple(probe.shape[1:]) != protocol.image:
         shape = tuple(probe.shape[1:])
         raise InputError(f"{path}: protocol {protocol.id} expects images of shape {protocol.image}, found {shape}")
+
+
+def check_pictures(traced: Trace, path: str) -> None:
+    """Raises InputError unless the pipeline at ``path`` makes pictures or videos, which there are metrics for."""
+    made = medium(traced)
+    if made.name == "sound" or made.shape[-3] not in (1, 3):
+        kind = type(traced.pipeline).__name__
+        raise InputError(f"{path}: expected a pipeline of pictures, {kind} makes {made.shape} numbers; no metric fits")
 
 
 def _cached_moments(shards: Shards) -> Moments:

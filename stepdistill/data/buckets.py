@@ -74,6 +74,12 @@ class Bucket:
         """Whether picture number ``row``, of this width and height, is in this bucket."""
         return not self.lacks(row) and nearest(*size, self.sizes) == self.number
 
+    def moment(self, row: int) -> float:
+        """Where in video or sound number ``row`` the part lies that is kept, from 0 to 1."""
+        if self.seed is None:
+            return 0.5
+        return torch.rand((), generator=generator(self.seed, "moment", row)).item()
+
     def cut(self, image: Image.Image, row: int) -> Image.Image:
         """The part of picture number ``row`` that has the bucket's proportions."""
         if self.seed is None:

@@ -1,4 +1,4 @@
-"""Folders of pictures with their captions, as trainers and people lay them out, here or at a URL."""
+"""Folders of pictures, videos or sounds with their captions, as trainers and people lay them out, here or at a URL."""
 
 import mimetypes
 import re
@@ -8,7 +8,7 @@ from math import gcd
 from pathlib import PurePosixPath as Name
 
 from stepdistill.data.places import inside, listing, opened
-from stepdistill.data.sample import SUFFIXES, Sample, decoded, json_sample
+from stepdistill.data.sample import KINDS, SUFFIXES, Sample, decoded, json_sample
 
 CAPTIONS = (".txt", ".caption", ".json")
 """Endings of caption files, the first that is there counts: kohya's trainers write .caption."""
@@ -22,8 +22,9 @@ _REPEATS = re.compile(r"^([1-9]\d{0,2})_(.+)$")
 _UNREAD = {".heic", ".heif", ".jxl", ".avifs", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr"}
 
 
-def pictures(folder: str, caption_key: str | None) -> Iterator[Sample]:
-    """The pictures of a folder and its subfolders, by name; those that cannot be read with their problem.
+def pictures(folder: str, caption_key: str | None, image_key: str | None = None) -> Iterator[Sample]:
+    """The pictures of a folder and its subfolders, by name; those that cannot be read with their problem. Of a folder
+    without pictures the videos, else the sounds, else latents that were made ahead.
 
     A caption is in a file beside its picture, or under the same name in a folder of captions alone (images/a/0.png and
     captions/a/0.txt). In a subfolder without caption files the folder's name is the caption of every picture, without
@@ -34,18 +35,32 @@ def pictures(folder: str, caption_key: str | None) -> Iterator[Sample]:
 
     Args:
         caption_key: a further ending of caption files, or the key of a .json; None: the usual ones.
+        image_key: the ending of the samples' files, such as mp4; None: see above.
     """
     names = [Name(name) for name in listing(folder)]
-    shown = [name for name in names if is_picture(name)]
+    shown = _shown(names, image_key)
     samples = list(_once(folder, names, shown, caption_key))
     times = _times(shown)
     for again in range(max(times, default=0)):
         yield from (sample for sample, number in zip(samples, times, strict=True) if number > again)
 
 
-def count(folder: str) -> int:
+def count(folder: str, image_key: str | None = None) -> int:
     """How many samples :func:`pictures` gives, from the names alone."""
-    return sum(_times([name for name in map(Name, listing(folder)) if is_picture(name)]))
+    return sum(_times(_shown([Name(name) for name in listing(folder)], image_key)))
+
+
+def is_sample(name: Name) -> bool:
+    """Whether a file is a sample by its name, of whatever kind."""
+    return is_picture(name) or any(name.suffix.lower() in kind for kind in KINDS)
+
+
+def _shown(names: Sequence[Name], image_key: str | None) -> list[Name]:
+    """The files that are samples: those with the ending ``image_key``, else those of one kind."""
+    if image_key is not None:
+        return [name for name in names if name.suffix.lower() == f".{image_key.lower()}"]
+    kinds = ([name for name in names if name.suffix.lower() in kind] for kind in KINDS[1:])
+    return next(filter(None, ([name for name in names if is_picture(name)], *kinds)), [])
 
 
 def is_picture(name: Name) -> bool:
@@ -63,7 +78,7 @@ def _once(folder: str, names: Sequence[Name], shown: Sequence[Name], caption_key
     for name, text in captions.items():
         place, own = inside(folder, str(name)), name.parent.name
         notes = {REPEATED: own} if repeated and _REPEATS.fullmatch(own) else {}
-        if name.suffix.lower() not in SUFFIXES:
+        if not any(name.suffix.lower() in kind for kind in KINDS):
             caption, problem = None, f"a kind of picture that is not read: {name.suffix}"
         elif text:
             caption, problem = _caption_in(inside(folder, str(text)), caption_key)

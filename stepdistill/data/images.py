@@ -7,12 +7,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from stepdistill import assets
-from stepdistill.data import fashion_mnist, picture
+from stepdistill.data import clips, fashion_mnist, picture
 from stepdistill.data.buckets import UNKNOWN, Bucket, Size, nearest
-from stepdistill.data.decoding import decoding
+from stepdistill.data.clips import Short
+from stepdistill.data.decoding import Medium, decoding
 from stepdistill.data.identity import identity
 from stepdistill.data.lines import Lines
 from stepdistill.data.sample import UNREADABLE, Data, Pictures, Sample, Tally
@@ -29,20 +31,22 @@ class Item:
 
     Args:
         name: where it is, for messages.
-        image: uint8 (C, H, W).
+        image: uint8 (C, H, W), of a video (F, C, H, W); of a sound float32 (channels, length).
         condition: a class name or a caption.
         own: the pictures that ``data.arguments`` names.
+        ready: ``image`` holds latents that were made ahead.
     """
 
     name: str
     image: Tensor
     condition: str
     own: Pictures
+    ready: bool = False
 
 
 def stream(
     data: Data,
-    shape: Sequence[int],
+    medium: Medium,
     tally: Tally,
     first: int = 0,
     last: int | None = None,
@@ -50,13 +54,12 @@ def stream(
 ) -> Iterator[Item | None]:
     """The samples ``first`` .. ``last`` of ``data.images``, each in its turn; None for one that cannot be used.
 
-    Images become ``shape`` (channels, height, width): the middle part with these proportions, and with them that of
-    those pictures that have the same proportions as the image. ``tally`` counts what cannot be used. A ``bucket`` of
-    this size may cut other parts, and None also stands for images of other buckets.
+    Images become what ``medium`` says: the middle part with its proportions, and with them that of those pictures that
+    have the same proportions as the image. ``tally`` counts what cannot be used. A ``bucket`` of this size may cut
+    other parts, and None also stands for images of other buckets.
     """
-    channels, *sides = shape
     if data.images == "fashion-mnist":
-        images, labels = _fashion_mnist(shape)
+        images, labels = _fashion_mnist(medium.shape)
         for number, (image, label) in enumerate(
             zip(images[first:last], labels[first:last].tolist(), strict=True), first
         ):
@@ -64,28 +67,32 @@ def stream(
             yield Item(f"image {number}", image, fashion_mnist.CLASS_NAMES[label], {})
         return
     found = enumerate(islice(_samples(data, "images"), first, last), first)
-    own_bucket = bucket or Bucket(((sides[0], sides[1]),), 0)
-    pictures = decoding(found, channels, own_bucket, 0) if data.arguments else decoding(found, channels, own_bucket)
+    own_bucket = bucket or Bucket((medium.size,), 0)
+    pictures = decoding(found, medium, own_bucket, 0) if data.arguments else decoding(found, medium, own_bucket)
     for sample, own, notes, waiting in _usable(data, pictures, tally):
         if own is None:
             yield None
             continue
         if sample.image is None:
-            tally.reject(sample, "no image")
+            tally.reject(sample, f"no {medium.name}")
             yield None
             continue
         try:
             cut = waiting()
+        except Short as error:
+            tally.reject(sample, str(error))
+            yield None
+            continue
         except UNREADABLE as error:
-            tally.reject(sample, f"unreadable image: {error}")
+            tally.reject(sample, f"unreadable {medium.name}: {error}")
             yield None
             continue
         if cut is None:
             yield None
             continue
         tally.note(sample, *dict.fromkeys([*cut.notes, *notes]))
-        parts = {name: picture.middle(one, cut.whole, sides) for name, one in own.items()}
-        yield Item(sample.name, cut.image, sample.caption or "", parts)
+        parts = {name: picture.middle(one, cut.whole, medium.size) for name, one in own.items()}
+        yield Item(sample.name, cut.image, sample.caption or "", parts, cut.ready)
 
 
 def bucket_numbers(data: Data, sizes: Sequence[Size], cache: Path | None = None) -> list[int]:
@@ -112,8 +119,10 @@ def bucket_numbers(data: Data, sizes: Sequence[Size], cache: Path | None = None)
 
 
 def _upright_size(image: Callable[[], BinaryIO]) -> tuple[int, int]:
-    with image() as file:
+    with image() as file, suppress(UnidentifiedImageError):
         return picture.upright_size(file)
+    with image() as file:
+        return clips.size(file.read())
 
 
 def _fashion_mnist(shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -126,15 +135,11 @@ def _fashion_mnist(shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def own_pictures(data: Data, shape: Sequence[int], count: int, identity: str) -> "OwnPictures":
-    """The pictures of the ``count`` usable samples of ``data.images``, which ``identity`` stands for.
-
-    Args:
-        shape: (channels, height, width) of the images.
-    """
+def own_pictures(data: Data, medium: Medium, count: int, identity: str) -> "OwnPictures":
+    """The pictures of the ``count`` usable samples of ``data.images``, which ``identity`` stands for."""
 
     def read() -> Iterator[Pictures]:
-        items = stream(data, shape, Tally("data.images", 1.0))
+        items = stream(data, medium, Tally("data.images", 1.0))
         return (item.own for item in items if item is not None)
 
     return OwnPictures(read, count, identity)
@@ -142,7 +147,9 @@ def own_pictures(data: Data, shape: Sequence[int], count: int, identity: str) ->
 
 def image_count(data: Data) -> int:
     """How many samples ``data.images`` has, usable or not."""
-    return fashion_mnist.COUNT if data.images == "fashion-mnist" else count(data.images or "", data.limit)
+    return (
+        fashion_mnist.COUNT if data.images == "fashion-mnist" else count(data.images or "", data.limit, data.image_key)
+    )
 
 
 def close_tally(tally: Tally, data: Data, log: bool = True) -> None:

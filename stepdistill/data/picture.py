@@ -44,12 +44,19 @@ def read(file: BinaryIO | Path, mode: Literal["RGB", "L"] = "RGB") -> tuple[Imag
             raise ValueError(f"pixels of Pillow's mode {image.mode} have no stated range; save it with 8 or 16 bits")
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
         notes.append(FROM_16_BITS)
-    if image.mode in _ALPHA or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if np.asarray(image.getchannel("A")).min() < 255:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            notes.append(ON_WHITE)
+    image, transparent = opaque(image)
+    notes += [ON_WHITE] * transparent
     return image.convert(mode), notes
+
+
+def opaque(image: Image.Image) -> tuple[Image.Image, bool]:
+    """A picture with its transparent parts on white, and whether it has any."""
+    if image.mode not in _ALPHA and "transparency" not in image.info:
+        return image, False
+    image = image.convert("RGBA")
+    if np.asarray(image.getchannel("A")).min() == 255:
+        return image, False
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image), True
 
 
 def misread(file: Path) -> str:

@@ -17,10 +17,29 @@ from stepdistill.progress import say
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 """Endings of the pictures that are read; .avif by a Pillow that was built with it."""
+VIDEOS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"}
+SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
+READY = ".safetensors"
+"""The ending of latents that were made ahead."""
+KINDS = (SUFFIXES, VIDEOS, SOUNDS, {READY})
+"""Endings of samples by kind; a source that has several gives those of the first."""
 CAPTION_KEYS = ("caption", "text", "prompt")
 # What opening and decoding a picture raises.
 UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
-IMAGE_KEYS = ("image", "file_name", "image_path", "path", "jpg", "png", "webp")
+IMAGE_KEYS = (
+    "image",
+    "file_name",
+    "image_path",
+    "path",
+    "jpg",
+    "png",
+    "webp",
+    "video",
+    "audio",
+    "mp4",
+    "wav",
+    "latents",
+)
 # Rejections are held against the limit from this many samples on, so that a wrong key stops a long read early.
 FIRST_LOOK = 100
 # Examples in a line.
@@ -38,6 +57,7 @@ class Data(Protocol):
     caption_key: str | None
     image_key: str | None
     arguments: dict[str, str]
+    frame_rate: float | None
     limit: int | None
     max_rejected: float
 

@@ -26,7 +26,7 @@ from stepdistill.data.places import ending, inside, is_pattern, is_url, listing,
 from stepdistill.data.sample import (
     CAPTION_KEYS,
     IMAGE_KEYS,
-    SUFFIXES,
+    KINDS,
     Sample,
     decoded,
     entry_sample,
@@ -90,7 +90,7 @@ def _form_of_folder(names: Iterable[str]) -> Form | None:
         return "dataset"
     if table := next((name for name in TABLES if name in top), None):
         return FORMS[ending(table)]
-    pictured = any(folders.is_picture(PurePosixPath(name)) for name in names)
+    pictured = any(folders.is_sample(PurePosixPath(name)) for name in names)
     for held in (top, [] if pictured else names):
         kinds = {FORMS.get(ending(name)) for name in held}
         if found := next((kind for kind in ("shards", "dataset") if kind in kinds), None):
@@ -118,11 +118,11 @@ def samples(source: str, caption_key: str | None, image_key: str | None, limit: 
         case "dataset" | "hub":
             stream = _rows(source, caption_key, image_key)
         case _:
-            stream = folders.pictures(source, caption_key)
+            stream = folders.pictures(source, caption_key, image_key)
     return islice(stream, limit)
 
 
-def count(source: str, limit: int | None) -> int:
+def count(source: str, limit: int | None, image_key: str | None = None) -> int:
     """How many samples ``samples`` will give, from a listing or from what files state of themselves where they do.
 
     Of a hub's dataset ``limit``, as nothing is downloaded.
@@ -131,7 +131,7 @@ def count(source: str, limit: int | None) -> int:
     if kind == "hub":
         return limit or 0
     if kind == "folder":
-        number = folders.count(source)
+        number = folders.count(source, image_key)
     elif kind == "dataset" and (stated := _stated(source)) is not None:
         number = stated
     else:
@@ -227,7 +227,8 @@ def _grouped(
             yield Sample(f"{name} {member.name!r}", problem=problem)
         else:
             files[member.name.rpartition("/")[2].partition(".")[2].lower()] = member
-    picture = first_key(image_key, [suffix.removeprefix(".") for suffix in sorted(SUFFIXES)], files)
+    endings = [suffix.removeprefix(".") for kind in KINDS for suffix in sorted(kind)]
+    picture = first_key(image_key, endings, files)
     text = first_key(caption_key, TEXTS, files)
     image = partial(_member, archive, files[picture]) if picture else None
 

@@ -25,7 +25,7 @@ from stepdistill.pipeline.call import TraceError, call_arguments
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.components import scheduled
 from stepdistill.pipeline.conditioning import plain_conditions
-from stepdistill.pipeline.decode import decode, one_picture_each, standing_in
+from stepdistill.pipeline.decode import as_pictures, decode, standing_in
 from stepdistill.pipeline.exports import further_loras
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.guiders import guided_at, guiders
@@ -170,9 +170,8 @@ def _compared(draft: Path, out: Path, request: dict[str, Any], ours: Sampled, se
             f"(allowed {ours.limit:.0e}); the stock call of this pipeline does not run sampler {session.sampler.name}"
         )
     if "images" in stock and ours.pictures is not None:  # which may be no tensor
-        images = stock["images"]
-        images = one_picture_each(images, len(ours.latents))
-        levels = int(((images.float().clamp(0, 1) * 255).round() - ours.pictures.float()).abs().max())
+        images = as_pictures(stock["images"].float(), len(ours.latents))
+        levels = int((images.float() - ours.pictures.float()).abs().max())
         if levels > max(LEVELS, 2 * ours.levels):
             raise ExportError(f"{out}: the reloaded pipeline's pictures differ by {levels} of 255 levels{where}")
     return error

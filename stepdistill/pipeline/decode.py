@@ -1,4 +1,4 @@
-"""Images from latents, by the pipeline's own decoding code."""
+"""Images, videos and sounds from latents, by the pipeline's own decoding code."""
 
 import copy
 import functools
@@ -34,36 +34,46 @@ def at_once(shape: Sequence[int], numbers: int = 2**18) -> int:
     return max(1, min(250, numbers // torch.Size(shape).numel()))
 
 
-@torch.no_grad()
 def decode(trace: Trace, latents: Tensor, batch: int | None = None, left: Tensor | None = None) -> Tensor:
-    """Images uint8 (N, C, H, W) of ``latents`` (N, *latent_shape), by the pipeline's own decoding code.
+    """Images uint8 (N, C, H, W) of ``latents``, see :func:`played`.
 
-    Of a video its middle frame; of several pictures for each sample one beside the other. ``batch`` None: fewer at once
-    than :func:`at_once`, as autoencoders take more memory, and one by one where the pipeline cannot decode several at
-    once (HunyuanVideo 1.5).
+    Of a video its middle frame; of several pictures for each sample one beside the other.
+    """
+    return torch.cat([as_pictures(made, count) for made, count in played(trace, latents, batch, left)])
+
+
+def played(
+    trace: Trace, latents: Tensor, batch: int | None = None, left: Tensor | None = None
+) -> Iterator[tuple[Tensor, int]]:
+    """What the pipeline's own code makes of ``latents`` (N, *latent_shape), float, in the host's memory; a few at once,
+    each time with their number, as videos are large.
+
+    Pictures (N, C, H, W) or videos (N, F, C, H, W) in about [0, 1], or several of them for each sample; sounds
+    (N, channels, length) or (N, length) in about [-1, 1]. ``batch`` None: fewer at once than :func:`at_once`, as
+    autoencoders take more memory, and one by one where the pipeline cannot decode several at once (HunyuanVideo 1.5).
 
     Args:
         left: whole samples as a run's scheduler left them, for what the pipeline keeps; None: what it keeps them at.
 
     Raises:
-        TraceError: the pipeline's decoding fails, or does not return images as a tensor.
+        TraceError: the pipeline's decoding fails, or does not return its images as a tensor.
     """
-    parts = []
     if left is not None and trace.free is not None:
         latents = trace.free.whole(latents, trace.free.outside(left).to(latents))
     for chunk in latents.split(trace.at_once(batch or at_once(trace.latent_shape, 2**16))):
         try:
-            parts.append(_decoded(trace, chunk))
+            made = [(_decoded(trace, chunk), len(chunk))]
         except TraceError:
             if batch is not None or len(chunk) == 1:
                 raise
-            parts += [_decoded(trace, one) for one in chunk.split(1)]
+            made = ((_decoded(trace, one), 1) for one in chunk.split(1))
+        yield from made
     rest(trace.pipeline)
-    return torch.cat(parts)
 
 
+@torch.no_grad()
 def _decoded(trace: Trace, latents: Tensor) -> Tensor:
-    """:func:`decode` of so many that one call makes them.
+    """:func:`played` of so many that one call makes them.
 
     The pipeline runs a step, or two, in which the denoiser is silent and the scheduler returns ``latents``.
     """
@@ -93,19 +103,25 @@ def _decoded(trace: Trace, latents: Tensor) -> Tensor:
     if isinstance(made[0], Mapping):  # of a pipeline inside this one (VisualCloze)
         made = made[0]
     images = made[0] if isinstance(made[0], np.ndarray) else first_tensor(made)
-    if isinstance(images, np.ndarray) and images.ndim == 4:  # of a pipeline that knows no tensors (T2I adapters)
-        images = torch.from_numpy(images).movedim(-1, 1)
+    if isinstance(images, np.ndarray):  # of a pipeline that knows no tensors (T2I adapters)
+        images = torch.from_numpy(images)
+        images = images.movedim(-1, 1) if images.ndim == 4 else images
     if not isinstance(images, Tensor) or len(images) % len(latents):
         raise TraceError("decode", f"{name} does not return its images as one tensor")
-    images = one_picture_each(images, len(latents))
-    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return images.float().cpu()
 
 
-def one_picture_each(images: Tensor, count: int) -> Tensor:
-    """Of ``count`` videos (count, F, C, H, W) the middle frames; several pictures for each sample beside each other."""
+def as_pictures(images: Tensor, count: int) -> Tensor:
+    """Pictures uint8 (count, C, H, W) of what was :func:`played` of so many samples.
+
+    Of videos the middle frames; several pictures for each sample beside each other; of sounds the wave (count, ...).
+    """
     if images.ndim == 5:
         images = images[:, images.shape[1] // 2]
-    return torch.cat(images.unflatten(0, (count, -1)).unbind(1), -1)
+    if images.ndim < 4:
+        images = (images + 1) / 2
+    images = torch.cat(images.unflatten(0, (count, -1)).unbind(1), -1)
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _as_stepped(trace: Trace, latents: Tensor) -> list[tuple[Tensor, Span | None]]:

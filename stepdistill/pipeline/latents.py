@@ -1,9 +1,8 @@
-"""Real images as the pipeline's own latents, and back: its packing and scaling are read off its own decoding."""
+"""Real images, videos and sounds as the pipeline's own latents, and back."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,106 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from stepdistill.data.buckets import Bucket
+from stepdistill.data.decoding import NAMES, Medium
 from stepdistill.data.host_rows import HostRows
 from stepdistill.data.identity import identity
 from stepdistill.data.images import Item, close_tally, image_count, stream
-from stepdistill.data.sample import Data, Tally
+from stepdistill.data.sample import READY, Data, Tally
 from stepdistill.data.shards import Chunk, Content, Share
 from stepdistill.data.store import Store, ensure
-from stepdistill.diffusion.devices import DeviceTable
 from stepdistill.errors import InputError
 from stepdistill.files import digest
-from stepdistill.pipeline.call import TraceError
-from stepdistill.pipeline.compare import deviation, tolerance
-from stepdistill.pipeline.components import patched
-from stepdistill.pipeline.decode import at_once, decode
+from stepdistill.pipeline.decode import as_pictures, at_once, decode, played
 from stepdistill.pipeline.folder import quiet
-from stepdistill.pipeline.modular import free_hooks
+from stepdistill.pipeline.layout import Layout, autoencoder, layout
 from stepdistill.pipeline.resting import rest
 from stepdistill.pipeline.trace import Trace
-
-# Digits small enough to be exact in bfloat16.
-BASE = 32
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the pipeline makes of latents before its autoencoder: z = scale * latents[order] + shift, all flattened.
-
-    Args:
-        shape: of one z.
-        order: for each element of z, the latents' element (N,).
-        scale: (N,).
-        shift: (N,).
-    """
-
-    shape: tuple[int, ...]
-    order: Tensor
-    scale: Tensor
-    shift: Tensor
-
-    @cached_property
-    def _tables(self) -> list[DeviceTable]:
-        return [DeviceTable(value) for value in (self.order, self.scale, self.shift)]
-
-    def to_z(self, latents: Tensor) -> Tensor:
-        """(B, *latent shape) -> (B, *shape), with graph."""
-        order, scale, shift = (table.on(latents.device) for table in self._tables)
-        return (latents.flatten(1)[:, order] * scale + shift).reshape(-1, *self.shape)
-
-    def from_z(self, z: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
-        """The inverse of :meth:`to_z`."""
-        latents = torch.empty_like(z.flatten(1))
-        latents[:, self.order] = (z.flatten(1) - self.shift) / self.scale
-        return latents.reshape(-1, *latent_shape)
-
-
-class _Seen(Exception):
-    """Raised in place of the autoencoder's work."""
-
-
-def layout(trace: Trace) -> Layout:
-    """How the pipeline hands latents to its autoencoder, from one call with latents that number their elements.
-
-    Raises:
-        InputError: the pipeline has no autoencoder.
-        TraceError: it does something else than scale, shift and rearrange them.
-    """
-    vae, seen = _autoencoder(trace.pipeline), []
-    if trace.denoiser.spec.joint is not None:
-        parts = " and ".join(part.argument for part in trace.denoiser.spec.joint.parts)
-        raise TraceError("decode", f"a sample is several at once ({parts}), of which no image is more than one")
-    count = torch.Size(trace.latent_shape).numel()
-    index = torch.arange(count)
-    digits = [index // BASE**k % BASE for k in range(next(k for k in range(1, 9) if BASE**k >= count))]
-    check = torch.randn(count, generator=torch.Generator().manual_seed(0))
-    probes = torch.stack([torch.zeros(count), torch.ones(count), check, *(digit.float() for digit in digits)])
-
-    def stop(z: Tensor, *_: Any, **__: Any) -> None:
-        seen.append(z.detach().float().cpu())
-        raise _Seen
-
-    # Neither decode() nor a pipeline must hand over all probes at once: what is left goes into the next call.
-    with patched(vae, "decode", stop):
-        while (done := sum(map(len, seen))) < len(probes):
-            try:
-                decode(trace, probes[done:].reshape(-1, *trace.latent_shape), batch=len(probes))
-                break  # without its autoencoder
-            except _Seen:
-                free_hooks(trace.pipeline)
-    z = torch.cat(seen).flatten(1) if seen else torch.empty(0, 0)
-    if len(z) == len(probes):
-        shift, scale = z[0], z[1] - z[0]
-        order = sum(((row - shift) / scale).round().long() * BASE**k for k, row in enumerate(z[3:]))
-        precision = tolerance(trace.network.dtype)
-        if torch.equal(order.sort()[0], index) and deviation(scale * check[order] + shift, z[2]) <= precision:
-            return Layout(tuple(seen[0].shape[1:]), order, scale, shift)
-    raise TraceError(
-        "decode", f"{type(trace.pipeline).__name__} does more to its latents than to scale, shift and rearrange them"
-    )
 
 
 def image_shape(trace: Trace) -> tuple[int, int]:
@@ -128,6 +45,34 @@ def image_shape(trace: Trace) -> tuple[int, int]:
 def picture_shape(trace: Trace) -> tuple[int, ...]:
     """(channels, height, width) of the images that the pipeline makes."""
     return tuple(decode(trace, torch.zeros(1, *trace.latent_shape)).shape[1:])
+
+
+def medium(trace: Trace, frame_rate: float | None = None) -> Medium:
+    """What the pipeline makes of one sample, as its real ones are to be.
+
+    Args:
+        frame_rate: at which real videos are read; None: all frames of theirs.
+    """
+    ((made, _),) = played(trace, torch.zeros(1, *trace.latent_shape))
+    if made.ndim == 5:
+        return Medium(tuple(made.shape[1:]), frame_rate)
+    if made.ndim > 3:
+        return Medium(tuple(as_pictures(made, 1).shape[1:]))
+    return Medium((1, *made.shape[1:])[-2:], sampling_rate(trace.pipeline))
+
+
+def sampling_rate(pipeline: Any) -> int:
+    """Of the sounds that a pipeline makes, in samples a second, as one of its parts states it.
+
+    Raises:
+        InputError: none does.
+    """
+    parts = [pipeline, *(part for part in pipeline.components.values() if part is not None)]
+    for part in (*parts, *(part.config for part in parts if hasattr(part, "config"))):
+        for name in ("sampling_rate", "sample_rate"):
+            if isinstance(rate := getattr(part, name, None), int):
+                return rate
+    raise InputError(f"{type(pipeline).__name__}: expected a part that states the sampling_rate of its sounds")
 
 
 def encode_images(trace: Trace, images: Tensor) -> Tensor:
@@ -167,11 +112,11 @@ def store_images(
         InputError: the pipeline has no autoencoder, its latents are not what the denoiser takes (a video's) or not
             finite; more than ``data.max_rejected`` images cannot be used, or there are none.
     """
-    vae, temporary = _autoencoder(trace.pipeline), None
+    vae, temporary = autoencoder(trace.pipeline), None
     if cache is None:
         temporary = TemporaryDirectory(prefix="stepdistill-", ignore_cleanup_errors=True)
         cache = Path(temporary.name)
-    shape = picture_shape(trace)
+    made = medium(trace, data.frame_rate)
     settings = {name: str(value) for name, value in vae.config.items() if name[0] != "_"}  # wherever it was loaded from
     network = type(trace.pipeline).__name__, settings, dict(vae.named_parameters())
     source = bucket and bucket.source
@@ -179,8 +124,9 @@ def store_images(
         source = "fashion-mnist" if data.images == "fashion-mnist" else identity(data.images)
     keys = data.caption_key, data.image_key, data.limit, data.arguments
     keys += () if bucket is None else (bucket.sizes, bucket.number, bucket.seed)
-    key = digest(network, trace.latent_shape, shape, source, keys)
-    store = ensure(cache / f"latents-{key}", key, lambda: _content(trace, data, shape, bucket), share, verify)
+    keys += () if made.rate is None else (made.rate,)
+    key = digest(network, trace.latent_shape, made.shape, source, keys)
+    store = ensure(cache / f"latents-{key}", key, lambda: _content(trace, data, made, bucket), share, verify)
     store.temporary = temporary  # it goes when the store goes
     tally = Tally("data.images", data.max_rejected)
     for shard in store.index["shards"]:
@@ -189,17 +135,21 @@ def store_images(
     return store
 
 
-def _content(trace: Trace, data: Data, shape: tuple[int, ...], bucket: Bucket | None) -> Content:
-    together = _together(shape)
+def _content(trace: Trace, data: Data, kind: Medium, bucket: Bucket | None) -> Content:
+    together = _together(kind.shape)
 
     def make(first: int, last: int) -> Iterator[Chunk]:
         every = Tally("data.images", data.max_rejected)
         part = Tally("data.images", 1.0)
-        items = stream(data, shape, part, first, last, bucket)
+        items = stream(data, kind, part, first, last, bucket)
+        own = cache(lambda: layout(trace))  # only where latents were made ahead
         with _encoding(trace) as encoded:
             while chunk := list(islice(items, together)):
                 usable = [item for item in chunk if item is not None]
-                rows = _rows(encoded, usable) if usable else {}
+                found = [item.image for item in usable if not item.ready]
+                made = iter(encoded(torch.stack(found)) if found else ())
+                latents = [_laid_out(own(), i.image[None], trace, i.name)[0] if i.ready else next(made) for i in usable]
+                rows = _rows(torch.stack(latents), usable) if usable else {}
                 yield Chunk(rows, len(usable), len(chunk), part.facts())
                 every.add(part.facts())
                 part.clear()
@@ -208,8 +158,7 @@ def _content(trace: Trace, data: Data, shape: tuple[int, ...], bucket: Bucket | 
     return Content("images", image_count(data), together, row, make)
 
 
-def _rows(encoded: Callable[[Tensor], Tensor], items: list[Item]) -> dict[str, Tensor]:
-    latents = encoded(torch.stack([item.image for item in items]))
+def _rows(latents: Tensor, items: list[Item]) -> dict[str, Tensor]:
     captions = [
         torch.frombuffer(bytearray(item.condition.encode("utf-8", "surrogatepass")), dtype=torch.uint8)
         for item in items
@@ -241,27 +190,51 @@ def _together(shape: Sequence[int]) -> int:
 
 @contextmanager
 def _encoding(trace: Trace) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A function inside: images uint8 (B, C, H, W) -> latents (B, ...) float32, in the host's memory."""
-    vae = _autoencoder(trace.pipeline)
+    """A function inside: images uint8 (B, C, H, W), videos uint8 (B, F, C, H, W) or sounds float (B, channels, length)
+    -> latents (B, ...) float32, in the host's memory."""
+    vae = autoencoder(trace.pipeline)
     own, device = layout(trace), next(trace.network.parameters()).device
 
     @torch.no_grad()
-    def encoded(images: Tensor) -> Tensor:
-        pixels = images.to(device).float() / 127.5 - 1
-        encoded = vae.encode(pixels.unsqueeze(2) if len(own.shape) == 4 else pixels)
-        # The latents themselves have two names: of autoencoders in general, and of AutoencoderTiny.
-        given = encoded.get("latent", encoded.get("latents"))
-        z = (encoded.latent_dist.mean if "latent_dist" in encoded else given).cpu()
-        if z.shape[1:] != own.shape:
+    def encoded(samples: Tensor) -> Tensor:
+        given = samples.to(device)
+        if samples.dtype == torch.uint8:
+            given = given.float() / 127.5 - 1
+        elif len(own.shape) > 2:
             raise InputError(
-                f"data.images: this pipeline decodes latents of shape {own.shape}, its autoencoder makes "
-                f"{tuple(z.shape[1:])} of an image"
+                "data.images: the autoencoder of this pipeline takes spectrograms, which the pipeline does not make of "
+                f"a sound; expected latents made ahead, {READY} files"
             )
-        return own.from_z(z.float(), trace.latent_shape)
+        elif (missing := own.shape[-1] * getattr(vae, "hop_length", 0) - given.shape[-1]) > 0:
+            given = functional.pad(given, (0, missing))  # with silence, where the pipeline cuts its sounds
+        if own.frames or (samples.ndim == 5 and len(own.shape) == 3):  # the second: of one frame
+            given = given.flatten(0, 1)
+        elif samples.ndim == 5:
+            given = given.movedim(1, 2)
+        elif len(own.shape) == 4:
+            given = given.unsqueeze(2)
+        made = vae.encode(given)
+        # The latents themselves have two names: of autoencoders in general, and of AutoencoderTiny.
+        z = made.latent_dist.mean if "latent_dist" in made else made.get("latent", made.get("latents"))
+        z = z.unflatten(0, (len(samples), -1)) if own.frames else z
+        return _laid_out(own, z.cpu(), trace, f"one {NAMES[samples.ndim - 1]}")
 
     with _in_float32(vae):
         yield encoded
     rest(trace.pipeline)
+
+
+def _laid_out(own: Layout, z: Tensor, trace: Trace, of: str) -> Tensor:
+    """What the autoencoder made (B, ...) as the denoiser's latents.
+
+    Raises:
+        InputError: they have another shape.
+    """
+    if z.shape[1:] != own.shape:
+        raise InputError(
+            f"data.images: this pipeline decodes latents of shape {own.shape}, found {tuple(z.shape[1:])} of {of}"
+        )
+    return own.from_z(z.float(), trace.latent_shape)
 
 
 @contextmanager
@@ -292,14 +265,10 @@ def decoder(trace: Trace) -> Callable[[Tensor], Tensor] | None:
     learned = cache(lambda: layout(trace))  # only for the methods that decode
 
     def decoded(latents: Tensor) -> Tensor:
-        images = vae.decode(learned().to_z(latents).to(vae.dtype), return_dict=False)[0]
+        z = learned().to_z(latents).to(vae.dtype)
+        if learned().frames:
+            z = z[:, z.shape[1] // 2]
+        images = vae.decode(z, return_dict=False)[0]
         return images[:, :, images.shape[2] // 2] if images.ndim == 5 else images
 
     return decoded
-
-
-def _autoencoder(pipeline: Any) -> Any:
-    vae = getattr(pipeline, "vae", None)
-    if vae is None or not hasattr(vae, "encode"):
-        raise InputError(f"data.images: {type(pipeline).__name__} has no autoencoder to encode images with")
-    return vae

@@ -122,6 +122,8 @@ def record(pipeline, call: dict) -> dict[str, torch.Tensor]:
         made = called(pipeline, ready(pipeline, call), lambda: bool(result))
     images = made if isinstance(made, torch.Tensor) else made[0]  # no tuple: Stable Video Diffusion's frames
     images = next(iter(images.values())) if isinstance(images, dict) else images  # of a pipeline inside it
+    if isinstance(images, numpy.ndarray) and images.ndim < 4:  # a sound
+        images = torch.from_numpy(images)
     if isinstance(images, torch.Tensor):
         result["images"] = images
     # Copies: the images of a pipeline without an autoencoder are its latents, and files hold no shared memory.

@@ -117,8 +117,9 @@ class Data(Section):
     )
     images: str | None = Field(
         None,
-        description="real images: 'fashion-mnist', a folder of pictures, a .jsonl or .csv, webdataset shards (.tar), a "
-        "Hugging Face dataset (folder, .parquet, .arrow), a pattern or URL of them, hub:OWNER/NAME[:SPLIT]; null: none",
+        description="real images, videos or sounds: 'fashion-mnist', a folder of them, a .jsonl or .csv, webdataset "
+        "shards (.tar), a Hugging Face dataset (folder, .parquet, .arrow), a pattern or URL of them, "
+        "hub:OWNER/NAME[:SPLIT]; null: none",
     )
     caption_key: str | None = Field(
         None, min_length=1, description="column, JSON key or ending of captions; null: caption, text or prompt"
@@ -131,7 +132,12 @@ class Data(Section):
         description="sizes to which real images are scaled and cropped, each to the nearest in proportions: off: the "
         "pipeline's own; auto: sizes of its area; or a list of [height, width]. A batch has one",
     )
-    crop: Literal["center", "random"] = Field("center", description="part of an image that is kept")
+    crop: Literal["center", "random"] = Field(
+        "center", description="part of an image that is kept, of a longer video or sound also the moment"
+    )
+    frame_rate: float | None = Field(
+        None, gt=0, description="frames a second that are taken of videos; null: those of the file, one after the other"
+    )
     arguments: dict[str, str] = Field(
         {},
         description="arguments of the pipeline's call for which every sample brings its own picture, {ARGUMENT: "

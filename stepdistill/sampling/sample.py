@@ -15,7 +15,6 @@ from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.devices import best_device
 from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries
-from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.load import as_teacher, pipeline_of
 from stepdistill.pipeline.open import open_teacher
 from stepdistill.pipeline.sizes import Size, at_size
@@ -23,6 +22,7 @@ from stepdistill.pipeline.trace import Trace
 from stepdistill.recipe import IPAdapter
 from stepdistill.sampling.generate import generate
 from stepdistill.sampling.image_grid import image_grid
+from stepdistill.sampling.playing import drawn, write_whole
 from stepdistill.sampling.rules.names import needs_empty, rule_for
 from stepdistill.sampling.rules.nasa import away_from
 from stepdistill.sampling.rules.steps import StepRule
@@ -33,7 +33,8 @@ from stepdistill.sampling.rules.teacher import check_teacher, teacher_first, tea
 class SampleResult:
     """``images`` uint8 (N, C, H, W), the label of each, the grid's path (None: not written), wall-clock seconds.
 
-    ``nfe`` is the mean number of network passes for an image.
+    ``nfe`` is the mean number of network passes for an image. Of videos images are the middle frames, of sounds the
+    spectra; ``files`` are the first of them, whole, beside the grid.
     """
 
     images: Tensor
@@ -41,6 +42,7 @@ class SampleResult:
     path: Path | None
     seconds: float
     nfe: float
+    files: tuple[Path, ...] = ()
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
@@ -135,7 +137,7 @@ def sample(
         count: how many images.
         size: their height and width in pixels; None: those of the pipeline, or the first that an export was trained on.
         conditions: class names, class numbers or prompts, or a file with one a line; taken in turn. None: all classes.
-        out: where to write the images as one PNG grid.
+        out: where to write the images as one PNG grid; of videos and sounds also a few files that play, beside it.
         guiding: the fields of :class:`Guiding`, such as ``rule`` and ``interval``.
 
     Raises:
@@ -166,14 +168,16 @@ def sample(
     index = torch.arange(count) % len(conditioning)
     latents = generate(traced, scheduler, conditioning, index, **settings, rule=rule)
     nfe = (sum(denoiser.evaluations for denoiser in denoisers) - before) / count
-    images = decode(traced, latents)
+    images, whole = drawn(traced, latents)
     seconds = time.perf_counter() - start
+    files: list[Path] = []
     if out is not None:
         out = Path(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         columns = len(conditioning) if 1 < len(conditioning) <= 16 else round(count**0.5)
         image_grid(images, columns).save(out, format="PNG")
-    return SampleResult(images, tuple(conditioning.labels[i] for i in index.tolist()), out, seconds, nfe)
+        files = write_whole(out.with_suffix(""), whole, traced)
+    return SampleResult(images, tuple(conditioning.labels[i] for i in index.tolist()), out, seconds, nfe, tuple(files))
 
 
 def _rule(

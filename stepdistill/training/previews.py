@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from stepdistill.eval.pictures import shrunk
-from stepdistill.pipeline.decode import decode
 from stepdistill.progress import say
 from stepdistill.sampling.image_grid import image_grid
+from stepdistill.sampling.playing import drawn, write_whole
 from stepdistill.training.layout import RunFolder
 from stepdistill.training.run_samples import diffuse, distilled
 from stepdistill.training.session import Session
@@ -30,8 +30,9 @@ GAP, MARGIN, LINE = 2, 56, 14
 class Preview:
     """Writes previews/NNNNNN.png: one row each of teacher (guided), student and, where there is one, critic.
 
-    Those of further sizes are NNNNNN_HEIGHTxWIDTH.png. They are of ``train.preview_prompts``, or else of the run's
-    first conditions.
+    Those of further sizes are NNNNNN_HEIGHTxWIDTH.png. Of videos the student's first four are in NNNNNN_student.webp,
+    the teacher's in teacher.webp; of sounds in NNNNNN_student_0.wav, ... They are of ``train.preview_prompts``, or else
+    of the run's first conditions.
 
     Args:
         session: the run.
@@ -49,7 +50,7 @@ class Preview:
             self.folder.mkdir(exist_ok=True)
         with self.session.at(size):
             self.teacher = diffuse(self.session, "teacher", self.count, SEED)
-            self.teacher_images = decode(self.session.trace, self.teacher)
+            self.teacher_images = self._drawn(self.teacher, "teacher")
         self.pictured = self.teacher_images.ndim == 4 and self.teacher_images.shape[1] in (1, 3)
         if writes and not self.pictured:
             shape = tuple(self.teacher_images.shape[1:])
@@ -57,8 +58,18 @@ class Preview:
 
     def path(self, step: int) -> Path:
         """Where the picture of ``step`` is."""
-        size = f"_{self.session.sizes[self.size].name}" if self.size else ""
-        return self.folder / f"{step:06d}{size}.png"
+        return self.folder / f"{step:06d}{self._size}.png"
+
+    @property
+    def _size(self) -> str:
+        return f"_{self.session.sizes[self.size].name}" if self.size else ""
+
+    def _drawn(self, latents: Tensor, name: str = "") -> Tensor:
+        """Pictures of latents, uint8 (N, C, H, W); with a ``name`` the first videos or sounds are written whole."""
+        pictures, whole = drawn(self.session.trace, latents)
+        if name and self.writes:
+            write_whole(self.folder / f"{name}{self._size}", whole, self.session.trace)
+        return pictures
 
     def write(self, step: int, averaged: AbstractContextManager) -> dict[str, float]:
         """Write the picture of ``step``; returns how far the latents' mean and deviation are from the teacher's."""
@@ -71,9 +82,9 @@ class Preview:
         with averaged:
             student = distilled(session, self.count, SEED)
         if self.pictured:
-            rows = {"teacher": self.teacher_images, "student": decode(session.trace, student)}
+            rows = {"teacher": self.teacher_images, "student": self._drawn(student, f"{step:06d}_student")}
             if "critic" in session.method.roles:
-                rows["critic"] = decode(session.trace, diffuse(session, "critic", self.count, SEED))
+                rows["critic"] = self._drawn(diffuse(session, "critic", self.count, SEED))
             labels = session.conditioning.labels
             captions = [str(labels[number % len(labels)]) for number in range(self.count)]
             if self.writes:

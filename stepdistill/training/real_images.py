@@ -14,7 +14,7 @@ from stepdistill.data.shards import Share
 from stepdistill.data.store import Rows, Store
 from stepdistill.errors import InputError
 from stepdistill.pipeline.conditioning import Conditioning, encode, entries
-from stepdistill.pipeline.latents import captions_of, picture_shape, store_images
+from stepdistill.pipeline.latents import captions_of, medium, store_images
 from stepdistill.pipeline.trace import Trace
 from stepdistill.recipe import Recipe
 
@@ -86,11 +86,12 @@ def real_images(
             "none: real images would have to be those of that picture; data.arguments gives each its own"
         )
     if bucket is None and data.crop == "random":
-        _, height, width = picture_shape(traced)
-        bucket = Bucket(((height, width),), 0, recipe.train.seed)
+        bucket = Bucket((medium(traced).size,), 0, recipe.train.seed)
     store = store_images(traced, data, cache, share, verify, bucket, log)
     pictures = (
-        images.own_pictures(data, picture_shape(traced), len(store), store.index["key"]) if data.arguments else None
+        images.own_pictures(data, medium(traced, data.frame_rate), len(store), store.index["key"])
+        if data.arguments
+        else None
     )
     return RealImages(store, *captions_of(store), pictures)
 

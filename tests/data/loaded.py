@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.buckets import Bucket
+from stepdistill.data.decoding import Medium
 from stepdistill.data.images import close_tally, stream
 from stepdistill.data.sample import Data, Pictures, Tally
 
@@ -14,6 +15,6 @@ def loaded(
     """Images (N, C, size, size), the condition of each, and the pictures of each."""
     tally = Tally("data.images", data.max_rejected)
     shape = channels, *((size, size) if bucket is None else bucket.size)
-    items = [item for item in stream(data, shape, tally, bucket=bucket) if item is not None]
+    items = [item for item in stream(data, Medium(shape), tally, bucket=bucket) if item is not None]
     close_tally(tally, data)
     return torch.stack([item.image for item in items]), [item.condition for item in items], [item.own for item in items]

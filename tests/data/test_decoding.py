@@ -41,7 +41,7 @@ def test_samples_come_in_their_order_and_are_counted_when_they_come(data, monkey
 
     monkeypatch.setattr(decoding, "_cut", slow)
     tally = Tally("data.images", 0.1)
-    found = stream(data, (3, 16, 16), tally)
+    found = stream(data, decoding.Medium((3, 16, 16)), tally)
     for number, item in enumerate(found):
         assert tally.read == number + 1 and tally.reasons == ({"unreadable image": 1} if number >= BROKEN else {})
         assert (item is None) == (number == BROKEN)
@@ -59,7 +59,7 @@ def test_pictures_are_cut_to_the_proportions_of_the_pipeline(tmp_path):
     pixels = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None], (64, 16, 3))
     Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("high")
-    (item,) = stream(Data(images=str(tmp_path)), (3, 8, 16), Tally("data.images", 1.0))
+    (item,) = stream(Data(images=str(tmp_path)), decoding.Medium((3, 8, 16)), Tally("data.images", 1.0))
     assert item.image.shape == (3, 8, 16) and item.image[0, :, 0].tolist() == [*range(28, 36)]
 
 
@@ -75,6 +75,6 @@ def test_other_files_of_an_archive_are_read_while_it_is_open(tmp_path):
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
     data = Data(images=str(tmp_path / "{0..1}.tar"), arguments={"image": "edge.png"})
-    items = [*stream(data, (3, 16, 16), Tally("data.images", 0.0))]
+    items = [*stream(data, decoding.Medium((3, 16, 16)), Tally("data.images", 0.0))]
     assert [int(item.image[0, 0, 0]) for item in items] == [0, 1, 2, 10, 11, 12]
     assert [item.own["image"].getpixel((0, 0))[0] for item in items] == [0, 1, 2, 10, 11, 12]

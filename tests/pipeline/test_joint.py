@@ -16,7 +16,7 @@ from stepdistill.exporting.check import ExportError
 from stepdistill.exporting.export import export
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.folder import save_pipeline
-from stepdistill.pipeline.latents import layout
+from stepdistill.pipeline.layout import layout
 from stepdistill.pipeline.sizes import at_size
 from stepdistill.pipeline.trace import TraceError, trace
 from stepdistill.run import train

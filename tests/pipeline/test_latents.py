@@ -12,7 +12,8 @@ from pipeline.zoo import ZOO
 from stepdistill.errors import InputError
 from stepdistill.pipeline.components import patched
 from stepdistill.pipeline.decode import decode
-from stepdistill.pipeline.latents import decoder, encode_images, image_shape, layout
+from stepdistill.pipeline.latents import decoder, encode_images, image_shape
+from stepdistill.pipeline.layout import layout
 from stepdistill.pipeline.sizes import trace_small
 from stepdistill.pipeline.trace import trace
 
@@ -28,7 +29,7 @@ def test_layouts(name):
     expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()
     assert (decode(traced, latents).float() - expected).abs().max() <= 1
     if name == "wan":
-        with pytest.raises(InputError, match="of an image"):
+        with pytest.raises(InputError, match="of one image"):
             encode_images(traced, torch.zeros(1, *_image(traced), dtype=torch.uint8))
         return
     images = torch.randint(0, 256, (3, *_image(traced)), dtype=torch.uint8)

@@ -25,7 +25,7 @@ from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.errors import InputError
 from stepdistill.pipeline.components import put
 from stepdistill.pipeline.conditioning import encode, entries
-from stepdistill.pipeline.decode import decode, one_picture_each
+from stepdistill.pipeline.decode import as_pictures, decode
 from stepdistill.pipeline.set_up import set_up
 from stepdistill.pipeline.sizes import at_size
 from stepdistill.pipeline.stock_call import pictures_in, ready, record
@@ -189,8 +189,8 @@ def test_lists_of_lists_of_pictures_are_opened(tmp_path):
 
 
 def test_several_pictures_of_a_sample_are_beside_each_other():
-    images = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 3, 2, 2)
-    assert one_picture_each(images, 2)[:, 0, 0].tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
+    images = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 3, 2, 2) / 255
+    assert as_pictures(images, 2)[:, 0, 0].tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
 
 
 class Prior(ToyPipeline):

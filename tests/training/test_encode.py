@@ -12,6 +12,7 @@ from pipeline.zoo import ZOO
 from stepdistill.cli import run
 from stepdistill.data import picture, shards
 from stepdistill.data.buckets import Bucket
+from stepdistill.data.decoding import Medium
 from stepdistill.data.shards import Share
 from stepdistill.pipeline import conditioning, latents
 from stepdistill.pipeline import unread as unread_module
@@ -81,7 +82,7 @@ def test_a_run_finds_what_was_encoded_ahead(file, recipe, tmp_path, monkeypatch,
 
 def test_a_random_part_needs_no_buckets(recipe, monkeypatch):
     given = []
-    monkeypatch.setattr(real_images, "picture_shape", lambda _: (3, 16, 24))
+    monkeypatch.setattr(real_images, "medium", lambda _: Medium((3, 16, 24)))
     monkeypatch.setattr(real_images, "captions_of", lambda _: ([], []))
     monkeypatch.setattr(real_images, "store_images", lambda *parts: given.append(parts[5]))
     for crop in ("center", "random"):
@@ -95,7 +96,7 @@ def test_two_processes_make_the_store_of_one(recipe, tmp_path, monkeypatch):
     loaded = load(recipe)
     traced = build(loaded, torch.device("cpu"), tmp_path / "one").trace
     (whole,) = (tmp_path / "one").glob("latents-*")
-    content, folder = latents._content(traced, loaded.data, (3, 16, 16), None), tmp_path / "two" / whole.name
+    content, folder = latents._content(traced, loaded.data, Medium((3, 16, 16)), None), tmp_path / "two" / whole.name
     for rank in (1, 0):
         shards.fill(folder, whole.name.removeprefix("latents-"), content, Share(rank, 2))
     assert len(list(folder.iterdir())) > 2

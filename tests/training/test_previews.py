@@ -62,8 +62,9 @@ def test_preview_prompts_that_are_none_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_picture_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    """A sound (N, samples), as AudioLDM 2 makes it."""
-    monkeypatch.setattr(previews, "decode", lambda _trace, latents: torch.zeros(len(latents), 640, dtype=torch.uint8))
+    """The numbers of a mesh."""
+    drawn = torch.zeros(16, 640, dtype=torch.uint8), []
+    monkeypatch.setattr(previews, "drawn", lambda _trace, _latents: drawn)
     preview = Preview(session_of(tmp_path, []), tmp_path)
     assert set(preview.write(0, nullcontext())) == {"drift/mean", "drift/std"}
     assert not preview.path(0).exists() and "returns no pictures, but (640,) numbers each" in capfd.readouterr().err
