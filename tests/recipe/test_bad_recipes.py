@@ -487,4 +487,5 @@ def test_teacher_that_cannot_be_traced(tmp_path: Path, places: dict[str, Path], 
     assert cli.run(["train", str(recipe), f"output={tmp_path / 'run'}"]) == 2
     # What it was doing, then the error.
     *doing, line = capsys.readouterr().err.splitlines()
-    assert [one.partition(" ")[0] for one in doing] == ["loading"] * 2 and line.startswith("error: ") and str(places["teacher"]) in line
+    assert [one.partition(" ")[0] for one in doing] == ["loading"] * 2
+    assert line.startswith("error: ") and str(places["teacher"]) in line
