@@ -23,7 +23,7 @@ class Drawing:
 
     def __init__(self, trainer: "Trainer"):
         self.trainer, self.train = trainer, trainer.recipe.train
-        with trainer.counted_once():
+        with trainer.uncounted():
             phase("drawing the teacher's previews")
             writes = trainer.processes.first
             every = enumerate(trainer.session.sizes if trainer.looks else ())
@@ -36,7 +36,7 @@ class Drawing:
 
     def do(self, step: int) -> dict[str, float]:
         """Draw it; returns the drift of the student's latents, of those of the first size."""
-        with self.trainer.counted_once():
+        with self.trainer.uncounted():
             drifts = [preview.write(step, self.trainer.averaged()) for preview in self.previews]
         if self.trainer.tracking and self.previews and self.previews[0].pictured:
             self.trainer.tracking.draw(self.previews[0].path(step), step)
@@ -55,7 +55,7 @@ class Measuring:
 
     def __init__(self, trainer: "Trainer", first: int):
         self.trainer, self.settings = trainer, trainer.recipe.evaluation
-        with trainer.counted_once():
+        with trainer.uncounted():
             wanted = self.settings.every and trainer.looks
             if wanted:
                 phase(f"measuring the teacher for {self.settings.metric}")
@@ -71,7 +71,7 @@ class Measuring:
         """Measure it, and keep its checkpoint if it is among the best; returns the value. The first process decides."""
         once, value = self.trainer.processes.once, None
         if self.evaluation is not None:
-            with self.trainer.counted_once():
+            with self.trainer.uncounted():
                 value = self.evaluation.measure(self.trainer.averaged())
         value = once(lambda: value)
         if self.evaluation is not None:

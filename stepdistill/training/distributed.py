@@ -4,8 +4,7 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,7 +16,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stepdistill.data.shards import Share
-from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.devices import device_count, on_cpu
 from stepdistill.errors import InputError
 from stepdistill.files import digest
@@ -179,15 +177,6 @@ class Processes:
             return dict(metrics)
         values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=self.accelerator.device)
         return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
-
-    @contextmanager
-    def counted_once(self, roles: Sequence[Denoiser]) -> Iterator[None]:
-        """Inside, rows that all processes put through the roles' networks alike count in the first process alone."""
-        before = [role.evaluations for role in roles]
-        yield
-        if not self.first:
-            for role, evaluations in zip(roles, before, strict=True):
-                role.evaluations = evaluations
 
     @torch.no_grad()
     def average_gradients(self, parameters: Iterable[nn.Parameter], uneven: bool = False) -> None:

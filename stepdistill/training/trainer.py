@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +138,14 @@ class Trainer:
         """Whether this process runs the student to look at it: where weights are sharded, all run it or none."""
         return self.processes.first or bool(self.shards)
 
-    def counted_once(self) -> AbstractContextManager:
-        """Inside, rows that all processes put through the networks alike count in the first process alone."""
-        return self.processes.counted_once(self._roles())
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside, rows that go through the networks are no part of what training costs: previews and measurements."""
+        roles = self._roles()
+        before = [role.evaluations for role in roles]
+        yield
+        for role, evaluations in zip(roles, before, strict=True):
+            role.evaluations = evaluations
 
     def _stopping(self, step: int) -> bool:
         """Whether any process was asked to stop, so that all stop after the same step.
@@ -204,7 +209,7 @@ class Trainer:
         return last
 
     def evaluations(self) -> int:
-        """Rows that went through any network so far, in all processes and all parts of an interrupted run."""
+        """Rows that training put through any network so far, in all processes and all parts of an interrupted run."""
         return self.spent + self.built + self.processes.sum(self._evaluations() - self.built)
 
     def _evaluations(self) -> int:
