@@ -108,7 +108,7 @@ def test_pieces_are_merged_finished_runs_are_kept_and_rows_say_what_they_cost(ru
     }  # fmt: skip
     # Each of 2 training steps: 2 teacher steps of 2 passes, 2 student steps, 4 rows each.
     assert one["evaluations"] == 2 * 4 * (2 * 2 + 2)
-    # Measured and drawn after either step, which costs the run no evaluations; the student is that of its end all the same.
+    # Measured and drawn after either step, which costs no evaluations; the student is that of its end all the same.
     assert [at for at, _ in one["curve"]] == [one["evaluations"] // 2, one["evaluations"]]
     assert len({fd for _, fd in one["curve"]}) == 2 and not list(
         (folder / "runs" / "walk-seed0" / "best").glob("step*")
