@@ -6,6 +6,7 @@ without guidance, as if the pipeline had made it alone.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,7 @@ def conditional(runs: Mapping[float, Recording]) -> tuple[float, int, Recording]
     for scale, run in runs.items():
         component = explain.denoiser_component(run)
         for place in range(explain.passes_seen(run)):
-            one = replace(run, steps=[one_pass(step, component, place, run.count) for step in run.steps])
+            one = run.each(partial(one_pass, component=component, place=place, count=run.count))
             if _is_given(explain.only(one, component), component):
                 return scale, place, one
     return None

@@ -17,17 +17,17 @@ from stepdistill.pipeline.places import place_of, scaled_sample
 
 def as_first(recording: Recording, networks: Mapping[str, nn.Module]) -> Recording:
     """The recording with calls like those of the first step, where later ones have other arguments."""
-    first, *later = recording.steps
-    return replace(recording, steps=[first, *(_as_first(step, first, networks) for step in later)])
+    first = recording.steps[0]
 
+    def as_first_one(step: Step) -> Step:
+        calls, models = [], {name: iter(calls_of(first.calls, name)) for name in networks}
+        for call in step.calls:
+            model = next(models[call.component], call)
+            changed = model.arguments.keys() != call.arguments.keys()
+            calls.append(_filled(call, step, model, first, networks[call.component]) if changed else call)
+        return replace(step, calls=calls)
 
-def _as_first(step: Step, first: Step, networks: Mapping[str, nn.Module]) -> Step:
-    calls, models = [], {name: iter(calls_of(first.calls, name)) for name in networks}
-    for call in step.calls:
-        model = next(models[call.component], call)
-        changed = model.arguments.keys() != call.arguments.keys()
-        calls.append(_filled(call, step, model, first, networks[call.component]) if changed else call)
-    return replace(step, calls=calls)
+    return recording.each(as_first_one)
 
 
 def _filled(call: Call, step: Step, model: Call, first: Step, network: nn.Module) -> Call:

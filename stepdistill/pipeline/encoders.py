@@ -9,7 +9,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from stepdistill.files import digest
-from stepdistill.pipeline.complete import components
+from stepdistill.pipeline.complete import classes
 from stepdistill.pipeline.load import load_network
 from stepdistill.pipeline.trace import Trace
 
@@ -57,5 +57,5 @@ def _files(pipeline: Any, name: str) -> tuple[Path, str | None] | None:
     folder, variant = getattr(pipeline, "loaded_from", (None, None))
     if folder is None or not isinstance(network := getattr(pipeline, name), nn.Module):
         return None
-    own = (name, type(network).__name__) in set(components(folder)) and (folder / name).is_dir()
+    own = classes(folder).get(name, ("", ""))[1] == type(network).__name__ and (folder / name).is_dir()
     return (folder / name, variant) if own else None

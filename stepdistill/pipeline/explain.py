@@ -21,7 +21,7 @@ from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import close, deviation, outputs_of, same, single_value, tolerance
 from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
 from stepdistill.pipeline.paths import times_of
-from stepdistill.pipeline.places import PASSES, place_of, scaled_sample
+from stepdistill.pipeline.places import PASSES, passes, scaled_sample
 
 GUIDANCE_LIMIT = 1e-4
 
@@ -137,22 +137,14 @@ def encoders(first: Step, component: str, helpers: Iterable[str]) -> tuple[str, 
 
 def only(recording: Recording, component: str, helpers: Iterable[str] = ()) -> Recording:
     """The recording as if ``component`` had been its only network, see :func:`calls_of`."""
-    steps = [replace(step, calls=calls_of(step.calls, component, helpers)) for step in recording.steps]
-    return replace(recording, steps=steps)
-
-
-def is_guided(recording: Recording) -> bool:
-    """Whether the denoiser sees every sample more than once."""
-    return passes_seen(recording) > 1
+    return recording.each(lambda step: replace(step, calls=calls_of(step.calls, component, helpers)))
 
 
 def passes_seen(recording: Recording) -> int:
     """How often the denoiser sees every sample at a step."""
     component, step = denoiser_component(recording), recording.steps[0]
     calls = [call for call in step.calls if call.component == component]
-    scaled = scaled_sample(step)[: recording.count]
-    places = [place_of(value, scaled) for value in calls[0].arguments.values()]
-    return max(len(calls), *(place.repeats for place in places if place is not None), 1)
+    return max(len(calls), passes(calls[0], scaled_sample(step)[: recording.count]))
 
 
 def repeats(on: Recording) -> bool:

@@ -29,9 +29,11 @@ from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.identity import settings, some
 from stepdistill.pipeline.observe import modules
+from stepdistill.pipeline.probe_call import ProbeCall
+from stepdistill.pipeline.schedulers import replace_scheduler
 from stepdistill.pipeline.sizes import recorded, trace_small
 from stepdistill.pipeline.stock_call import pictures_in
-from stepdistill.pipeline.trace import Trace, replace_scheduler
+from stepdistill.pipeline.trace import Trace
 
 UNREADABLE = (OSError, RuntimeError, UnpicklingError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 """What reading a file raises that was damaged, or written by an earlier version."""
@@ -147,7 +149,7 @@ def _read(file: Path, pipeline: Any, arguments: dict[str, Any]) -> Trace | None:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         with torch.serialization.safe_globals([_own_class(name) for name in unknown]):
             content = torch.load(file, map_location=_device(pipeline), weights_only=True)
-        replace_scheduler(pipeline, content["facts"]["entry"], arguments)
+        replace_scheduler(ProbeCall(pipeline, content["facts"]["entry"], arguments))
         with quiet():
             return recorded(_restored(content, pipeline), content["facts"]["arguments"])
     except (*UNREADABLE, InputError, TraceError):

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from stepdistill.diffusion.devices import torch_of
 from stepdistill.diffusion.nested import first_tensor, flatten, tensors_in
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, first_line
 from stepdistill.pipeline import in_two
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.components import patched
@@ -25,6 +24,9 @@ CLIP_SKIP = (
     "clip_skip of this pipeline needs transformers 4: it reads a part of the text encoder that transformers 5 has "
     "removed (github.com/huggingface/diffusers/issues/14124); pip install 'transformers<5', or leave clip_skip out"
 )
+
+SAMPLES = ("sample", "model_output", "previous")
+"""What of a :class:`Step` is like the sample that it steps."""
 
 
 class _Enough(Exception):
@@ -48,7 +50,8 @@ class Step:
     """One scheduler step: the scheduler as it was before, what went in, what came out, who was called before.
 
     ``others`` are the steps of the scheduler's copies that followed it: those of further samples (a video's sound).
-    ``in_two`` is whether the pipeline made it in two (:mod:`stepdistill.pipeline.in_two`).
+    ``in_two`` is whether the pipeline made it in two (:mod:`stepdistill.pipeline.in_two`). ``replayed`` is how a step
+    is replayed that stands for others: for several as one, or for a part of one.
     """
 
     scheduler: Any
@@ -61,9 +64,12 @@ class Step:
     previous: Tensor | None = None
     others: list["Step"] = field(default_factory=list)
     in_two: bool = False
+    replayed: Callable[[Tensor], Tensor] | None = None
 
     def replay(self, model_output: Tensor) -> Tensor:
         """The next latents for this ``model_output``, with the state and the random numbers of the original."""
+        if self.replayed is not None:
+            return self.replayed(model_output)
         scheduler = copy.deepcopy(self.scheduler)
         options = dict(self.options)
         with forked_random(self.sample.device):
@@ -91,6 +97,19 @@ class Recording:
     experts: list[str] = field(default_factory=list)
     apart: list[Step] = field(default_factory=list)
     frames: int | None = None
+
+    def each(self, change: Callable[[Step], Step]) -> "Recording":
+        """The recording with every step changed."""
+        return replace(self, steps=[*map(change, self.steps)])
+
+    def with_calls(self, component: str, change: Callable[[Call, Step], Call]) -> "Recording":
+        """The recording with every call of a component changed."""
+
+        def changed(step: Step) -> Step:
+            calls = [change(call, step) if call.component == component else call for call in step.calls]
+            return replace(step, calls=calls)
+
+        return self.each(changed)
 
     def ended(self, stop: int | None, copies: int) -> bool:
         """Whether ``stop`` steps are whole: the scheduler's, and those of its copies."""
@@ -123,7 +142,7 @@ def calls_of(calls: Sequence[Call], component: str, helpers: Iterable[str] = ())
 def observe(
     pipeline: Any,
     entries: Sequence[Any] | str,
-    arguments: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any],
     *,
     steps: int,
     guidance: float,
@@ -170,8 +189,8 @@ def observe(
             raise
         except Exception as error:
             entries = entries if isinstance(entries, str) else list(entries)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if "clip_skip" in (arguments or {}) and "'text_model'" in reason:
+            reason = first_line(error)
+            if "clip_skip" in arguments and "'text_model'" in reason:
                 reason += f"; {CLIP_SKIP}"
             raise TraceError("call", f"{type(pipeline).__name__} failed on {entries!r}: {reason}") from error
     if not record.steps:
@@ -179,29 +198,6 @@ def observe(
     if record.steps and (rows := len(record.steps[0].sample)) % record.count:
         raise TraceError("call", f"{type(pipeline).__name__} makes {rows} samples for {record.count} entries")
     return record
-
-
-def noise_shape(
-    pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], steps: int
-) -> torch.Size | None:
-    """The shape of the first noise of a run, before which only encoders work; None: it draws none, or fails."""
-    shape: list[torch.Size] = []
-
-    class Draws(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if func is torch.randn:
-                shape.append(result.shape)
-                raise _Enough
-            return result
-
-    device = getattr(pipeline, "_execution_device", torch.device("cpu"))
-    with forked_random(device), Draws():
-        try:
-            run(pipeline, entries, arguments, steps=steps, guidance=1.0, output_type="latent")
-        except Exception:  # of any kind: the run that counts reports it
-            free_hooks(pipeline)
-    return shape[0] if shape else None
 
 
 class Answer(tuple):

@@ -1,6 +1,6 @@
 """Recorded calls whose conditions have shapes of their own, with the flat rows that the rest of tracing sees."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import nn
 from stepdistill.diffusion.ragged import Ragged, Rows, found
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import same
-from stepdistill.pipeline.observe import Call, Recording, calls_of
-from stepdistill.pipeline.places import place_of, scaled_sample
+from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
+from stepdistill.pipeline.places import passes, scaled_sample
 
 
 def of_own_shapes(off: Recording, on: Recording, component: str) -> tuple[Recording, Recording, Ragged | None]:
@@ -38,19 +38,9 @@ def unpadded(ragged: Ragged, network: nn.Module, off: Recording, on: Recording) 
 
 def packed(run: Recording, component: str, ragged: Ragged) -> Recording:
     """The recording with flat rows in the network's calls."""
-    steps = []
-    for step in run.steps:
-        rows = run.count * _passes(step.calls, component, scaled_sample(step)[: run.count])
-        calls = [
-            replace(call, arguments=ragged.packed_call(call.arguments, rows)) if call.component == component else call
-            for call in step.calls
-        ]
-        steps.append(replace(step, calls=calls))
-    return replace(run, steps=steps)
 
+    def flat(call: Call, step: Step) -> Call:
+        rows = run.count * max(passes(call, scaled_sample(step)[: run.count]), 1)
+        return replace(call, arguments=ragged.packed_call(call.arguments, rows))
 
-def _passes(calls: list[Call], component: str, sample: Any) -> int:
-    """How many passes a call of the network makes."""
-    arguments: Mapping[str, Any] = calls_of(calls, component)[0].arguments
-    places = [place_of(value, sample) for value in arguments.values()]
-    return max((place.repeats for place in places if place is not None), default=1)
+    return run.with_calls(component, flat)

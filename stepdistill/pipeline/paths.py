@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -26,7 +27,10 @@ def seen_by_scheduler(
         on: one with it.
     """
     path = _path_of(off, component, schedule, kind)
-    return *(_seen(run, component, path, schedule, kind) for run in (off, on)), path
+    if path is None:
+        return off, on, None
+    change = partial(_converted, path=path, schedule=schedule, kind=kind)
+    return *(run.with_calls(component, partial(change, count=run.count)) for run in (off, on)), path
 
 
 def _path_of(off: Recording, component: str, schedule: Schedule, kind: Kind) -> Path | None:
@@ -56,19 +60,6 @@ def _floor(outputs: Sequence[tuple[Step, Call, Tensor]]) -> float:
     step, _, x0 = outputs[-1]
     difference, given = (step.sample - x0).double(), step.model_output.double()
     return float(f"{float((difference * given).sum() / given.square().sum()):.4g}")
-
-
-def _seen(recording: Recording, component: str, path: Path | None, schedule: Schedule, kind: Kind) -> Recording:
-    if path is None:
-        return recording
-    steps = []
-    for step in recording.steps:
-        calls = [
-            _converted(call, step, recording.count, path, schedule, kind) if call.component == component else call
-            for call in step.calls
-        ]
-        steps.append(replace(step, calls=calls))
-    return replace(recording, steps=steps)
 
 
 def _converted(call: Call, step: Step, count: int, path: Path, schedule: Schedule, kind: Kind) -> Call:

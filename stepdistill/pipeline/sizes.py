@@ -11,21 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from stepdistill.data.sample import Pictures
-from stepdistill.diffusion.denoiser import CallSpec, Conditions, Denoiser, Helper
+from stepdistill.diffusion.denoiser import CallSpec, Conditions, Helper
 from stepdistill.diffusion.schedule import FlowSchedule, Schedule, from_scheduler
 from stepdistill.diffusion.window import Span
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, first_line
 from stepdistill.pipeline import always, explain, joint
-from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps
+from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps, run
 from stepdistill.pipeline.compare import close, deviation, rows_equal, single_value, tolerance
 from stepdistill.pipeline.conditioning import Conditioning, encode
 from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.frames import as_one
 from stepdistill.pipeline.live import live
-from stepdistill.pipeline.observe import Call, Recording, Step, noise_shape, observe
+from stepdistill.pipeline.modular import free_hooks
+from stepdistill.pipeline.observe import Call, Recording, Step, forked_random
 from stepdistill.pipeline.places import cut_by, kept_by_time, only_free, place_of, scaled_sample, without
 from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.students import routed
@@ -84,9 +86,9 @@ def trace_small(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Tr
     """
     arguments = dict(arguments or {})
     entry, steps = entry_argument(pipeline), fewest_steps(pipeline)
-    shape = noise_shape(pipeline, PROBES[entry][:1], arguments, steps)
+    shape = _noise_shape(pipeline, PROBES[entry][:1], arguments, steps)
     if shape is None and entry == "prompt":  # whose call may take one prompt and no list
-        shape = noise_shape(pipeline, PROBES[entry][0], arguments, steps)
+        shape = _noise_shape(pipeline, PROBES[entry][0], arguments, steps)
     for small in _smaller(pipeline) if shape is not None and shape.numel() > LARGE else ():
         try:
             with quiet():  # of the sizes that it does not take
@@ -97,6 +99,33 @@ def trace_small(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Tr
             if error.check not in ("call", "size"):
                 break
     return trace(pipeline, arguments)
+
+
+class _Drawn(Exception):
+    """Raised inside a pipeline's run to end it at its first noise."""
+
+
+def _noise_shape(
+    pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], steps: int
+) -> torch.Size | None:
+    """The shape of the first noise of a run, before which only encoders work; None: it draws none, or fails."""
+    shape: list[torch.Size] = []
+
+    class Draws(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.randn:
+                shape.append(result.shape)
+                raise _Drawn
+            return result
+
+    device = getattr(pipeline, "_execution_device", torch.device("cpu"))
+    with forked_random(device), Draws():
+        try:
+            run(pipeline, entries, arguments, steps=steps, guidance=1.0, output_type="latent")
+        except Exception:  # of any kind: the run that counts reports it
+            free_hooks(pipeline)
+    return shape[0] if shape else None
 
 
 def _smaller(pipeline: Any) -> Iterator[dict[str, int]]:
@@ -151,20 +180,12 @@ def recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     Raises:
         TraceError: its run fails, or its step is not what was learned.
     """
-    recording = observe(
-        trace.pipeline,
-        trace.probe,
-        arguments,
-        steps=trace.fewest_steps,
-        guidance=trace.guidance.plain_scale,
-        stop_steps=1,
-    )
+    recording = trace.observe(arguments=arguments, stop_steps=1)
     old = trace.denoiser
     names = [helper.name for helper in old.spec.helpers]
     if trace.guidance.always:
-        place = trace.guidance.passes[0]
-        steps = [always.one_pass(step, trace.component, place, recording.count) for step in recording.steps]
-        recording = replace(recording, steps=steps)
+        place, count = trace.guidance.passes[0], recording.count
+        recording = recording.each(lambda step: always.one_pass(step, trace.component, place, count))
     known, (whole,) = old.spec, explain.only(as_one(recording), trace.component, names).steps
     if known.joint is not None:
         own, whole = joint.again(known.joint, whole, trace.component)
@@ -174,14 +195,14 @@ def recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     schedule = _schedule(old.schedule, trace.pipeline.scheduler, recording.grid)
     helpers = tuple(_helper(helper, whole, schedule) for helper in old.spec.helpers)
     spec = replace(spec, constants=_constants(spec, call.arguments), helpers=helpers)
-    denoiser = Denoiser(old.network, spec, schedule, old.kind)
+    denoiser = old.called(spec, schedule)
     t = schedule.time(explain.received_timestep(step, spec, schedule).to(step.sample.device)).expand(1)
     try:
         rows = spec.conditions(call.arguments, trace.conditioning)
         with noting_inputs(denoiser.network):
             raw = denoiser(scaled_sample(step), t, rows).raw.to(step.model_output.dtype)
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise TraceError(
             "size", f"the network's call at this size is not the one that was explained: {reason}"
         ) from error
@@ -253,7 +274,7 @@ def _helper(helper: Helper, step: Step, schedule: Schedule) -> Helper:
     old, own = helper.denoiser, helper.own(step.calls[0].arguments)
     spec, _, _ = _placed(old.spec, replace(step, calls=[Call(helper.name, own)]))
     spec = replace(spec, constants=_constants(spec, own))
-    return replace(helper, denoiser=Denoiser(old.network, spec, schedule, old.kind))
+    return replace(helper, denoiser=old.called(spec, schedule))
 
 
 def conditioning_at(

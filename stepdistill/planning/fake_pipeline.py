@@ -23,7 +23,7 @@ from stepdistill.diffusion.experts import Experts, Turn
 from stepdistill.diffusion.nested import tensors_in
 from stepdistill.diffusion.schedule import from_scheduler
 from stepdistill.diffusion.window import Window
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, first_line
 from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps, in_any_way
 from stepdistill.pipeline.complete import classes
 from stepdistill.pipeline.components import patched, scheduled
@@ -73,7 +73,7 @@ def blueprint(teacher: Teacher, dtype: torch.dtype) -> Blueprint:
     except Exception as error:
         if isinstance(error, InputError) and not isinstance(error, TraceError):
             raise  # the arguments are not the pipeline's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"plan: {type(pipeline).__name__} cannot be run on shapes alone: {reason}") from error
     schedule, kind = from_scheduler(pipeline.scheduler, whole.grid.get("mu"))
     networks = modules(pipeline)
