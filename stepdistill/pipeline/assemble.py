@@ -16,7 +16,7 @@ from torch import nn
 from stepdistill.errors import InputError, in_a_line
 from stepdistill.files import atomic, cache_folder, digest, files_in, read_json, sha256, write_json
 from stepdistill.pipeline.complete import all_weights_found, some, whole_before_moved
-from stepdistill.pipeline.components import put
+from stepdistill.pipeline.components import modules, put
 from stepdistill.pipeline.folder import REFUSED, load_folder, loading, quiet, save_pipeline
 from stepdistill.pipeline.hub import unreachable, why_not
 from stepdistill.pipeline.loras import fuse_lora
@@ -35,10 +35,7 @@ _READ = (".json", ".txt", ".model", ".safetensors")
 def assembled(teacher: Teacher, base: Path) -> Path:
     """The folder, in the cache, of a teacher's pipeline with all that the recipe puts into it.
 
-    It is made anew when one of its files has changed.
-
-    Args:
-        base: the pipeline's folder or checkpoint file.
+    It is made of ``base``, a folder or checkpoint file, and made anew when one of its files has changed.
 
     Raises:
         InputError: a file is missing or no safetensors, does not fit the pipeline, or has nothing for it.
@@ -68,9 +65,8 @@ def write_assembled(teacher: Teacher, base: Path, out: Path) -> str:
     if teacher.vae is not None:
         put(pipeline, "vae", _autoencoder(pipeline, teacher.vae, base))
     with quiet():  # diffusers warns of each cast
-        for network in pipeline.components.values():
-            if isinstance(network, nn.Module):
-                network.to(_dtype(network))
+        for network in modules(pipeline).values():
+            network.to(_dtype(network))
     for number, lora in enumerate(teacher.loras):
         fuse_lora(pipeline, lora, f"teacher.loras.{number}")
     for number, embedding in enumerate(teacher.embeddings):
@@ -124,10 +120,7 @@ def _all_of(name: str, place: Path) -> Iterator[tuple[str, Path]]:
 
 
 def add_embedding(pipeline: Any, embedding: Embedding, key: str) -> None:
-    """Add a textual inversion to the pipeline's tokenizers and text encoders.
-
-    Args:
-        key: of the recipe, for messages.
+    """Add a textual inversion to the pipeline's tokenizers and text encoders; messages name the recipe's ``key``.
 
     Raises:
         InputError: the pipeline takes none, or it does not fit its encoders.

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stepdistill.pipeline.compare import close, outputs_of
-from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
+from stepdistill.pipeline.compare import gives
 from stepdistill.pipeline.places import place_of, scaled_sample
+from stepdistill.pipeline.recording import Call, Recording, Step, calls_of
 
 
 def as_first(recording: Recording, networks: Mapping[str, nn.Module]) -> Recording:
@@ -35,7 +35,7 @@ def _filled(call: Call, step: Step, model: Call, first: Step, network: nn.Module
     arguments = {
         name: _of_step(value, call.arguments.get(name), step, first) for name, value in model.arguments.items()
     }
-    return replace(call, arguments=arguments) if _gives(network, arguments, call) else call
+    return replace(call, arguments=arguments) if gives(network, arguments, call.outputs[:1]) else call
 
 
 def _of_step(value: Any, own: Any, step: Step, first: Step) -> Any:
@@ -46,8 +46,3 @@ def _of_step(value: Any, own: Any, step: Step, first: Step) -> Any:
         sample = sample.repeat(place.repeats, *[1] * (sample.ndim - 1))
         return place.window.argument(sample, place.window.beside(value)).to(value)
     return own if isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape == value.shape else value
-
-
-def _gives(network: nn.Module, arguments: Mapping[str, Any], call: Call) -> bool:
-    made = outputs_of(network, arguments)
-    return bool(made) and close(made[0], call.outputs[0])

@@ -1,6 +1,6 @@
-"""When two recorded values count as equal, and what a network returns to be compared."""
+"""When two recorded values count as equal, and whether a network returns what it has returned before."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,9 +63,10 @@ def single_value(value: Any) -> tuple[Tensor, Tensor | None] | None:
     return number, mask[:1].to(tensor.dtype)
 
 
-def outputs_of(network: Any, arguments: Mapping[str, Any]) -> list[Tensor] | None:
-    """The tensors that a network returns for arguments by their dotted names; None: it takes no such arguments."""
+def gives(network: Any, arguments: Mapping[str, Any], outputs: Sequence[Tensor]) -> bool:
+    """Whether a network takes arguments by their dotted names, and returns ``outputs`` before whatever else it does."""
     try:
-        return tensors_in(network(**unflatten(arguments)))
+        made = tensors_in(network(**unflatten(arguments)))
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
-        return None
+        return False
+    return len(made) >= len(outputs) and all(map(close, made, outputs))

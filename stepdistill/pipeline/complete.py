@@ -25,10 +25,7 @@ def all_weights_found(pipeline: str | Path) -> Iterator[None]:
     """Inside the block every component that is loaded must find each of its weights in its files.
 
     The libraries decide what is missing: tied weights, buffers that are not stored, and names of earlier versions are
-    theirs to know.
-
-    Args:
-        pipeline: its name in the message.
+    theirs to know. ``pipeline`` is its name in the message.
 
     Raises:
         InputError: weights are missing or have another shape; it names the component, its files and some of the keys.
@@ -51,9 +48,7 @@ def whole_before_moved(what: str) -> Iterator[None]:
     """Inside the block a network that diffusers reads from a single file must have all its weights.
 
     diffusers leaves those that the file lacks without data. It fails when it moves the network, and does not say why.
-
-    Args:
-        what: the file in messages.
+    ``what`` is the file in messages.
 
     Raises:
         InputError: weights are missing; it names the class and some of the keys.
@@ -142,10 +137,7 @@ def some(names: Collection[str]) -> str:
 
 
 def check_tokenizers(pipeline: str | Path, folder: Path) -> None:
-    """Each tokenizer of the pipeline in ``folder`` must have the files that its class reads.
-
-    Args:
-        pipeline: its name in the message.
+    """Each tokenizer of the pipeline in ``folder``, named ``pipeline``, must have the files that its class reads.
 
     Raises:
         InputError: one is missing. Some versions of transformers would make an empty tokenizer instead.

@@ -22,7 +22,7 @@ from stepdistill.pipeline.compare import close, rows_equal, same
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.groups import Group
 from stepdistill.pipeline.identity import FEW, identity
-from stepdistill.pipeline.observe import Call, Recording, calls_of
+from stepdistill.pipeline.recording import Call, Recording, calls_of
 from stepdistill.pipeline.resting import rest
 from stepdistill.pipeline.trace import Trace
 
@@ -311,8 +311,7 @@ def caught(
 ) -> tuple[Conditions, Conditions | None]:
     """(cond, null), a row for each entry, by running the pipeline up to its denoiser's first calls.
 
-    Args:
-        pictures: arguments of the call in place of the trace's.
+    Its arguments are the trace's, and ``pictures`` in place of some.
     """
     arguments, stop = {**trace.arguments, **pictures}, (trace.component, trace.guidance.calls)
     recording = trace.observe(entries, arguments, guidance=trace.guidance.scale, stop_calls=stop)

@@ -18,7 +18,8 @@ from stepdistill.errors import InputError, first_line
 from stepdistill.pipeline import in_two
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.components import patched
-from stepdistill.pipeline.observe import Answer, forked_random
+from stepdistill.pipeline.observe import Answer
+from stepdistill.pipeline.recording import forked_random
 from stepdistill.pipeline.resting import rest
 from stepdistill.pipeline.stock_call import Replaced, in_each, parameters, tiled
 from stepdistill.pipeline.trace import Trace

@@ -18,10 +18,7 @@ def release_encoders(trace: Trace, device: torch.device) -> None:
     """Free the weights of the networks that make conditions; a later call reads them from their files again.
 
     A preview is decoded by the pipeline's own call, which encodes the same prompt every time: it is encoded once, on
-    the CPU. Encoders that have no files of their own rest in the host's memory instead.
-
-    Args:
-        device: the pipeline's, where the answers are sent.
+    the CPU, and the answer is sent to ``device``. Encoders that have no files of their own rest in the host's memory.
     """
     for name in trace.encoders:
         encoder, place = getattr(trace.pipeline, name), _files(trace.pipeline, name)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.pipeline.call import TraceError
-from stepdistill.pipeline.observe import SAMPLES, Recording, Step
 from stepdistill.pipeline.places import place_of, scaled_sample
+from stepdistill.pipeline.recording import SAMPLES, Recording, Step
 
 
 def as_one(recording: Recording) -> Recording:

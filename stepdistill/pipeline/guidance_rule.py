@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.denoiser import CallSpec
+from stepdistill.diffusion.experts import Turn
 from stepdistill.diffusion.guidance import with_channels_of, with_norm_of
 from stepdistill.diffusion.passes import plain_name
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import close, deviation, rows_equal, same, tolerance
-from stepdistill.pipeline.explain import GUIDANCE_LIMIT, Guidance
-from stepdistill.pipeline.observe import Recording
+from stepdistill.pipeline.explain import Guidance
+from stepdistill.pipeline.recording import Recording
 
+GUIDANCE_LIMIT = 1e-4
 DIGITS = 3
 """Of the weights of several passes, which the float32 of these blurs."""
 
@@ -33,8 +35,7 @@ def guidance_rule(
 ) -> tuple[Guidance, CallSpec]:
     """How the guided run's outputs were combined, and the spec that knows whether the norm was kept.
 
-    Args:
-        hint: which arguments switch off what is no such rule; the refusal ends with it.
+    A refusal ends with ``hint``: which arguments switch off what is no such rule.
     """
     calls = len(on.steps[0].calls)
     if calls == 1 and not batched:
@@ -53,10 +54,9 @@ def guidance_rule(
                 cond, uncond = (first, second) if cond_first else (second, first)
                 if channels[cond_first]:
                     uncond = with_channels_of(cond, uncond, channels[cond_first])
-                combined = uncond + (scale + shift) * (cond - uncond)
-                combined = with_norm_of(cond, combined, norm_axis) if norm_axis else combined
+                combined = _combined(cond, uncond, scale + shift, norm_axis)
                 residuals[rule] = max(residuals.get(rule, 0.0), deviation(combined, half))
-    limit = max(GUIDANCE_LIMIT, tolerance(on.steps[0].model_output.dtype))
+    limit = _limit(on)
     if apart * scale <= limit:
         raise TraceError(
             "guidance",
@@ -73,6 +73,16 @@ def guidance_rule(
     guidance = Guidance("batched" if batched else "two_calls", cond_first, scale, shift, residuals[rule])
     spec = replace(spec, norm_axis=norm_axis, guided_channels=channels[cond_first])
     return with_drawn(guidance, on, spec, conditions), spec
+
+
+def _combined(cond: Tensor, uncond: Tensor, w: float, norm_axis: int | None) -> Tensor:
+    combined = uncond + w * (cond - uncond)
+    return with_norm_of(cond, combined, norm_axis) if norm_axis else combined
+
+
+def _limit(on: Recording) -> float:
+    """How far the scheduler's input may be off a rule."""
+    return max(GUIDANCE_LIMIT, tolerance(on.steps[0].model_output.dtype))
 
 
 def _outputs(on: Recording, spec: CallSpec) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -96,6 +106,27 @@ def _guided_channels(pairs: Sequence[tuple[Tensor, Tensor, Tensor]], cond_first:
     return count if 0 < count < given[0][0].shape[1] else None
 
 
+def with_scales(turns: dict[str, Turn], on: Recording, spec: CallSpec, guidance: Guidance) -> dict[str, Turn]:
+    """The turns with the guidance scales that experts have of their own, read off a guided run.
+
+    Where an expert's w in uncond + w (cond - uncond) is not the pipeline's, it has one of its own.
+    """
+    if guidance.kind not in ("batched", "two_calls"):
+        return turns
+    found = {}
+    for step, name in zip(on.steps, on.experts, strict=True):
+        first, second = spec.decode_output(torch.cat([call.output for call in step.calls])).double().chunk(2)
+        cond, uncond = (first, second) if guidance.cond_first else (second, first)
+        if spec.guided_channels is not None:
+            uncond = with_channels_of(cond, uncond, spec.guided_channels)
+        given = step.model_output.double()[: on.count]
+        difference = cond - uncond
+        w = ((given - uncond) * difference).sum() / difference.square().sum()
+        off_rule = deviation(_combined(cond, uncond, guidance.w, spec.norm_axis), given) > _limit(on)
+        found[name] = float(f"{float(w):.4g}") if off_rule else None
+    return {name: turn._replace(scale=found.get(name)) for name, turn in turns.items()}
+
+
 def passes_of(on: Recording, spec: CallSpec) -> int:
     """How often every image goes through the network at a guided step."""
     return sum(spec.window.rows(call.arguments[spec.sample]) for call in on.steps[0].calls) // on.count
@@ -104,10 +135,7 @@ def passes_of(on: Recording, spec: CallSpec) -> int:
 def linear_rule(
     runs: Mapping[float, Recording], spec: CallSpec, conditions: list[str], batched: bool
 ) -> tuple[Guidance, CallSpec]:
-    """The guidance, and the spec with the weights of the unconditional passes.
-
-    Args:
-        runs: guided ones by their scale, two of them.
+    """The guidance of two guided runs by their scale, and the spec with the weights of the unconditional passes.
 
     Raises:
         TraceError: the passes are not combined linearly, or none of them is the conditional one.
@@ -115,7 +143,7 @@ def linear_rule(
     (low, first), (high, second) = runs.items()
     (at_low, off_low), (at_high, off_high) = (_weights(run, spec) for run in (first, second))
     residual, count = max(off_low, off_high), len(at_low)
-    if residual > max(GUIDANCE_LIMIT, tolerance(first.steps[0].model_output.dtype)):
+    if residual > _limit(first):
         raise TraceError(
             "guidance",
             f"the pipeline's {count} passes are not combined linearly: off by {residual:.1e} at scale {low:g}",

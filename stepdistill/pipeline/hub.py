@@ -40,10 +40,7 @@ def download(name: str, revision: str | None = None, variant: str | None = None)
 
 
 def configs(name: str, revision: str | None = None, patterns: Sequence[str] = FILES) -> Path:
-    """The folder of the hub's cache with the configs and tokenizers of the pipeline ``name``.
-
-    Args:
-        patterns: of other files to be there.
+    """The folder of the hub's cache with the configs and tokenizers of the pipeline ``name``, or files of ``patterns``.
 
     Raises:
         InputError: it is not there, or the hub cannot be reached.
@@ -77,11 +74,7 @@ def unreachable() -> str | None:
 
 
 def why_not(name: str, revision: str | None, variant: str | None, error: Exception, silent: str | None) -> str:
-    """Why the hub did not give the pipeline ``name``, when it answered with ``error``.
-
-    Args:
-        silent: what :func:`unreachable` returned.
-    """
+    """Why the hub did not give the pipeline ``name``: its answer was ``error``, or it is ``silent``."""
     for kind, words in _REASONS.items():
         if isinstance(error, kind):
             return f"cannot be loaded from the hub: {words}{_typo(name)}"

@@ -4,12 +4,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from stepdistill.errors import InputError, in_a_line
 from stepdistill.pipeline.complete import all_weights_found
-from stepdistill.pipeline.components import put
+from stepdistill.pipeline.components import modules, put
 from stepdistill.recipe import IPAdapter
 
 
@@ -36,7 +35,7 @@ def load_ip_adapter(pipeline: Any, adapter: IPAdapter) -> None:
     if not hasattr(pipeline, "load_ip_adapter"):
         raise InputError(f"teacher.ip_adapter: {type(pipeline).__name__} takes none")
     arguments = stock_arguments(adapter)
-    networks = [value for value in pipeline.components.values() if isinstance(value, nn.Module)]
+    networks = [*modules(pipeline).values()]
     before = [{name for name, _ in network.named_parameters()} for network in networks]
     # An encoder in a folder without a slash lies beside the weights, as diffusers has it.
     own = adapter.image_encoder

@@ -15,8 +15,6 @@ from stepdistill.diffusion.joint import Joint, Part
 from stepdistill.diffusion.window import Window
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import deviation, same, single_value
-from stepdistill.pipeline.explain import only
-from stepdistill.pipeline.observe import SAMPLES, Call, Recording, Step
 from stepdistill.pipeline.places import (
     Place,
     cut_by,
@@ -29,27 +27,28 @@ from stepdistill.pipeline.places import (
     scaled_sample,
     tensors_of,
 )
+from stepdistill.pipeline.recording import SAMPLES, Call, Recording, Runs, Step
 
 
-def as_one(off: Recording, on: Recording, component: str) -> tuple[Recording, Recording, Joint | None]:
+def as_one(runs: Runs, component: str) -> tuple[Runs, Joint | None]:
     """Both recordings with one sample, and how it is made of several; as they are where there is one.
 
     Raises:
         TraceError: not every step has the same samples, or the network does not take or return one of them.
     """
-    others = off.steps[0].others
+    others = runs.steps[0].others
     if not others:
-        return off, on, None
+        return runs, None
     if kept := [list(one.sample.shape[1:]) for one in others if same(one.previous, one.sample)]:
         raise TraceError(
             "sample",
             f"a copy of the pipeline's scheduler steps a second sample {kept[0]} and leaves it as it is: it is drawn "
             "for each call, and no student can be trained for it",
         )
-    if len({len(step.others) for run in (off, on) for step in run.steps}) > 1:
+    if len({len(step.others) for step in runs.steps}) > 1:
         raise TraceError("components", "the pipeline's copies of its scheduler step at some of its steps only")
-    joint = Joint(tuple(_part(off, on, component, number) for number in range(1 + len(others))))
-    return joined(off, joint, component), joined(on, joint, component), joint
+    joint = Joint(tuple(_part(runs, component, number) for number in range(1 + len(others))))
+    return runs.each(partial(joined, joint=joint, component=component)), joint
 
 
 def joined(recording: Recording, joint: Joint | None, component: str) -> Recording:
@@ -115,12 +114,12 @@ def _own(step: Step, part: Part) -> Step:
     return only_free(Recording(1, [step]), part.free).steps[0]
 
 
-def _part(off: Recording, on: Recording, component: str, number: int) -> Part:
+def _part(runs: Runs, component: str, number: int) -> Part:
     """The part of this number."""
-    off, on = (only(run.each(partial(_of, number=number)), component) for run in (off, on))
-    places, _ = same_places(off, on)
+    runs = runs.each(lambda run: run.each(partial(_of, number=number))).only(component)
+    places, _ = same_places(runs)
     found = {name: place for name, place in places.items() if place.window.frames is None}
-    step = off.steps[0]
+    step = runs.off.steps[0]
     if not found:
         raise TraceError(
             "sample",
@@ -128,7 +127,7 @@ def _part(off: Recording, on: Recording, component: str, number: int) -> Part:
             f"{list(step.sample.shape)}; its tensors are {tensors_of(step.calls[0])}",
         )
     name = most_whole(found)
-    return _made(name, _kept_by_time(found[name], name, off.steps), step)
+    return _made(name, _kept_by_time(found[name], name, runs.off.steps), step)
 
 
 def _kept_by_time(place: Place, argument: str, steps: Sequence[Step]) -> Place:

@@ -26,9 +26,9 @@ from stepdistill.diffusion.schedule import from_scheduler
 from stepdistill.errors import InputError
 from stepdistill.files import atomic, cache_folder, digest, sha256
 from stepdistill.pipeline.call import TraceError
+from stepdistill.pipeline.components import modules
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.identity import settings, some
-from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.probe_call import ProbeCall
 from stepdistill.pipeline.schedulers import replace_scheduler
 from stepdistill.pipeline.sizes import recorded, trace_small

@@ -21,10 +21,7 @@ NAME = "fused"
 
 
 def fuse_lora(pipeline: Any, lora: Lora, key: str) -> None:
-    """Add a LoRA to the pipeline's weights; networks that may have one become float32.
-
-    Args:
-        key: of the recipe, for messages.
+    """Add a LoRA to the pipeline's weights; networks that may have one become float32. Messages name ``key``.
 
     Raises:
         InputError: the pipeline takes none, has no such component, or the file has something that finds no layer.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -9,30 +10,30 @@ from torch import nn
 from stepdistill.diffusion.ragged import Ragged, Rows, found
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import same
-from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
 from stepdistill.pipeline.places import passes, scaled_sample
+from stepdistill.pipeline.recording import Call, Recording, Runs, Step
 
 
-def of_own_shapes(off: Recording, on: Recording, component: str) -> tuple[Recording, Recording, Ragged | None]:
+def of_own_shapes(runs: Runs, component: str) -> tuple[Runs, Ragged | None]:
     """Both recordings with flat rows, and how they are made; as they are where all rows have one shape.
 
     Raises:
         TraceError: the calls of another network have such rows.
     """
-    for step in (*off.steps, *on.steps):
+    for step in runs.steps:
         for call in step.calls:
             if call.component != component and any(isinstance(value, Rows) for value in call.arguments.values()):
                 reason = f"the conditions of {call.component}, which feeds {component}, have shapes of their own"
                 raise TraceError("conditioning", reason)
-    calls = [call.arguments for run in (off, on) for step in run.steps for call in calls_of(step.calls, component)]
+    calls = [call.arguments for step in runs.only(component).steps for call in step.calls]
     if (ragged := found(calls)) is None:
-        return off, on, None
-    return packed(off, component, ragged), packed(on, component, ragged), ragged
+        return runs, None
+    return runs.each(partial(packed, component=component, ragged=ragged)), ragged
 
 
-def unpadded(ragged: Ragged, network: nn.Module, off: Recording, on: Recording) -> Callable[..., Any]:
+def unpadded(ragged: Ragged, network: nn.Module, runs: Runs) -> Callable[..., Any]:
     """The network as one that takes the flat rows: :meth:`.Ragged.around`."""
-    first, second = (run.steps[0].calls[0].arguments for run in (off, on))  # of other numbers of images
+    first, second = (run.steps[0].calls[0].arguments for run in runs)  # of other numbers of images
     return ragged.around(network, {name for name, value in first.items() if same(value, second.get(name))})
 
 

@@ -9,28 +9,22 @@ from torch import Tensor
 from stepdistill.diffusion.path import Path
 from stepdistill.diffusion.schedule import Kind, Schedule
 from stepdistill.pipeline.compare import close
-from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
 from stepdistill.pipeline.places import Place, place_of, scaled_sample
+from stepdistill.pipeline.recording import Call, Recording, Runs, Step, calls_of
 
 PATHS = (Path("sample"), Path("flow", flow=True), Path("edm", levels=True))
 
 
-def seen_by_scheduler(
-    off: Recording, on: Recording, component: str, schedule: Schedule, kind: Kind
-) -> tuple[Recording, Recording, Path | None]:
-    """Both recordings as if the network took what the scheduler steps and returned a prediction of ``kind``.
+def seen_by_scheduler(runs: Runs, component: str, schedule: Schedule, kind: Kind) -> tuple[Runs, Path | None]:
+    """The runs as if the network took what the scheduler steps and returned a prediction of ``kind``; its path.
 
     As they are where it does.
-
-    Args:
-        off: a run without guidance.
-        on: one with it.
     """
-    path = _path_of(off, component, schedule, kind)
+    path = _path_of(runs.off, component, schedule, kind)
     if path is None:
-        return off, on, None
+        return runs, None
     change = partial(_converted, path=path, schedule=schedule, kind=kind)
-    return *(run.with_calls(component, partial(change, count=run.count)) for run in (off, on)), path
+    return runs.each(lambda run: run.with_calls(component, partial(change, count=run.count))), path
 
 
 def _path_of(off: Recording, component: str, schedule: Schedule, kind: Kind) -> Path | None:

@@ -20,7 +20,7 @@ from stepdistill.diffusion.stock_schedulers import as_network_input
 from stepdistill.diffusion.window import Span, Window
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import close, deviation, tolerance
-from stepdistill.pipeline.observe import CARRIED, SAMPLES, Call, Recording, Step
+from stepdistill.pipeline.recording import CARRIED, SAMPLES, Call, Recording, Runs, Step
 
 PASSES = 3
 """The most that a guided step takes: a conditional one, one without the text, one without text and picture."""
@@ -113,15 +113,15 @@ def kept_by_time(spec: CallSpec, step: Step, free: Span | None) -> tuple[CallSpe
     return replace(spec, window=cut_by(Window(spans=(span,)), given, call.output)), span
 
 
-def sample_argument(off: Recording, on: Recording, component: str) -> tuple[CallSpec, Span | None, bool]:
+def sample_argument(runs: Runs, component: str) -> tuple[CallSpec, Span | None, bool]:
     """(a spec that knows the argument which is the scheduler's sample, the sample's free part, whether it is doubled).
 
     Raises:
         TraceError: there is none.
     """
-    found, repeats = same_places(off, on)
+    (off, on), (found, repeats) = runs, same_places(runs)
     call = off.steps[0].calls[0]
-    if not all(step.sample.isfinite().all() for run in (off, on) for step in run.steps):
+    if not all(step.sample.isfinite().all() for step in runs.steps):
         raise TraceError("sample", f"{component} makes numbers that are not finite in {len(on.steps)} steps")
     if not found or len(repeats) != 1:
         raise TraceError(
@@ -139,17 +139,17 @@ def sample_argument(off: Recording, on: Recording, component: str) -> tuple[Call
     return spec, free, repeats != {1}
 
 
-def same_places(off: Recording, on: Recording) -> tuple[dict[str, Place], set[int]]:
+def same_places(runs: Runs) -> tuple[dict[str, Place], set[int]]:
     """(where arguments hold the sample, the same at every call; how often those of guided calls repeat it)."""
     found: dict[str, Place] | None = None
     repeats: set[int] = set()
-    for run, step in [*((off, step) for step in off.steps), *((on, step) for step in on.steps)]:
+    for run, step in ((one, step) for one in runs for step in one.steps):
         scaled = scaled_sample(step)[: run.count]
         for call in step.calls:
             here = {name: place for name, value in call.arguments.items() if (place := place_of(value, scaled))}
             once = {name: replace(place, repeats=1) for name, place in here.items()}
             found = once if found is None else {name: place for name, place in found.items() if once.get(name) == place}
-            if run is on:
+            if run is runs.on:
                 repeats |= {here[name].repeats for name in found}
     return found or {}, repeats
 

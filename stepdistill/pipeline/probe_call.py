@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepdistill.pipeline.call import COUNTS, by_itself
-from stepdistill.pipeline.observe import Recording, observe
+from stepdistill.pipeline.observe import observe
+from stepdistill.pipeline.recording import Recording
 from stepdistill.pipeline.singly import observe_each
 
 PROBES: dict[str, tuple[Any, ...]] = {

@@ -15,8 +15,8 @@ from stepdistill.diffusion.stock_schedulers import without_learned_variance
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import same
 from stepdistill.pipeline.components import put, scheduled
-from stepdistill.pipeline.observe import Recording
 from stepdistill.pipeline.probe_call import ProbeCall
+from stepdistill.pipeline.recording import Recording
 
 STEPS = 2
 """Of the two runs; the grid that diffusers' scheduler of TrigFlow has by default is one of two steps."""

@@ -11,7 +11,6 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from stepdistill import assets
 from stepdistill.errors import InputError, in_a_line
@@ -24,6 +23,7 @@ from stepdistill.pipeline.complete import (
     some,
     whole_before_moved,
 )
+from stepdistill.pipeline.components import modules
 from stepdistill.pipeline.folder import loading
 from stepdistill.pipeline.hub import FILES, configs
 from stepdistill.progress import say
@@ -52,9 +52,8 @@ def read_checkpoint(file: Path, config: str | None) -> DiffusionPipeline:
     refusal = f"pipeline {file}: cannot be read as a {kind.__name__} of {folder}"
     with loading(refusal), all_weights_found(file), whole_before_moved(f"pipeline {file}"):
         pipeline = _read(file, kind, folder, config)
-    for name, network in pipeline.components.items():
-        if isinstance(network, nn.Module):
-            check_filled(f"pipeline {file}", name, network)
+    for name, network in modules(pipeline).items():
+        check_filled(f"pipeline {file}", name, network)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

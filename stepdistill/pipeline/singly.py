@@ -18,9 +18,11 @@ from torch.nn import functional
 
 from stepdistill.diffusion.ragged import Rows, Shared, found
 from stepdistill.pipeline.call import TraceError, by_itself
-from stepdistill.pipeline.compare import close, outputs_of, same
-from stepdistill.pipeline.observe import SAMPLES, Call, Recording, Step, modules, observe
+from stepdistill.pipeline.compare import gives, same
+from stepdistill.pipeline.components import modules
+from stepdistill.pipeline.observe import observe
 from stepdistill.pipeline.places import passes, scaled_sample
+from stepdistill.pipeline.recording import SAMPLES, Call, Recording, Step
 
 MASKS = (torch.bool, torch.int64, torch.float32)
 """What a mask of prompts may be made of."""
@@ -117,8 +119,7 @@ class _Stack:
         network: Any = self.network
         if (ragged := found([arguments])) is not None:
             arguments, network = ragged.packed_call(arguments, len(outputs[0])), ragged.around(network, whole)
-        made = outputs_of(network, arguments)
-        return made is not None and len(made) == len(outputs) and all(map(close, made, outputs))
+        return gives(network, arguments, outputs)
 
     def _own_shapes(self, calls: Sequence[Call], fixed: Collection[str]) -> dict[str, Any]:
         """The arguments where what has another shape in each call is no tensor of all, but :class:`Rows`."""

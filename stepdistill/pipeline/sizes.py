@@ -27,8 +27,8 @@ from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.frames import as_one
 from stepdistill.pipeline.live import live
 from stepdistill.pipeline.modular import free_hooks
-from stepdistill.pipeline.observe import Call, Recording, Step, forked_random
 from stepdistill.pipeline.places import cut_by, kept_by_time, only_free, place_of, scaled_sample, without
+from stepdistill.pipeline.recording import Call, Recording, Step, forked_random
 from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.students import routed
 from stepdistill.pipeline.trace import PROBES, Trace, trace
@@ -52,10 +52,7 @@ def in_words(size: Size) -> str:
 
 
 def at_size(trace: Trace, size: Size, key: str = "size") -> Trace:
-    """The same pipeline, called with this height and width.
-
-    Args:
-        key: what states the size, for messages.
+    """The same pipeline, called with this height and width, which ``key`` states in messages.
 
     Raises:
         InputError: the pipeline takes no height and width, or makes no pictures of this size.
@@ -86,9 +83,9 @@ def trace_small(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Tr
     """
     arguments = dict(arguments or {})
     entry, steps = entry_argument(pipeline), fewest_steps(pipeline)
-    shape = _noise_shape(pipeline, PROBES[entry][:1], arguments, steps)
+    shape = noise_shape(pipeline, PROBES[entry][:1], arguments, steps)
     if shape is None and entry == "prompt":  # whose call may take one prompt and no list
-        shape = _noise_shape(pipeline, PROBES[entry][0], arguments, steps)
+        shape = noise_shape(pipeline, PROBES[entry][0], arguments, steps)
     for small in _smaller(pipeline) if shape is not None and shape.numel() > LARGE else ():
         try:
             with quiet():  # of the sizes that it does not take
@@ -105,7 +102,7 @@ class _Drawn(Exception):
     """Raised inside a pipeline's run to end it at its first noise."""
 
 
-def _noise_shape(
+def noise_shape(
     pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], steps: int
 ) -> torch.Size | None:
     """The shape of the first noise of a run, before which only encoders work; None: it draws none, or fails."""
@@ -186,7 +183,7 @@ def recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     if trace.guidance.always:
         place, count = trace.guidance.passes[0], recording.count
         recording = recording.each(lambda step: always.one_pass(step, trace.component, place, count))
-    known, (whole,) = old.spec, explain.only(as_one(recording), trace.component, names).steps
+    known, (whole,) = old.spec, as_one(recording).only(trace.component, names).steps
     if known.joint is not None:
         own, whole = joint.again(known.joint, whole, trace.component)
         known = replace(known, joint=own)
@@ -227,8 +224,7 @@ def recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
 def _placed(spec: CallSpec, step: Step, former: Span | None = None) -> tuple[CallSpec, Step, Span | None]:
     """(the spec for the places in a step's call, the step of the free part of its sample, that part).
 
-    Args:
-        former: the free part at the traced size.
+    ``former`` is the free part at the traced size.
     """
     call = step.calls[0]
     given = call.arguments[spec.sample]

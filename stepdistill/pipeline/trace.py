@@ -7,6 +7,7 @@ step with the learned description and compares it with the pipeline's own.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,19 @@ from stepdistill.pipeline.call import (
     other_guidance,
     without_guidance,
 )
+from stepdistill.pipeline.components import modules
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.frames import as_one
 from stepdistill.pipeline.grid import fewest
-from stepdistill.pipeline.guidance_rule import guidance_rule, linear_rule, passes_of
+from stepdistill.pipeline.guidance_rule import guidance_rule, linear_rule, passes_of, with_scales
 from stepdistill.pipeline.guiders import guiders, negative_prompt
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.observe import Call, Recording, modules, observe
+from stepdistill.pipeline.observe import observe
 from stepdistill.pipeline.own_shapes import of_own_shapes, packed, unpadded
 from stepdistill.pipeline.paths import seen_by_scheduler
 from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument
 from stepdistill.pipeline.probe_call import PROBES, ProbeCall
+from stepdistill.pipeline.recording import Call, Recording, Runs
 from stepdistill.pipeline.schedulers import replace_scheduler, schedule_of
 from stepdistill.pipeline.self_test import check_schedule, self_test
 from stepdistill.pipeline.sorting import sort_arguments
@@ -54,7 +57,7 @@ OF_SEVERAL = ("conditioning", "constants")
 PROBE_STEPS = 3
 MOST_STEPS = 50
 PROBE_SCALE = 4.0
-Watched = tuple[Recording, Recording, dict[str, Turn], int | None]
+Watched = tuple[Runs, dict[str, Turn], int | None]
 """What :func:`_watched` returns."""
 
 
@@ -213,40 +216,40 @@ def _traced(pipeline: Any, entry: str, arguments: dict[str, Any], singly: bool =
         return _watched(ProbeCall(pipeline, entry, given, alone), scale)
 
     if singly:
-        (off, on, experts, kept), alone = watched(arguments, True), True
+        (runs, experts, kept), alone = watched(arguments, True), True
     else:
-        (off, on, experts, kept), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
+        (runs, experts, kept), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
     call = ProbeCall(pipeline, entry, arguments, alone)
-    schedule, kind = schedule_of(call, off)
-    network = networks[component := explain.denoiser_component(off)]
-    off, on, ragged = of_own_shapes(off, on, component)
-    off, on, one = joint.as_one(off, on, component)
+    schedule, kind = schedule_of(call, runs.off)
+    network = networks[component := explain.denoiser_component(runs.off)]
+    runs, ragged = of_own_shapes(runs, component)
+    runs, one = joint.as_one(runs, component)
     if ragged and (experts or one):
         raise TraceError("conditioning", "conditions have shapes of their own, beside several networks or samples")
-    helpers, helper_conditions, seen = _helpers(off, on, component, networks, schedule, kind)
+    helpers, helper_conditions, seen = _helpers(runs, component, networks, schedule, kind)
     names = [helper.name for helper in helpers]
-    called = [explain.only(run, component) for run in (off, on)]
-    off, on, path = seen_by_scheduler(off, on, component, schedule, kind)
-    whole, (off, on) = (off, on), (explain.only(off, component), explain.only(on, component))
-    if len({len(step.calls) for step in on.steps}) > 1:
+    called = runs.only(component)
+    whole, path = seen_by_scheduler(runs, component, schedule, kind)
+    runs = whole.only(component)
+    if len({len(step.calls) for step in runs.on.steps}) > 1:
         raise TraceError("guidance", f"{component} is called twice at some steps and once at others")
-    spec, free, batched = sample_argument(off, on, component)
-    around = joint.around(one, network) if ragged is None else unpadded(ragged, network, off, on)
-    spec = explain.timestep_map(*called, replace(spec, joint=one, path=path, ragged=ragged), around, schedule)
-    spec, free = kept_by_time(spec, off.steps[0], free)
+    spec, free, batched = sample_argument(runs, component)
+    around = joint.around(one, network) if ragged is None else unpadded(ragged, network, runs)
+    spec = explain.timestep_map(called, replace(spec, joint=one, path=path, ragged=ragged), around, schedule)
+    spec, free = kept_by_time(spec, runs.off.steps[0], free)
     if other := next((name for name, part in seen.items() if part != free), None):
         raise TraceError("sample", f"{other} sees another part of the sample than {component}, which keeps a part")
-    whole = only_free(whole[0], free), only_free(whole[1], free)
-    off, on = (explain.only(recording, component) for recording in whole)
-    spec = explain.output_map(off, spec, component)
-    spec, conditions = sort_arguments(off, on, replace(spec, helpers=helpers), added_noise(pipeline, arguments))
+    whole = whole.each(partial(only_free, free=free))
+    runs = whole.only(component)
+    spec = explain.output_map(runs.off, spec, component)
+    spec, conditions = sort_arguments(runs, replace(spec, helpers=helpers), added_noise(pipeline, arguments))
     conditions += helper_conditions
-    off, on = (explain.only(recording, component, names) for recording in whole)
+    off, on = runs = whole.only(component, names)
     if passes_of(on, spec) > 2:
         again = joint.joined(_few_steps(call, 2, scale + 1), one, component)
         again = again if ragged is None else packed(again, component, ragged)
-        runs = {scale: on, scale + 1: explain.only(only_free(again, free), component, names)}
-        guidance, spec = linear_rule(runs, spec, conditions, batched)
+        at_scales = {scale: on, scale + 1: only_free(again, free).only(component, names)}
+        guidance, spec = linear_rule(at_scales, spec, conditions, batched)
     else:
         first = turns.steps_of(component, on) if experts else on
         hint = one_guidance(pipeline, arguments) if one else without_guidance(pipeline)
@@ -254,7 +257,7 @@ def _traced(pipeline: Any, entry: str, arguments: dict[str, Any], singly: bool =
     if kept is not None:
         guidance = always.stated(guidance, kept)
     if experts:
-        spec = replace(spec, experts=turns.with_scales(experts, on, spec, guidance))
+        spec = replace(spec, experts=with_scales(experts, on, spec, guidance))
         network = Experts({name: networks[name] for name in experts})
     denoiser = Denoiser(network, spec, schedule, kind)
     check_schedule(off.steps[0], schedule, kind)
@@ -266,10 +269,10 @@ def _traced(pipeline: Any, entry: str, arguments: dict[str, Any], singly: bool =
         guidance=guidance,
         latent_shape=tuple(off.steps[0].sample.shape[1:]),
         conditioning=_shapes(spec, off.steps[0].calls[0], conditions),
-        self_test_error=self_test(off, on, denoiser, guidance, conditions),
+        self_test_error=self_test(runs, denoiser, guidance, conditions),
         arguments=arguments,
         alone=alone,
-        encoders=explain.encoders(whole[0].steps[0], component, names),
+        encoders=explain.encoders(whole.off.steps[0], component, names),
         fewest_steps=fewest(call, component, PROBE_STEPS),
         free=free,
         frames=off.frames,
@@ -320,20 +323,20 @@ def _watched(call: ProbeCall, scale: float) -> Watched:
     on = _few_steps(call, 2, scale, steps)
     if negative_prompt(pipeline, arguments) and explain.repeats(on):
         raise TraceError("call", "both passes of a guided step are the same, as no negative prompt is stated")
-    return off, on, experts, kept
+    return Runs(off, on), experts, kept
 
 
 def _helpers(
-    off: Recording, on: Recording, component: str, networks: Mapping[str, nn.Module], schedule: Schedule, kind: Kind
+    runs: Runs, component: str, networks: Mapping[str, nn.Module], schedule: Schedule, kind: Kind
 ) -> tuple[tuple[Helper, ...], list[str], dict[str, Span | None]]:
     """The networks that make arguments of the denoiser's at every step, their conditions, the free part each sees."""
     helpers, names, seen = [], [], {}
-    for name, feeds in explain.feeding(off, on, component, networks).items():
-        alone = [explain.only(recording, name) for recording in (off, on)]
-        spec, free, _ = sample_argument(*alone, name)
-        spec = explain.timestep_map(*alone, spec, networks[name], schedule)
-        spec, seen[name] = kept_by_time(spec, alone[0].steps[0], free)
-        spec, conditions = sort_arguments(*alone, spec)
+    for name, feeds in explain.feeding(runs, component, networks).items():
+        alone = runs.only(name)
+        spec, free, _ = sample_argument(alone, name)
+        spec = explain.timestep_map(alone, spec, networks[name], schedule)
+        spec, seen[name] = kept_by_time(spec, alone.off.steps[0], free)
+        spec, conditions = sort_arguments(alone, spec)
         helpers.append(Helper(name, Denoiser(networks[name], spec, schedule, kind), feeds))
         names += [helpers[-1].prefix + condition for condition in conditions]
     return tuple(helpers), names, seen

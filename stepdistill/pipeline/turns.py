@@ -17,16 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.diffusion.denoiser import CallSpec
 from stepdistill.diffusion.experts import Turn
-from stepdistill.diffusion.guidance import with_channels_of, with_norm_of
 from stepdistill.errors import first_line
 from stepdistill.pipeline.call import TraceError, run
-from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.components import patched
-from stepdistill.pipeline.explain import GUIDANCE_LIMIT, Guidance
-from stepdistill.pipeline.observe import Answer, Recording, forked_random
+from stepdistill.pipeline.observe import Answer
 from stepdistill.pipeline.probe_call import ProbeCall
+from stepdistill.pipeline.recording import Recording, forked_random
 
 CALLED = "a call at timesteps of our choice does not show which of them runs when"
 PROBES = 400
@@ -139,26 +136,3 @@ def _called(call: ProbeCall, names: Iterable[str], answer: Tensor, scale: float,
     if len(seen) != len(values):
         raise TraceError("denoiser", f"{' and '.join(names)} are of one class, and {CALLED}: it takes others")
     return seen
-
-
-def with_scales(turns: dict[str, Turn], on: Recording, spec: CallSpec, guidance: Guidance) -> dict[str, Turn]:
-    """The turns with the guidance scales that experts have of their own, read off a guided run.
-
-    Where an expert's w in uncond + w (cond - uncond) is not the pipeline's, it has one of its own.
-    """
-    if guidance.kind not in ("batched", "two_calls"):
-        return turns
-    found = {}
-    for step, name in zip(on.steps, on.experts, strict=True):
-        first, second = spec.decode_output(torch.cat([call.output for call in step.calls])).double().chunk(2)
-        cond, uncond = (first, second) if guidance.cond_first else (second, first)
-        if spec.guided_channels is not None:
-            uncond = with_channels_of(cond, uncond, spec.guided_channels)
-        combined = step.model_output.double()[: on.count]
-        difference = cond - uncond
-        w = ((combined - uncond) * difference).sum() / difference.square().sum()
-        expected = uncond + guidance.w * difference
-        expected = with_norm_of(cond, expected, spec.norm_axis) if spec.norm_axis else expected
-        same = deviation(expected, combined) <= max(GUIDANCE_LIMIT, tolerance(step.model_output.dtype))
-        found[name] = None if same else float(f"{float(w):.4g}")
-    return {name: turn._replace(scale=found.get(name)) for name, turn in turns.items()}

@@ -26,15 +26,16 @@ from stepdistill.diffusion.window import Window
 from stepdistill.errors import InputError, first_line
 from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps, in_any_way
 from stepdistill.pipeline.complete import classes
-from stepdistill.pipeline.components import patched, scheduled
+from stepdistill.pipeline.components import modules, patched, scheduled
 from stepdistill.pipeline.explain import encoders
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.hub import configs
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.pipeline.modular import holds_modular, load_modular
 from stepdistill.pipeline.names import source
-from stepdistill.pipeline.observe import Call, Recording, Step, calls_of, modules, observe
+from stepdistill.pipeline.observe import observe
 from stepdistill.pipeline.places import cut_by, windows
+from stepdistill.pipeline.recording import Call, Recording, Step, calls_of
 from stepdistill.pipeline.single_file import config_folder
 from stepdistill.pipeline.trace import PROBES, Guidance, Trace
 from stepdistill.recipe import Teacher
