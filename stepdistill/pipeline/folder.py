@@ -77,8 +77,8 @@ def _quantization(how: str, dtype: torch.dtype) -> PipelineQuantizationConfig:
         else:
             config = TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
     except (ImportError, ValueError, RuntimeError) as error:
-        needed = f"{how} needs {package} (pip install {package})"
-        raise InputError(f"teacher.quantize: {needed}: {in_a_line(error)}") from error
+        reason = in_a_line(error)
+        raise InputError(f"teacher.quantize: {how} needs {package} (pip install {package}): {reason}") from error
     # diffusers' two names for the denoiser, and the one for a second that takes turns with it.
     return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(("unet", "transformer", "transformer_2"), config))
 

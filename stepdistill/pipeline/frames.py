@@ -4,11 +4,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.places import place_of, scaled_sample
-from stepdistill.pipeline.recording import SAMPLES, Recording, Step
+from stepdistill.pipeline.recording import Recording, Step, several_as_one
 
 
 def as_one(recording: Recording) -> Recording:
@@ -22,19 +21,9 @@ def as_one(recording: Recording) -> Recording:
     axis = _axis(recording.steps[0])
     if axis is None or len({len(step.others) for step in recording.steps}) > 1:
         raise TraceError("components", "the pipeline steps copies of its scheduler, and not all frames at each step")
-    return replace(recording.each(partial(_whole, axis=axis)), frames=axis)
-
-
-def _whole(step: Step, axis: int) -> Step:
-    """The steps of all frames as one."""
-    frames = [step, *step.others]
-
-    def replayed(model_output: Tensor) -> Tensor:
-        own = zip(frames, model_output.unbind(axis), strict=True)
-        return torch.stack([frame.replay(output) for frame, output in own], axis)
-
-    whole = {name: torch.stack([getattr(frame, name) for frame in frames], axis) for name in SAMPLES}
-    return replace(step, **whole, others=[], replayed=replayed)
+    pack, unpack = partial(torch.stack, dim=axis), partial(torch.unbind, dim=axis)
+    whole = recording.each(lambda step: several_as_one([step, *step.others], pack, unpack, others=[]))
+    return replace(whole, frames=axis)
 
 
 def _axis(step: Step) -> int | None:

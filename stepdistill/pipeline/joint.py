@@ -27,7 +27,7 @@ from stepdistill.pipeline.places import (
     scaled_sample,
     tensors_of,
 )
-from stepdistill.pipeline.recording import SAMPLES, Call, Recording, Runs, Step
+from stepdistill.pipeline.recording import Call, Recording, Runs, Step, several_as_one
 
 
 def as_one(runs: Runs, component: str) -> tuple[Runs, Joint | None]:
@@ -66,13 +66,7 @@ def joined(recording: Recording, joint: Joint | None, component: str) -> Recordi
 def _whole(step: Step, joint: Joint) -> Step:
     """The steps of all samples of an iteration as one."""
     own = [_own(_of(step, number), part) for number, part in enumerate(joint.parts)]
-
-    def replayed(model_output: Tensor) -> Tensor:
-        outputs = zip(own, joint.split(model_output), strict=True)
-        return joint.packed([one.replay(output) for one, output in outputs])
-
-    packed = {name: joint.packed([getattr(one, name) for one in own]) for name in SAMPLES}
-    return replace(step, **packed, options=options_of_all(step.options), others=[], replayed=replayed)
+    return several_as_one(own, joint.packed, joint.split, options=options_of_all(step.options), others=[])
 
 
 def again(joint: Joint, step: Step, component: str) -> tuple[Joint, Step]:

@@ -63,6 +63,21 @@ class Step:
             return stepped(scheduler, model_output, self.timestep, self.sample, options)[0]
 
 
+def several_as_one(steps: Sequence[Step], pack: Callable, unpack: Callable, **changes: Any) -> Step:
+    """Several steps as one, like the first but for ``changes``.
+
+    Args:
+        pack: makes one tensor of a list of theirs.
+        unpack: its inverse.
+    """
+
+    def replayed(model_output: Tensor) -> Tensor:
+        return pack([step.replay(own) for step, own in zip(steps, unpack(model_output), strict=True)])
+
+    whole = {name: pack([getattr(step, name) for step in steps]) for name in SAMPLES}
+    return replace(steps[0], **whole, **changes, replayed=replayed)
+
+
 @dataclass
 class Recording:
     """A run of ``count`` images: its steps, the calls after the last step, the grid it set, and the denoiser's network

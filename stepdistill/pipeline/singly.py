@@ -22,7 +22,7 @@ from stepdistill.pipeline.compare import gives, same
 from stepdistill.pipeline.components import modules
 from stepdistill.pipeline.observe import observe
 from stepdistill.pipeline.places import passes, scaled_sample
-from stepdistill.pipeline.recording import SAMPLES, Call, Recording, Step
+from stepdistill.pipeline.recording import Call, Recording, Step, several_as_one
 
 MASKS = (torch.bool, torch.int64, torch.float32)
 """What a mask of prompts may be made of."""
@@ -58,13 +58,11 @@ def _stacked_step(
         stack = stacks.setdefault((own[0].component, number), _Stack(networks[own[0].component], rows))
         calls.append(stack(own))
 
-    def replayed(model_output: Tensor) -> Tensor:
-        own = model_output.unflatten(0, (-1, len(parts))).unbind(1)
-        return _interleaved([part.replay(rows) for part, rows in zip(parts, own, strict=True)])
+    def of_each(stacked: Tensor) -> Sequence[Tensor]:
+        return stacked.unflatten(0, (-1, len(parts))).unbind(1)
 
-    stacked = {name: _interleaved([getattr(part, name) for part in parts]) for name in SAMPLES}
     others = [_stacked_step(each, {}, {}) for each in zip(*(part.others for part in parts), strict=True)]
-    return replace(parts[0], **stacked, calls=calls, others=others, replayed=replayed)
+    return several_as_one(parts, _interleaved, of_each, calls=calls, others=others)
 
 
 class _Stack:
