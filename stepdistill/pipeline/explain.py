@@ -18,7 +18,7 @@ from stepdistill.diffusion.passes import of_pass
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.diffusion.schedule import FlowSchedule, Schedule
 from stepdistill.pipeline.call import TraceError
-from stepdistill.pipeline.compare import close, deviation, gives, same, single_value, tolerance
+from stepdistill.pipeline.compare import close, deviation, gives, one_number, same, same_in, single_value, tolerance
 from stepdistill.pipeline.paths import times_of
 from stepdistill.pipeline.places import PASSES, passes, scaled_sample
 from stepdistill.pipeline.recording import Call, Recording, Runs, Step, calls_of
@@ -136,16 +136,14 @@ def encoders(first: Step, component: str, helpers: Iterable[str]) -> tuple[str, 
 def passes_seen(recording: Recording) -> int:
     """How often the denoiser sees every sample at a step."""
     component, step = denoiser_component(recording), recording.steps[0]
-    calls = [call for call in step.calls if call.component == component]
+    calls = calls_of(step.calls, component)
     return max(len(calls), passes(calls[0], scaled_sample(step)[: recording.count]))
 
 
 def repeats(on: Recording) -> bool:
     """Whether a guided step calls the denoiser several times with the same arguments."""
     first, *others = on.only(denoiser_component(on)).steps[0].calls
-    return any(
-        all(same(value, other.arguments.get(name)) for name, value in first.arguments.items()) for other in others
-    )
+    return any(same_in(first.arguments, other.arguments) for other in others)
 
 
 def timestep_map(runs: Runs, spec: CallSpec, network: nn.Module, schedule: Schedule) -> CallSpec:
@@ -157,16 +155,13 @@ def timestep_map(runs: Runs, spec: CallSpec, network: nn.Module, schedule: Sched
     best, closest, dtype_of_time = None, float("inf"), torch.float32
     for given in (times_of(steps, spec.path, schedule), [_exact(step, schedule) for step in steps]):
         for name in steps[0].calls[0].arguments:
-            found = [single_value(step.calls[0].arguments.get(name)) for step in steps]
-            if name == spec.sample or None in found:
+            held = one_number(step.calls[0].arguments.get(name) for step in steps)
+            if name == spec.sample or held is None:
                 continue
-            values = [value for value, _ in found]
-            masks = [mask for value, mask in found if value] or [None]  # at 0 none can be seen
-            if not all(same(mask, masks[0]) for mask in masks):
-                continue
+            values, mask = held
             scale, offset, residual = _affine(given, values)
             if residual < closest:
-                best, closest, dtype_of_time = (name, scale, offset, masks[0]), residual, values[0].dtype
+                best, closest, dtype_of_time = (name, scale, offset, mask), residual, values[0].dtype
         if best is not None and closest <= tolerance(dtype_of_time):
             break
     if best is None or closest > tolerance(dtype_of_time):
@@ -198,12 +193,9 @@ def times_apart(calls: Iterable[Mapping[str, Any]], timestep: str, known: Collec
     times = [single_value(one[timestep]) for one in every]
     for name in (n for n in every[0] if n != timestep and n not in known and all(n in one for one in every)):
         values = [one[name] for one in every]
-        own = [single_value(value) if isinstance(value, Tensor) and value.ndim else None for value in values]
-        if not all(mine and time and close(mine[0], time[0]) for mine, time in zip(own, times, strict=True)):
-            continue
-        masks = [mask for number, mask in own if number] or [None]  # at 0 none can be seen
-        if all(same(mask, masks[0]) for mask in masks):
-            found[name] = torch.ones_like(values[0][:1]) if masks[0] is None and values[0].ndim > 1 else masks[0]
+        held = one_number(values) if all(isinstance(value, Tensor) and value.ndim for value in values) else None
+        if held and all(time and close(own, time[0]) for own, time in zip(held[0], times, strict=True)):
+            found[name] = torch.ones_like(values[0][:1]) if held[1] is None and values[0].ndim > 1 else held[1]
     return found
 
 

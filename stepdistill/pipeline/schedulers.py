@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from stepdistill.diffusion.schedule import FlowSchedule, Kind, Schedule, from_scheduler
 from stepdistill.diffusion.stock_schedulers import without_learned_variance
 from stepdistill.pipeline.call import TraceError
-from stepdistill.pipeline.compare import same
+from stepdistill.pipeline.compare import same_in
 from stepdistill.pipeline.components import put, scheduled
 from stepdistill.pipeline.probe_call import ProbeCall
 from stepdistill.pipeline.recording import Recording
@@ -45,11 +45,8 @@ def replace_scheduler(call: ProbeCall) -> None:
 
 def _same_calls(one: Recording, other: Recording) -> bool:
     calls = [[call for step in run.steps for call in step.calls] for run in (one, other)]
-    return len(calls[0]) == len(calls[1]) and all(
-        same(value, second.arguments.get(name))
-        for first, second in zip(*calls, strict=True)
-        for name, value in first.arguments.items()
-    )
+    alike = len(calls[0]) == len(calls[1])
+    return alike and all(same_in(first.arguments, second.arguments) for first, second in zip(*calls, strict=True))
 
 
 def schedule_of(call: ProbeCall, off: Recording) -> tuple[Schedule, Kind]:

@@ -3,6 +3,12 @@
 No pipeline and no network is known by name. Each fact is read off the recorded calls and verified on all of
 them; what cannot be explained is refused with the name of the check. A self-test then replays every recorded
 step with the learned description and compares it with the pipeline's own.
+
+In this order: a scheduler that a student can have (schedulers); runs of a few steps (probe_call, observe, recording),
+without guidance (always) and with it; what is unusual of them made plain: calls for one prompt each (singly), frames
+(frames), networks that keep what they made (cached) or take turns (turns), conditions with shapes of their own
+(own_shapes), several samples (joint), another path (paths). Of plain runs the facts are read: sample (places), time and
+output (explain), other arguments (sorting), guidance (guidance_rule). Then self_test and grid hold them to the calls.
 """
 
 from collections.abc import Mapping, Sequence
