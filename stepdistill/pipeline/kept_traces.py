@@ -117,10 +117,8 @@ def _code_of(*parts: Any) -> list[bytes]:
 
 def _write(file: Path, traced: Trace) -> None:
     """Keep the facts; nothing, where they hold something that no file does."""
-    network = traced.denoiser.network
-    names = tuple(network) if isinstance(network, Experts) else (traced.component,)
     facts = {one.name: getattr(traced, one.name) for one in fields(traced) if one.name not in OF_THE_RUN}
-    content = {"facts": facts, "networks": names, "spec": _without_networks(traced.denoiser.spec)}
+    content = {"facts": facts, "networks": traced.components, "spec": _without_networks(traced.denoiser.spec)}
     content["schedule"] = _numbers(traced.denoiser.schedule)
     try:
         with atomic(file) as draft:

@@ -31,7 +31,7 @@ from stepdistill.pipeline.places import cut_by, kept_by_time, only_free, place_o
 from stepdistill.pipeline.recording import Call, Recording, Step, forked_random
 from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.students import routed
-from stepdistill.pipeline.trace import PROBES, Trace, trace
+from stepdistill.pipeline.trace import PROBES, Trace, shapes_of, trace
 from stepdistill.roles.views import noting_inputs
 
 Size = tuple[int, int]
@@ -205,15 +205,11 @@ def recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
         ) from error
     if not (error := deviation(raw, step.model_output)) <= tolerance(call.output.dtype):
         raise TraceError("size", f"the network's output at this size is off the pipeline's own by {error:.1e}")
-    conditioning = {}
-    for name, before in trace.conditioning.items():
-        shape = tuple(rows[name].shape[1:])
-        conditioning[name] = (None, *shape[1:]) if before[:1] == (None,) else shape
     return replace(
         trace,
         denoiser=denoiser,
         latent_shape=tuple(step.sample.shape[1:]),
-        conditioning=conditioning,
+        conditioning=shapes_of(spec, call, trace.conditioning),
         self_test_error=max(trace.self_test_error, error),
         arguments=arguments,
         free=free,

@@ -11,7 +11,7 @@ without guidance (always) and with it; what is unusual of them made plain: calls
 output (explain), other arguments (sorting), guidance (guidance_rule). Then self_test and grid hold them to the calls.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -274,7 +274,7 @@ def _traced(pipeline: Any, entry: str, arguments: dict[str, Any], singly: bool =
         denoiser=denoiser,
         guidance=guidance,
         latent_shape=tuple(off.steps[0].sample.shape[1:]),
-        conditioning=_shapes(spec, off.steps[0].calls[0], conditions),
+        conditioning=shapes_of(spec, off.steps[0].calls[0], conditions),
         self_test_error=self_test(runs, denoiser, guidance, conditions),
         arguments=arguments,
         alone=alone,
@@ -286,7 +286,7 @@ def _traced(pipeline: Any, entry: str, arguments: dict[str, Any], singly: bool =
     )
 
 
-def _shapes(spec: CallSpec, call: Call, conditions: Sequence[str]) -> dict[str, tuple[int | None, ...]]:
+def shapes_of(spec: CallSpec, call: Call, conditions: Iterable[str]) -> dict[str, tuple[int | None, ...]]:
     """One row's shape of each condition; None for the length of what grows with the prompt."""
     padded = {name for owner, (mask, _) in spec.masks.items() for name in (owner, mask)}
     padded |= set() if spec.ragged is None else {*spec.ragged.fields}
