@@ -23,6 +23,16 @@ def found(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def in_a_line(error: BaseException) -> str:
+    """An error's message on one line; its class, where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class, where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """The end of a message: a question that names the nearest known word, or nothing."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, in_a_line
 from stepdistill.progress import say
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -64,7 +64,7 @@ def listing(folder: str) -> list[str]:
         try:
             names = [name[len(root) :].lstrip("/") for name in files.find(root)]
         except (OSError, NotImplementedError, ValueError) as error:
-            raise InputError(f"{folder}: cannot be listed: {' '.join(str(error).split())}") from None
+            raise InputError(f"{folder}: cannot be listed: {in_a_line(error)}") from None
     else:
         names = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
     kept = [name for name in names if name and not any(part.startswith(".") for part in name.split("/"))]
@@ -108,7 +108,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise InputError(f"{url}: cannot be opened: {' '.join(str(error).split())}") from None
+        raise InputError(f"{url}: cannot be opened: {in_a_line(error)}") from None
 
 
 def _without_braces(source: str) -> list[str]:

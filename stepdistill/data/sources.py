@@ -35,7 +35,7 @@ from stepdistill.data.sample import (
     json_sample,
     text_of,
 )
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, in_a_line
 
 Form = Literal["text", "folder", "jsonl", "csv", "shards", "dataset", "hub"]
 
@@ -186,7 +186,7 @@ def _source_file(file: str) -> BinaryIO:
     try:
         return opened(file)
     except OSError as error:
-        raise InputError(f"{file}: cannot be opened: {' '.join(str(error).split())}") from None
+        raise InputError(f"{file}: cannot be opened: {in_a_line(error)}") from None
 
 
 def _shards(files: Sequence[str], caption_key: str | None, image_key: str | None) -> Iterator[Sample]:
@@ -297,7 +297,7 @@ def _rows(source: str, caption_key: str | None, image_key: str | None) -> Iterat
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, library.exceptions.DatasetsError) as error:
-        raise InputError(f"{source}: not a dataset that can be read: {' '.join(str(error).split())}") from None
+        raise InputError(f"{source}: not a dataset that can be read: {in_a_line(error)}") from None
 
 
 def dataset_library(source: str) -> Any:
@@ -361,7 +361,7 @@ def _stated(source: str) -> int | None:
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, library.exceptions.DatasetsError) as error:
-        raise InputError(f"{source}: not a dataset that can be read: {' '.join(str(error).split())}") from None
+        raise InputError(f"{source}: not a dataset that can be read: {in_a_line(error)}") from None
 
 
 def _file(value: Any) -> Any:

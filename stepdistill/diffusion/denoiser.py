@@ -265,6 +265,10 @@ class Denoiser:
         """The same call on other weights."""
         return Denoiser(network, self.spec, self.schedule, self.kind)
 
+    def called(self, spec: CallSpec, schedule: Schedule | None = None) -> "Denoiser":
+        """The same network called in another way."""
+        return Denoiser(self.network, spec, schedule or self.schedule, self.kind)
+
     def call_as(self, other: "Denoiser") -> None:
         """Call this network as ``other`` is called, from here on: the call of samples of another size."""
         self.spec, self.schedule = other.spec, other.schedule

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.denoiser import Conditions, Denoiser, innermost
 from stepdistill.diffusion.schedule import Prediction
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, in_a_line
 
 KEY = "teacher.guidance.guider"
 STEPLESS = {"start": 0.0, "stop": 1.0, "start_step": 0, "zero_init_steps": 0, "momentum": None}
@@ -48,7 +48,7 @@ class Guider:
         try:
             guider = kind(**{**self.settings, "guidance_scale": scale})
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"{KEY}: {self.name}: {' '.join(str(error).split())}") from error
+            raise InputError(f"{KEY}: {self.name}: {in_a_line(error)}") from error
         finally:
             logging.set_verbosity(before)
         for name, value in guider.config.items():
@@ -93,5 +93,5 @@ def _prepare(guider: BaseGuidance, network: nn.Module) -> None:
     try:
         guider.prepare_models(network)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        name, kind, reason = type(guider).__name__, type(network).__name__, " ".join(str(error).split())
+        name, kind, reason = type(guider).__name__, type(network).__name__, in_a_line(error)
         raise InputError(f"{KEY}: {name} cannot change a {kind}: {reason}") from error

@@ -23,7 +23,7 @@ from stepdistill.errors import RunError
 from stepdistill.pipeline import ip_adapter, stock_call
 from stepdistill.pipeline.call import TraceError, call_arguments
 from stepdistill.pipeline.compare import deviation, tolerance
-from stepdistill.pipeline.components import scheduled
+from stepdistill.pipeline.components import modules, scheduled
 from stepdistill.pipeline.conditioning import plain_conditions
 from stepdistill.pipeline.decode import as_pictures, decode, standing_in
 from stepdistill.pipeline.exports import further_loras
@@ -31,7 +31,7 @@ from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.guiders import guided_at, guiders
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.names import source
-from stepdistill.pipeline.observe import forked_random, modules
+from stepdistill.pipeline.recording import forked_random
 from stepdistill.pipeline.trace import Trace
 from stepdistill.roles.attach import CONFIG as ATTACHED
 from stepdistill.training.session import Session

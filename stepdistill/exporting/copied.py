@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 
 from stepdistill.files import weight_file
-from stepdistill.pipeline.complete import components
+from stepdistill.pipeline.complete import classes
 from stepdistill.pipeline.folder import adapter_apart, save_pipeline
 from stepdistill.pipeline.guiders import guiders, switched_off
 from stepdistill.pipeline.modular import holds_modular, write_index
@@ -40,7 +40,7 @@ def save_student(pipeline: Any, trained: Sequence[str], out: Path) -> None:
         return
     folder, variant = loaded_from
     out.mkdir(parents=True, exist_ok=True)
-    for name, _ in components(folder):
+    for name in classes(folder):
         if name in (*trained, "scheduler"):
             continue
         # diffusers keeps the further networks of several that are one component (ControlNets) beside the first.

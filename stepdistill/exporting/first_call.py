@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, first_line
 from stepdistill.exporting.check import (
     allowed,
     answer,
@@ -23,7 +23,6 @@ from stepdistill.exporting.check import (
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import deviation, same
 from stepdistill.pipeline.decode import standing_in
-from stepdistill.pipeline.observe import observe
 from stepdistill.pipeline.trace import Trace
 from stepdistill.progress import say
 from stepdistill.training.session import Session
@@ -63,7 +62,7 @@ def _compared(session: Session) -> float:
         except (InputError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise InputError(f"teacher.pipeline: {calls} of {name} fails: {reason}{_remedy(traced)}") from error
         ours = repeated(session, traced.denoiser.on(traced.denoiser_in(traced.pipeline)), rows, stock)
     error = deviation(free_part(traced, stepped_in(traced, stock, "latents")), ours.cpu())
@@ -102,12 +101,9 @@ def _remedy(traced: Trace) -> str:
 
 def _passed_on(traced: Trace) -> bool:
     """Whether the pipeline begins a step where its scheduler ended the one before."""
-    steps = max(2, traced.fewest_steps)
     try:
         with standing_in(traced, answer):
-            made = observe(
-                traced.pipeline, traced.probe, traced.arguments, steps=steps, guidance=traced.guidance.plain_scale
-            )
+            made = traced.observe(steps=max(2, traced.fewest_steps))
     except TraceError:  # the refusal itself names that fault
         return True
     return all(same(one.previous, other.sample) for one, other in itertools.pairwise(made.steps))

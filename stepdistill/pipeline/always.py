@@ -6,6 +6,7 @@ without guidance, as if the pipeline had made it alone.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,21 +15,20 @@ from stepdistill.diffusion.ragged import Rows
 from stepdistill.pipeline import explain
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.explain import Guidance
-from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
 from stepdistill.pipeline.places import only_free, sample_argument
+from stepdistill.pipeline.recording import Call, Recording, Runs, Step, calls_of
 
 
 def conditional(runs: Mapping[float, Recording]) -> tuple[float, int, Recording] | None:
-    """(scale, place of the pass, the run with that pass alone); None: no pass alone is what the scheduler is given.
+    """(scale, place of the pass, the run with that pass alone), of ``runs`` without guidance by their scale.
 
-    Args:
-        runs: without guidance, by their scale; each has several passes.
+    None: no pass alone is what the scheduler is given.
     """
     for scale, run in runs.items():
         component = explain.denoiser_component(run)
         for place in range(explain.passes_seen(run)):
-            one = replace(run, steps=[one_pass(step, component, place, run.count) for step in run.steps])
-            if _is_given(explain.only(one, component), component):
+            one = run.each(partial(one_pass, component=component, place=place, count=run.count))
+            if _is_given(one.only(component), component):
                 return scale, place, one
     return None
 
@@ -36,7 +36,7 @@ def conditional(runs: Mapping[float, Recording]) -> tuple[float, int, Recording]
 def _is_given(run: Recording, component: str) -> bool:
     """Whether what the network predicts in a run of one pass is what the scheduler is given."""
     try:
-        spec, free, _ = sample_argument(run, run, component)
+        spec, free, _ = sample_argument(Runs(run, run), component)
         explain.output_map(only_free(run, free), spec, component)
     except TraceError:
         return False
@@ -44,10 +44,7 @@ def _is_given(run: Recording, component: str) -> bool:
 
 
 def stated(guidance: Guidance, place: int) -> Guidance:
-    """The guidance of a pipeline that makes all passes at any scale.
-
-    Args:
-        place: of the pass that is the run without guidance.
+    """The guidance of a pipeline that makes all passes at any scale; that at ``place`` is the run without guidance.
 
     Raises:
         TraceError: the rule has another pass for the conditional one.

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, in_a_line
 from stepdistill.files import atomic, cache_folder, digest, files_in, read_json, sha256, write_json
 from stepdistill.pipeline.complete import all_weights_found, some, whole_before_moved
-from stepdistill.pipeline.components import put
-from stepdistill.pipeline.folder import load_folder, quiet, save_pipeline
+from stepdistill.pipeline.components import modules, put
+from stepdistill.pipeline.folder import REFUSED, load_folder, loading, quiet, save_pipeline
 from stepdistill.pipeline.hub import unreachable, why_not
 from stepdistill.pipeline.loras import fuse_lora
 from stepdistill.pipeline.names import check_file
@@ -30,16 +30,12 @@ CONTENT = "assembled.json"
 """In an assembled folder: what it is made of, and the SHA-256 of each file."""
 _READ = (".json", ".txt", ".model", ".safetensors")
 """Endings of the files in a pipeline's folder that say what it is."""
-_REFUSED = (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError, ImportError)
 
 
 def assembled(teacher: Teacher, base: Path) -> Path:
     """The folder, in the cache, of a teacher's pipeline with all that the recipe puts into it.
 
-    It is made anew when one of its files has changed.
-
-    Args:
-        base: the pipeline's folder or checkpoint file.
+    It is made of ``base``, a folder or checkpoint file, and made anew when one of its files has changed.
 
     Raises:
         InputError: a file is missing or no safetensors, does not fit the pipeline, or has nothing for it.
@@ -69,9 +65,8 @@ def write_assembled(teacher: Teacher, base: Path, out: Path) -> str:
     if teacher.vae is not None:
         put(pipeline, "vae", _autoencoder(pipeline, teacher.vae, base))
     with quiet():  # diffusers warns of each cast
-        for network in pipeline.components.values():
-            if isinstance(network, nn.Module):
-                network.to(_dtype(network))
+        for network in modules(pipeline).values():
+            network.to(_dtype(network))
     for number, lora in enumerate(teacher.loras):
         fuse_lora(pipeline, lora, f"teacher.loras.{number}")
     for number, embedding in enumerate(teacher.embeddings):
@@ -125,10 +120,7 @@ def _all_of(name: str, place: Path) -> Iterator[tuple[str, Path]]:
 
 
 def add_embedding(pipeline: Any, embedding: Embedding, key: str) -> None:
-    """Add a textual inversion to the pipeline's tokenizers and text encoders.
-
-    Args:
-        key: of the recipe, for messages.
+    """Add a textual inversion to the pipeline's tokenizers and text encoders; messages name the recipe's ``key``.
 
     Raises:
         InputError: the pipeline takes none, or it does not fit its encoders.
@@ -143,15 +135,11 @@ def add_embedding(pipeline: Any, embedding: Embedding, key: str) -> None:
     encoders = {"clip_l": "", "clip_g": "_2"} if "clip_l" in held or "clip_g" in held else {vector: ""}
     if "emb_params" not in held and len(held) != len(encoders):
         raise InputError(f"{key}: expected a textual inversion, found {file} with {len(held)} tensors ({some(held)})")
-    try:
+    with loading(f"{key}: {file} cannot be loaded into {name}"):
         for vector, end in encoders.items():
             own = None if vector in ("emb_params", "clip_l", "clip_g") else vector
             parts = {part: getattr(pipeline, part + end) for part in ("tokenizer", "text_encoder")}
-            with quiet():
-                pipeline.load_textual_inversion(held[vector], token=embedding.token or own or file.stem, **parts)
-    except _REFUSED as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{key}: {file} cannot be loaded into {name}: {reason}") from error
+            pipeline.load_textual_inversion(held[vector], token=embedding.token or own or file.stem, **parts)
 
 
 def _autoencoder(pipeline: Any, place: str, base: Path) -> Any:
@@ -173,9 +161,9 @@ def _autoencoder(pipeline: Any, place: str, base: Path) -> Any:
                 vae = kind.from_pretrained(place, use_safetensors=True, **inner)
     except InputError:
         raise
-    except _REFUSED as error:
+    except REFUSED as error:
         missing = not path.exists() and place.count("/") == 1
-        reason = why_not(place, None, None, error, unreachable()) if missing else " ".join(str(error).split())
+        reason = why_not(place, None, None, error, unreachable()) if missing else in_a_line(error)
         raise InputError(f"teacher.vae: {place} cannot be loaded as a {kind.__name__}: {reason}") from error
     expected, found = _latents(own), _latents(vae)
     if expected != found:

@@ -10,24 +10,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stepdistill.pipeline.compare import close, outputs_of
-from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
+from stepdistill.pipeline.compare import gives
 from stepdistill.pipeline.places import place_of, scaled_sample
+from stepdistill.pipeline.recording import Call, Recording, Step, calls_of
 
 
 def as_first(recording: Recording, networks: Mapping[str, nn.Module]) -> Recording:
     """The recording with calls like those of the first step, where later ones have other arguments."""
-    first, *later = recording.steps
-    return replace(recording, steps=[first, *(_as_first(step, first, networks) for step in later)])
+    first = recording.steps[0]
 
+    def as_first_one(step: Step) -> Step:
+        calls, models = [], {name: iter(calls_of(first.calls, name)) for name in networks}
+        for call in step.calls:
+            model = next(models[call.component], call)
+            changed = model.arguments.keys() != call.arguments.keys()
+            calls.append(_filled(call, step, model, first, networks[call.component]) if changed else call)
+        return replace(step, calls=calls)
 
-def _as_first(step: Step, first: Step, networks: Mapping[str, nn.Module]) -> Step:
-    calls, models = [], {name: iter(calls_of(first.calls, name)) for name in networks}
-    for call in step.calls:
-        model = next(models[call.component], call)
-        changed = model.arguments.keys() != call.arguments.keys()
-        calls.append(_filled(call, step, model, first, networks[call.component]) if changed else call)
-    return replace(step, calls=calls)
+    return recording.each(as_first_one)
 
 
 def _filled(call: Call, step: Step, model: Call, first: Step, network: nn.Module) -> Call:
@@ -35,7 +35,7 @@ def _filled(call: Call, step: Step, model: Call, first: Step, network: nn.Module
     arguments = {
         name: _of_step(value, call.arguments.get(name), step, first) for name, value in model.arguments.items()
     }
-    return replace(call, arguments=arguments) if _gives(network, arguments, call) else call
+    return replace(call, arguments=arguments) if gives(network, arguments, call.outputs[:1]) else call
 
 
 def _of_step(value: Any, own: Any, step: Step, first: Step) -> Any:
@@ -46,8 +46,3 @@ def _of_step(value: Any, own: Any, step: Step, first: Step) -> Any:
         sample = sample.repeat(place.repeats, *[1] * (sample.ndim - 1))
         return place.window.argument(sample, place.window.beside(value)).to(value)
     return own if isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape == value.shape else value
-
-
-def _gives(network: nn.Module, arguments: Mapping[str, Any], call: Call) -> bool:
-    made = outputs_of(network, arguments)
-    return bool(made) and close(made[0], call.outputs[0])

@@ -69,14 +69,19 @@ def guidance_argument(pipeline: Any) -> inspect.Parameter | None:
     return next(iter([*on, *present]), None)
 
 
-def unguided(pipeline: Any, arguments: Mapping[str, Any] | None) -> bool:
+def unguided(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
     """Whether the arguments leave the pipeline's guidance out: its scale is 1 in every call."""
     scale = guidance_argument(pipeline)
-    return scale is not None and (arguments or {}).get(scale.name) == 1
+    return scale is not None and arguments.get(scale.name) == 1
 
 
 OFF: dict[str, float] = {"pag_scale": 0, "stg_scale": 0, "modality_scale": 1, "guidance_rescale": 0}
 """Arguments of guidance beside uncond + w (cond - uncond), and what switches each off."""
+
+
+def given(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call with these arguments has of each: that value, or the default."""
+    return {name: arguments.get(name, parameter.default) for name, parameter in parameters(pipeline).items()}
 
 
 def other_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> str:
@@ -114,8 +119,7 @@ def one_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> str:
 def _stated(pipeline: Any, arguments: Mapping[str, Any], names: Sequence[str]) -> str:
     """What switches off those of OFF among ``names``, and lets those of further samples (audio_NAME) follow NAME."""
     accepted = parameters(pipeline)
-    values = {name: arguments.get(name, parameter.default) for name, parameter in accepted.items()}
-    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    numbers = {name: value for name, value in given(pipeline, arguments).items() if isinstance(value, int | float)}
     optional = {name for name, parameter in accepted.items() if re.search("None|Optional", str(parameter.annotation))}
     needed = {name: f"{OFF[name]:g}" for name in names if name in OFF and numbers.get(name, OFF[name]) != OFF[name]}
     for name in (name for name in names if name in accepted):
@@ -148,11 +152,9 @@ def check_needed(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     Raises:
         InputError: one is another.
     """
-    accepted = parameters(pipeline)
+    values = given(pipeline, arguments)
     for name, (needed, why) in NEEDED.items():
-        if name not in accepted:
-            continue
-        value = arguments.get(name, accepted[name].default)
+        value = values.get(name)
         if isinstance(value, int | float) and value != needed:
             found = str(value).lower() + ("" if name in arguments else ", its default")
             stated = str(needed).lower()
@@ -168,8 +170,7 @@ NOISE = ("cond_noise_scale", "augment_sigma")
 
 def added_noise(pipeline: Any, arguments: Mapping[str, Any]) -> str:
     """Which argument leaves out the noise that the pipeline adds at every step to what it keeps; may be empty."""
-    for name, parameter in parameters(pipeline).items():
-        value = arguments.get(name, parameter.default)
+    for name, value in given(pipeline, arguments).items():
         if name.endswith(NOISE) and isinstance(value, int | float) and value > 0:
             return f"; teacher.arguments.{name}=0 leaves its noise out"
     return ""
@@ -177,8 +178,7 @@ def added_noise(pipeline: Any, arguments: Mapping[str, Any]) -> str:
 
 def one_part(pipeline: Any, arguments: Mapping[str, Any]) -> str:
     """Which argument makes one part of a video that the pipeline samples part by part; may be empty."""
-    accepted = parameters(pipeline)
-    values = {name: arguments.get(name, parameter.default) for name, parameter in accepted.items()}
+    values = given(pipeline, arguments)
     whole: dict[str, Any] = {}
     if (
         isinstance(values.get("num_frames"), int)
@@ -202,7 +202,7 @@ def fewest_steps(pipeline: Any) -> int:
 def run(
     pipeline: Any,
     entries: Sequence[Any] | str,
-    arguments: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any],
     sampled: Callable[[], bool] = lambda: False,
     **wishes: Any,
 ) -> Any:
@@ -218,7 +218,7 @@ def run(
 def call_arguments(
     pipeline: Any,
     entries: Sequence[Any] | str,
-    arguments: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any],
     *,
     steps: int,
     guidance: float,
@@ -242,15 +242,13 @@ def call_arguments(
     elsewhere = SET_ELSEWHERE if scale is None else SET_ELSEWHERE | {scale.name: "teacher.guidance.scale sets it"}
     if unguided(pipeline, arguments):
         elsewhere, guidance = SET_ELSEWHERE, 1.0
-    for name in arguments or {}:
+    for name, value in arguments.items():
         if name in elsewhere:
-            value = (arguments or {})[name]
             raise InputError(f"arguments: expected no {name!r}, {elsewhere[name]}; found {value!r}")
         if name not in accepted or name == entry:
             close = difflib.get_close_matches(name, accepted, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InputError(f"arguments: {type(pipeline).__name__} takes no argument {name!r}{hint}")
-        value = (arguments or {})[name]
         missing = [file for file in pictures_in(value) if not Path(file).is_file()]
         if missing and ("image" in name or missing[0].endswith(".npy")):
             what = "a tensor" if missing[0].endswith(".npy") else "a picture"
@@ -311,9 +309,9 @@ def in_any_way(
     if alone:
         ways.append((dict(arguments), True))
     errors = []
-    for given, one in ways:
+    for stated, one in ways:
         try:
-            return call(given, one), given, one
+            return call(stated, one), stated, one
         except TraceError as error:
             if error.check != "call":
                 raise

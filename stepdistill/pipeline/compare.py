@@ -1,6 +1,6 @@
-"""When two recorded values count as equal, and what a network returns to be compared."""
+"""When two recorded values count as equal, and whether a network returns what it has returned before."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,9 +63,27 @@ def single_value(value: Any) -> tuple[Tensor, Tensor | None] | None:
     return number, mask[:1].to(tensor.dtype)
 
 
-def outputs_of(network: Any, arguments: Mapping[str, Any]) -> list[Tensor] | None:
-    """The tensors that a network returns for arguments by their dotted names; None: it takes no such arguments."""
-    try:
-        return tensors_in(network(**unflatten(arguments)))
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+def one_number(values: Iterable[Any]) -> tuple[list[Tensor], Tensor | None] | None:
+    """(the number that each of an argument's values holds, where all do); None: one holds several, or elsewhere.
+
+    Where: as of :func:`single_value`.
+    """
+    found = [*map(single_value, values)]
+    if None in found:
         return None
+    masks = [mask for number, mask in found if number] or [None]  # at 0 none can be seen
+    return ([number for number, _ in found], masks[0]) if all(same(mask, masks[0]) for mask in masks) else None
+
+
+def same_in(arguments: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether all of a call's arguments are the same in another."""
+    return all(same(value, others.get(name)) for name, value in arguments.items())
+
+
+def gives(network: Any, arguments: Mapping[str, Any], outputs: Sequence[Tensor]) -> bool:
+    """Whether a network takes arguments by their dotted names, and returns ``outputs`` before whatever else it does."""
+    try:
+        made = tensors_in(network(**unflatten(arguments)))
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+        return False
+    return len(made) >= len(outputs) and all(map(close, made, outputs))

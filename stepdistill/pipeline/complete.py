@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import diffusers
 import transformers
 from diffusers import ModelMixin
+from torch import nn
 from transformers import PreTrainedModel
 
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, in_a_line
 from stepdistill.files import INDEXES, index_of
 
 NAMED = 3
@@ -24,10 +25,7 @@ def all_weights_found(pipeline: str | Path) -> Iterator[None]:
     """Inside the block every component that is loaded must find each of its weights in its files.
 
     The libraries decide what is missing: tied weights, buffers that are not stored, and names of earlier versions are
-    theirs to know.
-
-    Args:
-        pipeline: its name in the message.
+    theirs to know. ``pipeline`` is its name in the message.
 
     Raises:
         InputError: weights are missing or have another shape; it names the component, its files and some of the keys.
@@ -50,9 +48,7 @@ def whole_before_moved(what: str) -> Iterator[None]:
     """Inside the block a network that diffusers reads from a single file must have all its weights.
 
     diffusers leaves those that the file lacks without data. It fails when it moves the network, and does not say why.
-
-    Args:
-        what: the file in messages.
+    ``what`` is the file in messages.
 
     Raises:
         InputError: weights are missing; it names the class and some of the keys.
@@ -60,8 +56,7 @@ def whole_before_moved(what: str) -> Iterator[None]:
     stock = ModelMixin.to
 
     def moved(network: Any, *arguments: Any, **options: Any) -> Any:
-        if empty := [key for key, value in network.named_parameters() if value.is_meta]:
-            raise InputError(f"{what}: {len(empty)} weights of the {type(network).__name__} are missing: {some(empty)}")
+        check_filled(what, f"the {type(network).__name__}", network)
         return stock(network, *arguments, **options)
 
     setattr(ModelMixin, "to", moved)  # noqa: B010
@@ -69,6 +64,12 @@ def whole_before_moved(what: str) -> Iterator[None]:
         yield
     finally:
         setattr(ModelMixin, "to", stock)  # noqa: B010
+
+
+def check_filled(what: str, name: str, network: nn.Module) -> None:
+    """Raises InputError where weights have no data: the file ``what`` lacks them, and diffusers does not say so."""
+    if empty := [key for key, value in network.named_parameters() if value.is_meta]:
+        raise InputError(f"{what}: {len(empty)} weights of {name} are missing: {some(empty)}")
 
 
 @contextmanager
@@ -87,7 +88,7 @@ def _reported(base: Any, faults: list[str]) -> Iterator[None]:
         try:
             network, report = stock.__func__(cls, place, *arguments, **options)
         except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split()).partition(" If you want to")[0]
+            reason = in_a_line(error).partition(" If you want to")[0]
             faults.append(f"{_files(folder)} cannot be loaded into the {cls.__name__}: {reason}")
             raise
         if fault := _fault(report):
@@ -136,15 +137,12 @@ def some(names: Collection[str]) -> str:
 
 
 def check_tokenizers(pipeline: str | Path, folder: Path) -> None:
-    """Each tokenizer of the pipeline in ``folder`` must have the files that its class reads.
-
-    Args:
-        pipeline: its name in the message.
+    """Each tokenizer of the pipeline in ``folder``, named ``pipeline``, must have the files that its class reads.
 
     Raises:
         InputError: one is missing. Some versions of transformers would make an empty tokenizer instead.
     """
-    for name, kind in components(folder):
+    for name, (_, kind) in classes(folder).items():
         files = getattr(getattr(transformers, kind, None), "vocab_files_names", None)
         place = folder / name
         if not files or not place.is_dir() or (place / "tokenizer.json").is_file():
@@ -161,15 +159,6 @@ def is_foreign(library: Any) -> bool:
     """Whether a library that an index names is other code than diffusers' and transformers'; None is no library."""
     own = library in (None, "diffusers", "transformers")
     return not (own or (isinstance(library, str) and hasattr(diffusers.pipelines, library)))
-
-
-def components(folder: Path) -> Iterable[tuple[str, str]]:
-    """(name, class) of the components that the pipeline in ``folder`` lists.
-
-    Raises:
-        InputError: its index is no JSON object.
-    """
-    return [(name, kind) for name, (_, kind) in classes(folder).items()]
 
 
 def classes(folder: Path) -> dict[str, tuple[str, str]]:

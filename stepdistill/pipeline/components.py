@@ -5,10 +5,20 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from stepdistill.pipeline.stock_call import is_modular
 
 _ABSENT = object()
+
+
+def modules(pipeline: Any) -> dict[str, nn.Module]:
+    """The pipeline's components that are networks, by name, each once."""
+    seen: dict[int, str] = {}
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            seen.setdefault(id(component), name)
+    return {name: pipeline.components[name] for name in seen.values()}
 
 
 @contextmanager

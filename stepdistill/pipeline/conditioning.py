@@ -22,7 +22,7 @@ from stepdistill.pipeline.compare import close, rows_equal, same
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.groups import Group
 from stepdistill.pipeline.identity import FEW, identity
-from stepdistill.pipeline.observe import Call, Recording, calls_of, observe
+from stepdistill.pipeline.recording import Call, Recording, calls_of
 from stepdistill.pipeline.resting import rest
 from stepdistill.pipeline.trace import Trace
 
@@ -311,17 +311,10 @@ def caught(
 ) -> tuple[Conditions, Conditions | None]:
     """(cond, null), a row for each entry, by running the pipeline up to its denoiser's first calls.
 
-    Args:
-        pictures: arguments of the call in place of the trace's.
+    Its arguments are the trace's, and ``pictures`` in place of some.
     """
-    recording = observe(
-        trace.pipeline,
-        trace.entries(entries),
-        {**trace.arguments, **pictures},
-        steps=trace.fewest_steps,
-        guidance=trace.guidance.scale,
-        stop_calls=(trace.component, trace.guidance.calls),
-    )
+    arguments, stop = {**trace.arguments, **pictures}, (trace.component, trace.guidance.calls)
+    recording = trace.observe(entries, arguments, guidance=trace.guidance.scale, stop_calls=stop)
     return trace.guidance.split(_calls(trace, recording), trace.denoiser.spec, trace.conditioning, len(entries))
 
 
@@ -331,15 +324,7 @@ def plain_conditions(trace: Trace, entries: Sequence[str | int], steps: int) -> 
     A picture that the pipeline encodes for its network is drawn at random there, so no other call's conditions will do.
     """
     count = trace.guidance.calls if trace.guidance.always else 1
-    recording = observe(
-        trace.pipeline,
-        trace.entries(entries),
-        trace.arguments,
-        steps=steps,
-        guidance=trace.guidance.plain_scale,
-        stop_calls=(trace.component, count),
-        plain=True,
-    )
+    recording = trace.observe(entries, steps=steps, stop_calls=(trace.component, count), plain=True)
     calls = _calls(trace, recording)
     if trace.guidance.always:
         return trace.guidance.split(calls, trace.denoiser.spec, trace.conditioning, len(entries))[0]

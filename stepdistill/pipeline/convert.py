@@ -14,8 +14,8 @@ from torch import Tensor
 from stepdistill.errors import InputError
 from stepdistill.files import atomic, weight_file
 from stepdistill.pipeline.assemble import write_assembled
-from stepdistill.pipeline.complete import components
-from stepdistill.pipeline.hub import unreachable, why_not
+from stepdistill.pipeline.complete import classes
+from stepdistill.pipeline.hub import asking
 from stepdistill.pipeline.load import as_teacher
 from stepdistill.pipeline.names import source
 
@@ -48,7 +48,7 @@ def convert(path: str | Path, out: str | Path, revision: str | None = None, conf
         return [f"{path} -> {kind}"]
     folder = Path(place) if Path(place).is_dir() else _download(place, revision)
     with atomic(out) as draft:
-        return _convert(folder, draft, [name for name, _ in components(folder)])
+        return _convert(folder, draft, [*classes(folder)])
 
 
 def _convert(folder: Path, out: Path, names: Sequence[str]) -> list[str]:
@@ -79,13 +79,9 @@ def _convert(folder: Path, out: Path, names: Sequence[str]) -> list[str]:
 def _download(name: str, revision: str | None) -> Path:
     patterns = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.bin", "*/*.safetensors"]
     unused = ["*.fp16*", "*.non_ema*", "*/openvino_*", "*/onnx/*"]
-    silent = unreachable()
-    try:
-        options = {"allow_patterns": patterns, "ignore_patterns": unused, "local_files_only": silent is not None}
-        folder = snapshot_download(name, revision=revision, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"pipeline {name}: {why_not(name, revision, None, error, silent)}") from error
-    return Path(folder)
+    with asking(name, revision) as cached:
+        options = {"allow_patterns": patterns, "ignore_patterns": unused, "local_files_only": cached}
+        return Path(snapshot_download(name, revision=revision, **options))
 
 
 def _safe(name: str) -> str:

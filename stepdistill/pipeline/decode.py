@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from stepdistill.diffusion.nested import first_tensor
 from stepdistill.diffusion.stock_schedulers import as_network_input
 from stepdistill.diffusion.window import Span, Window
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, first_line
 from stepdistill.pipeline import in_two
 from stepdistill.pipeline.call import TraceError, run
 from stepdistill.pipeline.components import patched
-from stepdistill.pipeline.observe import Answer, forked_random
+from stepdistill.pipeline.observe import Answer
+from stepdistill.pipeline.recording import forked_random
 from stepdistill.pipeline.resting import rest
 from stepdistill.pipeline.stock_call import Replaced, in_each, parameters, tiled
 from stepdistill.pipeline.trace import Trace
@@ -98,7 +99,7 @@ def _decoded(trace: Trace, latents: Tensor) -> Tensor:
                 raise
             if tiled(pipeline, error):
                 return _decoded(trace, latents)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise TraceError("decode", f"{name} fails after its last step: {reason}") from error
     if isinstance(made[0], Mapping):  # of a pipeline inside this one (VisualCloze)
         made = made[0]

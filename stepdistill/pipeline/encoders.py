@@ -9,7 +9,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from stepdistill.files import digest
-from stepdistill.pipeline.complete import components
+from stepdistill.pipeline.complete import classes
 from stepdistill.pipeline.load import load_network
 from stepdistill.pipeline.trace import Trace
 
@@ -18,10 +18,7 @@ def release_encoders(trace: Trace, device: torch.device) -> None:
     """Free the weights of the networks that make conditions; a later call reads them from their files again.
 
     A preview is decoded by the pipeline's own call, which encodes the same prompt every time: it is encoded once, on
-    the CPU. Encoders that have no files of their own rest in the host's memory instead.
-
-    Args:
-        device: the pipeline's, where the answers are sent.
+    the CPU, and the answer is sent to ``device``. Encoders that have no files of their own rest in the host's memory.
     """
     for name in trace.encoders:
         encoder, place = getattr(trace.pipeline, name), _files(trace.pipeline, name)
@@ -57,5 +54,5 @@ def _files(pipeline: Any, name: str) -> tuple[Path, str | None] | None:
     folder, variant = getattr(pipeline, "loaded_from", (None, None))
     if folder is None or not isinstance(network := getattr(pipeline, name), nn.Module):
         return None
-    own = (name, type(network).__name__) in set(components(folder)) and (folder / name).is_dir()
+    own = classes(folder).get(name, ("", ""))[1] == type(network).__name__ and (folder / name).is_dir()
     return (folder / name, variant) if own else None

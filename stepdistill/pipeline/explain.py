@@ -1,7 +1,7 @@
 """Infer facts about a pipeline from recorded runs: each fact is verified on all calls, or refused by name.
 
-Every function takes the recording of three images without guidance (``off``) and of two with it (``on``): what follows
-those numbers has a batch dimension.
+Functions take the recording of three images without guidance (``off``), of two with it (``on``), or both as
+:class:`.Runs`: what follows those numbers has a batch dimension.
 """
 
 from collections import Counter
@@ -18,12 +18,10 @@ from stepdistill.diffusion.passes import of_pass
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.diffusion.schedule import FlowSchedule, Schedule
 from stepdistill.pipeline.call import TraceError
-from stepdistill.pipeline.compare import close, deviation, outputs_of, same, single_value, tolerance
-from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
+from stepdistill.pipeline.compare import close, deviation, gives, one_number, same, same_in, single_value, tolerance
 from stepdistill.pipeline.paths import times_of
-from stepdistill.pipeline.places import PASSES, place_of, scaled_sample
-
-GUIDANCE_LIMIT = 1e-4
+from stepdistill.pipeline.places import PASSES, passes, scaled_sample
+from stepdistill.pipeline.recording import Call, Recording, Runs, Step, calls_of
 
 GuidanceKind = Literal["none", "batched", "two_calls", "embedded"]
 
@@ -100,9 +98,9 @@ def denoiser_component(off: Recording) -> str:
     return [call.component for call in off.steps[-1].calls if call.component in steady][-1]
 
 
-def feeding(off: Recording, on: Recording, component: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def feeding(runs: Runs, component: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The networks whose outputs are arguments of the denoiser's at every step, with what a Helper calls feeds."""
-    feeds, steps = {}, [*off.steps, *on.steps]
+    feeds, steps = {}, runs.steps
     for name in names:
         counts = [[len(calls_of(step.calls, one)) for step in steps] for one in (name, component)]
         often = all(own and passes % own == 0 for own, passes in zip(*counts, strict=True))
@@ -135,60 +133,42 @@ def encoders(first: Step, component: str, helpers: Iterable[str]) -> tuple[str, 
     return tuple(dict.fromkeys(name for name in names[: names.index(component)] if name not in helpers))
 
 
-def only(recording: Recording, component: str, helpers: Iterable[str] = ()) -> Recording:
-    """The recording as if ``component`` had been its only network, see :func:`calls_of`."""
-    steps = [replace(step, calls=calls_of(step.calls, component, helpers)) for step in recording.steps]
-    return replace(recording, steps=steps)
-
-
-def is_guided(recording: Recording) -> bool:
-    """Whether the denoiser sees every sample more than once."""
-    return passes_seen(recording) > 1
-
-
 def passes_seen(recording: Recording) -> int:
     """How often the denoiser sees every sample at a step."""
     component, step = denoiser_component(recording), recording.steps[0]
-    calls = [call for call in step.calls if call.component == component]
-    scaled = scaled_sample(step)[: recording.count]
-    places = [place_of(value, scaled) for value in calls[0].arguments.values()]
-    return max(len(calls), *(place.repeats for place in places if place is not None), 1)
+    calls = calls_of(step.calls, component)
+    return max(len(calls), passes(calls[0], scaled_sample(step)[: recording.count]))
 
 
 def repeats(on: Recording) -> bool:
     """Whether a guided step calls the denoiser several times with the same arguments."""
-    first, *others = only(on, denoiser_component(on)).steps[0].calls
-    return any(
-        all(same(value, other.arguments.get(name)) for name, value in first.arguments.items()) for other in others
-    )
+    first, *others = on.only(denoiser_component(on)).steps[0].calls
+    return any(same_in(first.arguments, other.arguments) for other in others)
 
 
-def timestep_map(off: Recording, on: Recording, spec: CallSpec, network: nn.Module, schedule: Schedule) -> CallSpec:
+def timestep_map(runs: Runs, spec: CallSpec, network: nn.Module, schedule: Schedule) -> CallSpec:
     """The spec with timestep argument = scale * scheduler's timestep + offset at every call, and all that is the time.
 
     A flow scheduler may truncate its timesteps to integers. Then the network may get the exact ones, of its sigmas.
     """
-    steps = [*off.steps, *on.steps]
+    steps = runs.steps
     best, closest, dtype_of_time = None, float("inf"), torch.float32
     for given in (times_of(steps, spec.path, schedule), [_exact(step, schedule) for step in steps]):
-        for name in off.steps[0].calls[0].arguments:
-            found = [single_value(step.calls[0].arguments.get(name)) for step in steps]
-            if name == spec.sample or None in found:
+        for name in steps[0].calls[0].arguments:
+            held = one_number(step.calls[0].arguments.get(name) for step in steps)
+            if name == spec.sample or held is None:
                 continue
-            values = [value for value, _ in found]
-            masks = [mask for value, mask in found if value] or [None]  # at 0 none can be seen
-            if not all(same(mask, masks[0]) for mask in masks):
-                continue
+            values, mask = held
             scale, offset, residual = _affine(given, values)
             if residual < closest:
-                best, closest, dtype_of_time = (name, scale, offset, masks[0]), residual, values[0].dtype
+                best, closest, dtype_of_time = (name, scale, offset, mask), residual, values[0].dtype
         if best is not None and closest <= tolerance(dtype_of_time):
             break
     if best is None or closest > tolerance(dtype_of_time):
         fit = f"; the closest, '{best[0]}', is off by {closest:.1e}" if best else ""
         raise TraceError("timestep", f"no argument is an affine function of the scheduler's timestep{fit}")
     name, scale, offset, mask = best
-    if not dtype_of_time.is_floating_point and _takes_fractions(network, off.steps[0].calls[0], name):
+    if not dtype_of_time.is_floating_point and _takes_fractions(network, steps[0].calls[0], name):
         dtype_of_time = torch.float32
     calls = [call for step in steps for call in step.calls]
     others = [other for other in calls[0].arguments if other != name]
@@ -213,12 +193,9 @@ def times_apart(calls: Iterable[Mapping[str, Any]], timestep: str, known: Collec
     times = [single_value(one[timestep]) for one in every]
     for name in (n for n in every[0] if n != timestep and n not in known and all(n in one for one in every)):
         values = [one[name] for one in every]
-        own = [single_value(value) if isinstance(value, Tensor) and value.ndim else None for value in values]
-        if not all(mine and time and close(mine[0], time[0]) for mine, time in zip(own, times, strict=True)):
-            continue
-        masks = [mask for number, mask in own if number] or [None]  # at 0 none can be seen
-        if all(same(mask, masks[0]) for mask in masks):
-            found[name] = torch.ones_like(values[0][:1]) if masks[0] is None and values[0].ndim > 1 else masks[0]
+        held = one_number(values) if all(isinstance(value, Tensor) and value.ndim for value in values) else None
+        if held and all(time and close(own, time[0]) for own, time in zip(held[0], times, strict=True)):
+            found[name] = torch.ones_like(values[0][:1]) if held[1] is None and values[0].ndim > 1 else held[1]
     return found
 
 
@@ -275,7 +252,7 @@ def _same_time(arguments: Mapping[str, Any], name: str, other: str) -> bool:
 def _takes_fractions(network: nn.Module, call: Call, timestep: str) -> bool:
     """Whether the network is the same function of a floating timestep (it embeds it, it does not index with it)."""
     value = torch.as_tensor(call.arguments[timestep]).to(call.outputs[0].device)
-    return _gives_the_same(network, call, {timestep: value.float()})
+    return gives(network, {**call.arguments, timestep: value.float()}, call.outputs)
 
 
 def _time_of_each(network: nn.Module, call: Call, names: Sequence[str]) -> Tensor | None:
@@ -284,13 +261,8 @@ def _time_of_each(network: nn.Module, call: Call, names: Sequence[str]) -> Tenso
     if not isinstance(value, Tensor) or value.ndim < 2:
         return None
     once = value.flatten(1)[:, 0]
-    return None if _gives_the_same(network, call, dict.fromkeys(names, once)) else torch.ones_like(value[:1])
-
-
-def _gives_the_same(network: nn.Module, call: Call, changed: Mapping[str, Any]) -> bool:
-    """Whether the network's outputs are those of the call with some of its arguments ``changed``."""
-    outputs = outputs_of(network, {**call.arguments, **changed})
-    return outputs is not None and all(map(close, outputs, call.outputs))
+    changed = {**call.arguments, **dict.fromkeys(names, once)}
+    return None if gives(network, changed, call.outputs) else torch.ones_like(value[:1])
 
 
 def output_map(off: Recording, spec: CallSpec, component: str) -> CallSpec:

@@ -174,10 +174,9 @@ def into(component: str) -> dict[str, bool]:
 
 
 def load_adapter(pipeline: Any, components: Sequence[str], folder: Path, student: AdapterView) -> None:
-    """Copy the LoRA in ``folder`` into the student's adapter: its delta, whatever the student's alpha.
+    """Copy the LoRA in ``folder``, of the ``components`` that denoise, into the student's adapter.
 
-    Args:
-        components: those that denoise; several take turns.
+    What is copied is its delta, whatever the student's alpha.
 
     Raises:
         InputError: its layers or ranks are not the student's.

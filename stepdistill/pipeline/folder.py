@@ -14,12 +14,15 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, in_a_line
 from stepdistill.pipeline.complete import all_weights_found, check_tokenizers
 from stepdistill.pipeline.modular import holds_modular, load_modular, save_modular
 from stepdistill.pipeline.stock_call import is_modular
 from stepdistill.roles.attach import CONFIG, attach, write_adapter
 from stepdistill.roles.guidance_adapters import NAME, fastened
+
+REFUSED = (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, ImportError)
+"""What the libraries raise of files that they do not take."""
 
 
 def load_folder(
@@ -43,23 +46,18 @@ def load_folder(
     """
     check_tokenizers(path, folder)
     quantization = None if quantize is None else _quantization(quantize, dtype)
-    try:
-        with quiet(), warnings.catch_warnings(), all_weights_found(path):
-            # Newer versions call the argument dtype, and warn; older ones know only this name.
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-            if holds_modular(folder):
-                pipeline = load_modular(folder, dtype, variant, quantization.quant_mapping if quantization else {})
-            else:
-                options: dict[str, Any] = {} if variant is None else {"variant": variant}
-                options |= {} if quantization is None else {"quantization_config": quantization}
-                pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype, **options)
-            if quantize is None:
-                pipeline.to(dtype)  # what the libraries keep in float32, and buffers
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"pipeline {path}: cannot be loaded as a diffusers pipeline: {reason}") from error
+    refusal = f"pipeline {path}: cannot be loaded as a diffusers pipeline"
+    with loading(refusal), warnings.catch_warnings(), all_weights_found(path):
+        # Newer versions call the argument dtype, and warn; older ones know only this name.
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
+        if holds_modular(folder):
+            pipeline = load_modular(folder, dtype, variant, quantization.quant_mapping if quantization else {})
+        else:
+            options: dict[str, Any] = {} if variant is None else {"variant": variant}
+            options |= {} if quantization is None else {"quantization_config": quantization}
+            pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype, **options)
+        if quantize is None:
+            pipeline.to(dtype)  # what the libraries keep in float32, and buffers
     pipeline.set_progress_bar_config(disable=True)
     pipeline.loaded_from = folder, variant
     return attach(pipeline, folder) if (folder / CONFIG).is_file() else pipeline
@@ -79,7 +77,7 @@ def _quantization(how: str, dtype: torch.dtype) -> PipelineQuantizationConfig:
         else:
             config = TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
     except (ImportError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = in_a_line(error)
         raise InputError(f"teacher.quantize: {how} needs {package} (pip install {package}): {reason}") from error
     # diffusers' two names for the denoiser, and the one for a second that takes turns with it.
     return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(("unet", "transformer", "transformer_2"), config))
@@ -119,6 +117,18 @@ def adapter_apart(component: str, network: Any, folder: Path) -> Iterator[None]:
         yield
     finally:
         network.add_module(NAME, adapter)
+
+
+@contextmanager
+def loading(refusal: str) -> Iterator[None]:
+    """Inside, quietly, what the libraries raise of files that they do not take is a ``refusal``, with the reason."""
+    try:
+        with quiet():
+            yield
+    except InputError:
+        raise
+    except REFUSED as error:
+        raise InputError(f"{refusal}: {in_a_line(error)}") from error
 
 
 @contextmanager

@@ -1,32 +1,13 @@
 """Samples whose frames are stepped one by one, each by a copy of the scheduler (diffusion forcing), as one sample."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from stepdistill.pipeline.call import TraceError
-from stepdistill.pipeline.observe import Recording, Step
 from stepdistill.pipeline.places import place_of, scaled_sample
-
-
-@dataclass(kw_only=True)
-class FrameByFrame(Step):
-    """The steps of all frames as one.
-
-    Args:
-        frames: one for each.
-        axis: of the frames in the sample.
-    """
-
-    frames: Sequence[Step]
-    axis: int
-
-    def replay(self, model_output: Tensor) -> Tensor:
-        """As :meth:`Step.replay`, of all frames."""
-        own = zip(self.frames, model_output.unbind(self.axis), strict=True)
-        return torch.stack([frame.replay(output) for frame, output in own], self.axis)
+from stepdistill.pipeline.recording import Recording, Step, several_as_one
 
 
 def as_one(recording: Recording) -> Recording:
@@ -40,15 +21,9 @@ def as_one(recording: Recording) -> Recording:
     axis = _axis(recording.steps[0])
     if axis is None or len({len(step.others) for step in recording.steps}) > 1:
         raise TraceError("components", "the pipeline steps copies of its scheduler, and not all frames at each step")
-    return replace(recording, steps=[_whole(step, axis) for step in recording.steps], frames=axis)
-
-
-def _whole(step: Step, axis: int) -> FrameByFrame:
-    frames = [step, *step.others]
-    values = {one.name: getattr(step, one.name) for one in fields(Step)} | {"others": []}
-    for name in ("sample", "model_output", "previous"):
-        values[name] = torch.stack([getattr(frame, name) for frame in frames], axis)
-    return FrameByFrame(**values, frames=frames, axis=axis)
+    pack, unpack = partial(torch.stack, dim=axis), partial(torch.unbind, dim=axis)
+    whole = recording.each(lambda step: several_as_one([step, *step.others], pack, unpack, others=[]))
+    return replace(whole, frames=axis)
 
 
 def _axis(step: Step) -> int | None:

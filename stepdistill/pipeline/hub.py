@@ -1,20 +1,15 @@
 """Pipelines of the Hugging Face hub as local folders, with one-line errors for those that cannot be loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import get_session
 
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, in_a_line
 from stepdistill.files import INDEXES, lacking
 from stepdistill.progress import say
 
@@ -36,32 +31,37 @@ def download(name: str, revision: str | None = None, variant: str | None = None)
     Raises:
         InputError: it is not there, has no such weights, or the hub cannot be reached.
     """
-    silent = unreachable()
-    try:
-        options = {"revision": revision, "variant": variant, "local_files_only": silent is not None}
+    with asking(name, revision, variant) as cached:
+        options = {"revision": revision, "variant": variant, "local_files_only": cached}
         found = Path(DiffusionPipeline.download(name, use_safetensors=True, **options))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"pipeline {name}: {why_not(name, revision, variant, error, silent)}") from error
-    if silent:
+    if cached:
         say(f"{name}: the hub does not answer; these are the files of an earlier download")
     return found
 
 
 def configs(name: str, revision: str | None = None, patterns: Sequence[str] = FILES) -> Path:
-    """The folder of the hub's cache with the configs and tokenizers of the pipeline ``name``.
-
-    Args:
-        patterns: of other files to be there.
+    """The folder of the hub's cache with the configs and tokenizers of the pipeline ``name``, or files of ``patterns``.
 
     Raises:
         InputError: it is not there, or the hub cannot be reached.
     """
+    with asking(name, revision) as cached:
+        options = {"allow_patterns": list(patterns), "local_files_only": cached}
+        return Path(snapshot_download(name, revision=revision, **options))
+
+
+@contextmanager
+def asking(name: str, revision: str | None = None, variant: str | None = None) -> Iterator[bool]:
+    """Inside, whether the hub does not answer, so that the cache has to do; what fails says why it did.
+
+    Raises:
+        InputError: the pipeline ``name`` is not there, or the hub cannot be reached.
+    """
     silent = unreachable()
     try:
-        options = {"allow_patterns": list(patterns), "local_files_only": silent is not None}
-        return Path(snapshot_download(name, revision=revision, **options))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"pipeline {name}: {why_not(name, revision, None, error, silent)}") from error
+        yield silent is not None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"pipeline {name}: {why_not(name, revision, variant, error, silent)}") from error
 
 
 def unreachable() -> str | None:
@@ -69,16 +69,12 @@ def unreachable() -> str | None:
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
     except Exception as error:  # what cannot be reached has as many classes as there are ways to ask
-        return " ".join(str(error).split()) or type(error).__name__
+        return in_a_line(error)
     return None
 
 
 def why_not(name: str, revision: str | None, variant: str | None, error: Exception, silent: str | None) -> str:
-    """Why the hub did not give the pipeline ``name``, when it answered with ``error``.
-
-    Args:
-        silent: what :func:`unreachable` returned.
-    """
+    """Why the hub did not give the pipeline ``name``: its answer was ``error``, or it is ``silent``."""
     for kind, words in _REASONS.items():
         if isinstance(error, kind):
             return f"cannot be loaded from the hub: {words}{_typo(name)}"
@@ -88,7 +84,7 @@ def why_not(name: str, revision: str | None, variant: str | None, error: Excepti
     except tuple(_REASONS) as refused:
         return why_not(name, revision, variant, refused, silent)
     except Exception as failed:  # as in unreachable()
-        reason = " ".join(str(failed).split()) or type(failed).__name__
+        reason = in_a_line(failed)
     if reason:
         return (
             f"cannot be loaded: there is no such folder here{_typo(name)}, the cache of the Hugging Face hub does not "
@@ -99,7 +95,7 @@ def why_not(name: str, revision: str | None, variant: str | None, error: Excepti
     if (fault := lacking(files, variant)) is not None:
         key, problem = fault
         return problem if key == "pipeline" else f"teacher.{key}: {problem}"
-    return f"cannot be loaded from the hub: {' '.join(str(error).split())}"
+    return f"cannot be loaded from the hub: {in_a_line(error)}"
 
 
 def _typo(name: str) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepdistill.data.sample import Pictures
 from stepdistill.files import digest, sha256
-from stepdistill.pipeline.observe import modules
+from stepdistill.pipeline.components import modules
 from stepdistill.pipeline.stock_call import pictures_in
 from stepdistill.pipeline.trace import Trace
 

@@ -2,19 +2,17 @@
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from stepdistill.pipeline.observe import Step
+from stepdistill.pipeline.recording import Step
 
 GIVEN = "pred_original_sample"
 """The argument of a scheduler's step that is an x_0 in the place of its own."""
 
 
-def as_one(first: "Step", second: "Step") -> "Step":
+def as_one(first: Step, second: Step) -> Step:
     """The two steps as one, of the prediction whose x_0 the second step is given.
 
     It is read off the scheduler, whose x_0 is an affine function of the prediction.

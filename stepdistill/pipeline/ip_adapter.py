@@ -4,12 +4,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, in_a_line
 from stepdistill.pipeline.complete import all_weights_found
-from stepdistill.pipeline.components import put
+from stepdistill.pipeline.components import modules, put
 from stepdistill.recipe import IPAdapter
 
 
@@ -36,7 +35,7 @@ def load_ip_adapter(pipeline: Any, adapter: IPAdapter) -> None:
     if not hasattr(pipeline, "load_ip_adapter"):
         raise InputError(f"teacher.ip_adapter: {type(pipeline).__name__} takes none")
     arguments = stock_arguments(adapter)
-    networks = [value for value in pipeline.components.values() if isinstance(value, nn.Module)]
+    networks = [*modules(pipeline).values()]
     before = [{name for name, _ in network.named_parameters()} for network in networks]
     # An encoder in a folder without a slash lies beside the weights, as diffusers has it.
     own = adapter.image_encoder
@@ -50,7 +49,7 @@ def load_ip_adapter(pipeline: Any, adapter: IPAdapter) -> None:
         pipeline.load_ip_adapter(**arguments | {"image_encoder_folder": None})
         pipeline.set_ip_adapter_scale(adapter.scale)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = in_a_line(error)
         raise InputError(f"teacher.ip_adapter: cannot be loaded into {type(pipeline).__name__}: {reason}") from error
     for network, known in zip(networks, before, strict=True):
         fresh = [(name, value) for name, value in network.named_parameters() if name not in known]

@@ -5,7 +5,8 @@ and output (:class:`stepdistill.diffusion.joint.Joint`), so that the rest of tra
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,63 +15,58 @@ from stepdistill.diffusion.joint import Joint, Part
 from stepdistill.diffusion.window import Window
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import deviation, same, single_value
-from stepdistill.pipeline.explain import only
-from stepdistill.pipeline.observe import Call, Recording, Step
-from stepdistill.pipeline.places import Place, cut_by, only_free, options_of_all, place_of, range_of, scaled_sample
+from stepdistill.pipeline.places import (
+    Place,
+    cut_by,
+    most_whole,
+    only_free,
+    options_of_all,
+    place_of,
+    range_of,
+    same_places,
+    scaled_sample,
+    tensors_of,
+)
+from stepdistill.pipeline.recording import Call, Recording, Runs, Step, several_as_one
 
 
-@dataclass(kw_only=True)
-class JointStep(Step):
-    """The steps of all samples of an iteration as one.
-
-    Args:
-        steps: one for each part of ``joint``.
-    """
-
-    joint: Joint
-    steps: Sequence[Step]
-
-    def replay(self, model_output: Tensor) -> Tensor:
-        """As :meth:`Step.replay`, of the packed sample."""
-        own = zip(self.steps, self.joint.split(model_output), strict=True)
-        return self.joint.packed([step.replay(output) for step, output in own])
-
-
-def as_one(off: Recording, on: Recording, component: str) -> tuple[Recording, Recording, Joint | None]:
+def as_one(runs: Runs, component: str) -> tuple[Runs, Joint | None]:
     """Both recordings with one sample, and how it is made of several; as they are where there is one.
 
     Raises:
         TraceError: not every step has the same samples, or the network does not take or return one of them.
     """
-    others = off.steps[0].others
+    others = runs.steps[0].others
     if not others:
-        return off, on, None
+        return runs, None
     if kept := [list(one.sample.shape[1:]) for one in others if same(one.previous, one.sample)]:
         raise TraceError(
             "sample",
             f"a copy of the pipeline's scheduler steps a second sample {kept[0]} and leaves it as it is: it is drawn "
             "for each call, and no student can be trained for it",
         )
-    if len({len(step.others) for run in (off, on) for step in run.steps}) > 1:
+    if len({len(step.others) for step in runs.steps}) > 1:
         raise TraceError("components", "the pipeline's copies of its scheduler step at some of its steps only")
-    joint = Joint(tuple(_part(off, on, component, number) for number in range(1 + len(others))))
-    return joined(off, joint, component), joined(on, joint, component), joint
+    joint = Joint(tuple(_part(runs, component, number) for number in range(1 + len(others))))
+    return runs.each(partial(joined, joint=joint, component=component)), joint
 
 
 def joined(recording: Recording, joint: Joint | None, component: str) -> Recording:
     """The recording as one of the packed sample."""
     if joint is None:
         return recording
-    steps = []
-    for step in recording.steps:
-        own = [_own(_of(step, number), part) for number, part in enumerate(joint.parts)]
-        values = {one.name: getattr(step, one.name) for one in fields(Step)}
-        for name in ("sample", "model_output", "previous"):
-            values[name] = joint.packed([getattr(one, name) for one in own])
-        calls = [_call(one, joint, component) for one in step.calls]
-        values |= {"options": options_of_all(step.options), "calls": calls, "others": []}
-        steps.append(JointStep(**values, joint=joint, steps=own))
-    return replace(recording, steps=steps)
+
+    def call_of_all(call: Call, _: Step) -> Call:
+        output = joint.output(call.outputs)
+        return Call(component, joint.packed_call(call.arguments), output, [output])
+
+    return recording.each(partial(_whole, joint=joint)).with_calls(component, call_of_all)
+
+
+def _whole(step: Step, joint: Joint) -> Step:
+    """The steps of all samples of an iteration as one."""
+    own = [_own(_of(step, number), part) for number, part in enumerate(joint.parts)]
+    return several_as_one(own, joint.packed, joint.split, options=options_of_all(step.options), others=[])
 
 
 def again(joint: Joint, step: Step, component: str) -> tuple[Joint, Step]:
@@ -112,35 +108,20 @@ def _own(step: Step, part: Part) -> Step:
     return only_free(Recording(1, [step]), part.free).steps[0]
 
 
-def _call(call: Call, joint: Joint, component: str) -> Call:
-    if call.component != component:
-        return call
-    output = joint.output(call.outputs)
-    return Call(component, joint.packed_call(call.arguments), output, [output])
-
-
-def _part(off: Recording, on: Recording, component: str, number: int) -> Part:
+def _part(runs: Runs, component: str, number: int) -> Part:
     """The part of this number."""
-    found: dict[str, Place] | None = None
-    off, on = (only(replace(run, steps=[_of(step, number) for step in run.steps]), component) for run in (off, on))
-    for run in (off, on):
-        for step in run.steps:
-            scaled = scaled_sample(step)[: run.count]
-            for call in step.calls:
-                here = {name: place for name, value in call.arguments.items() if (place := place_of(value, scaled))}
-                here = {name: replace(p, repeats=1) for name, p in here.items() if p.window.frames is None}
-                found = {n: p for n, p in (here if found is None else found).items() if here.get(n) == p}
-    step = off.steps[0]
+    runs = runs.each(lambda run: run.each(partial(_of, number=number))).only(component)
+    places, _ = same_places(runs)
+    found = {name: place for name, place in places.items() if place.window.frames is None}
+    step = runs.off.steps[0]
     if not found:
-        arguments = step.calls[0].arguments.items()
-        tensors = ", ".join(f"{name} {list(value.shape)}" for name, value in arguments if isinstance(value, Tensor))
         raise TraceError(
             "sample",
             f"the pipeline steps several samples at once, and no argument of {component} equals that of "
-            f"{list(step.sample.shape)}; its tensors are {tensors}",
+            f"{list(step.sample.shape)}; its tensors are {tensors_of(step.calls[0])}",
         )
-    name = min(found, key=lambda name: (found[name].free is not None, len(found[name].window.spans), name))
-    return _made(name, _kept_by_time(found[name], name, off.steps), step)
+    name = most_whole(found)
+    return _made(name, _kept_by_time(found[name], name, runs.off.steps), step)
 
 
 def _kept_by_time(place: Place, argument: str, steps: Sequence[Step]) -> Place:

@@ -26,12 +26,14 @@ from stepdistill.diffusion.schedule import from_scheduler
 from stepdistill.errors import InputError
 from stepdistill.files import atomic, cache_folder, digest, sha256
 from stepdistill.pipeline.call import TraceError
+from stepdistill.pipeline.components import modules
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.identity import settings, some
-from stepdistill.pipeline.observe import modules
+from stepdistill.pipeline.probe_call import ProbeCall
+from stepdistill.pipeline.schedulers import replace_scheduler
 from stepdistill.pipeline.sizes import recorded, trace_small
 from stepdistill.pipeline.stock_call import pictures_in
-from stepdistill.pipeline.trace import Trace, replace_scheduler
+from stepdistill.pipeline.trace import Trace
 
 UNREADABLE = (OSError, RuntimeError, UnpicklingError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 """What reading a file raises that was damaged, or written by an earlier version."""
@@ -115,10 +117,8 @@ def _code_of(*parts: Any) -> list[bytes]:
 
 def _write(file: Path, traced: Trace) -> None:
     """Keep the facts; nothing, where they hold something that no file does."""
-    network = traced.denoiser.network
-    names = tuple(network) if isinstance(network, Experts) else (traced.component,)
     facts = {one.name: getattr(traced, one.name) for one in fields(traced) if one.name not in OF_THE_RUN}
-    content = {"facts": facts, "networks": names, "spec": _without_networks(traced.denoiser.spec)}
+    content = {"facts": facts, "networks": traced.components, "spec": _without_networks(traced.denoiser.spec)}
     content["schedule"] = _numbers(traced.denoiser.schedule)
     try:
         with atomic(file) as draft:
@@ -147,7 +147,7 @@ def _read(file: Path, pipeline: Any, arguments: dict[str, Any]) -> Trace | None:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         with torch.serialization.safe_globals([_own_class(name) for name in unknown]):
             content = torch.load(file, map_location=_device(pipeline), weights_only=True)
-        replace_scheduler(pipeline, content["facts"]["entry"], arguments)
+        replace_scheduler(ProbeCall(pipeline, content["facts"]["entry"], arguments))
         with quiet():
             return recorded(_restored(content, pipeline), content["facts"]["arguments"])
     except (*UNREADABLE, InputError, TraceError):

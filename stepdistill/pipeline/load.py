@@ -11,7 +11,7 @@ from stepdistill.files import files_in, index_of, lacking
 from stepdistill.pipeline.assemble import assembled, made_of
 from stepdistill.pipeline.complete import all_weights_found
 from stepdistill.pipeline.exports import ExportFacts, fuse, is_lora
-from stepdistill.pipeline.folder import load_folder, quiet
+from stepdistill.pipeline.folder import load_folder, loading, quiet
 from stepdistill.pipeline.hub import download
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.pipeline.names import source
@@ -93,13 +93,8 @@ def load_network(kind: type, folder: Path, variant: str | None = None) -> Any:
         InputError: it cannot be loaded.
     """
     options = {} if variant is None else {"variant": variant}
-    try:
-        with quiet(), all_weights_found(folder):
-            return kind.from_pretrained(folder, use_safetensors=True, **options).eval()
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{folder}: cannot be loaded as a {kind.__name__}: {' '.join(str(error).split())}") from error
+    with loading(f"{folder}: cannot be loaded as a {kind.__name__}"), all_weights_found(folder):
+        return kind.from_pretrained(folder, use_safetensors=True, **options).eval()
 
 
 def is_export(folder: Path) -> bool:

@@ -13,19 +13,15 @@ from torch import Tensor, nn
 from stepdistill.errors import InputError, suggest
 from stepdistill.pipeline.complete import some
 from stepdistill.pipeline.components import patched, put
-from stepdistill.pipeline.folder import quiet
+from stepdistill.pipeline.folder import loading, quiet
 from stepdistill.pipeline.single_file import shapes
 from stepdistill.recipe.section import Lora
 
 NAME = "fused"
-_REFUSED = (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError, ImportError)
 
 
 def fuse_lora(pipeline: Any, lora: Lora, key: str) -> None:
-    """Add a LoRA to the pipeline's weights; networks that may have one become float32.
-
-    Args:
-        key: of the recipe, for messages.
+    """Add a LoRA to the pipeline's weights; networks that may have one become float32. Messages name ``key``.
 
     Raises:
         InputError: the pipeline takes none, has no such component, or the file has something that finds no layer.
@@ -69,13 +65,10 @@ def _fuse(pipeline: Any, lora: Lora, key: str) -> None:
     # As a file and not its tensors: its metadata may say how its ranks are scaled.
     place = {"pretrained_model_name_or_path_or_dict": str(file.parent), "weight_name": file.name}
     place |= {"use_safetensors": True, "local_files_only": True}
-    try:
-        with quiet(), patched(pipeline, "load_lora_into_text_encoder", _into_text_encoder):
-            state = type(pipeline).lora_state_dict(**place)
-            pipeline.load_lora_weights(**place, adapter_name=NAME)
-    except _REFUSED as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{key}: {file} cannot be loaded into {name}: {reason}") from error
+    refusal = f"{key}: {file} cannot be loaded into {name}"
+    with loading(refusal), patched(pipeline, "load_lora_into_text_encoder", _into_text_encoder):
+        state = type(pipeline).lora_state_dict(**place)
+        pipeline.load_lora_weights(**place, adapter_name=NAME)
     state = state[0] if isinstance(state, tuple) else state
     given = [one for one in state if not one.endswith(".alpha")]
     taken = {part: sum(f".{NAME}." in one for one in getattr(pipeline, part).state_dict()) for part in parts}

@@ -66,7 +66,8 @@ def load_modular(
         options: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "subfolder": name, "revision": None}
         options["variant"] = None
         if spec.type_hint is None or issubclass(spec.type_hint, nn.Module):
-            if variant is not None and not _has(folder / name, variant):
+            weights = [weight_file(path.name) for path in (folder / name).iterdir()]
+            if variant is not None and ("safetensors", variant) not in weights:
                 raise InputError(f"teacher.variant: expected weights of {variant!r} in all components, {name} has none")
             options["variant"] = variant
             options |= {"torch_dtype": dtype, "use_safetensors": True}
@@ -90,21 +91,20 @@ def write_index(folder: Path, teacher: Path, components: dict[str, Any]) -> None
     """Write the index of ``teacher`` into ``folder``, with ``components`` and no place but the folder itself."""
     index = read_json(teacher / INDEX)
     for name, part in components.items():
-        index[name] = [*_class_of(part), {"subfolder": name}]
-    for name, entry in index.items():
-        if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict):
-            kind = entry[2].get("type_hint") or entry[:2]
-            kind = entry[:2] if name in components else kind
-            here = {"pretrained_model_name_or_path": None, "subfolder": name, "variant": None, "revision": None}
-            index[name] = [*entry[:2], here | {"type_hint": kind}]
+        library = type(part).__module__.partition(".")[0]
+        index[name] = [library, type(part).__name__, {"subfolder": name}]
+    for name, entry in _placed(index).items():
+        kind = entry[:2] if name in components else entry[2].get("type_hint") or entry[:2]
+        here = {"pretrained_model_name_or_path": None, "subfolder": name, "variant": None, "revision": None}
+        index[name] = [*entry[:2], here | {"type_hint": kind}]
     write_json(folder / INDEX, index)
 
 
 def name_repository(folder: Path, repository: str) -> None:
     """Have the index of a modular pipeline in ``folder`` say where its components lie once it is uploaded."""
     index = read_json(folder / INDEX)
-    for name, entry in index.items():
-        if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict) and (folder / name).is_dir():
+    for name, entry in _placed(index).items():
+        if (folder / name).is_dir():
             entry[2]["pretrained_model_name_or_path"] = repository
     write_json(folder / INDEX, index)
 
@@ -117,9 +117,7 @@ def free_hooks(pipeline: Any) -> None:
 
 def _check_index(folder: Path) -> None:
     """Every component of the index must be a class of the libraries, and lie in the folder of its name."""
-    for name, entry in read_json(folder / INDEX).items():
-        if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[2], dict):
-            continue
+    for name, entry in _placed(read_json(folder / INDEX)).items():
         library = (entry[2].get("type_hint") or entry)[0]
         if is_foreign(library):
             raise InputError(f"{folder / INDEX}: {name}: cannot be loaded: code of {json.dumps(library)}")
@@ -130,11 +128,7 @@ def _check_index(folder: Path) -> None:
             raise InputError(f"{folder / INDEX}: {name}: expected the folder {name} beside it, found {found}")
 
 
-def _has(folder: Path, variant: str) -> bool:
-    """Whether a component has weights of a variant."""
-    return any(weight_file(path.name) == ("safetensors", variant) for path in folder.iterdir())
-
-
-def _class_of(component: Any) -> tuple[str, str]:
-    """(library, class) as an index names it."""
-    return type(component).__module__.partition(".")[0], type(component).__name__
+def _placed(index: dict[str, Any]) -> dict[str, list[Any]]:
+    """The entries of an index that say where a component lies: (library, class, place)."""
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 3}
+    return {name: entry for name, entry in entries.items() if isinstance(entry[2], dict)}

@@ -3,22 +3,21 @@
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from stepdistill.diffusion.devices import torch_of
 from stepdistill.diffusion.nested import first_tensor, flatten, tensors_in
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, first_line
 from stepdistill.pipeline import in_two
 from stepdistill.pipeline.call import TraceError, run
-from stepdistill.pipeline.components import patched
+from stepdistill.pipeline.components import modules, patched
 from stepdistill.pipeline.modular import free_hooks
+from stepdistill.pipeline.recording import Call, Recording, Step, cloned, forked_random
 from stepdistill.pipeline.stock_call import Replaced
 
 CLIP_SKIP = (
@@ -31,99 +30,10 @@ class _Enough(Exception):
     """Raised inside a pipeline's run to end it once everything requested has been recorded."""
 
 
-@dataclass
-class Call:
-    """One forward of one component: its arguments by (dotted) name, the first tensor and all tensors of its output,
-    and how many values it ``returned``."""
-
-    component: str
-    arguments: dict[str, Any]
-    output: Any = None
-    outputs: list[Tensor] = field(default_factory=list)
-    returned: int = 1
-
-
-@dataclass
-class Step:
-    """One scheduler step: the scheduler as it was before, what went in, what came out, who was called before.
-
-    ``others`` are the steps of the scheduler's copies that followed it: those of further samples (a video's sound).
-    ``in_two`` is whether the pipeline made it in two (:mod:`stepdistill.pipeline.in_two`).
-    """
-
-    scheduler: Any
-    timestep: Tensor
-    model_output: Tensor
-    sample: Tensor
-    options: dict[str, Any]
-    random_state: dict[str, Any]
-    calls: list[Call]
-    previous: Tensor | None = None
-    others: list["Step"] = field(default_factory=list)
-    in_two: bool = False
-
-    def replay(self, model_output: Tensor) -> Tensor:
-        """The next latents for this ``model_output``, with the state and the random numbers of the original."""
-        scheduler = copy.deepcopy(self.scheduler)
-        options = dict(self.options)
-        with forked_random(self.sample.device):
-            torch.set_rng_state(self.random_state["cpu"])
-            if "device" in self.random_state:
-                torch_of(self.sample.device).set_rng_state(self.random_state["device"], self.sample.device)
-            if "generator" in self.random_state:
-                options["generator"] = _cloned(self.random_state["generator"])
-            return stepped(scheduler, model_output, self.timestep, self.sample, options)[0]
-
-
-@dataclass
-class Recording:
-    """A run of ``count`` images: its steps, the calls after the last step, the grid it set, and the denoiser's network
-    at each step, where several take turns that are recorded as one (:mod:`stepdistill.pipeline.turns`).
-
-    ``apart`` are the steps of a run whose scheduler makes none itself: the first copy's of each iteration, and those
-    of other copies as its others. ``frames`` is the axis of their samples in one (:mod:`stepdistill.pipeline.frames`).
-    """
-
-    count: int
-    steps: list[Step] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    grid: dict[str, Any] = field(default_factory=dict)
-    experts: list[str] = field(default_factory=list)
-    apart: list[Step] = field(default_factory=list)
-    frames: int | None = None
-
-    def ended(self, stop: int | None, copies: int) -> bool:
-        """Whether ``stop`` steps are whole: the scheduler's, and those of its copies."""
-        return len(self.steps) == stop and len(self.steps[-1].others) >= copies
-
-    def add_copys(self, seen: Step) -> bool:
-        """Add a step of a copy of the scheduler; whether it belongs to one of the scheduler's own."""
-        if not self.steps and self.calls:
-            seen.calls, self.calls = self.calls, []
-            self.apart.append(seen)
-        elif not self.steps and self.apart:
-            self.apart[-1].others.append(seen)
-        elif self.steps and not self.calls:  # no network was called in between
-            self.steps[-1].others.append(seen)
-            return True
-        return False
-
-
-def calls_of(calls: Sequence[Call], component: str, helpers: Iterable[str] = ()) -> list[Call]:
-    """The calls of ``component``; the arguments of its helpers' calls are among theirs, named "helper/argument"."""
-    joined = [call for call in calls if call.component == component]
-    for helper in helpers:
-        beside = [call.arguments for call in calls if call.component == helper]
-        beside *= len(joined) // max(len(beside), 1)  # one call may feed both passes
-        extra = [{f"{helper}/{name}": value for name, value in arguments.items()} for arguments in beside]
-        joined = [replace(call, arguments=call.arguments | more) for call, more in zip(joined, extra, strict=True)]
-    return joined
-
-
 def observe(
     pipeline: Any,
     entries: Sequence[Any] | str,
-    arguments: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any],
     *,
     steps: int,
     guidance: float,
@@ -170,8 +80,8 @@ def observe(
             raise
         except Exception as error:
             entries = entries if isinstance(entries, str) else list(entries)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if "clip_skip" in (arguments or {}) and "'text_model'" in reason:
+            reason = first_line(error)
+            if "clip_skip" in arguments and "'text_model'" in reason:
                 reason += f"; {CLIP_SKIP}"
             raise TraceError("call", f"{type(pipeline).__name__} failed on {entries!r}: {reason}") from error
     if not record.steps:
@@ -181,29 +91,6 @@ def observe(
     return record
 
 
-def noise_shape(
-    pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], steps: int
-) -> torch.Size | None:
-    """The shape of the first noise of a run, before which only encoders work; None: it draws none, or fails."""
-    shape: list[torch.Size] = []
-
-    class Draws(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if func is torch.randn:
-                shape.append(result.shape)
-                raise _Enough
-            return result
-
-    device = getattr(pipeline, "_execution_device", torch.device("cpu"))
-    with forked_random(device), Draws():
-        try:
-            run(pipeline, entries, arguments, steps=steps, guidance=1.0, output_type="latent")
-        except Exception:  # of any kind: the run that counts reports it
-            free_hooks(pipeline)
-    return shape[0] if shape else None
-
-
 class Answer(tuple):
     """What stands in for the answer of a network or a scheduler: one tensor, readable as a tuple and by any name."""
 
@@ -211,22 +98,6 @@ class Answer(tuple):
         if name.startswith("_"):
             raise AttributeError(name)
         return self[0]
-
-
-def modules(pipeline: Any) -> dict[str, nn.Module]:
-    """The pipeline's components that are networks, by name, each once."""
-    seen: dict[int, str] = {}
-    for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module):
-            seen.setdefault(id(component), name)
-    return {name: pipeline.components[name] for name in seen.values()}
-
-
-def forked_random(device: torch.device) -> Any:
-    """A block whose random numbers leave the global generators as they were."""
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def _listen(
@@ -263,24 +134,6 @@ def _listen(
         module.register_forward_hook(after, with_kwargs=True),
     ):
         stack.callback(handle.remove)
-
-
-CARRIED = ("old_pred_original_sample", "timestep_back")
-"""Arguments of a step that come from the step before."""
-
-
-def stepped(
-    scheduler: Any, model_output: Tensor, timestep: Any, sample: Tensor, options: Mapping[str, Any]
-) -> tuple[Tensor, Mapping[str, Any]]:
-    """The next sample of a scheduler's step, and the options of the step after.
-
-    CogVideoX's DPM scheduler has no memory of its own: it takes its last x_0 and timestep back as arguments.
-    """
-    named = {"model_output": model_output, "timestep": timestep, "sample": sample}
-    result = scheduler.step(**named, **options)
-    if CARRIED[0] not in options:
-        return first_tensor(result), options
-    return result[0], {**options, **dict(zip(CARRIED, (result[1], timestep), strict=True))}
 
 
 def _recording_step(record: Recording, scheduler: Any, stop: int | None) -> Replaced:
@@ -380,10 +233,5 @@ def _random_state(device: torch.device, generator: Any) -> dict[str, Any]:
     if device.type != "cpu":
         state["device"] = torch_of(device).get_rng_state(device)
     if generator is not None:
-        state["generator"] = _cloned(generator)
+        state["generator"] = cloned(generator)
     return state
-
-
-def _cloned(generator: Any) -> Any:
-    """A generator, or each of a list, that draws the same and leaves the original alone."""
-    return [*map(_cloned, generator)] if isinstance(generator, list) else generator.clone_state()

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from stepdistill.errors import InputError
+from stepdistill.pipeline.components import modules
 from stepdistill.pipeline.exports import ExportFacts, is_lora, put_scheduler
 from stepdistill.pipeline.kept_traces import kept_trace
 from stepdistill.pipeline.load import as_teacher, load_pipeline
-from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.resting import place, rest, stay
 from stepdistill.pipeline.students import base_of, student_folders, with_students
 from stepdistill.pipeline.trace import Trace, TraceError

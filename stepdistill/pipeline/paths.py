@@ -2,31 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from stepdistill.diffusion.path import Path
 from stepdistill.diffusion.schedule import Kind, Schedule
 from stepdistill.pipeline.compare import close
-from stepdistill.pipeline.observe import Call, Recording, Step, calls_of
 from stepdistill.pipeline.places import Place, place_of, scaled_sample
+from stepdistill.pipeline.recording import Call, Recording, Runs, Step, calls_of
 
 PATHS = (Path("sample"), Path("flow", flow=True), Path("edm", levels=True))
 
 
-def seen_by_scheduler(
-    off: Recording, on: Recording, component: str, schedule: Schedule, kind: Kind
-) -> tuple[Recording, Recording, Path | None]:
-    """Both recordings as if the network took what the scheduler steps and returned a prediction of ``kind``.
+def seen_by_scheduler(runs: Runs, component: str, schedule: Schedule, kind: Kind) -> tuple[Runs, Path | None]:
+    """The runs as if the network took what the scheduler steps and returned a prediction of ``kind``; its path.
 
     As they are where it does.
-
-    Args:
-        off: a run without guidance.
-        on: one with it.
     """
-    path = _path_of(off, component, schedule, kind)
-    return *(_seen(run, component, path, schedule, kind) for run in (off, on)), path
+    path = _path_of(runs.off, component, schedule, kind)
+    if path is None:
+        return runs, None
+    change = partial(_converted, path=path, schedule=schedule, kind=kind)
+    return runs.each(lambda run: run.with_calls(component, partial(change, count=run.count))), path
 
 
 def _path_of(off: Recording, component: str, schedule: Schedule, kind: Kind) -> Path | None:
@@ -56,19 +54,6 @@ def _floor(outputs: Sequence[tuple[Step, Call, Tensor]]) -> float:
     step, _, x0 = outputs[-1]
     difference, given = (step.sample - x0).double(), step.model_output.double()
     return float(f"{float((difference * given).sum() / given.square().sum()):.4g}")
-
-
-def _seen(recording: Recording, component: str, path: Path | None, schedule: Schedule, kind: Kind) -> Recording:
-    if path is None:
-        return recording
-    steps = []
-    for step in recording.steps:
-        calls = [
-            _converted(call, step, recording.count, path, schedule, kind) if call.component == component else call
-            for call in step.calls
-        ]
-        steps.append(replace(step, calls=calls))
-    return replace(recording, steps=steps)
 
 
 def _converted(call: Call, step: Step, count: int, path: Path, schedule: Schedule, kind: Kind) -> Call:

@@ -6,7 +6,8 @@ As in :mod:`stepdistill.pipeline.explain`, ``off`` is a run of three images with
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from stepdistill.diffusion.stock_schedulers import as_network_input
 from stepdistill.diffusion.window import Span, Window
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import close, deviation, tolerance
-from stepdistill.pipeline.observe import CARRIED, Recording, Step
+from stepdistill.pipeline.recording import CARRIED, SAMPLES, Call, Recording, Runs, Step
 
 PASSES = 3
 """The most that a guided step takes: a conditional one, one without the text, one without text and picture."""
@@ -40,28 +41,6 @@ class Place:
     repeats: int
 
 
-@dataclass(kw_only=True)
-class Part(Step):
-    """A step as if its scheduler had stepped the free part of the sample alone, with no other option.
-
-    Args:
-        step: the pipeline's own.
-        free: that part; None: all is.
-        sign: -1 where the scheduler was given minus what it steps by.
-    """
-
-    step: Step
-    free: Span | None
-    sign: int = 1
-
-    def replay(self, model_output: Tensor) -> Tensor:
-        """As :meth:`Step.replay`, of that part."""
-        given = self.sign * model_output
-        if self.free is None:
-            return self.step.replay(given)
-        return self.free.inside(self.step.replay(self.free.whole(given, self.free.outside(self.step.model_output))))
-
-
 def scaled_sample(step: Step) -> Tensor:
     """The latents of a step as its scheduler scales them for the network."""
     return as_network_input(copy.deepcopy(step.scheduler), step.sample, step.timestep)
@@ -73,7 +52,7 @@ def only_free(recording: Recording, free: Span | None) -> Recording:
     Raises:
         TraceError: the scheduler takes more for each part of the sample than its time.
     """
-    return replace(recording, steps=[_part_of(step, free) for step in recording.steps])
+    return recording.each(partial(_part_of, free=free))
 
 
 def options_of_all(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,24 +61,34 @@ def options_of_all(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _part_of(step: Step, free: Span | None) -> Step:
+    """The step as if its scheduler had stepped the free part of the sample alone, with no other option."""
     options = options_of_all(step.options)
     if free is None and len(options) == len(step.options):
         return step
-    values = {one.name: getattr(step, one.name) for one in fields(Step)} | {"options": options}
-    for name in ("sample", "model_output", "previous"):
-        values[name] = values[name] if free is None else free.inside(values[name])
-    part = Part(**values, step=step, free=free)
-    if len(options) == len(step.options):
-        return part
-    ways = []
-    for sign in (1, -1):
-        plain = Step(**{**values, "model_output": sign * part.model_output.float()})
-        ways.append((deviation(plain.replay(plain.model_output), part.previous), sign))
-    error, sign = min(ways)
-    if error <= tolerance(part.model_output.dtype):
-        return replace(part, model_output=sign * part.model_output, sign=sign)
-    more = ", ".join(step.options.keys() - options.keys())
-    name = type(step.scheduler).__name__
+    inside = {name: getattr(step, name) if free is None else free.inside(getattr(step, name)) for name in SAMPLES}
+    plain = replace(step, **inside, options=options, replayed=None)
+    sign = 1 if len(options) == len(step.options) else _sign(plain, step)
+
+    def replayed(model_output: Tensor) -> Tensor:
+        given = sign * model_output
+        if free is None:
+            return step.replay(given)
+        return free.inside(step.replay(free.whole(given, free.outside(step.model_output))))
+
+    return replace(plain, model_output=sign * plain.model_output, replayed=replayed)
+
+
+def _sign(plain: Step, step: Step) -> int:
+    """-1 where the scheduler was given minus what it steps by; ``plain`` is the step without some of its options.
+
+    Raises:
+        TraceError: the scheduler steps otherwise without them.
+    """
+    given = plain.model_output
+    error, sign = min((deviation(plain.replay(sign * given.float()), plain.previous), sign) for sign in (1, -1))
+    if error <= tolerance(given.dtype):
+        return sign
+    more, name = ", ".join(step.options.keys() - plain.options.keys()), type(step.scheduler).__name__
     raise TraceError("schedule", f"{name} steps the sample otherwise without {more}, which a student's does not take")
 
 
@@ -124,41 +113,55 @@ def kept_by_time(spec: CallSpec, step: Step, free: Span | None) -> tuple[CallSpe
     return replace(spec, window=cut_by(Window(spans=(span,)), given, call.output)), span
 
 
-def sample_argument(off: Recording, on: Recording, component: str) -> tuple[CallSpec, Span | None, bool]:
+def sample_argument(runs: Runs, component: str) -> tuple[CallSpec, Span | None, bool]:
     """(a spec that knows the argument which is the scheduler's sample, the sample's free part, whether it is doubled).
 
     Raises:
         TraceError: there is none.
     """
-    found: dict[str, tuple[Window, Span | None]] | None = None
-    lengths: set[int] = set()
-    for run, step in [*((off, step) for step in off.steps), *((on, step) for step in on.steps)]:
-        scaled = scaled_sample(step)[: run.count]
-        for call in step.calls:
-            here = {name: place for name, value in call.arguments.items() if (place := place_of(value, scaled))}
-            places = {name: (place.window, place.free) for name, place in here.items()}
-            found = places if found is None else {name: p for name, p in found.items() if places.get(name) == p}
-            if run is on:
-                lengths |= {here[name].repeats for name in found}
+    (off, on), (found, repeats) = runs, same_places(runs)
     call = off.steps[0].calls[0]
-    if not all(step.sample.isfinite().all() for run in (off, on) for step in run.steps):
+    if not all(step.sample.isfinite().all() for step in runs.steps):
         raise TraceError("sample", f"{component} makes numbers that are not finite in {len(on.steps)} steps")
-    if not found or len(lengths) != 1:
-        tensors = ", ".join(f"{name} {list(v.shape)}" for name, v in call.arguments.items() if isinstance(v, Tensor))
+    if not found or len(repeats) != 1:
         raise TraceError(
             "sample",
             f"no argument of {component} equals the scheduler's sample {list(off.steps[0].sample.shape)}, scaled or "
-            f"doubled, or a part of it; its tensors are {tensors}",
+            f"doubled, or a part of it; its tensors are {tensors_of(call)}",
         )
-    # One that is the sample as it is goes before one that holds more, or less.
-    name = min(found, key=lambda name: (found[name][1] is not None, len(found[name][0].spans), name))
-    window, free = found[name]
+    name = most_whole(found)
+    window, free = found[name].window, found[name].free
     if free is None and window == Window(spans=window.spans) and (free := _not_put_back(off)):
         window = without(window, free)
     given = call.arguments[name]
     window = cut_by(window, given, call.output)
     spec = CallSpec(name, "", window=window, lists=frozenset([name] if isinstance(given, list) else []))
-    return spec, free, lengths != {1}
+    return spec, free, repeats != {1}
+
+
+def same_places(runs: Runs) -> tuple[dict[str, Place], set[int]]:
+    """(where arguments hold the sample, the same at every call; how often those of guided calls repeat it)."""
+    found: dict[str, Place] | None = None
+    repeats: set[int] = set()
+    for run, step in ((one, step) for one in runs for step in one.steps):
+        scaled = scaled_sample(step)[: run.count]
+        for call in step.calls:
+            here = {name: place for name, value in call.arguments.items() if (place := place_of(value, scaled))}
+            once = {name: replace(place, repeats=1) for name, place in here.items()}
+            found = once if found is None else {name: place for name, place in found.items() if once.get(name) == place}
+            if run is runs.on:
+                repeats |= {here[name].repeats for name in found}
+    return found or {}, repeats
+
+
+def most_whole(places: Mapping[str, Place]) -> str:
+    """The argument that is the sample as it is, before one that holds more, or less."""
+    return min(places, key=lambda name: (places[name].free is not None, len(places[name].window.spans), name))
+
+
+def tensors_of(call: Call) -> str:
+    """The shapes of a call's tensors, for messages."""
+    return ", ".join(f"{name} {list(v.shape)}" for name, v in call.arguments.items() if isinstance(v, Tensor))
 
 
 def cut_by(window: Window, argument: Any, output: Any) -> Window:
@@ -186,6 +189,12 @@ def place_of(value: Any, sample: Tensor) -> Place | None:
         if partial is None and window == Window(spans=window.spans):
             partial = _partial(inside, laid_out, window, count)
     return partial
+
+
+def passes(call: Call, sample: Tensor) -> int:
+    """How often a call holds all rows of a sample, one for each pass of guidance that it makes; 0: it sees none."""
+    places = [place_of(value, sample) for value in call.arguments.values()]
+    return max((place.repeats for place in places if place is not None), default=0)
 
 
 def _partial(inside: Tensor, sample: Tensor, window: Window, count: int) -> Place | None:

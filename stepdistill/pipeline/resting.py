@@ -9,8 +9,7 @@ from accelerate import cpu_offload_with_hook
 from accelerate.hooks import CpuOffload, remove_hook_from_module
 from torch import nn
 
-from stepdistill.pipeline.components import patched
-from stepdistill.pipeline.observe import modules
+from stepdistill.pipeline.components import modules, patched
 
 
 def place(pipeline: Any, device: torch.device, at_rest: Collection[str]) -> None:

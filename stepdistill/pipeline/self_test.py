@@ -11,8 +11,8 @@ from stepdistill.diffusion.stock_schedulers import as_network_input, stepped_tim
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.explain import Guidance, received_timestep
-from stepdistill.pipeline.observe import CARRIED, Recording, Step, forked_random, stepped
 from stepdistill.pipeline.places import scaled_sample
+from stepdistill.pipeline.recording import CARRIED, Runs, Step, forked_random, stepped
 from stepdistill.roles.views import noting_inputs
 
 SELF_TEST_LIMIT = 1e-5
@@ -48,7 +48,7 @@ def check_schedule(step: Step, schedule: Schedule, kind: Kind) -> None:
         )
 
 
-def self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guidance, conditions: list[str]) -> float:
+def self_test(runs: Runs, denoiser: Denoiser, guidance: Guidance, conditions: list[str]) -> float:
     """The largest relative error of the recorded steps replayed with the learned description.
 
     Layers that the network gives their input by name are noted on the way (:func:`.views.noting_inputs`).
@@ -57,25 +57,23 @@ def self_test(off: Recording, on: Recording, denoiser: Denoiser, guidance: Guida
         TraceError: it is above 1e-5 (float32).
     """
     with noting_inputs(denoiser.network):
-        worst = _largest_error(off, on, denoiser, guidance, conditions)
-    limit = max(SELF_TEST_LIMIT, tolerance(on.steps[0].calls[0].output.dtype)) + denoiser.schedule.rounding
+        worst = _largest_error(runs, denoiser, guidance, conditions)
+    limit = max(SELF_TEST_LIMIT, tolerance(runs.on.steps[0].calls[0].output.dtype)) + denoiser.schedule.rounding
     if not worst <= limit:
         raise TraceError("self-test", f"a replayed step is off the pipeline's own by {worst:.1e} (limit {limit:.0e})")
     return worst
 
 
-def _largest_error(
-    off: Recording, on: Recording, denoiser: Denoiser, guidance: Guidance, conditions: list[str]
-) -> float:
+def _largest_error(runs: Runs, denoiser: Denoiser, guidance: Guidance, conditions: list[str]) -> float:
     worst = 0.0
     # An embedded scale is a constant of the network, learned at the scale of the guided run.
-    for recording in (on,) if guidance.kind == "embedded" else (off, on):
+    for recording in (runs.on,) if guidance.kind == "embedded" else runs:
         for step in recording.steps:
             n = recording.count
             x_t = scaled_sample(step)[:n]
             timestep = received_timestep(step, denoiser.spec, denoiser.schedule)
             t = denoiser.schedule.time(timestep.to(x_t.device)).expand(n)
-            if recording is on:
+            if recording is runs.on:
                 cond, null = guidance.split(step.calls, denoiser.spec, conditions, n)
                 scale = 1.0 if null is None else guidance.w
                 prediction = guided(denoiser, x_t, t, cond, null, scale)

@@ -9,7 +9,6 @@ import torch
 from stepdistill.diffusion.stock_schedulers import stepped_timesteps
 from stepdistill.errors import InputError
 from stepdistill.pipeline.components import scheduled
-from stepdistill.pipeline.observe import observe
 from stepdistill.pipeline.places import options_of_all
 from stepdistill.pipeline.trace import Trace
 
@@ -26,14 +25,7 @@ def set_up(trace: Trace, scheduler: Any, steps: int) -> tuple[dict[str, Any], di
     key = json.dumps([type(scheduler).__name__, dict(scheduler.config), steps], default=str)
     if key not in trace.set_ups:
         with scheduled(trace.pipeline, copy.deepcopy(scheduler)):
-            recording = observe(
-                trace.pipeline,
-                trace.probe,
-                trace.arguments,
-                steps=steps,
-                guidance=trace.guidance.plain_scale,
-                stop_steps=1,
-            )
+            recording = trace.observe(steps=steps, stop_steps=1)
         if not recording.steps:
             raise InputError(
                 f"teacher.pipeline: {type(trace.pipeline).__name__} does not sample with its component 'scheduler' "

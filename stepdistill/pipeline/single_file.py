@@ -11,13 +11,20 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from stepdistill import assets
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, in_a_line
 from stepdistill.files import files_in, lacking, read_json
-from stepdistill.pipeline.complete import all_weights_found, check_tokenizers, is_foreign, some, whole_before_moved
-from stepdistill.pipeline.folder import quiet
+from stepdistill.pipeline.complete import (
+    all_weights_found,
+    check_filled,
+    check_tokenizers,
+    is_foreign,
+    some,
+    whole_before_moved,
+)
+from stepdistill.pipeline.components import modules
+from stepdistill.pipeline.folder import loading
 from stepdistill.pipeline.hub import FILES, configs
 from stepdistill.progress import say
 
@@ -42,17 +49,11 @@ def read_checkpoint(file: Path, config: str | None) -> DiffusionPipeline:
             f"pipeline {file}: expected plain weights, found fp8 with factors beside them ({some(scaled)}), which "
             "diffusers does not read; take the fp16 or bf16 file of the same model"
         )
-    try:
-        with quiet(), all_weights_found(file), whole_before_moved(f"pipeline {file}"):
-            pipeline = _read(file, kind, folder, config)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"pipeline {file}: cannot be read as a {kind.__name__} of {folder}: {reason}") from error
-    for name, network in pipeline.components.items():
-        if isinstance(network, nn.Module):
-            _check_filled(file, name, network)
+    refusal = f"pipeline {file}: cannot be read as a {kind.__name__} of {folder}"
+    with loading(refusal), all_weights_found(file), whole_before_moved(f"pipeline {file}"):
+        pipeline = _read(file, kind, folder, config)
+    for name, network in modules(pipeline).items():
+        check_filled(f"pipeline {file}", name, network)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -66,7 +67,7 @@ def _read(file: Path, kind: Any, folder: Path, config: str | None) -> Any:
         except SingleFileComponentError as error:
             missing = re.search(r"(\w+) = (\w+)\.from_pretrained", str(error))
             if missing is None or missing[1] in parts:
-                raise InputError(f"pipeline {file}: {' '.join(str(error).split())}") from error
+                raise InputError(f"pipeline {file}: {in_a_line(error)}") from error
             name, place = missing[1], folder / missing[1]
             if not any(place.glob("*.safetensors")) and not (config is not None and Path(config).is_dir()):
                 say(f"{file}: has no {name}, which is loaded from the hub")
@@ -121,7 +122,9 @@ def detected(file: Path) -> str:
     except (UnboundLocalError, KeyError, IndexError):
         name = ""
     # What it does not know it takes for Stable Diffusion 1.
-    if not name or (name.endswith("/stable-diffusion-v1-5") and not any(_is_denoisers(key) for key in held)):
+    if not name or (
+        name.endswith("/stable-diffusion-v1-5") and not any(key.startswith("model.diffusion_model.") for key in held)
+    ):
         raise InputError(
             f"pipeline {file}: expected the checkpoint of a model that diffusers knows, found {len(held)} tensors such "
             f"as {some(sorted(held))}; of another model name its pipeline: teacher.config=FOLDER (--config FOLDER)"
@@ -139,11 +142,7 @@ def shapes(file: Path) -> dict[str, list[int]]:
         with safe_open(file, "pt") as held:
             return {name: held.get_slice(name).get_shape() for name in held.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a whole file of safetensors: {' '.join(str(error).split())}") from None
-
-
-def _is_denoisers(name: str) -> bool:
-    return name.startswith("model.diffusion_model.")
+        raise InputError(f"{file}: not a whole file of safetensors: {in_a_line(error)}") from None
 
 
 def _pipeline_class(file: Path, folder: Path) -> Any:
@@ -160,9 +159,3 @@ def _pipeline_class(file: Path, folder: Path) -> Any:
     if (fault := lacking(files_in(folder))) is not None and fault[0] == "pipeline":
         raise InputError(f"teacher.config: {folder}: {fault[1]}")
     return kind
-
-
-def _check_filled(file: Path, name: str, network: nn.Module) -> None:
-    """Every weight must have been in the file: diffusers leaves others without data, and does not say so."""
-    if empty := [key for key, value in network.named_parameters() if value.is_meta]:
-        raise InputError(f"pipeline {file}: {len(empty)} weights of {name} are missing: {some(empty)}")

@@ -9,7 +9,7 @@ what tracing's self-test shows.
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,24 +18,14 @@ from torch.nn import functional
 
 from stepdistill.diffusion.ragged import Rows, Shared, found
 from stepdistill.pipeline.call import TraceError, by_itself
-from stepdistill.pipeline.compare import close, outputs_of, same
-from stepdistill.pipeline.observe import Call, Recording, Step, modules, observe
-from stepdistill.pipeline.places import place_of, scaled_sample
+from stepdistill.pipeline.compare import gives, same
+from stepdistill.pipeline.components import modules
+from stepdistill.pipeline.observe import observe
+from stepdistill.pipeline.places import passes, scaled_sample
+from stepdistill.pipeline.recording import Call, Recording, Step, several_as_one
 
 MASKS = (torch.bool, torch.int64, torch.float32)
 """What a mask of prompts may be made of."""
-
-
-@dataclass
-class Stacked(Step):
-    """A step of several calls, each with its own scheduler and random numbers."""
-
-    parts: Sequence[Step] = ()
-
-    def replay(self, model_output: Tensor) -> Tensor:
-        """As :meth:`Step.replay`, of rows in the stacked order."""
-        own = model_output.unflatten(0, (-1, len(self.parts))).unbind(1)
-        return _interleaved([part.replay(rows) for part, rows in zip(self.parts, own, strict=True)])
 
 
 def observe_each(pipeline: Any, entries: Sequence[str], arguments: Mapping[str, Any], **options: Any) -> Recording:
@@ -56,28 +46,23 @@ def observe_each(pipeline: Any, entries: Sequence[str], arguments: Mapping[str, 
 
 def _stacked_step(
     parts: Sequence[Step], networks: Mapping[str, nn.Module], stacks: dict[tuple[str, int], "_Stack"]
-) -> Stacked:
+) -> Step:
+    """The steps of several calls as one, each replayed with its own scheduler and random numbers."""
     calls: list[Call] = []
     for own in zip(*(part.calls for part in parts), strict=True):
-        passes = _passes(parts[0], own[0])
-        if not passes:
+        rows = passes(own[0], scaled_sample(parts[0])[:1])
+        if not rows:
             calls.append(own[0])  # an encoder's, which is only counted
             continue
         number = sum(call.component == own[0].component for call in calls)
-        stack = stacks.setdefault((own[0].component, number), _Stack(networks[own[0].component], passes))
+        stack = stacks.setdefault((own[0].component, number), _Stack(networks[own[0].component], rows))
         calls.append(stack(own))
-    named = {name: _interleaved([getattr(part, name) for part in parts]) for name in ("sample", "model_output")}
-    previous = _interleaved([part.previous for part in parts])
+
+    def of_each(stacked: Tensor) -> Sequence[Tensor]:
+        return stacked.unflatten(0, (-1, len(parts))).unbind(1)
+
     others = [_stacked_step(each, {}, {}) for each in zip(*(part.others for part in parts), strict=True)]
-    made = {**vars(parts[0]), **named, "previous": previous, "calls": calls, "others": others}
-    return Stacked(**made, parts=parts)
-
-
-def _passes(step: Step, call: Call) -> int:
-    """How many rows a call for one image has, one for each pass of guidance that it makes; 0: it sees no sample."""
-    scaled = scaled_sample(step)[:1]
-    places = [place_of(value, scaled) for value in call.arguments.values()]
-    return max((place.repeats for place in places if place is not None), default=0)
+    return several_as_one(parts, _interleaved, of_each, calls=calls, others=others)
 
 
 class _Stack:
@@ -132,8 +117,7 @@ class _Stack:
         network: Any = self.network
         if (ragged := found([arguments])) is not None:
             arguments, network = ragged.packed_call(arguments, len(outputs[0])), ragged.around(network, whole)
-        made = outputs_of(network, arguments)
-        return made is not None and len(made) == len(outputs) and all(map(close, made, outputs))
+        return gives(network, arguments, outputs)
 
     def _own_shapes(self, calls: Sequence[Call], fixed: Collection[str]) -> dict[str, Any]:
         """The arguments where what has another shape in each call is no tensor of all, but :class:`Rows`."""
@@ -205,16 +189,14 @@ def _lengths_of_list(value: Any) -> tuple[type, int] | None:
 
 def _stacked(name: str, values: Sequence[Any], passes: int) -> Any:
     first = values[0]
-    if isinstance(first, Tensor) and first.ndim and len(first) == passes and len({*map(_shape, values)}) == 1:
-        return _interleaved(values)
+    if isinstance(first, Tensor) and first.ndim and len(first) % passes == 0 and len({*map(_shape, values)}) == 1:
+        rows = _interleaved([value.unflatten(0, (passes, -1)) for value in values])  # perhaps several for each image
+        return rows.flatten(0, 1)
     shapes = _shapes(first)  # first: as many tensors as passes, each with their rows, are no entry for each
     if shapes and all(shape and shape[0] == passes for shape in shapes) and {*map(_shapes, values)} == {shapes}:
         return [*map(_interleaved, zip(*values, strict=True))]
     if isinstance(first, list) and all(isinstance(value, list) and len(value) == passes for value in values):
         return [value[number] for number in range(passes) for value in values]
-    if isinstance(first, Tensor) and first.ndim and len(first) % passes == 0 and len({*map(_shape, values)}) == 1:
-        rows = _interleaved([value.unflatten(0, (passes, -1)) for value in values])  # several for each image
-        return rows.flatten(0, 1)
     if all(same(value, first) for value in values):
         return first
     if shapes and {*map(_shapes, values)} == {shapes}:

@@ -11,25 +11,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from stepdistill.data.sample import Pictures
-from stepdistill.diffusion.denoiser import CallSpec, Conditions, Denoiser, Helper
+from stepdistill.diffusion.denoiser import CallSpec, Conditions, Helper
 from stepdistill.diffusion.schedule import FlowSchedule, Schedule, from_scheduler
 from stepdistill.diffusion.window import Span
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, first_line
 from stepdistill.pipeline import always, explain, joint
-from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps
+from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps, run
 from stepdistill.pipeline.compare import close, deviation, rows_equal, single_value, tolerance
 from stepdistill.pipeline.conditioning import Conditioning, encode
 from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.frames import as_one
 from stepdistill.pipeline.live import live
-from stepdistill.pipeline.observe import Call, Recording, Step, noise_shape, observe
+from stepdistill.pipeline.modular import free_hooks
 from stepdistill.pipeline.places import cut_by, kept_by_time, only_free, place_of, scaled_sample, without
+from stepdistill.pipeline.recording import Call, Recording, Step, forked_random
 from stepdistill.pipeline.stock_call import parameters
 from stepdistill.pipeline.students import routed
-from stepdistill.pipeline.trace import PROBES, Trace, trace
+from stepdistill.pipeline.trace import PROBES, Trace, shapes_of, trace
 from stepdistill.roles.views import noting_inputs
 
 Size = tuple[int, int]
@@ -50,10 +52,7 @@ def in_words(size: Size) -> str:
 
 
 def at_size(trace: Trace, size: Size, key: str = "size") -> Trace:
-    """The same pipeline, called with this height and width.
-
-    Args:
-        key: what states the size, for messages.
+    """The same pipeline, called with this height and width, which ``key`` states in messages.
 
     Raises:
         InputError: the pipeline takes no height and width, or makes no pictures of this size.
@@ -97,6 +96,33 @@ def trace_small(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Tr
             if error.check not in ("call", "size"):
                 break
     return trace(pipeline, arguments)
+
+
+class _Drawn(Exception):
+    """Raised inside a pipeline's run to end it at its first noise."""
+
+
+def noise_shape(
+    pipeline: Any, entries: Sequence[Any] | str, arguments: Mapping[str, Any], steps: int
+) -> torch.Size | None:
+    """The shape of the first noise of a run, before which only encoders work; None: it draws none, or fails."""
+    shape: list[torch.Size] = []
+
+    class Draws(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.randn:
+                shape.append(result.shape)
+                raise _Drawn
+            return result
+
+    device = getattr(pipeline, "_execution_device", torch.device("cpu"))
+    with forked_random(device), Draws():
+        try:
+            run(pipeline, entries, arguments, steps=steps, guidance=1.0, output_type="latent")
+        except Exception:  # of any kind: the run that counts reports it
+            free_hooks(pipeline)
+    return shape[0] if shape else None
 
 
 def _smaller(pipeline: Any) -> Iterator[dict[str, int]]:
@@ -151,21 +177,13 @@ def recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     Raises:
         TraceError: its run fails, or its step is not what was learned.
     """
-    recording = observe(
-        trace.pipeline,
-        trace.probe,
-        arguments,
-        steps=trace.fewest_steps,
-        guidance=trace.guidance.plain_scale,
-        stop_steps=1,
-    )
+    recording = trace.observe(arguments=arguments, stop_steps=1)
     old = trace.denoiser
     names = [helper.name for helper in old.spec.helpers]
     if trace.guidance.always:
-        place = trace.guidance.passes[0]
-        steps = [always.one_pass(step, trace.component, place, recording.count) for step in recording.steps]
-        recording = replace(recording, steps=steps)
-    known, (whole,) = old.spec, explain.only(as_one(recording), trace.component, names).steps
+        place, count = trace.guidance.passes[0], recording.count
+        recording = recording.each(lambda step: always.one_pass(step, trace.component, place, count))
+    known, (whole,) = old.spec, as_one(recording).only(trace.component, names).steps
     if known.joint is not None:
         own, whole = joint.again(known.joint, whole, trace.component)
         known = replace(known, joint=own)
@@ -174,28 +192,24 @@ def recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
     schedule = _schedule(old.schedule, trace.pipeline.scheduler, recording.grid)
     helpers = tuple(_helper(helper, whole, schedule) for helper in old.spec.helpers)
     spec = replace(spec, constants=_constants(spec, call.arguments), helpers=helpers)
-    denoiser = Denoiser(old.network, spec, schedule, old.kind)
+    denoiser = old.called(spec, schedule)
     t = schedule.time(explain.received_timestep(step, spec, schedule).to(step.sample.device)).expand(1)
     try:
         rows = spec.conditions(call.arguments, trace.conditioning)
         with noting_inputs(denoiser.network):
             raw = denoiser(scaled_sample(step), t, rows).raw.to(step.model_output.dtype)
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise TraceError(
             "size", f"the network's call at this size is not the one that was explained: {reason}"
         ) from error
     if not (error := deviation(raw, step.model_output)) <= tolerance(call.output.dtype):
         raise TraceError("size", f"the network's output at this size is off the pipeline's own by {error:.1e}")
-    conditioning = {}
-    for name, before in trace.conditioning.items():
-        shape = tuple(rows[name].shape[1:])
-        conditioning[name] = (None, *shape[1:]) if before[:1] == (None,) else shape
     return replace(
         trace,
         denoiser=denoiser,
         latent_shape=tuple(step.sample.shape[1:]),
-        conditioning=conditioning,
+        conditioning=shapes_of(spec, call, trace.conditioning),
         self_test_error=max(trace.self_test_error, error),
         arguments=arguments,
         free=free,
@@ -206,8 +220,7 @@ def recorded(trace: Trace, arguments: dict[str, Any]) -> Trace:
 def _placed(spec: CallSpec, step: Step, former: Span | None = None) -> tuple[CallSpec, Step, Span | None]:
     """(the spec for the places in a step's call, the step of the free part of its sample, that part).
 
-    Args:
-        former: the free part at the traced size.
+    ``former`` is the free part at the traced size.
     """
     call = step.calls[0]
     given = call.arguments[spec.sample]
@@ -253,7 +266,7 @@ def _helper(helper: Helper, step: Step, schedule: Schedule) -> Helper:
     old, own = helper.denoiser, helper.own(step.calls[0].arguments)
     spec, _, _ = _placed(old.spec, replace(step, calls=[Call(helper.name, own)]))
     spec = replace(spec, constants=_constants(spec, own))
-    return replace(helper, denoiser=Denoiser(old.network, spec, schedule, old.kind))
+    return replace(helper, denoiser=old.called(spec, schedule))
 
 
 def conditioning_at(

@@ -17,7 +17,7 @@ from stepdistill.diffusion.denoiser import CallSpec
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import close, rows_equal, same
-from stepdistill.pipeline.observe import Call, Recording
+from stepdistill.pipeline.recording import Call, Runs
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ class _Given:
         return all(len(value) in size for value, size in zip(given, self.sizes, strict=True))
 
 
-def sort_arguments(off: Recording, on: Recording, spec: CallSpec, hint: str = "") -> tuple[CallSpec, list[str]]:
+def sort_arguments(runs: Runs, spec: CallSpec, hint: str = "") -> tuple[CallSpec, list[str]]:
     """(the spec with its constants, lists, layouts and masks; the names of the conditions).
 
     Args:
         hint: what is known to change what is beside the sample from step to step, for the message.
     """
+    off, on = runs
     first_off = off.steps[0].calls[0].arguments
     for other in (call.arguments for call in on.steps[0].calls):
         apart = first_off.keys() ^ other.keys()  # an argument that is None may as well be left out
@@ -49,7 +50,7 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec, hint: str = ""
     fed = {name for helper in spec.helpers for name in helper.feeds}
     time = (spec.timestep, *spec.times, *spec.times_apart)
     rest = [name for name in first_off if name not in (spec.sample, *time) and name not in fed]
-    _check_steady(off, on, spec, rest, hint)
+    _check_steady(runs, spec, rest, hint)
     ragged = () if spec.ragged is None else spec.ragged.names
     rest = [name for name in rest if name not in ragged]
     calls = [*off.steps[0].calls, *on.steps[0].calls]
@@ -89,14 +90,14 @@ def sort_arguments(off: Recording, on: Recording, spec: CallSpec, hint: str = ""
     return replace(spec, **found, layouts={**spec.layouts, **layouts}), conditions
 
 
-def _check_steady(off: Recording, on: Recording, spec: CallSpec, names: Sequence[str], hint: str) -> None:
+def _check_steady(runs: Runs, spec: CallSpec, names: Sequence[str], hint: str) -> None:
     """Raises TraceError for an argument, or what is beside the sample in its own, that changes from step to step."""
-    for name, recording in itertools.product(names, (off, on)):
+    for name, recording in itertools.product(names, runs):
         for step in recording.steps:
             for call, first in zip(step.calls, recording.steps[0].calls, strict=True):
                 if not same(call.arguments.get(name), first.arguments[name]):
                     raise TraceError("constants", f"'{name}' changes from step to step and is not the timestep")
-    for recording in (off, on) if spec.beside else ():
+    for recording in runs if spec.beside else ():
         first, *later = [spec.conditions(step.calls[0].arguments, spec.beside) for step in recording.steps]
         if not all(same(first[name], other[name]) for other in later for name in spec.beside):
             raise TraceError(

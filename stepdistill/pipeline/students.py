@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import nn
 
-from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.experts import Experts
 from stepdistill.diffusion.routing import FILE, Router
 from stepdistill.errors import InputError
@@ -58,9 +57,8 @@ def with_students(traced: Trace, folder: Path) -> Trace:
 
 def routed(traced: Trace, network: nn.Module, router: Router | None) -> Trace:
     """The pipeline with another network as its denoiser: students by their groups' names, with their router."""
-    old = traced.denoiser
-    spec = replace(old.spec, router=router)
-    return replace(traced, denoiser=Denoiser(network, spec, old.schedule, old.kind))
+    denoiser = traced.denoiser.on(network)
+    return replace(traced, denoiser=denoiser.called(replace(denoiser.spec, router=router)))
 
 
 def base_of(folders: dict[str, Path]) -> Path | Teacher:

@@ -3,9 +3,15 @@
 No pipeline and no network is known by name. Each fact is read off the recorded calls and verified on all of
 them; what cannot be explained is refused with the name of the check. A self-test then replays every recorded
 step with the learned description and compares it with the pipeline's own.
+
+In this order: a scheduler that a student can have (schedulers); runs of a few steps (probe_call, observe, recording),
+without guidance (always) and with it; what is unusual of them made plain: calls for one prompt each (singly), frames
+(frames), networks that keep what they made (cached) or take turns (turns), conditions with shapes of their own
+(own_shapes), several samples (joint), another path (paths). Of plain runs the facts are read: sample (places), time and
+output (explain), other arguments (sorting), guidance (guidance_rule). Then self_test and grid hold them to the calls.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +23,10 @@ from torch import nn
 from stepdistill.diffusion.denoiser import CallSpec, Denoiser, Helper, innermost
 from stepdistill.diffusion.experts import Experts, Turn
 from stepdistill.diffusion.schedule import Kind, Schedule
-from stepdistill.diffusion.stock_schedulers import without_learned_variance
 from stepdistill.diffusion.window import Span
 from stepdistill.files import sha256
 from stepdistill.pipeline import always, cached, explain, joint, turns
 from stepdistill.pipeline.call import (
-    COUNTS,
     TraceError,
     added_noise,
     by_itself,
@@ -34,39 +38,33 @@ from stepdistill.pipeline.call import (
     other_guidance,
     without_guidance,
 )
-from stepdistill.pipeline.components import put
-from stepdistill.pipeline.cut_timesteps import schedule_of
+from stepdistill.pipeline.components import modules
 from stepdistill.pipeline.explain import Guidance
 from stepdistill.pipeline.frames import as_one
 from stepdistill.pipeline.grid import fewest
-from stepdistill.pipeline.guidance_rule import guidance_rule, passes_of
+from stepdistill.pipeline.guidance_rule import guidance_rule, linear_rule, passes_of, with_scales
 from stepdistill.pipeline.guiders import guiders, negative_prompt
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.observe import Call, Recording, modules, observe
+from stepdistill.pipeline.observe import observe
 from stepdistill.pipeline.own_shapes import of_own_shapes, packed, unpadded
 from stepdistill.pipeline.paths import seen_by_scheduler
 from stepdistill.pipeline.places import kept_by_time, only_free, sample_argument
+from stepdistill.pipeline.probe_call import PROBES, ProbeCall
+from stepdistill.pipeline.recording import Call, Recording, Runs
+from stepdistill.pipeline.schedulers import replace_scheduler, schedule_of
 from stepdistill.pipeline.self_test import check_schedule, self_test
-from stepdistill.pipeline.several_passes import linear_rule
-from stepdistill.pipeline.singly import observe_each
 from stepdistill.pipeline.sorting import sort_arguments
 from stepdistill.pipeline.stock_call import pictures_in
-from stepdistill.pipeline.unit_data import with_unit_data
 
 __all__ = ["Guidance", "Trace", "TraceError", "load_pipeline", "trace"]
 
-PROBES: dict[str, tuple[Any, ...]] = {
-    # Of different lengths, the longest last (the guided run leaves it out), so that conditions which grow with the
-    # prompt are noticed.
-    "prompt": ("a red shoe", "rain", "two grey birds on a long wire"),
-    "class_labels": (0, 1, 2),
-    **dict.fromkeys(COUNTS, (0, 1, 2)),
-}
 OF_SEVERAL = ("conditioning", "constants")
 """Checks that may fail for what prompts of one call have in common, and not for calls of one each."""
 PROBE_STEPS = 3
 MOST_STEPS = 50
 PROBE_SCALE = 4.0
+Watched = tuple[Runs, dict[str, Turn], int | None]
+"""What :func:`_watched` returns."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,14 @@ class Trace:
     def at_once(self, count: int) -> int:
         """How many of ``count`` entries one call takes."""
         return 1 if self.alone else count
+
+    def observe(
+        self, entries: Sequence[Any] | None = None, arguments: Mapping[str, Any] | None = None, **options: Any
+    ) -> Recording:
+        """A run as :func:`.observe.observe` records it: by default of one entry, in the fewest steps, not guided."""
+        given = self.probe if entries is None else self.entries(entries)
+        plain = {"steps": self.fewest_steps, "guidance": self.guidance.plain_scale}
+        return observe(self.pipeline, given, self.arguments if arguments is None else arguments, **{**plain, **options})
 
     @property
     def network(self) -> nn.Module:
@@ -195,7 +201,7 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
     """
     entry, arguments = entry_argument(pipeline), dict(arguments or {})
     check_needed(pipeline, arguments)
-    replace_scheduler(pipeline, entry, arguments)
+    replace_scheduler(ProbeCall(pipeline, entry, arguments))
     try:
         return _traced(pipeline, entry, arguments)
     except TraceError as error:
@@ -211,40 +217,45 @@ def trace(pipeline: Any, arguments: Mapping[str, Any] | None = None) -> Trace:
 def _traced(pipeline: Any, entry: str, arguments: dict[str, Any], singly: bool = False) -> Trace:
     """:func:`trace`, by calls for one prompt each where ``singly``, whatever else the pipeline takes."""
     scale, networks = _probe_scale(pipeline, arguments), modules(pipeline)
-    watched = partial(_watched, pipeline, entry, scale)
+
+    def watched(given: Mapping[str, Any], alone: bool) -> Watched:
+        return _watched(ProbeCall(pipeline, entry, given, alone), scale)
+
     if singly:
-        (off, on, experts, kept), alone = watched(arguments, True), True
+        (runs, experts, kept), alone = watched(arguments, True), True
     else:
-        (off, on, experts, kept), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
-    schedule, kind = schedule_of(pipeline, off, _first(entry, alone), arguments)
-    network = networks[component := explain.denoiser_component(off)]
-    off, on, ragged = of_own_shapes(off, on, component)
-    off, on, one = joint.as_one(off, on, component)
+        (runs, experts, kept), arguments, alone = in_any_way(watched, arguments, alone=True, pipeline=pipeline)
+    call = ProbeCall(pipeline, entry, arguments, alone)
+    schedule, kind = schedule_of(call, runs.off)
+    network = networks[component := explain.denoiser_component(runs.off)]
+    runs, ragged = of_own_shapes(runs, component)
+    runs, one = joint.as_one(runs, component)
     if ragged and (experts or one):
         raise TraceError("conditioning", "conditions have shapes of their own, beside several networks or samples")
-    helpers, helper_conditions, seen = _helpers(off, on, component, networks, schedule, kind)
+    helpers, helper_conditions, seen = _helpers(runs, component, networks, schedule, kind)
     names = [helper.name for helper in helpers]
-    called = [explain.only(run, component) for run in (off, on)]
-    off, on, path = seen_by_scheduler(off, on, component, schedule, kind)
-    whole, (off, on) = (off, on), (explain.only(off, component), explain.only(on, component))
-    if len({len(step.calls) for step in on.steps}) > 1:
+    called = runs.only(component)
+    whole, path = seen_by_scheduler(runs, component, schedule, kind)
+    runs = whole.only(component)
+    if len({len(step.calls) for step in runs.on.steps}) > 1:
         raise TraceError("guidance", f"{component} is called twice at some steps and once at others")
-    spec, free, batched = sample_argument(off, on, component)
-    around = joint.around(one, network) if ragged is None else unpadded(ragged, network, off, on)
-    spec = explain.timestep_map(*called, replace(spec, joint=one, path=path, ragged=ragged), around, schedule)
-    spec, free = kept_by_time(spec, off.steps[0], free)
-    _check_seen(seen, free, component)
-    whole = only_free(whole[0], free), only_free(whole[1], free)
-    off, on = (explain.only(recording, component) for recording in whole)
-    spec = explain.output_map(off, spec, component)
-    spec, conditions = sort_arguments(off, on, replace(spec, helpers=helpers), added_noise(pipeline, arguments))
+    spec, free, batched = sample_argument(runs, component)
+    around = joint.around(one, network) if ragged is None else unpadded(ragged, network, runs)
+    spec = explain.timestep_map(called, replace(spec, joint=one, path=path, ragged=ragged), around, schedule)
+    spec, free = kept_by_time(spec, runs.off.steps[0], free)
+    if other := next((name for name, part in seen.items() if part != free), None):
+        raise TraceError("sample", f"{other} sees another part of the sample than {component}, which keeps a part")
+    whole = whole.each(partial(only_free, free=free))
+    runs = whole.only(component)
+    spec = explain.output_map(runs.off, spec, component)
+    spec, conditions = sort_arguments(runs, replace(spec, helpers=helpers), added_noise(pipeline, arguments))
     conditions += helper_conditions
-    off, on = (explain.only(recording, component, names) for recording in whole)
+    off, on = runs = whole.only(component, names)
     if passes_of(on, spec) > 2:
-        again = joint.joined(_few_steps(pipeline, PROBES[entry][:2], arguments, scale + 1, alone), one, component)
+        again = joint.joined(_few_steps(call, 2, scale + 1), one, component)
         again = again if ragged is None else packed(again, component, ragged)
-        runs = {scale: on, scale + 1: explain.only(only_free(again, free), component, names)}
-        guidance, spec = linear_rule(runs, spec, conditions, batched)
+        at_scales = {scale: on, scale + 1: only_free(again, free).only(component, names)}
+        guidance, spec = linear_rule(at_scales, spec, conditions, batched)
     else:
         first = turns.steps_of(component, on) if experts else on
         hint = one_guidance(pipeline, arguments) if one else without_guidance(pipeline)
@@ -252,7 +263,7 @@ def _traced(pipeline: Any, entry: str, arguments: dict[str, Any], singly: bool =
     if kept is not None:
         guidance = always.stated(guidance, kept)
     if experts:
-        spec = replace(spec, experts=turns.with_scales(experts, on, spec, guidance))
+        spec = replace(spec, experts=with_scales(experts, on, spec, guidance))
         network = Experts({name: networks[name] for name in experts})
     denoiser = Denoiser(network, spec, schedule, kind)
     check_schedule(off.steps[0], schedule, kind)
@@ -263,26 +274,19 @@ def _traced(pipeline: Any, entry: str, arguments: dict[str, Any], singly: bool =
         denoiser=denoiser,
         guidance=guidance,
         latent_shape=tuple(off.steps[0].sample.shape[1:]),
-        conditioning=_shapes(spec, off.steps[0].calls[0], conditions),
-        self_test_error=self_test(off, on, denoiser, guidance, conditions),
+        conditioning=shapes_of(spec, off.steps[0].calls[0], conditions),
+        self_test_error=self_test(runs, denoiser, guidance, conditions),
         arguments=arguments,
         alone=alone,
-        encoders=explain.encoders(whole[0].steps[0], component, names),
-        fewest_steps=fewest(pipeline, _first(entry, alone), arguments, component, PROBE_STEPS),
+        encoders=explain.encoders(whole.off.steps[0], component, names),
+        fewest_steps=fewest(call, component, PROBE_STEPS),
         free=free,
         frames=off.frames,
         returned=off.steps[0].calls[0].returned,
     )
 
 
-def replace_scheduler(pipeline: Any, entry: str, arguments: Mapping[str, Any]) -> None:
-    """Put the scheduler that a student can have in the place of one that learns a variance, or is not of unit data."""
-    if hasattr(pipeline, "scheduler"):
-        put(pipeline, "scheduler", without_learned_variance(pipeline.scheduler))
-        with_unit_data(pipeline, PROBES[entry][:1], arguments)
-
-
-def _shapes(spec: CallSpec, call: Call, conditions: Sequence[str]) -> dict[str, tuple[int | None, ...]]:
+def shapes_of(spec: CallSpec, call: Call, conditions: Iterable[str]) -> dict[str, tuple[int | None, ...]]:
     """One row's shape of each condition; None for the length of what grows with the prompt."""
     padded = {name for owner, (mask, _) in spec.masks.items() for name in (owner, mask)}
     padded |= set() if spec.ragged is None else {*spec.ragged.fields}
@@ -291,26 +295,24 @@ def _shapes(spec: CallSpec, call: Call, conditions: Sequence[str]) -> dict[str, 
     return {name: (None, *shape[1:]) if name in padded else shape for name, shape in shapes.items()}
 
 
-def _watched(
-    pipeline: Any, entry: str, scale: float, arguments: Mapping[str, Any], alone: bool
-) -> tuple[Recording, Recording, dict[str, Turn], int | None]:
+def _watched(call: ProbeCall, scale: float) -> Watched:
     """Three images without guidance, two with it, the turns of networks that take turns, and the place of the pass.
 
     That is the conditional one's, where the pipeline makes all passes at any scale; None: it makes one at some scale.
     An argument whose length follows the number of images is one with rows for each.
     """
-    three, two, guided = PROBES[entry], PROBES[entry][:2], {}
-    kept = None
+    pipeline, arguments = call.pipeline, call.arguments
+    guided, kept = {}, None
     for unguided in (1.0, 0.0):
         try:
-            off = _few_steps(pipeline, three, arguments, unguided, alone)
+            off = _few_steps(call, 3, unguided)
         except TraceError as error:
             if error.check != "call" or not guiders(pipeline):
                 raise
-            _few_steps(pipeline, two, arguments, scale, alone, most=1)  # which fails for the same reason, or not
+            _few_steps(call, 2, scale, most=1)  # which fails for the same reason, or not
             reason = "its blocks run only with guidance, and a student is called without it, one pass per step"
             raise TraceError("call", f"{error.reason}; {reason}") from error
-        if not explain.is_guided(off):
+        if explain.passes_seen(off) == 1:
             break
         guided[unguided] = off
     else:
@@ -319,43 +321,31 @@ def _watched(
             raise TraceError("guidance", reason + other_guidance(pipeline, arguments))
         unguided, kept, off = found
     alike = turns.alike(off, modules(pipeline))
-    experts = turns.turns_of(pipeline, _first(entry, alone), arguments, alike, off, unguided)
+    experts = turns.turns_of(call, alike, off, unguided)
     steps = PROBE_STEPS
     while experts.keys() - {*off.experts} and steps < MOST_STEPS:  # each is to be seen
         steps *= 2
-        off = _few_steps(pipeline, three, arguments, unguided, alone, steps)
-    on = _few_steps(pipeline, two, arguments, scale, alone, steps)
+        off = _few_steps(call, 3, unguided, steps)
+    on = _few_steps(call, 2, scale, steps)
     if negative_prompt(pipeline, arguments) and explain.repeats(on):
         raise TraceError("call", "both passes of a guided step are the same, as no negative prompt is stated")
-    return off, on, experts, kept
-
-
-def _first(entry: str, alone: bool) -> Any:
-    """The entries of a call for one probe."""
-    return by_itself(PROBES[entry][0]) if alone else PROBES[entry][:1]
+    return Runs(off, on), experts, kept
 
 
 def _helpers(
-    off: Recording, on: Recording, component: str, networks: Mapping[str, nn.Module], schedule: Schedule, kind: Kind
+    runs: Runs, component: str, networks: Mapping[str, nn.Module], schedule: Schedule, kind: Kind
 ) -> tuple[tuple[Helper, ...], list[str], dict[str, Span | None]]:
     """The networks that make arguments of the denoiser's at every step, their conditions, the free part each sees."""
     helpers, names, seen = [], [], {}
-    for name, feeds in explain.feeding(off, on, component, networks).items():
-        alone = [explain.only(recording, name) for recording in (off, on)]
-        spec, free, _ = sample_argument(*alone, name)
-        spec = explain.timestep_map(*alone, spec, networks[name], schedule)
-        spec, seen[name] = kept_by_time(spec, alone[0].steps[0], free)
-        spec, conditions = sort_arguments(*alone, spec)
+    for name, feeds in explain.feeding(runs, component, networks).items():
+        alone = runs.only(name)
+        spec, free, _ = sample_argument(alone, name)
+        spec = explain.timestep_map(alone, spec, networks[name], schedule)
+        spec, seen[name] = kept_by_time(spec, alone.off.steps[0], free)
+        spec, conditions = sort_arguments(alone, spec)
         helpers.append(Helper(name, Denoiser(networks[name], spec, schedule, kind), feeds))
         names += [helpers[-1].prefix + condition for condition in conditions]
     return tuple(helpers), names, seen
-
-
-def _check_seen(seen: Mapping[str, Span | None], free: Span | None, component: str) -> None:
-    """Raises TraceError unless all helpers see the part of the sample that the denoiser sees."""
-    for name, part in seen.items():
-        if part != free:
-            raise TraceError("sample", f"{name} sees another part of the sample than {component}, which keeps a part")
 
 
 def _probe_scale(pipeline: Any, arguments: Mapping[str, Any]) -> float:
@@ -369,28 +359,20 @@ def _probe_scale(pipeline: Any, arguments: Mapping[str, Any]) -> float:
     return scale
 
 
-def _few_steps(
-    pipeline: Any,
-    entries: Sequence[Any],
-    arguments: Mapping[str, Any],
-    scale: float,
-    alone: bool,
-    most: int = PROBE_STEPS,
-) -> Recording:
-    """A run of ``most`` steps or fewer, in which networks that take turns are one."""
-    watch = observe_each if alone else observe
+def _few_steps(call: ProbeCall, count: int, scale: float, most: int = PROBE_STEPS) -> Recording:
+    """A run for ``count`` images of ``most`` steps or fewer, in which networks that take turns are one."""
     # Schedulers of few-step pipelines refuse more steps than they were made for.
     for steps in range(most, 0, -1):
         try:
-            recording = watch(pipeline, entries, arguments, steps=steps, guidance=scale, stop_steps=steps)
+            recording = call.several(count, steps=steps, guidance=scale, stop_steps=steps)
         except TraceError as error:
             if error.check != "call" or steps == 1:
                 raise
         else:
             break
     if not recording.steps:
-        name = type(pipeline).__name__
+        name = type(call.pipeline).__name__
         raise TraceError("components", f"{name} never steps its own scheduler; perhaps it steps copies of it")
-    networks = modules(pipeline)
+    networks = modules(call.pipeline)
     recording = cached.as_first(as_one(recording), networks)
     return turns.as_one(recording, turns.alike(recording, networks))

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.diffusion.denoiser import CallSpec
 from stepdistill.diffusion.experts import Turn
-from stepdistill.diffusion.guidance import with_channels_of, with_norm_of
+from stepdistill.errors import first_line
 from stepdistill.pipeline.call import TraceError, run
-from stepdistill.pipeline.compare import deviation, tolerance
 from stepdistill.pipeline.components import patched
-from stepdistill.pipeline.explain import GUIDANCE_LIMIT, Guidance
-from stepdistill.pipeline.observe import Answer, Recording, forked_random
+from stepdistill.pipeline.observe import Answer
+from stepdistill.pipeline.probe_call import ProbeCall
+from stepdistill.pipeline.recording import Recording, forked_random
 
 CALLED = "a call at timesteps of our choice does not show which of them runs when"
 PROBES = 400
@@ -46,12 +45,9 @@ def as_one(recording: Recording, names: Sequence[str]) -> Recording:
     called = [[call.component for call in step.calls if call.component in names] for step in recording.steps]
     if not all(called):
         return recording
-    renamed = dict.fromkeys(names, called[0][0])
-    steps = [
-        replace(step, calls=[replace(one, component=renamed.get(one.component, one.component)) for one in step.calls])
-        for step in recording.steps
-    ]
-    return replace(recording, steps=steps, experts=[names[-1] for names in called])
+    for name in names:
+        recording = recording.with_calls(name, lambda call, _: replace(call, component=called[0][0]))
+    return replace(recording, experts=[names[-1] for names in called])
 
 
 def steps_of(name: str, recording: Recording) -> Recording:
@@ -60,19 +56,11 @@ def steps_of(name: str, recording: Recording) -> Recording:
     return replace(recording, steps=steps)
 
 
-def turns_of(
-    pipeline: Any,
-    entries: Sequence[Any] | str,
-    arguments: Mapping[str, Any],
-    names: Sequence[str],
-    off: Recording,
-    scale: float,
-) -> dict[str, Turn]:
+def turns_of(call: ProbeCall, names: Sequence[str], off: Recording, scale: float) -> dict[str, Turn]:
     """When each of ``names`` is called, from the noise end to the clean end; empty where one network has all times.
 
     Args:
-        entries: of the pipeline's call, see :func:`.call.call_arguments`.
-        off: a run of it without guidance, as one network's.
+        off: a run without guidance, as one network's.
         scale: the pipeline's guidance scale in it.
 
     Raises:
@@ -80,9 +68,8 @@ def turns_of(
     """
     if len(names) < 2:
         return {}
-    count = 1 if isinstance(entries, str) else len(entries)
-    together, answer = " and ".join(names), off.steps[0].calls[-1].output[:count]
-    called = functools.partial(_called, pipeline, entries, arguments, names, answer, scale)
+    together, answer = " and ".join(names), off.steps[0].calls[-1].output[:1]
+    called = functools.partial(_called, call, names, answer, scale)
     high = float(off.steps[0].timestep)
     values = torch.linspace(high, 0.0, PROBES)
     seen = called(values)
@@ -113,17 +100,9 @@ def _lowest(called: Any, name: str, high: Tensor, low: Tensor) -> Tensor:
     return high
 
 
-def _called(
-    pipeline: Any,
-    entries: Sequence[Any],
-    arguments: Mapping[str, Any],
-    names: Iterable[str],
-    answer: Tensor,
-    scale: float,
-    values: Tensor,
-) -> list[str]:
+def _called(call: ProbeCall, names: Iterable[str], answer: Tensor, scale: float, values: Tensor) -> list[str]:
     """The network of ``names`` that is called at each of the timesteps ``values`` (N,); each returns ``answer``."""
-    scheduler, seen, last = pipeline.scheduler, [], [""]
+    pipeline, scheduler, seen, last = call.pipeline, call.pipeline.scheduler, [], [""]
     own = scheduler.set_timesteps
 
     @functools.wraps(own)
@@ -150,33 +129,10 @@ def _called(
 
             stack.enter_context(patched(network, "forward", forward))
         try:
-            run(pipeline, entries, arguments, steps=len(values), guidance=scale, output_type="latent")
+            run(pipeline, call.one, call.arguments, steps=len(values), guidance=scale, output_type="latent")
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise TraceError("denoiser", f"{' and '.join(names)} are of one class, and {CALLED}: {reason}") from error
     if len(seen) != len(values):
         raise TraceError("denoiser", f"{' and '.join(names)} are of one class, and {CALLED}: it takes others")
     return seen
-
-
-def with_scales(turns: dict[str, Turn], on: Recording, spec: CallSpec, guidance: Guidance) -> dict[str, Turn]:
-    """The turns with the guidance scales that experts have of their own, read off a guided run.
-
-    Where an expert's w in uncond + w (cond - uncond) is not the pipeline's, it has one of its own.
-    """
-    if guidance.kind not in ("batched", "two_calls"):
-        return turns
-    found = {}
-    for step, name in zip(on.steps, on.experts, strict=True):
-        first, second = spec.decode_output(torch.cat([call.output for call in step.calls])).double().chunk(2)
-        cond, uncond = (first, second) if guidance.cond_first else (second, first)
-        if spec.guided_channels is not None:
-            uncond = with_channels_of(cond, uncond, spec.guided_channels)
-        combined = step.model_output.double()[: on.count]
-        difference = cond - uncond
-        w = ((combined - uncond) * difference).sum() / difference.square().sum()
-        expected = uncond + guidance.w * difference
-        expected = with_norm_of(cond, expected, spec.norm_axis) if spec.norm_axis else expected
-        same = deviation(expected, combined) <= max(GUIDANCE_LIMIT, tolerance(step.model_output.dtype))
-        found[name] = None if same else float(f"{float(w):.4g}")
-    return {name: turn._replace(scale=found.get(name)) for name, turn in turns.items()}

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 
-from stepdistill.diffusion.denoiser import Denoiser
 from stepdistill.diffusion.guidance import rule_text
 from stepdistill.diffusion.guiders import Guider
 from stepdistill.diffusion.schedule import FlowSchedule
 from stepdistill.errors import InputError
 from stepdistill.kernels import Rule
-from stepdistill.pipeline.observe import observe
 from stepdistill.pipeline.trace import Trace
 
 
@@ -24,22 +22,16 @@ def with_guidance(trace: Trace, scale: float) -> Trace:
     """
     if trace.guidance.kind != "embedded" or scale == 1:
         return trace
-    recording = observe(
-        trace.pipeline,
-        trace.probe,
-        trace.arguments,
-        steps=trace.fewest_steps,
-        guidance=scale,
-        stop_calls=(trace.component, 1),
-    )
+    recording = trace.observe(guidance=scale, stop_calls=(trace.component, 1))
     call = next(call for call in recording.calls if call.component == trace.component)
     spec = trace.denoiser.spec
     expanded = {
         name: call.arguments[name][:1] for name in spec.expanded if isinstance(spec.constants[name], torch.Tensor)
     }
     spec = replace(spec, constants={**spec.constants, **expanded})
-    denoiser = Denoiser(trace.denoiser.network, spec, trace.denoiser.schedule, trace.denoiser.kind)
-    return replace(trace, denoiser=denoiser, guidance=replace(trace.guidance, scale=scale), set_ups={})
+    return replace(
+        trace, denoiser=trace.denoiser.called(spec), guidance=replace(trace.guidance, scale=scale), set_ups={}
+    )
 
 
 def with_rule(trace: Trace, rule: Rule) -> Trace:
@@ -55,8 +47,7 @@ def with_rule(trace: Trace, rule: Rule) -> Trace:
             "teacher.guidance: expected neither interval nor rescale for a pipeline whose guidance is "
             f"{trace.guidance.kind}, found{rule_text(rule)}"
         )
-    old = trace.denoiser
-    return replace(trace, denoiser=Denoiser(old.network, replace(old.spec, rule=rule), old.schedule, old.kind))
+    return replace(trace, denoiser=trace.denoiser.called(replace(trace.denoiser.spec, rule=rule)))
 
 
 def with_guider(trace: Trace, settings: Mapping[str, Any] | None) -> Trace:
@@ -78,9 +69,7 @@ def with_guider(trace: Trace, settings: Mapping[str, Any] | None) -> Trace:
         raise InputError("teacher.guidance.guider: expected null for a pipeline that guides some channels alone")
     guider = Guider(settings["name"], {name: value for name, value in settings.items() if name != "name"})
     guider.made(2.0)  # refused here, at any scale at which it is on
-    return replace(
-        trace, denoiser=Denoiser(old.network, replace(old.spec, guider=guider, norm_axis=None), old.schedule, old.kind)
-    )
+    return replace(trace, denoiser=old.called(replace(old.spec, guider=guider, norm_axis=None)))
 
 
 def with_shift(trace: Trace, shift: float | None) -> Trace:
@@ -96,4 +85,4 @@ def with_shift(trace: Trace, shift: float | None) -> Trace:
         raise InputError(f"student.shift: expected null for a {old.schedule.name} schedule, found {shift:g}")
     known = old.schedule
     schedule = FlowSchedule(shift, known.train_timesteps, inverted=known.inverted, cut=known.cut)
-    return replace(trace, denoiser=Denoiser(old.network, old.spec, schedule, old.kind))
+    return replace(trace, denoiser=old.called(old.spec, schedule))

@@ -23,18 +23,19 @@ from stepdistill.diffusion.experts import Experts, Turn
 from stepdistill.diffusion.nested import tensors_in
 from stepdistill.diffusion.schedule import from_scheduler
 from stepdistill.diffusion.window import Window
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, first_line
 from stepdistill.pipeline.call import TraceError, entry_argument, fewest_steps, in_any_way
 from stepdistill.pipeline.complete import classes
-from stepdistill.pipeline.components import patched, scheduled
+from stepdistill.pipeline.components import modules, patched, scheduled
 from stepdistill.pipeline.explain import encoders
 from stepdistill.pipeline.folder import quiet
 from stepdistill.pipeline.hub import configs
 from stepdistill.pipeline.ip_adapter import load_ip_adapter
 from stepdistill.pipeline.modular import holds_modular, load_modular
 from stepdistill.pipeline.names import source
-from stepdistill.pipeline.observe import Call, Recording, Step, calls_of, modules, observe
+from stepdistill.pipeline.observe import observe
 from stepdistill.pipeline.places import cut_by, windows
+from stepdistill.pipeline.recording import Call, Recording, Step, calls_of
 from stepdistill.pipeline.single_file import config_folder
 from stepdistill.pipeline.trace import PROBES, Guidance, Trace
 from stepdistill.recipe import Teacher
@@ -73,7 +74,7 @@ def blueprint(teacher: Teacher, dtype: torch.dtype) -> Blueprint:
     except Exception as error:
         if isinstance(error, InputError) and not isinstance(error, TraceError):
             raise  # the arguments are not the pipeline's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"plan: {type(pipeline).__name__} cannot be run on shapes alone: {reason}") from error
     schedule, kind = from_scheduler(pipeline.scheduler, whole.grid.get("mu"))
     networks = modules(pipeline)

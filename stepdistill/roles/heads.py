@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stepdistill.diffusion.denoiser import Conditions
 from stepdistill.diffusion.features import hidden_states
 from stepdistill.diffusion.float32 import no_autocast
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, in_a_line
 from stepdistill.roles.image_networks import fold_batch_norm, pretrained_lite
 
 LITE2 = "efficientnet-lite2"
@@ -141,7 +141,7 @@ def image_features(name: str, resolution: int) -> ImageFeatures:
         network = AutoModel.from_pretrained(name, use_safetensors=True)
         return ImageFeatures(network, resolution, processor.image_mean, processor.image_std)
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = in_a_line(error)
         raise InputError(
             f"method.features: expected '{LITE2}' or a transformers vision model, found {name!r}: {reason}"
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from stepdistill.errors import InputError, found, suggest
+from stepdistill.errors import InputError, first_line, found, suggest
 
 
 def pruned(teacher: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
@@ -30,7 +30,7 @@ def pruned(teacher: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
     try:
         student = type(teacher).from_config({**config, **changes})
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"student.config: {kind} cannot be built with {found(dict(changes))}: {reason}") from error
     weights, copied = teacher.state_dict(), {}
     for name, value in student.state_dict().items():

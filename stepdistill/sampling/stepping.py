@@ -15,7 +15,7 @@ from torch import Tensor
 from stepdistill.diffusion.guidance import Pair
 from stepdistill.diffusion.schedule import Prediction
 from stepdistill.diffusion.stock_schedulers import as_network_input, stepped_timesteps
-from stepdistill.pipeline.observe import stepped
+from stepdistill.pipeline.recording import stepped
 
 TOLERANCE = 1e-5
 """How far a scheduler's step may be from the sum, as a share of its coefficients and of what it is given."""

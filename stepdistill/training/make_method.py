@@ -11,7 +11,7 @@ from torch import nn
 from stepdistill.diffusion.denoiser import Denoiser, innermost
 from stepdistill.diffusion.experts import Experts
 from stepdistill.diffusion.samplers import OF_DDIM, SAMPLERS, Sampler
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, in_a_line
 from stepdistill.methods.base import DistillMethod
 from stepdistill.pipeline.call import SET_ELSEWHERE, TraceError
 from stepdistill.pipeline.exports import is_lora, load_adapter
@@ -237,7 +237,7 @@ def set_layout_and_attention(network: nn.Module, recipe: Recipe) -> None:
     try:
         network.set_attention_backend(backend)
     except (AttributeError, ValueError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())
+        reason = in_a_line(error)
         raise InputError(f"train.attention_backend: {backend!r} does not work here: {reason}") from None
 
 

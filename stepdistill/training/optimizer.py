@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepdistill.errors import InputError, suggest
+from stepdistill.errors import InputError, in_a_line, suggest
 from stepdistill.recipe import Train
 from stepdistill.roles.parts import is_shard
 
@@ -56,7 +56,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], train: Train, player: str
     except (TypeError, ValueError, AssertionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{key}: {chosen.name} refuses {own}: {' '.join(str(error).split())}") from None
+        raise InputError(f"{key}: {chosen.name} refuses {own}: {in_a_line(error)}") from None
     if chosen.name == "schedulefree":
         optimizer.train()
     return optimizer

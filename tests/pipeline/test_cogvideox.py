@@ -13,7 +13,7 @@ from diffusers import (
 from pipeline.tiny import redraw, t5_encoder, t5_tokenizer
 from stepdistill import export, train
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.observe import forked_random
+from stepdistill.pipeline.recording import forked_random
 from stepdistill.pipeline.trace import trace
 from stepdistill.sampling.generate import generate
 

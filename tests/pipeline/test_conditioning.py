@@ -106,7 +106,7 @@ def test_the_cache_gives_the_same_and_spares_the_encoders(tmp_path, monkeypatch)
     def no_run(*_args, **_options):
         raise AssertionError("the pipeline ran although its conditions are cached")
 
-    monkeypatch.setattr(conditioning, "observe", no_run)
+    monkeypatch.setattr("stepdistill.pipeline.trace.Trace.observe", no_run)
     again = encode(result, PROMPTS, tmp_path)
     assert again.labels == first.labels and again.entries == first.entries
     for side in ("cond", "null"):

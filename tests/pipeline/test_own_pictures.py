@@ -69,7 +69,7 @@ def test_they_are_cached_by_their_content(made, traced, tmp_path, monkeypatch):
     first = encode(traced, prompts, tmp_path, pictures)
     encode(traced, prompts, tmp_path, [*pictures][::-1])
     assert len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setattr("stepdistill.pipeline.conditioning.observe", None)
+    monkeypatch.setattr("stepdistill.pipeline.trace.Trace.observe", None)
     again = encode(traced, prompts, tmp_path, pictures)
     for side in ("cond", "null"):
         stored, known = getattr(again, side), getattr(first, side)

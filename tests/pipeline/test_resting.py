@@ -7,11 +7,11 @@ import torch
 
 from pipeline import tiny
 from stepdistill.pipeline import open as open_module
+from stepdistill.pipeline.components import modules
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.decode import decode
 from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.pipeline.live import live
-from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.open import open_teacher
 from stepdistill.pipeline.resting import place, rest, stay
 from stepdistill.pipeline.trace import TraceError

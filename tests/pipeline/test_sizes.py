@@ -12,8 +12,7 @@ from stepdistill.pipeline.call import TraceError
 from stepdistill.pipeline.compare import same
 from stepdistill.pipeline.conditioning import encode
 from stepdistill.pipeline.live import live
-from stepdistill.pipeline.observe import noise_shape
-from stepdistill.pipeline.sizes import at_size, conditioning_at, multiple, trace_small
+from stepdistill.pipeline.sizes import at_size, conditioning_at, multiple, noise_shape, trace_small
 from stepdistill.pipeline.trace import trace
 
 PROMPTS = ("a red shoe", "rain on a long street", "cat", "two dogs")

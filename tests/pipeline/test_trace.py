@@ -31,8 +31,8 @@ from stepdistill.diffusion.guidance import guided
 from stepdistill.diffusion.row_layout import RowLayout
 from stepdistill.errors import InputError
 from stepdistill.pipeline import stock_call
+from stepdistill.pipeline.components import modules
 from stepdistill.pipeline.conditioning import encode
-from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.set_up import passes
 from stepdistill.pipeline.trace import TraceError, load_pipeline, trace
 from stepdistill.pipeline.variants import with_guidance

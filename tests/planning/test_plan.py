@@ -18,9 +18,9 @@ from pipeline.tiny import CLASSES, redraw, tiny_flux, tiny_sd, tiny_vae
 from stepdistill import assets, cli
 from stepdistill.data.shards import SHARD
 from stepdistill.errors import InputError
+from stepdistill.pipeline.components import modules
 from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.pipeline.load import load_pipeline
-from stepdistill.pipeline.observe import modules
 from stepdistill.pipeline.trace import trace
 from stepdistill.planning import plan
 from stepdistill.planning.fake_pipeline import blueprint, without_data

@@ -52,7 +52,7 @@ def own_run(name, scheduler, guidance, steps):
     result = traced(name)
     before, result.pipeline.scheduler = result.pipeline.scheduler, scheduler
     try:
-        record = observe(result.pipeline, ENTRIES[name], steps=steps, guidance=guidance)
+        record = observe(result.pipeline, ENTRIES[name], {}, steps=steps, guidance=guidance)
     finally:
         result.pipeline.scheduler = before
     return record.steps[0].sample[:3] / getattr(scheduler, "init_noise_sigma", 1.0), record.steps[-1].previous[:3]
