@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer import GAN, bare, make_recipe, pictures, weights  # noqa: F401
+from test_trainer import GAN, make_recipe, pictures, weights  # noqa: F401
 
 from pipeline.tiny import save_dit, tiny_dit
+from short_samples import bare
 from stepdistill import cli
 from stepdistill.errors import InputError, RunError
 from stepdistill.exporting.export import export

@@ -6,9 +6,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from safetensors.torch import load_file
 
 import forked
 from pipeline.tiny import save_dit, tiny_dit, tiny_sd
-from short_samples import shorten
+from short_samples import bare, shorten
 from stepdistill.diffusion import float32
 from stepdistill.errors import InputError
 from stepdistill.exporting.export import load_student
@@ -88,18 +86,6 @@ def test_steps_in_float32_run_in_tf32_on_a_gpu(teacher, tmp_path, monkeypatch):
     trainer.method.losses = lambda *given: seen.append(torch.get_float32_matmul_precision()) or losses(*given)
     trainer.run(None)
     assert set(seen) == {"high"} and torch.get_float32_matmul_precision() == "highest"
-
-
-@contextmanager
-def bare(*but: str):
-    """Runs train and save, and do nothing else: checks before the first step, previews and the export are not of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        preview = MagicMock()
-        preview.return_value.write.return_value = {}
-        patch.setattr("stepdistill.training.between_steps.Preview", preview)
-        for name in {"check_stock_call", "check_conventions", "export_trained"}.difference(but):
-            patch.setattr(f"stepdistill.run.{name}", MagicMock())
-        yield
 
 
 METHOD_CASES = {
