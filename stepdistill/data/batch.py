@@ -30,8 +30,9 @@ def random_rows(first: int, size: int, *key: object) -> Iterator[np.random.Gener
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     stream = np.random.Philox(key=int.from_bytes(digest, "big"))
-    numbers, state, counter = np.random.Generator(stream), stream.state, [0, 0, 0, 0]
+    numbers, counter = np.random.Generator(stream), [0, 0, 0, 0]
     # Of plain numbers a state is set in less than half of the time that one of arrays takes.
+    state: Any = stream.state
     state["state"] = {"counter": counter, "key": state["state"]["key"].tolist()}
     state["buffer"] = state["buffer"].tolist()
     for row in range(first, first + size):
