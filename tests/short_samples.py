@@ -5,6 +5,10 @@ images of it to check its conventions, would take longer than all else. Tests th
 true_samples.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import MagicMock
+
 import pytest
 
 from stepdistill.eval.protocol import Protocol, load_protocol
@@ -38,3 +42,15 @@ def short_report(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr("stepdistill.eval.bench.rows.load_protocol", shortened)
     patch.setattr("stepdistill.eval.measure.standard_error", lambda *_, **__: 0.5)
+
+
+@contextmanager
+def bare(*but: str) -> Iterator[None]:
+    """Runs train and save, and do nothing else: checks before the first step, previews and the export are not of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        preview = MagicMock()
+        preview.return_value.write.return_value = {}
+        patch.setattr("stepdistill.training.between_steps.Preview", preview)
+        for name in {"check_stock_call", "check_conventions", "export_trained"}.difference(but):
+            patch.setattr(f"stepdistill.run.{name}", MagicMock())
+        yield

@@ -111,7 +111,7 @@ def test_importing_the_methods_is_cheap() -> None:
     program = "import json, sys, time\nimport torch\nbegan = time.process_time()\nimport stepdistill.methods\n"
     program += "print(json.dumps([time.process_time() - began, sorted(sys.modules)]))"
     times = []
-    for _ in range(2):  # the first may have to compile the files
+    while len(times) < 2 and min(times, default=9.0) >= 3:  # the first may have to compile the files
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         seconds, loaded = json.loads(done.stdout)
         assert not {"diffusers", "transformers", "peft"} & set(loaded)

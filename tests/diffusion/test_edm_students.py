@@ -77,8 +77,8 @@ def recipe_of(teacher, method, out):
 
 METHODS = {
     "playground": {"name": "dmd2", "sampler": "ddim", "critic_steps": 1},
-    "cosxl": {"name": "sfd"},
-    "continuous": {"name": "sfd"},
+    "cosxl": {"name": "sfd", "substeps": 1},
+    "continuous": {"name": "sfd", "substeps": 1},
 }
 
 

@@ -55,7 +55,7 @@ def recipe_of(teacher: Path, how: str = "full", method: str = "dmd2", **train) -
     return {
         "teacher": {"pipeline": str(teacher), "guidance": {"scale": 2.0}},
         "student": {"steps": 2, "train": how, "rank": 4, "ema": 0.5},
-        "method": {"name": method},
+        "method": {"name": method} | ({"substeps": 1} if method == "sfd" else {}),
         "train": {"steps": 20, "batch_size": 8, "lr": 1e-4} | train,
     }
 

@@ -1,14 +1,17 @@
 """What each process of a launched run executes: every recipe of a JSON file, in order, and what they tell each other.
 
-torchrun ... tests/training/several_processes.py RECIPES.json: the answers of process N come to RECIPES.json.N
+torchrun ... tests/training/several_processes.py RECIPES.json, or main() in each process: the answers of process N come
+to RECIPES.json.N
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -100,8 +103,7 @@ def written_shards(processes: Processes, folder: Path) -> dict[str, object]:
     return answers | {"put together": weight[:, 0].tolist()}
 
 
-if __name__ == "__main__":
-    place = Path(sys.argv[1])
+def main(place: Path) -> None:
     check.call_elsewhere = call_here
     shorten()
     for recipe in json.loads(place.read_text()):
@@ -113,3 +115,16 @@ if __name__ == "__main__":
         told |= written_shards(processes, place.parent / "written")
     Path(f"{place}.{processes.rank}").write_text(json.dumps(told))
     leave()
+
+
+def as_rank(rank: int, count: int, port: int, place: Path) -> None:
+    """What torchrun does for a process, in one that was started otherwise."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in named.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    main(place)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

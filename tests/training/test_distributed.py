@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import several_processes
 import torch
 from accelerate.utils import DistributedType
 from diffusers import DiTTransformer2DModel
@@ -18,6 +20,7 @@ from filelock import FileLock
 from test_trainer import GAN, make_recipe, pictures, teacher  # noqa: F401
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+import forked
 import stepdistill
 from data import test_store
 from stepdistill import cli
@@ -70,14 +73,31 @@ def manifest(folder: Path) -> list[str]:
 def train_together(recipes: list[dict], place: Path, processes: int) -> None:
     """Train every recipe in this many processes, in order; several_processes.py says what else they do."""
     (place / "recipes.json").write_text(json.dumps(recipes))
+    # Waiting for each other keeps processors busy: those of two test workers would be in each other's way.
+    with FileLock(place.parent / "processes.lock"):
+        if processes > 2 or not forked.safe():
+            by_torchrun(place / "recipes.json", processes)
+            return
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [
+            forked.start(several_processes.as_rank, rank, processes, port, place / "recipes.json")
+            for rank in range(processes)
+        ]
+        for one in ranks:
+            one.join(600)
+            one.kill()
+    assert [one.exitcode for one in ranks] == [0] * processes
+
+
+def by_torchrun(place: Path, processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(HERE / "several_processes.py"), str(place / "recipes.json")]
+    command += [str(HERE / "several_processes.py"), str(place)]
     # A launcher that knows nothing of CPUs: where there is no GPU each process could train the whole run by itself.
     plain = environment(CUDA_VISIBLE_DEVICES="")
     del plain["ACCELERATE_USE_CPU"]
-    # Waiting for each other keeps processors busy: those of two test workers would be in each other's way.
-    with FileLock(place.parent / "processes.lock"):
-        done = subprocess.run(command, env=plain, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

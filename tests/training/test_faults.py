@@ -11,9 +11,8 @@ import shutil
 import subprocess
 import time
 from collections import namedtuple
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from test_trainer import GAN, make_recipe, pictures, weights  # noqa: F401
 
 from pipeline.tiny import save_dit, tiny_dit
+from short_samples import bare
 from stepdistill import cli
 from stepdistill.errors import InputError, RunError
 from stepdistill.exporting.export import export
@@ -45,19 +45,6 @@ def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "tiny"
     save_dit(tiny_dit(), folder)
     return folder
-
-
-@contextmanager
-def bare(*but: str):
-    """Runs train and save, and do nothing else: the self-check, previews and the export are other tests' matter."""
-    with pytest.MonkeyPatch.context() as patch:
-        preview = MagicMock()
-        preview.return_value.write.return_value = {}
-        patch.setattr("stepdistill.training.between_steps.Preview", preview)
-        for name in ("check_conventions", "export_trained"):
-            if name not in but:
-                patch.setattr(f"stepdistill.run.{name}", MagicMock())
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,9 @@ from diffusers import DiTTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
+import forked
 from pipeline.tiny import save_dit, tiny_dit, tiny_sd
+from short_samples import bare, shorten
 from stepdistill.diffusion import float32
 from stepdistill.errors import InputError
 from stepdistill.exporting.export import load_student
@@ -126,29 +127,26 @@ ALIKE = ("vsd", "lcm", "tdd", "pcm", "sid-lsg", "sida", "flash-dmd", "dmd", "ode
 @pytest.mark.parametrize(
     "case", [pytest.param(one, marks=pytest.mark.slow) if one in ALIKE else one for one in METHOD_CASES]
 )
-def test_stop_and_resume_is_bit_exact(teacher, pictures, tmp_path, case, monkeypatch):
-    for around in (
-        "check_conventions",
-        "export_trained",
-    ):  # they change no weights, and take longer than these few updates
-        monkeypatch.setattr(f"stepdistill.run.{around}", lambda *arguments: None)
+def test_stop_and_resume_is_bit_exact(teacher, pictures, tmp_path, case):
+    """Updates alone; that checks and previews draw none of their numbers: test_kill_and_resume_is_bit_exact."""
     method, needs = METHOD_CASES[case]
     images = pictures if needs else None
-    train(make_recipe(teacher, tmp_path / "whole", method, images))
-    recipe = make_recipe(teacher, tmp_path / "parts", method, images)
+    recipe = make_recipe(teacher, tmp_path / "parts", method, images, checkpoint_every=9)
     original = Trainer.step
 
     def stopping(self, step, log=False):
         os.kill(os.getpid(), signal.SIGTERM) if step == 1 else None
         return original(self, step, log)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
-        result = train(recipe)
-    assert (result.step, result.interrupted) == (2, True)
-    (standing,) = runs(tmp_path / "parts")
-    assert (standing.state, standing.step, standing.steps) == ("interrupted", 2, 4)
-    assert train(recipe).step == 4
+    with bare():
+        train(make_recipe(teacher, tmp_path / "whole", method, images, checkpoint_every=9))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "step", stopping)
+            result = train(recipe)
+        assert (result.step, result.interrupted) == (2, True)
+        (standing,) = runs(tmp_path / "parts")
+        assert (standing.state, standing.step, standing.steps) == ("interrupted", 2, 4)
+        assert train(recipe).step == 4
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert [name for name in whole if whole[name] != parts[name]] == []
@@ -189,22 +187,24 @@ def test_an_encoder_is_exported_beside_the_student(teacher, pictures, tmp_path, 
     assert (found - student).abs().max() > 1e-3
 
 
+def train_elsewhere(recipe: dict, threads: int) -> None:
+    """In a process of its own, as this one does."""
+    torch.set_num_threads(threads)
+    shorten()
+    train(recipe)
+
+
 def test_kill_and_resume_is_bit_exact(teacher, pictures, tmp_path):
     train(make_recipe(teacher, tmp_path / "whole", GAN, pictures, steps=6))
     recipe = make_recipe(teacher, tmp_path / "killed", GAN, pictures, steps=6)
-    code = "import json, sys, torch; from stepdistill.run import train; torch.set_num_threads(int(sys.argv[2]))\n"
-    code += "sys.path.append(sys.argv[3]); from short_samples import shorten; shorten(); train(json.loads(sys.argv[1]))"
-    tests = str(Path(__file__).parents[1])
-    command = [sys.executable, "-c", code, json.dumps(recipe), str(torch.get_num_threads()), tests]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = forked.start(train_elsewhere, recipe, torch.get_num_threads())
     deadline = time.monotonic() + 200
     while not list((tmp_path / "killed" / "checkpoints").glob("step-000002")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert checkpoint.verify(checkpoint.latest(tmp_path / "killed" / "checkpoints")) < 6
     train(recipe)
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
