@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -262,21 +262,15 @@ def _facts_inside(file: Path) -> dict[str, Any]:
     return json.loads(header["__metadata__"]["stepdistill"])
 
 
-class _Writer:
+class _Writer(ExitStack):
     """Writes shards one after the other, from item ``first`` on. What is added goes to unnamed files at once, one for
     each tensor, and from there into the shard: memory does not grow with the shard."""
 
     def __init__(self, folder: Path, key: str, content: Content, first: int):
+        super().__init__()
         self.folder, self.key, self.content = folder, key, content
         self.files: dict[str, BinaryIO] = {}
         self._begin(first)
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self.files.values():
-            file.close()
 
     def _begin(self, first: int) -> None:
         self.first, self.last, self.rows, self.bytes = first, first, 0, 0
@@ -305,7 +299,7 @@ class _Writer:
                 forms = " and ".join(f"{tuple(one.shape[1:])} {one.dtype}" for one in (known, piece))
                 raise InputError(f"{self.content.what}: expected {name} of one form in all rows, found {forms}")
             if name not in self.files:
-                self.files[name] = TemporaryFile(dir=self.folder)
+                self.files[name] = self.enter_context(TemporaryFile(dir=self.folder))  # noqa: SIM115, the stack closes it
             self.files[name].write(piece.reshape(-1).view(torch.uint8).numpy())
             self.bytes += piece.nbytes
 
