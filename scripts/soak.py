@@ -114,7 +114,7 @@ def encoding(stated: dict[str, Any], marks: int, log: Path, cache: Path) -> None
             os.dup2(file.fileno(), 2)
         os.environ["STEPDISTILL_CACHE"] = str(cache)
         shards.SHARD, latents._together = 2**10, lambda _shape: 2
-        shards._Part.write = marked(shards._Part.write, "shard", marks)
+        shards._Writer.write = marked(shards._Writer.write, "shard", marks)
         run.encode(stated)
         code = 0
     finally:

@@ -14,11 +14,12 @@ from stepdistill.data import fashion_mnist, picture
 from stepdistill.data.buckets import UNKNOWN, Bucket, Size, nearest
 from stepdistill.data.decoding import decoding
 from stepdistill.data.identity import identity
-from stepdistill.data.lines import Lines
+from stepdistill.data.lines import Lines, lines_of
+from stepdistill.data.places import is_pattern, is_url, matching
 from stepdistill.data.sample import UNREADABLE, Data, Pictures, Sample, Tally
 from stepdistill.data.sources import count, form, samples
 from stepdistill.errors import InputError
-from stepdistill.files import digest, read_json, write_json, write_text
+from stepdistill.files import atomic, digest, read_json, write_json, write_text
 
 T = TypeVar("T")
 
@@ -180,12 +181,26 @@ def conditions(
     if source in assets.prompt_lists():
         return str(assets.prompts(source)), None
     if source != "captions" and form(source) == "text":
-        return source, None
+        return _text(source, cache), None
     if cache is None or getattr(data, key) == "fashion-mnist":
         return captions(data, key, log), None
     settings = data.caption_key, data.image_key, data.limit, data.max_rejected
     name = digest(identity(getattr(data, key), named=key == "images"), key, settings)
     return _kept(data, key, log, cache / f"prompts-{name}.json", _each_once), None
+
+
+def _text(source: str, cache: Path | None) -> str | list[str]:
+    """A file with a prompt a line; of files at URLs or by a pattern one in the cache, and without a cache a list."""
+    if not is_url(source) and not is_pattern(source):
+        return source
+    places = matching(source) if is_pattern(source) else [source]
+    if cache is None:
+        return list(lines_of(places))
+    file = cache / f"prompts-{digest(identity(source))}.txt"
+    if not file.is_file():
+        with atomic(file) as draft, open(draft, "w", encoding="utf-8", newline="\n") as lines:
+            lines.writelines(f"{line}\n" for line in lines_of(places))
+    return str(file)
 
 
 def _kept(data: Data, key: str, log: bool, file: Path, chosen: Callable[[Iterator[str]], list[str]]) -> str | list[str]:
