@@ -136,7 +136,9 @@ def fill(folder: Path, key: str, content: Content, share: Share) -> None:
     if not missing:
         return
     # What the others write has to fit as well.
-    _check_space(folder, content, sum(stop - start for start, stop in _gaps(folder, key, 0, content.items)))
+    _check_space(
+        folder, content, sum(stop - start for start, stop in _gaps(folder, key, 0, content.items)), share.count
+    )
     with WorkProgress() as progress:
         forecast = _Forecast(content.what, missing)
         for start, stop in gaps:
@@ -193,12 +195,13 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _check_space(folder: Path, content: Content, missing: int) -> None:
-    """Say how large the store will be, before it is made."""
+def _check_space(folder: Path, content: Content, missing: int, processes: int) -> None:
+    """Say how large the store will be, before it is made; each process has a shard there twice while it writes it."""
     size, free = missing * content.row_bytes, shutil.disk_usage(folder).free
-    if size > free:
+    needed = size + min(size, processes * SHARD)
+    if needed > free:
         raise InputError(
-            f"{folder}: expected {size / GIB:.2f} GiB of free disk for {missing} {content.what}, found "
+            f"{folder}: expected {needed / GIB:.2f} GiB of free disk for {missing} {content.what}, found "
             f"{free / GIB:.2f}; name a larger disk in STEPDISTILL_CACHE, or use fewer"
         )
     if size >= SHARD:

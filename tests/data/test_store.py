@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,6 +209,18 @@ def test_a_full_disk_is_found_before(tmp_path, monkeypatch):
         ensure(tmp_path / "e", "key", content)
     with pytest.raises(shards.InputError, match="for 23 rows"):  # those of all processes
         shards.fill(tmp_path / "e", "key", content(), shards.Share(0, 2))
+
+
+def test_a_shard_needs_its_place_twice(tmp_path, monkeypatch):
+    """Of 23 rows of 20 bytes there is a shard of up to 200 in each process beside the store."""
+    usage = SimpleNamespace()
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: usage)
+    for processes, needed in ((1, 660), (2, 860), (4, 920)):
+        usage.free = needed - 1
+        with pytest.raises(shards.InputError, match="of free disk for 23 rows"):
+            shards.fill(tmp_path, "key", content(), shards.Share(processes - 1, processes))
+    usage.free = 660
+    assert len(ensure(tmp_path, "key", content)) == 22
 
 
 def test_the_time_is_estimated_once_before_most_is_done(tmp_path, monkeypatch, capsys):
