@@ -89,13 +89,16 @@ def stream(
         yield Item(sample.name, cut.image, sample.caption or "", parts)
 
 
-def bucket_numbers(data: Data, sizes: Sequence[Size], cache: Path | None = None) -> list[int]:
+def bucket_numbers(
+    data: Data, sizes: Sequence[Size], cache: Path | None = None, source: str | None = None
+) -> list[int]:
     """Of each of the images of ``data.images`` the number of the size that is nearest in proportions; else UNKNOWN.
 
     Args:
         cache: folder in which the numbers are kept, so that the images are looked at once.
+        source: the identity of ``data.images``, where it is known.
     """
-    source = None if cache is None else identity(data.images or "")
+    source = source or (None if cache is None else identity(data.images or ""))
     name = digest(source, sizes, data.caption_key, data.image_key, data.arguments, data.limit)
     file = cache / f"buckets-{name}.json" if cache is not None else None
     if file is not None and file.is_file():
