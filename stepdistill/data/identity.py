@@ -30,11 +30,11 @@ def identity(source: str, named: bool = True) -> str:
     else:
         places = [source] if folder is None else [inside(folder, name) for name in listing(folder)]
     root = folder or parent(source)
-    facts = {place: _facts(place, root) for place in places}
+    facts = dict(_facts(place, root) for place in places)
     for table in (place for place in places if named and FORMS.get(ending(place)) in ("jsonl", "csv")):
         if not is_url(table):  # what a URL names is at a URL
             facts |= _named(table, root)
-    return digest(sorted(facts.values()))
+    return digest(sorted(facts.items()))
 
 
 def _facts(place: str, root: str) -> tuple[str, str]:
@@ -50,11 +50,8 @@ def _stated(known: os.stat_result) -> str:
     return f"{known.st_size} {known.st_mtime_ns}"
 
 
-def _named(table: str, root: str) -> dict[str, tuple[str, str]]:
-    """The facts of the files on this machine that a table's values name, by their places.
-
-    There may be millions of them.
-    """
+def _named(table: str, root: str) -> dict[str, str]:
+    """The facts of the files on this machine that a table's values name, of which there may be millions."""
     folder, found = str(Path(table).parent), {}
     inner, kind = os.path.relpath(folder, root), ending(table)
     with open(table, "rb") as file:
@@ -67,7 +64,7 @@ def _named(table: str, root: str) -> dict[str, tuple[str, str]]:
                     continue
                 if value and stat.S_ISREG(known.st_mode):
                     name = os.path.relpath(place, root) if os.path.isabs(value) else os.path.join(inner, value)
-                    found[place] = os.path.normpath(name), _stated(known)
+                    found[os.path.normpath(name)] = _stated(known)
     return found
 
 
