@@ -297,14 +297,14 @@ published configs; nothing here was measured on a GPU. A run of your own is plan
 
 Every row: `teacher.precision: bf16`, `train.precision: bf16`, `train.gradient_checkpointing: true`, micro-batches of
 one sample, 4 steps, adapters of rank 64. "LoRA, DMD2" is one frozen backbone with an adapter each for student and
-critic. A card's column names the first way that fits it with 1 GiB left to the driver. **yes**: no more than the above
-is needed. **8-bit Adam**: `train.optimizer: adamw8bit`, which is on in the following ways too. **fp8**:
+critic. A card's column names the first way that fits it with 1 GiB left to the driver. **yes**: no more than the
+above is needed. **8-bit Adam**: `train.optimizer: adamw8bit`, which is on in the following ways too. **fp8**:
 `teacher.storage: fp8`. **nf4**: `teacher.quantize: nf4`. **offload**: `teacher.offload: group`, the same numbers,
-slower. **offload, fp8**: both. "-": none of them. The columns behind are the peaks in GiB of each; empty: the recipe is
-refused. The peak may be that of encoding, where encoders, backbone and autoencoder are on the device together:
-offloading the backbone helps there too. Of networks above 4.7 B parameters that are trained whole only weights,
-gradients and moments are counted: these are more than any of the cards holds. Wan 2.2's A14B counts with both of its
-experts.
+slower. **offload, fp8**: both. "-": none of them. With offload the autoencoder rests as well. The columns behind are
+the peaks in GiB of each; empty: the recipe is refused. The peak may be that of encoding, where encoders, backbone and
+autoencoder are on the device together: offloading the backbone helps there too. Of networks above 4.7 B parameters
+that are trained whole only weights, gradients and moments are counted: these are more than any of the cards holds.
+Wan 2.2's A14B counts with both of its experts.
 
 """
 

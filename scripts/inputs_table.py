@@ -124,6 +124,11 @@ ROWS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "Sources of samples": [
         (
+            "`prompts.txt`, also at a URL or by a pattern",
+            "a prompt a line",
+            f"{PLACES}::test_prompts_may_be_at_a_url_or_in_several_files",
+        ),
+        (
             "folder of pictures with `.txt`, `.caption` or `.json`",
             "a sample a picture; captions beside it, or in a folder of captions",
             f"{FOLDER}::test_captions_lie_beside_their_pictures",

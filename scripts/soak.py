@@ -114,7 +114,7 @@ def encoding(stated: dict[str, Any], marks: int, log: Path, cache: Path) -> None
             os.dup2(file.fileno(), 2)
         os.environ["STEPDISTILL_CACHE"] = str(cache)
         shards.SHARD, latents._together = 2**10, lambda _shape: 2
-        shards._Part.write = marked(shards._Part.write, "shard", marks)
+        shards._Writer.write = marked(shards._Writer.write, "shard", marks)
         run.encode(stated)
         code = 0
     finally:
@@ -266,8 +266,8 @@ def soak_encode(place: Path, kills: int, draws: random.Random) -> Round:
         done.kills[phases[-1][0] if phases and phases[-1][1] == 0 else "between"] += code == -signal.SIGKILL
         done.missed += code == 0
     code, _ = launch(stated, log, place / "killed", work=encoding)
-    stores = [
-        {path.relative_to(cache): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    stores = [  # folders; what is known of the pipeline lies beside them
+        {path.relative_to(cache): path.read_bytes() for path in cache.glob("*/*")}
         for cache in (place / "whole", place / "killed")
     ]
     names = [name for name in stores[0].keys() | stores[1].keys() if stores[0].get(name) != stores[1].get(name)]

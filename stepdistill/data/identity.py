@@ -3,12 +3,12 @@
 import csv
 import json
 import os
-from collections.abc import Iterator
+import stat
 from pathlib import Path
 
 import fsspec
 
-from stepdistill.data.places import ending, inside, is_pattern, is_url, listing, matching, opened, parent
+from stepdistill.data.places import ending, inside, is_pattern, is_url, listing, matching, parent
 from stepdistill.data.sources import FORMS, dataset_library, form
 from stepdistill.files import digest
 
@@ -29,10 +29,12 @@ def identity(source: str, named: bool = True) -> str:
         places = matching(source)
     else:
         places = [source] if folder is None else [inside(folder, name) for name in listing(folder)]
-    tables = [place for place in places if FORMS.get(ending(place)) in ("jsonl", "csv")] if named else []
-    places += [place for table in tables for place in _named(table)]
     root = folder or parent(source)
-    return digest(sorted(_facts(place, root) for place in dict.fromkeys(places)))
+    facts = dict(_facts(place, root) for place in places)
+    for table in (place for place in places if named and FORMS.get(ending(place)) in ("jsonl", "csv")):
+        if not is_url(table):  # what a URL names is at a URL
+            facts |= _named(table, root)
+    return digest(sorted(facts.items()))
 
 
 def _facts(place: str, root: str) -> tuple[str, str]:
@@ -41,18 +43,29 @@ def _facts(place: str, root: str) -> tuple[str, str]:
         system, path = fsspec.core.url_to_fs(place)
         known = system.info(path)
         return place, repr([(key, known[key]) for key in sorted(known) if key.lower() in ("size", "etag", "mtime")])
-    stated = os.stat(place)
-    return os.path.relpath(place, root), f"{stated.st_size} {stated.st_mtime_ns}"
+    return os.path.relpath(place, root), _stated(os.stat(place))
 
 
-def _named(table: str) -> Iterator[str]:
-    """The files on this machine that a table's values name."""
-    with opened(table) as file:
+def _stated(known: os.stat_result) -> str:
+    return f"{known.st_size} {known.st_mtime_ns}"
+
+
+def _named(table: str, root: str) -> dict[str, str]:
+    """The facts of the files on this machine that a table's values name, of which there may be millions."""
+    folder, found = str(Path(table).parent), {}
+    inner, kind = os.path.relpath(folder, root), ending(table)
+    with open(table, "rb") as file:
         for line in file:
-            for value in _values(line, ending(table)):
-                place = inside(parent(table), value)
-                if not is_url(place) and _is_file(place):
-                    yield place
+            for value in _values(line, kind):
+                place = os.path.normpath(os.path.join(folder, value))
+                try:
+                    known = os.stat(place)
+                except (OSError, ValueError):  # a caption is no name, nor is a URL
+                    continue
+                if value and stat.S_ISREG(known.st_mode):
+                    name = os.path.relpath(place, root) if os.path.isabs(value) else os.path.join(inner, value)
+                    found[os.path.normpath(name)] = _stated(known)
+    return found
 
 
 def _values(line: bytes, kind: str) -> list[str]:
@@ -64,10 +77,3 @@ def _values(line: bytes, kind: str) -> list[str]:
         return next(csv.reader([line.decode("utf-8-sig")], delimiter="\t" if kind == ".tsv" else ","), [])
     except (ValueError, RecursionError, csv.Error):
         return []
-
-
-def _is_file(place: str) -> bool:
-    try:
-        return bool(place) and os.path.isfile(place)
-    except (OSError, ValueError):  # a caption is no name
-        return False

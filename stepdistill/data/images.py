@@ -16,11 +16,12 @@ from stepdistill.data.buckets import UNKNOWN, Bucket, Size, nearest
 from stepdistill.data.clips import Short
 from stepdistill.data.decoding import Medium, decoding
 from stepdistill.data.identity import identity
-from stepdistill.data.lines import Lines
+from stepdistill.data.lines import Lines, lines_of
+from stepdistill.data.places import is_pattern, is_url, matching
 from stepdistill.data.sample import UNREADABLE, Data, Pictures, Sample, Tally
 from stepdistill.data.sources import count, form, samples
 from stepdistill.errors import InputError
-from stepdistill.files import digest, read_json, write_json, write_text
+from stepdistill.files import atomic, digest, read_json, write_json, write_text
 
 T = TypeVar("T")
 
@@ -95,13 +96,16 @@ def stream(
         yield Item(sample.name, cut.image, sample.caption or "", parts, cut.ready)
 
 
-def bucket_numbers(data: Data, sizes: Sequence[Size], cache: Path | None = None) -> list[int]:
+def bucket_numbers(
+    data: Data, sizes: Sequence[Size], cache: Path | None = None, source: str | None = None
+) -> list[int]:
     """Of each of the images of ``data.images`` the number of the size that is nearest in proportions; else UNKNOWN.
 
     Args:
         cache: folder in which the numbers are kept, so that the images are looked at once.
+        source: the identity of ``data.images``, where it is known.
     """
-    source = None if cache is None else identity(data.images or "")
+    source = source or (None if cache is None else identity(data.images or ""))
     name = digest(source, sizes, data.caption_key, data.image_key, data.arguments, data.limit)
     file = cache / f"buckets-{name}.json" if cache is not None else None
     if file is not None and file.is_file():
@@ -187,12 +191,26 @@ def conditions(
     if source in assets.prompt_lists():
         return str(assets.prompts(source)), None
     if source != "captions" and form(source) == "text":
-        return source, None
+        return _text(source, cache), None
     if cache is None or getattr(data, key) == "fashion-mnist":
         return captions(data, key, log), None
     settings = data.caption_key, data.image_key, data.limit, data.max_rejected
     name = digest(identity(getattr(data, key), named=key == "images"), key, settings)
     return _kept(data, key, log, cache / f"prompts-{name}.json", _each_once), None
+
+
+def _text(source: str, cache: Path | None) -> str | list[str]:
+    """A file with a prompt a line; of files at URLs or by a pattern one in the cache, and without a cache a list."""
+    if not is_url(source) and not is_pattern(source):
+        return source
+    places = matching(source) if is_pattern(source) else [source]
+    if cache is None:
+        return list(lines_of(places))
+    file = cache / f"prompts-{digest(identity(source))}.txt"
+    if not file.is_file():
+        with atomic(file) as draft, open(draft, "w", encoding="utf-8", newline="\n") as lines:
+            lines.writelines(f"{line}\n" for line in lines_of(places))
+    return str(file)
 
 
 def _kept(data: Data, key: str, log: bool, file: Path, chosen: Callable[[Iterator[str]], list[str]]) -> str | list[str]:

@@ -1,10 +1,11 @@
 """A file with a prompt a line, read line by line: of a million prompts only their places are in memory."""
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, overload
 
+from stepdistill.data.places import opened
 from stepdistill.errors import InputError
 from stepdistill.files import atomic
 
@@ -74,3 +75,22 @@ class Lines(Sequence[str]):
 
     def __hash__(self) -> int:
         return hash(self.path)
+
+
+def lines_of(places: Iterable[str]) -> Iterator[str]:
+    """The lines of several text files one after the other, as :class:`Lines` has them; also of those at URLs.
+
+    Raises:
+        InputError: one cannot be read, or is not UTF-8.
+    """
+    for place in places:
+        try:
+            with opened(place) as file:
+                for number, line in enumerate(file):
+                    for text in (line.removeprefix(_MARK) if number == 0 else line).decode().splitlines():
+                        if text.strip():
+                            yield text.strip()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{place}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
+        except OSError as error:
+            raise InputError(f"{place}: cannot be read: {' '.join(str(error).split())}") from None

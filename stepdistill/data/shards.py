@@ -8,18 +8,20 @@ Of each name a shard has all rows one behind the other, and NAME.lengths: zeros 
 """
 
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from stepdistill.data.sample import Tally
@@ -28,7 +30,7 @@ from stepdistill.files import atomic, publish, sha256, write_json
 from stepdistill.progress import WorkProgress, say
 
 SHARD = 2**26
-"""Bytes from which on a shard ends; they are in memory until it is written."""
+"""Bytes from which on a shard ends."""
 SCHEMA = 1
 CONSTANTS, INDEX, LENGTHS = "constants.safetensors", "index.json", ".lengths"
 GIB = 2**30
@@ -134,25 +136,25 @@ def fill(folder: Path, key: str, content: Content, share: Share) -> None:
     if not missing:
         return
     # What the others write has to fit as well.
-    _check_space(folder, content, sum(stop - start for start, stop in _gaps(folder, key, 0, content.items)))
+    _check_space(
+        folder, content, sum(stop - start for start, stop in _gaps(folder, key, 0, content.items)), share.count
+    )
     with WorkProgress() as progress:
         forecast = _Forecast(content.what, missing)
         for start, stop in gaps:
-            part = _Part(start)
-            for chunk in content.make(start, stop):
-                part.add(chunk)
-                done += chunk.items
-                progress(f"encoding {content.what}", done, missing)
-                forecast(done)
-                if part.last % content.block == 0 or part.last == stop or part.bytes >= SHARD:
-                    part.write(folder, key, content)
-                    part = _Part(part.last)
-            # A source may have fewer than it says: the hub's have at most data.limit.
-            while part.last < stop:
-                end = min(part.last - part.last % content.block + content.block, stop)
-                part.add(Chunk({}, 0, end - part.last))
-                part.write(folder, key, content)
-                part = _Part(part.last)
+            with _Writer(folder, key, content, start) as shard:
+                for chunk in content.make(start, stop):
+                    shard.add(chunk)
+                    done += chunk.items
+                    progress(f"encoding {content.what}", done, missing)
+                    forecast(done)
+                    if shard.last % content.block == 0 or shard.last == stop or shard.bytes >= SHARD:
+                        shard.write()
+                # A source may have fewer than it says: the hub's have at most data.limit.
+                while shard.last < stop:
+                    end = min(shard.last - shard.last % content.block + content.block, stop)
+                    shard.add(Chunk({}, 0, end - shard.last))
+                    shard.write()
 
 
 def finish(folder: Path, key: str, content: Content) -> None:
@@ -193,12 +195,13 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _check_space(folder: Path, content: Content, missing: int) -> None:
-    """Say how large the store will be, before it is made."""
+def _check_space(folder: Path, content: Content, missing: int, processes: int) -> None:
+    """Say how large the store will be, before it is made; each process has a shard there twice while it writes it."""
     size, free = missing * content.row_bytes, shutil.disk_usage(folder).free
-    if size > free:
+    needed = size + min(size, processes * SHARD)
+    if needed > free:
         raise InputError(
-            f"{folder}: expected {size / GIB:.2f} GiB of free disk for {missing} {content.what}, found "
+            f"{folder}: expected {needed / GIB:.2f} GiB of free disk for {missing} {content.what}, found "
             f"{free / GIB:.2f}; name a larger disk in STEPDISTILL_CACHE, or use fewer"
         )
     if size >= SHARD:
@@ -262,43 +265,81 @@ def _facts_inside(file: Path) -> dict[str, Any]:
     return json.loads(header["__metadata__"]["stepdistill"])
 
 
-class _Part:
-    """A shard in the making, from item ``first`` on."""
+class _Writer(ExitStack):
+    """Writes shards one after the other, from item ``first`` on. What is added goes to unnamed files at once, one for
+    each tensor, and from there into the shard: memory does not grow with the shard."""
 
-    def __init__(self, first: int):
+    def __init__(self, folder: Path, key: str, content: Content, first: int):
+        super().__init__()
+        self.folder, self.key, self.content = folder, key, content
+        self.files: dict[str, BinaryIO] = {}
+        self._begin(first)
+
+    def _begin(self, first: int) -> None:
         self.first, self.last, self.rows, self.bytes = first, first, 0, 0
         self.names: dict[str, dict[str, Any]] = {}
-        self.pieces: dict[str, list[Tensor]] = {}
+        self.tensors: dict[str, Tensor] = {}  # of no rows: dtype and shape of what a file has
+        self.constant, self.alike = set(self.content.constants), dict(self.content.alike)
         self.tally = Tally("", 1.0)
+        for file in self.files.values():
+            file.seek(0)
+            file.truncate()
 
     def add(self, chunk: Chunk) -> None:
         self.last += chunk.items
         self.rows += chunk.count
         if chunk.tally is not None:
             self.tally.add(chunk.tally)
+        pieces: dict[str, Tensor] = {}
         for name, rows in chunk.rows.items():
             _note(self.names, name, rows)
-            for key, piece in _ragged(name, rows).items():
-                self.pieces.setdefault(key, []).append(piece)
-                self.bytes += piece.nbytes
+            pieces |= _ragged(name, rows)
+        self.constant = {name for name in self.constant if _all_are(pieces, name, self.content.constants[name])}
+        self.alike = {a: b for a, b in self.alike.items() if a not in pieces or _same(pieces, a, b)}
+        for name, piece in pieces.items():
+            known = self.tensors.setdefault(name, piece.new_empty(0, *piece.shape[1:]))
+            if (known.dtype, known.shape[1:]) != (piece.dtype, piece.shape[1:]):
+                forms = " and ".join(f"{tuple(one.shape[1:])} {one.dtype}" for one in (known, piece))
+                raise InputError(f"{self.content.what}: expected {name} of one form in all rows, found {forms}")
+            if name not in self.files:
+                self.files[name] = self.enter_context(TemporaryFile(dir=self.folder))  # noqa: SIM115, the stack closes it
+            self.files[name].write(piece.reshape(-1).view(torch.uint8).numpy())
+            self.bytes += piece.nbytes
 
-    def write(self, folder: Path, key: str, content: Content) -> None:
-        """Write the file, and rename it once the disk holds it."""
-        tensors = {name: torch.cat(self.pieces.pop(name)) for name in list(self.pieces)}
-        constant = [name for name, row in content.constants.items() if _all_are(tensors, name, row)]
-        alike = {a: b for a, b in content.alike.items() if a in tensors and a not in constant and _same(tensors, a, b)}
-        for name in (*constant, *alike):
-            tensors.pop(name, None), tensors.pop(name + LENGTHS, None)
-        facts: dict[str, Any] = {"key": key, "items": self.last - self.first, "rows": self.rows, "names": self.names}
-        facts |= {"constant": constant, "alike": alike, "tally": self.tally.facts()}
-        draft = folder / f".{self.first:010d}.{os.getpid()}.partial"
+    def write(self) -> None:
+        """Write the file, rename it once the disk holds it, and begin the next one."""
+        constant = [name for name in self.content.constants if name in self.constant]
+        alike = {a: b for a, b in self.alike.items() if a in self.tensors and a not in constant}
+        left_out = {part for name in (*constant, *alike) for part in (name, name + LENGTHS)}
+        facts: dict[str, Any] = {"key": self.key, "items": self.last - self.first, "rows": self.rows}
+        facts |= {"names": self.names, "constant": constant, "alike": alike, "tally": self.tally.facts()}
+        draft = self.folder / f".{self.first:010d}.{os.getpid()}.partial"
         try:
-            # All under one key: safetensors writes several in no fixed order.
-            save_file(tensors, draft, {"stepdistill": json.dumps(facts, sort_keys=True)})
-            publish(draft, folder / f"{self.first:010d}-{sha256(draft)[:16]}.safetensors")
+            with open(draft, "wb") as file:
+                kept = {name: empty for name, empty in self.tensors.items() if name not in left_out}
+                self._copy(file, kept, json.dumps(facts, sort_keys=True))
+            publish(draft, self.folder / f"{self.first:010d}-{sha256(draft)[:16]}.safetensors")
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
+        self._begin(self.last)
+
+    def _copy(self, file: BinaryIO, kept: Mapping[str, Tensor], facts: str) -> None:
+        """Write the tensors that are ``kept``: a header as safetensors makes it of no rows, and what the files have."""
+        # All facts under one key: safetensors writes several in no fixed order.
+        header, end = json.loads(save(dict(kept), {"stepdistill": facts})[8:]), 0
+        names = [name for name in header if name != "__metadata__"]
+        for name in names:
+            begin, end = end, end + self.files[name].tell()
+            row = kept[name].dtype.itemsize * math.prod(kept[name].shape[1:])
+            rows = (end - begin) // row if row else 0
+            header[name] |= {"shape": [rows, *kept[name].shape[1:]], "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            self.files[name].seek(0)
+            shutil.copyfileobj(self.files[name], file)
 
 
 def _note(names: dict[str, dict[str, Any]], name: str, rows: Tensor) -> None:
@@ -315,9 +356,9 @@ def _longest(a: list[int], b: list[int]) -> list[int]:
 def _ragged(name: str, rows: Tensor) -> dict[str, Tensor]:
     """Rows (n, L, ...) one behind the other without the zeros at their ends (sum of all L_i, ...), and L_i (n,).
 
-    Copies in the host's memory, so that nothing holds on to the chunk; of rank 1 the rows alone.
+    In the host's memory; of rank 1 the rows alone.
     """
-    rows = rows.detach().to("cpu", copy=True).contiguous()
+    rows = rows.detach().cpu().contiguous()
     if rows.ndim == 1:
         return {name: rows}
     count, length = rows.shape[:2]

@@ -1,6 +1,7 @@
 """Captions, with or without their images, from wherever people keep them; one sample at a time, nothing decoded.
 
 folder of images      picture.png with picture.txt or .caption beside it, or in a subfolder named after its class
+file.txt              prompts alone, one a line (:mod:`stepdistill.data.lines`)
 file.jsonl, file.csv  an object or a row a sample; a folder's metadata.jsonl or metadata.csv is read so, too
 folder of shards      webdataset's .tar files, or one of them, read member by member and never unpacked
 Hugging Face dataset  a folder of save_to_disk, .parquet or .arrow files, or hub:OWNER/NAME[:SPLIT], streamed
@@ -41,7 +42,7 @@ Form = Literal["text", "folder", "jsonl", "csv", "shards", "dataset", "hub"]
 
 FORMS: dict[str, Form] = {
     **{".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".tar": "shards", ".tar.gz": "shards"},
-    **{".parquet": "dataset", ".arrow": "dataset"},
+    **{".parquet": "dataset", ".arrow": "dataset", ".txt": "text"},
 }
 """What a file's ending says."""
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -79,7 +80,7 @@ def form(source: str) -> Form | None:
         return _form_of_folder(top) or _form_of_folder(islice(inner, 1000)) or "folder"
     if not Path(source).is_file():
         return None
-    return "text" if Path(source).suffix in ("", ".txt") else FORMS.get(ending(source))
+    return FORMS.get(ending(source) or ".txt")
 
 
 def _form_of_folder(names: Iterable[str]) -> Form | None:

@@ -91,9 +91,12 @@ def blueprint(teacher: Teacher, dtype: torch.dtype) -> Blueprint:
             replace(spec, experts={component: Turn(0.0)}),
             Experts({name: networks[name] for name in experts}),
         )
-    (call,) = calls_of(three.calls, component, [helper.name for helper in helpers])
+    (call,), (other,) = (calls_of(calls, component, [one.name for one in helpers]) for calls in (three.calls, two))
     embedded = any(isinstance(call.arguments.get(name), Tensor) for name in SCALES)
-    rows = spec.conditions(call.arguments, [*names, *helper_conditions])
+    rows, fewer = (spec.conditions(one.arguments, [*names, *helper_conditions]) for one in (call, other))
+    # What grows with the prompt: the longest is not among the two.
+    grows = {name for name, value in rows.items() if value.shape[1:] != fewer[name].shape[1:]}
+    shapes = {name: tuple(value.shape[1:]) for name, value in rows.items()}
     return Blueprint(
         Trace(
             pipeline=pipeline,
@@ -102,7 +105,7 @@ def blueprint(teacher: Teacher, dtype: torch.dtype) -> Blueprint:
             denoiser=Denoiser(network, spec, schedule, kind),
             guidance=Guidance("embedded" if embedded else "none"),
             latent_shape=tuple(three.sample.shape[1:]),
-            conditioning={name: tuple(value.shape[1:]) for name, value in rows.items()},
+            conditioning={name: (None, *shape[1:]) if name in grows else shape for name, shape in shapes.items()},
             self_test_error=0.0,
             arguments=arguments,
             encoders=encoders(three, component, [helper.name for helper in helpers]),

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from stepdistill.data import images
-from stepdistill.data.shards import SHARD
 from stepdistill.data.sources import count as samples_in
 from stepdistill.data.sources import form
 from stepdistill.files import read_text
@@ -44,8 +43,9 @@ class Stored:
         return (0 if self.live else self.conditions * self.row) + self.images * self.latents
 
     def host(self, size: int) -> int:
-        """In the host's memory: a shard twice while it is written, or two batches, the one after being gathered."""
-        return max(2 * min(SHARD + self.at_once * self.row, self.disk), 2 * self.batch(size))
+        """In the host's memory: what is encoded at once, twice, or two batches, the one after being gathered."""
+        encoded = 0 if self.live else min(self.at_once, self.conditions) * self.row
+        return 2 * max(encoded, self.latents if self.images else 0, self.batch(size))
 
     @property
     def chunk(self) -> int:

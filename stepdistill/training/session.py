@@ -226,6 +226,7 @@ def encode_data(
     buckets = recipe.data.buckets != "off"
     real = None if buckets else real_images(recipe, traced, cache, share, verify)
     stated, pictures = entries_of(recipe, traced, real, cache)
+    source = identity(recipe.data.images) if buckets else None
     if recipe.data.encode != "store":
         conditioning = live(traced, stated, stays=recipe.data.encode == "live")
     else:
@@ -233,12 +234,11 @@ def encode_data(
     with share.after_the_first():
         say_what_is_unread(traced, conditioning.entries, conditioning.store and conditioning.store.folder)
         conditioning = own_group(recipe.data, traced, conditioning)
-        probable = sizes_and_shares(recipe, traced, cache=cache)
+        probable = sizes_and_shares(recipe, traced, cache=cache, source=source)
         sizes = sizes_of(recipe, traced, sampler, conditioning, probable, cache, pictures)
     if not buckets:
         return conditioning, [replace(one, real=real) for one in sizes]
-    source = identity(recipe.data.images)
-    numbers = images.bucket_numbers(recipe.data, [size for size, _ in probable], cache)
+    numbers = images.bucket_numbers(recipe.data, [size for size, _ in probable], cache, source)
     log = True  # what cannot be used is the same for each
     for number, one in enumerate(sizes):
         if one.share:

@@ -119,7 +119,7 @@ def _key(recipe: Recipe) -> str:
 
 
 def sizes_and_shares(
-    recipe: Recipe, traced: Trace, counted: bool = True, cache: Path | None = None
+    recipe: Recipe, traced: Trace, counted: bool = True, cache: Path | None = None, source: str | None = None
 ) -> list[tuple[Size, float]]:
     """The sizes of a run, the traced one first, and the probability of each; none where it has the pipeline's own.
 
@@ -128,6 +128,7 @@ def sizes_and_shares(
         counted: the probabilities of buckets are the shares of the images in them; False: the images may be gone, and
             the first and the last bucket stand for all.
         cache: where the bucket of each image is kept.
+        source: the identity of ``data.images``, where it is known.
 
     Raises:
         InputError: no image can be opened.
@@ -139,7 +140,7 @@ def sizes_and_shares(
         sizes = bucket_sizes(picture_size(traced), multiple(traced) or 1)
     if not counted:
         return [(size, 0.5) for size in dict.fromkeys((sizes[0], sizes[-1]))]
-    numbers = images.bucket_numbers(recipe.data, sizes, cache)
+    numbers = images.bucket_numbers(recipe.data, sizes, cache, source)
     counts = [numbers.count(number) for number in range(len(sizes))]
     if not any(counts):
         raise InputError(f"data.images: expected images in {recipe.data.images}, found none")

@@ -77,6 +77,9 @@ def test_each_picture_is_looked_at_once(folder, tmp_path_factory, monkeypatch):
     for number in range(len(SIZES)):
         plain, known = (loaded(folder, 3, 0, Bucket(SIZES, number, None, of)) for of in (None, first))
         assert (plain[0] == known[0]).all() and plain[1] == known[1]
+    listed = images.identity(folder.images)
+    monkeypatch.setattr(images, "identity", None)  # a start that has listed the source does so once
+    assert images.bucket_numbers(folder, SIZES, cache, listed) == first and len(looked) == 4
     read, cut = [], decoding._cut
     monkeypatch.setattr(decoding, "_cut", lambda *given: read.append(given[1]) or cut(*given))
     loaded(folder, 3, 0, Bucket(SIZES, 1, None, first))

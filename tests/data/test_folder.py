@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 from PIL import Image
 
@@ -72,6 +73,18 @@ def test_kohyas_repeats_are_proportions_of_the_pictures(place, capsys):
     assert f"data.images: {folders.REPEATED}: 7 of 7 (4_c, 6_a b)" in capsys.readouterr().err
     assert images.captions(data) == ["c", "a shoe"]
     assert sources.count(data.images, 3) == 3
+
+
+def test_kohyas_folders_may_be_at_a_url(place):
+    data, files = (
+        place({"6_a b/0.png": None, "6_a b/0.caption": "a shoe", "3_c/0.png": None}),
+        fsspec.filesystem("memory"),
+    )
+    files.store.clear()
+    files.put(data.images, "/bucket/kohya", recursive=True)
+    there = Data(images="memory://bucket/kohya")
+    assert loaded(there, 3, 8)[1] == loaded(data, 3, 8)[1] == ["c", "a shoe", "a shoe"]
+    assert sources.count(there.images, None) == 3
 
 
 def test_a_year_is_no_number_of_repeats(place):

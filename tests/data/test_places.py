@@ -9,6 +9,7 @@ import pytest
 from data.loaded import loaded
 from data.made import CAPTIONS, COLOURS, folder, png, shard
 from stepdistill.data import images, places
+from stepdistill.data.lines import Lines
 from stepdistill.data.sources import count, form
 from stepdistill.errors import InputError
 from stepdistill.recipe import Data, load
@@ -68,6 +69,31 @@ def test_every_source_can_be_at_a_url(source, memory):
 def test_a_table_at_a_url(memory, tmp_path):
     memory.put(str(Path(table(tmp_path / "", "csv")).parent), "/bucket/rows", recursive=True)
     assert loaded(Data(images="memory://bucket/rows/rows.csv"), 3, 4)[1] == CAPTIONS
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.txt", ["rain", "snow"]), ("*.txt", ["rain", "snow", "a red shoe"]), ("b.txt", ["a red shoe"])],
+)
+@pytest.mark.parametrize("remote", [False, True])
+def test_prompts_may_be_at_a_url_or_in_several_files(name, expected, remote, memory, tmp_path, monkeypatch):
+    """They are read once, into the cache."""
+    for file, content in {"a.txt": b"\xef\xbb\xbfrain\r\n\n  snow  \n", "b.txt": b"a red shoe"}.items():
+        memory.pipe(f"/bucket/{file}", content)
+        (tmp_path / file).write_bytes(content)
+    data = load("quickstart", [f"data.conditions={'memory://bucket' if remote else tmp_path}/{name}"]).data
+    found, listed = images.conditions(data, cache=tmp_path / "cache"), images.conditions(data)
+    assert list(Lines(Path(found[0]))) == expected and listed in (found, (expected, None))
+    monkeypatch.setattr(images, "lines_of", None)
+    assert images.conditions(data, cache=tmp_path / "cache") == found
+
+
+def test_prompts_that_are_no_text_are_named(memory):
+    memory.pipe("/bucket/a.txt", b"\xff\xfe")
+    with pytest.raises(InputError, match=r"memory://bucket/a\.txt: expected UTF-8 text, found byte 0xff"):
+        images.conditions(Data(conditions="memory://bucket/a.txt"))
+    with pytest.raises(InputError, match=r"memory://bucket/none\.txt: cannot be read"):
+        images.conditions(Data(conditions="memory://bucket/none.txt"))
 
 
 def test_pictures_may_be_at_urls_themselves(memory, tmp_path, monkeypatch, capsys):

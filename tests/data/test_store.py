@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,12 +211,51 @@ def test_a_full_disk_is_found_before(tmp_path, monkeypatch):
         shards.fill(tmp_path / "e", "key", content(), shards.Share(0, 2))
 
 
+def test_a_shard_needs_its_place_twice(tmp_path, monkeypatch):
+    """Of 23 rows of 20 bytes there is a shard of up to 200 in each process beside the store."""
+    usage = SimpleNamespace()
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: usage)
+    for processes, needed in ((1, 660), (2, 860), (4, 920)):
+        usage.free = needed - 1
+        with pytest.raises(shards.InputError, match="of free disk for 23 rows"):
+            shards.fill(tmp_path, "key", content(), shards.Share(processes - 1, processes))
+    usage.free = 660
+    assert len(ensure(tmp_path, "key", content)) == 22
+
+
 def test_the_time_is_estimated_once_before_most_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shards, "MEASURED", 0.0)
     made = []
     ensure(tmp_path / "f", "key", lambda: replace(content(made), items=5))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "take about" in line]
     assert line.startswith("5 rows take about 0:00:0")
+
+
+def test_memory_does_not_grow_with_the_shard(tmp_path):
+    """The most that a process has resident, before and after it writes a shard of 64 MiB in chunks of 1."""
+    script = f"""
+        import resource, torch
+        from pathlib import Path
+        from stepdistill.data.shards import SHARD, Chunk, Content
+        from stepdistill.data.store import ensure
+        def make(first, last):
+            for start in range(first, last, 32):
+                yield Chunk({{"text": torch.rand(32, 128, 64)}}, 32, 32)
+        def peak(name, items):
+            kept = ensure(Path({str(tmp_path)!r}) / name, name, lambda: Content("rows", items, 32, 2**15, make))
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, kept.bytes
+        (few, _), (many, size) = peak("few", 64), peak("many", 2048)
+        assert size >= SHARD
+        print(many - few)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, check=True)
+    assert int(done.stdout) < 16 * 1024
+
+
+def test_rows_of_two_forms_are_refused(tmp_path):
+    chunks = [Chunk({"text": torch.ones(1, 2, width)}, 1, 1) for width in (3, 4)]
+    with pytest.raises(shards.InputError, match=r"text of one form.*\(3,\) torch.float32 and \(4,\)"):
+        ensure(tmp_path, "key", lambda: Content("rows", 2, 1, 12, lambda *_: iter(chunks)))
 
 
 def test_the_pages_of_a_store_do_not_stay(tmp_path):

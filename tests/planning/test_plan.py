@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline import zoo
 from pipeline.tiny import CLASSES, redraw, tiny_flux, tiny_sd, tiny_vae
 from stepdistill import assets, cli
-from stepdistill.data.shards import SHARD
 from stepdistill.errors import InputError
 from stepdistill.pipeline.components import modules
+from stepdistill.pipeline.conditioning import together
 from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.pipeline.load import load_pipeline
 from stepdistill.pipeline.trace import trace
@@ -138,7 +138,7 @@ def test_encoders_count_only_while_they_work(tmp_path):
 
 
 def test_many_prompts_are_the_disks_matter(tmp_path):
-    """Conditions are in a store: the host has a shard at a time, the device a chunk or batch."""
+    """Conditions are in a store: host and device have a chunk or a batch at a time."""
     save_pipeline(tiny_sd(), tmp_path / "sd")
     recipe, row = recipe_of(tmp_path / "sd", "lora", "sfd", batch_size=2), 40 * 16 * 4
     for count in (64, 100_000):
@@ -148,8 +148,29 @@ def test_many_prompts_are_the_disks_matter(tmp_path):
     )
     assert (few.peak, few.encoding) == (many.peak, many.encoding)
     assert (few.stored, many.stored) == (64 * row, 100_000 * row)
-    assert few.host == 2 * few.stored and many.host == 2 * (SHARD + 32 * row)
-    assert "0.238 GiB on disk, 0.125 GiB in the host's memory" in plan.as_text(many, [], None)
+    assert few.host == many.host == 2 * 32 * row
+    assert "0.238 GiB on disk, 0.000 GiB in the host's memory" in plan.as_text(many, [], None)
+
+
+def test_conditions_with_lengths_of_their_own_are_encoded_by_eight(tmp_path, monkeypatch):
+    """The plan counts as many at once as the run encodes: each is padded to the longest beside it."""
+    pipeline, arguments = zoo.ZOO["pixart-sigma"].build(), zoo.ZOO["pixart-sigma"].arguments
+    tokenize = type(pipeline.tokenizer).__call__
+
+    def to_the_longest(self, *texts, **given):
+        return tokenize(self, *texts, **given | ({"padding": "longest"} if given.get("max_length") == 300 else {}))
+
+    save_pipeline(pipeline, tmp_path / "teacher")
+    recipe = recipe_of(tmp_path / "teacher", "lora", "sfd", batch_size=2)
+    recipe["teacher"]["arguments"] = arguments
+    for grows in (False, True):
+        if grows:
+            monkeypatch.setattr(type(pipeline.tokenizer), "__call__", to_the_longest)
+        drawn = blueprint(load(recipe).teacher, torch.float32)
+        assert together(drawn.trace) == together(trace(pipeline, arguments)) == (8 if grows else 32)
+        row = sum(rows.nbytes for rows in drawn.condition.values())
+        one, many = (plan.plan(recipe | {"data": {"conditions": ["rain"] * count}}).encoding for count in (1, 40))
+        assert many - one == 2 * 2 * (together(drawn.trace) - 1) * row
 
 
 def test_a_quantized_backbone_is_smaller(teacher):

@@ -1,4 +1,4 @@
-"""A short round of scripts/soak.py: one run, killed where it hurts, ends as one that was left in peace."""
+"""Short rounds of scripts/soak.py: what is killed where it hurts ends as what was left in peace."""
 
 import os
 import re
@@ -22,3 +22,12 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path):
     assert done.returncode == 0, (done.stdout, done.stderr, logs)
     assert re.search(r"^1 runs, 2 kills \(.*\), 0 runs with a problem", done.stdout, re.MULTILINE)
     assert "sfd fp32" in done.stdout and "the same to the bit" in done.stdout
+
+
+@pytest.mark.slow  # tests/data/test_store.py kills what writes a store
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
+def test_a_killed_encode_fills_the_same_store(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "soak.py"), "--encode", "--kills", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert re.fullmatch(r"encode: .*\b0 missed: the same bytes\n", done.stdout)

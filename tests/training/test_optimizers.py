@@ -171,7 +171,8 @@ def test_a_wrong_argument_is_found_before_anything_is_loaded(keys: dict, message
 
 
 @pytest.mark.parametrize(
-    ("name", "install"), [("prodigy", "prodigyopt"), ("lion", "lion-pytorch"), ("muon", "torch>=")]
+    ("name", "install"),
+    [("prodigy", "prodigyopt"), ("schedulefree", "schedulefree"), ("lion", "lion-pytorch"), ("muon", "torch>=")],
 )
 def test_a_missing_package_is_one_line(name: str, install: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, PACKAGES.get(name, "-"), None)
