@@ -4,8 +4,8 @@
 
 The pipelines are the tiny random ones of diffusers' own tests (sweep.py says how to get these), called without height,
 width and frames. HunyuanVideo has the published patches of two pixels, with the test's of one its network would see
-four times as many tokens; Wan's knows as many places as the published one. A guided step of the pipeline itself is timed
-beside it. Each is a process of its own.
+four times as many tokens; Wan's knows as many places as the published one. A guided step of the pipeline itself is
+timed beside it. Each is a process of its own.
 """
 
 import argparse
