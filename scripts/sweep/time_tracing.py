@@ -3,9 +3,9 @@
     python scripts/sweep/time_tracing.py --tests diffusers --json assets/benchmarks/tracing.json
 
 The pipelines are the tiny random ones of diffusers' own tests (sweep.py says how to get these), called without height,
-width and frames. HunyuanVideo has the published patches of two pixels, with the test's of one its network would see
-four times as many tokens; Wan's knows as many places as the published one. A guided step of the pipeline itself is
-timed beside it. Each is a process of its own.
+width and frames. What says how many tokens their networks see is set as the published ones have it: with the tests'
+settings there are up to a hundred times as many. A guided step of the pipeline itself is timed beside it. Each is a
+process of its own.
 """
 
 import argparse
@@ -31,8 +31,12 @@ CASES = {
     "WanPipelineTesterConfig": "480 x 832, 81 frames",
     "HunyuanVideoPipelineFastTests": "720 x 1280, 129 frames",
 }
-PUBLISHED = {"WanPipelineTesterConfig": {"rope_max_seq_len": 1024}, "HunyuanVideoPipelineFastTests": {"patch_size": 2}}
-"""Settings of the network that the real one has, and with which it takes the size."""
+PUBLISHED = {
+    "LTXPipelineFastTests": {"vae": {"patch_size": 4, "spatio_temporal_scaling": (True, True, True, False)}},
+    "WanPipelineTesterConfig": {"transformer": {"rope_max_seq_len": 1024}},
+    "HunyuanVideoPipelineFastTests": {"transformer": {"patch_size": 2}},
+}
+"""Settings of the published parts with which their networks see as many tokens as the real ones."""
 SIZES = ("height", "width", "num_frames")
 LIMIT = 1800
 """Seconds for one."""
@@ -44,10 +48,12 @@ def timed(module: str, name: str, place: Path) -> dict[str, Any]:
     case = sweep.Case(module, name, diffusers_tests.instance(module, name), place)
     torch.manual_seed(0)
     pipeline = sweep.build(case.test, fresh=True)
-    if name in PUBLISHED:
-        config = {**pipeline.transformer.config, **PUBLISHED[name]}
-        pipeline.transformer = type(pipeline.transformer).from_config(config).eval()
-        sweep.redraw(pipeline.transformer, 5)
+    for part, settings in PUBLISHED[name].items():
+        own = getattr(pipeline, part)
+        made = type(own).from_config({**own.config, **settings}).eval()
+        sweep.redraw(made, 5)
+        pipeline = type(pipeline)(**pipeline.components | {part: made})
+    pipeline.set_progress_bar_config(disable=True)
     arguments = {key: value for key, value in sweep.arguments_of(case).items() if key not in SIZES}
     row: dict[str, Any] = {"pipeline": type(pipeline).__name__, "size": CASES[name]}
     for what, work in (
