@@ -100,4 +100,4 @@ def _replays(
                 prediction = denoiser(x_t, t, denoiser.spec.conditions(step.calls[0].arguments, conditions))
             raw = prediction.raw.to(step.model_output.dtype)
             copies = len(step.sample) // n
-            yield step.replay(torch.cat([raw] * copies)), step.previous
+            yield step.replay(torch.cat([raw] * copies)), step.previous  # ty: ignore[invalid-yield], recorded ones have it
