@@ -37,6 +37,7 @@ from stepdistill.cli_facts import (
     watch,
 )
 from stepdistill.errors import InputError, RunError
+from stepdistill.pipeline.names import check_name
 from stepdistill.progress import WorkProgress, phase
 from stepdistill.recipe import load
 from stepdistill.training.layout import RunFolder
@@ -133,18 +134,16 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a run's student as a stock diffusers pipeline or LoRA, checked against the training-time sampler."""
-    if keys not in (None, "diffusers", "kohya"):
-        raise InputError(f"--keys: expected diffusers or kohya, found '{keys}'")
-    if dtype not in (None, "fp32", "fp16", "bf16"):
-        raise InputError(f"--dtype: expected fp32, fp16 or bf16, found '{dtype}'")
-    if to not in (None, "diffusers", "comfyui"):
-        raise InputError(f"--to: expected diffusers or comfyui, found '{to}'")
-    if check not in (None, "cpu", "device", "off"):
-        raise InputError(f"--check: expected cpu, device or off, found '{check}'")
+    choices = {"keys": (keys, "diffusers or kohya"), "dtype": (dtype, "fp32, fp16 or bf16")}
+    choices |= {"to": (to, "diffusers or comfyui"), "check": (check, "cpu, device or off")}
+    for option, (value, known) in choices.items():
+        if value is not None and value not in known.replace(" or ", ", ").split(", "):
+            raise InputError(f"--{option}: expected {known}, found '{value}'")
     if hub is not None:
-        from stepdistill.exporting.hub import check_name, push
+        from stepdistill.exporting.hub import check_name as check_repository
+        from stepdistill.exporting.hub import push
 
-        check_name(hub)
+        check_repository(hub)
     RunFolder(run).check()
     phase(f"loading {run}")
     result = stepdistill.export(run, out, fuse, keys, half, safe, dtype, to, check)
@@ -259,7 +258,7 @@ def sample(
     opening(path)
     result = stepdistill.sample(path, steps=steps, guidance=guidance, seed=seed, count=count, out=out, **settings)
     facts = {"grid": str(result.path), "images": len(result.images), "seconds": round(result.seconds, 3)}
-    facts |= {"files": ", ".join(map(str, result.files))} if result.files else {}
+    facts |= {"files": [str(file) for file in result.files]} if result.files else {}
     facts["nfe"] = round(result.nfe, 2)
     print_facts(facts, as_json)
 
@@ -340,7 +339,8 @@ def bench(
         return
     counts = numbers("--steps", steps)
     for source in sources:
-        opening(source)
+        check_name(source)
+    phase(f"loading {', '.join(sources)}")
     with WorkProgress() as progress:
         report = stepdistill.bench(
             sources,

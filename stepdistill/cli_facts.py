@@ -315,6 +315,7 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
     for name, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {part}" for key, part in value.items())
+        value = ", ".join(value) if isinstance(value, list) else value
         print(f"{name:{width}}  {'-' if value is None else value}")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
 
@@ -105,21 +106,24 @@ def _raise(error: BaseException) -> None:
 
 
 def _cut(content: bytes, row: int, medium: Medium, bucket: Bucket) -> Cut | None:
-    if content[8:9] == b"{":  # safetensors: the length of its header in eight bytes, then JSON
+    # A safetensors file: the length of its header in eight bytes, then JSON.
+    if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < len(content):
         return Cut(_ready(content), ready=True)
     if medium.name == "sound":
         channels, length = medium.shape
         return Cut(clips.sound(content, channels, length, int(medium.rate or 0), bucket.moment(row)))
+
+    def scaled(image: Image.Image) -> Tensor:
+        return picture.scaled(bucket.cut(image, row), medium.shape[-3], *bucket.size)
+
     if medium.name == "video":
-        images, notes = clips.frames(content, medium.shape[0], medium.rate, bucket.moment(row)), []
-    else:
-        image, notes = picture.read(io.BytesIO(content), "L" if medium.shape[0] == 1 else "RGB")
-        images = [image]
-    whole = images[0].size
-    if not bucket.holds(row, whole):
-        return None
-    cut = [picture.scaled(bucket.cut(one, row), medium.shape[-3], *bucket.size) for one in images]
-    return Cut(torch.stack(cut) if medium.name == "video" else cut[0], whole, notes)
+        whole = clips.size(content)
+        if not bucket.holds(row, whole):
+            return None
+        cut = clips.frames(content, medium.shape[0], medium.rate, bucket.moment(row), scaled)
+        return Cut(torch.stack(cut), whole)
+    image, notes = picture.read(io.BytesIO(content), "L" if medium.shape[0] == 1 else "RGB")
+    return Cut(scaled(image), image.size, notes) if bucket.holds(row, image.size) else None
 
 
 def _ready(content: bytes) -> Tensor:

@@ -3,6 +3,7 @@
 import mimetypes
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from math import gcd
 from pathlib import PurePosixPath as Name
@@ -35,11 +36,14 @@ def pictures(folder: str, caption_key: str | None, image_key: str | None = None)
 
     Args:
         caption_key: a further ending of caption files, or the key of a .json; None: the usual ones.
-        image_key: the ending of the samples' files, such as mp4; None: see above.
+        image_key: the ending of the videos, sounds or latents, such as mp4; None: see above.
     """
     names = [Name(name) for name in listing(folder)]
     shown = _shown(names, image_key)
     samples = list(_once(folder, names, shown, caption_key))
+    if samples and (others := sorted({name for name in names if is_sample(name)} - {*shown})):
+        note = f"files of other kinds are left out (data.image_key: {others[0].suffix[1:]} takes those)"
+        samples[0] = replace(samples[0], notes={**samples[0].notes, note: others[0].name})
     times = _times(shown)
     for again in range(max(times, default=0)):
         yield from (sample for sample, number in zip(samples, times, strict=True) if number > again)
@@ -56,9 +60,10 @@ def is_sample(name: Name) -> bool:
 
 
 def _shown(names: Sequence[Name], image_key: str | None) -> list[Name]:
-    """The files that are samples: those with the ending ``image_key``, else those of one kind."""
-    if image_key is not None:
-        return [name for name in names if name.suffix.lower() == f".{image_key.lower()}"]
+    """The files that are samples: videos, sounds or latents with the ending ``image_key``, else those of one kind."""
+    ending = f".{(image_key or '').lower().removeprefix('.')}"
+    if any(ending in kind for kind in KINDS[1:]) and (chosen := [n for n in names if n.suffix.lower() == ending]):
+        return chosen
     kinds = ([name for name in names if name.suffix.lower() in kind] for kind in KINDS[1:])
     return next(filter(None, ([name for name in names if is_picture(name)], *kinds)), [])
 

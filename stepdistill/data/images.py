@@ -80,6 +80,8 @@ def stream(
             continue
         try:
             cut = waiting()
+        except InputError:  # a package is missing, which is no fault of the file
+            raise
         except Short as error:
             tally.reject(sample, str(error))
             yield None
@@ -112,14 +114,21 @@ def bucket_numbers(
         return read_json(file)["numbers"]
     numbers = []
     for sample, own, *_ in _usable(data, _alone(data, "images"), Tally("data.images", 1.0)):
-        number = UNKNOWN
-        with suppress(*UNREADABLE):  # which stream() counts
-            if own is not None and sample.image is not None:
-                number = nearest(*_upright_size(sample.image), sizes)
-        numbers.append(number)
+        usable = own is not None and sample.image is not None
+        numbers.append(nearest_to(sample.image, sizes) if usable else UNKNOWN)
     if file is not None:
         write_json(file, {"numbers": numbers})
     return numbers
+
+
+def nearest_to(image: Callable[[], BinaryIO], sizes: Sequence[Size]) -> int:
+    """The number of the size that is nearest in proportions to a picture or video; UNKNOWN where it is unreadable."""
+    try:
+        return nearest(*_upright_size(image), sizes)
+    except InputError:
+        raise
+    except UNREADABLE:  # which stream() counts
+        return UNKNOWN
 
 
 def _upright_size(image: Callable[[], BinaryIO]) -> tuple[int, int]:

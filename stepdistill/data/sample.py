@@ -26,20 +26,7 @@ KINDS = (SUFFIXES, VIDEOS, SOUNDS, {READY})
 CAPTION_KEYS = ("caption", "text", "prompt")
 # What opening and decoding a picture raises.
 UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
-IMAGE_KEYS = (
-    "image",
-    "file_name",
-    "image_path",
-    "path",
-    "jpg",
-    "png",
-    "webp",
-    "video",
-    "audio",
-    "mp4",
-    "wav",
-    "latents",
-)
+IMAGE_KEYS = ("image", "video", "audio", "file_name", "image_path", "mp4", "wav", "path", "jpg", "png", "webp")
 # Rejections are held against the limit from this many samples on, so that a wrong key stops a long read early.
 FIRST_LOOK = 100
 # Examples in a line.

@@ -72,7 +72,9 @@ def form(source: str) -> Form | None:
             raise InputError(f"{source}: expected files of one kind, {', '.join(FORMS)}, found several")
         return kinds.pop() if kinds else None
     if is_url(source):
-        return FORMS.get(ending(source)) or _form_of_folder(listing(source))
+        names = [] if ending(source) in FORMS else listing(source)
+        sampled = any(folders.is_sample(PurePosixPath(name)) for name in names)
+        return FORMS.get(ending(source)) or _form_of_folder(names) or ("folder" if sampled else None)
     if Path(source).is_dir():
         top = [path.name for path in Path(source).iterdir() if path.is_file()]
         # A clone of a dataset keeps its files further down; the first that is known says what they are.
@@ -91,7 +93,7 @@ def _form_of_folder(names: Iterable[str]) -> Form | None:
         return "dataset"
     if table := next((name for name in TABLES if name in top), None):
         return FORMS[ending(table)]
-    pictured = any(folders.is_sample(PurePosixPath(name)) for name in names)
+    pictured = any(folders.is_picture(PurePosixPath(name)) for name in names)
     for held in (top, [] if pictured else names):
         kinds = {FORMS.get(ending(name)) for name in held}
         if found := next((kind for kind in ("shards", "dataset") if kind in kinds), None):
@@ -265,7 +267,8 @@ def _refused(member: tarfile.TarInfo) -> str:
         return "refused: no plain file but a link or device"
     if path.is_absolute() or ".." in path.parts:
         return "refused: a name that leads out of the archive"
-    return "refused: larger than 256 MiB" if member.size > LARGEST else ""
+    whole = any(path.suffix.lower() in kind for kind in KINDS[1:])  # videos, sounds and latents
+    return "refused: larger than 256 MiB" if member.size > LARGEST and not whole else ""
 
 
 def _rows(source: str, caption_key: str | None, image_key: str | None) -> Iterator[Sample]:

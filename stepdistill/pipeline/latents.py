@@ -18,7 +18,7 @@ from stepdistill.data.decoding import NAMES, Medium
 from stepdistill.data.host_rows import HostRows
 from stepdistill.data.identity import identity
 from stepdistill.data.images import Item, close_tally, image_count, stream
-from stepdistill.data.sample import READY, Data, Tally
+from stepdistill.data.sample import READY, Data, Sample, Tally
 from stepdistill.data.shards import Chunk, Content, Share
 from stepdistill.data.store import Store, ensure
 from stepdistill.errors import InputError
@@ -67,11 +67,14 @@ def sampling_rate(pipeline: Any) -> int:
     Raises:
         InputError: none does.
     """
-    parts = [pipeline, *(part for part in pipeline.components.values() if part is not None)]
-    for part in (*parts, *(part.config for part in parts if hasattr(part, "config"))):
-        for name in ("sampling_rate", "sample_rate"):
-            if isinstance(rate := getattr(part, name, None), int):
-                return rate
+    # The part that is last comes first; feature extractors state the rate of what a network listens to.
+    chosen = dict.fromkeys(("vocoder", "vae", *pipeline.components))
+    parts = [getattr(pipeline, name, None) for name in chosen if name != "feature_extractor"]
+    for part in (*parts, pipeline):
+        for place in (part, getattr(part, "config", None)):
+            for name in ("sampling_rate", "sample_rate"):
+                if isinstance(rate := getattr(place, name, None), int):
+                    return rate
     raise InputError(f"{type(pipeline).__name__}: expected a part that states the sampling_rate of its sounds")
 
 
@@ -117,6 +120,8 @@ def store_images(
         temporary = TemporaryDirectory(prefix="stepdistill-", ignore_cleanup_errors=True)
         cache = Path(temporary.name)
     made = medium(trace, data.frame_rate)
+    if data.frame_rate is not None and made.name != "video":
+        raise InputError(f"data.frame_rate: expected null for a pipeline of {made.name}s, found {data.frame_rate:g}")
     settings = {name: str(value) for name, value in vae.config.items() if name[0] != "_"}  # wherever it was loaded from
     network = type(trace.pipeline).__name__, settings, dict(vae.named_parameters())
     source = bucket and bucket.source
@@ -146,16 +151,37 @@ def _content(trace: Trace, data: Data, kind: Medium, bucket: Bucket | None) -> C
         with _encoding(trace) as encoded:
             while chunk := list(islice(items, together)):
                 usable = [item for item in chunk if item is not None]
-                found = [item.image for item in usable if not item.ready]
-                made = iter(encoded(torch.stack(found)) if found else ())
-                latents = [_laid_out(own(), i.image[None], trace, i.name)[0] if i.ready else next(made) for i in usable]
-                rows = _rows(torch.stack(latents), usable) if usable else {}
+                usable = [item for item in usable if not item.ready or _fits(own(), item, part)]
+                rows = _rows(_latents(encoded, own, usable, trace), usable) if usable else {}
                 yield Chunk(rows, len(usable), len(chunk), part.facts())
                 every.add(part.facts())
                 part.clear()
 
     row = 4 * torch.Size(trace.latent_shape).numel()
     return Content("images", image_count(data), together, row, make)
+
+
+def _latents(
+    encoded: Callable[[Tensor], Tensor], own: Callable[[], Layout], items: Sequence[Item], trace: Trace
+) -> Tensor:
+    """Of each item the latents (B, ...): encoded together, or those that were made ahead."""
+    found = [item.image for item in items if not item.ready]
+    made = iter(encoded(torch.stack(found)) if found else ())
+    return torch.stack(
+        [
+            _laid_out(own(), item.image.reshape(1, *own().shape), trace, item.name)[0] if item.ready else next(made)
+            for item in items
+        ]
+    )
+
+
+def _fits(own: Layout, item: Item, tally: Tally) -> bool:
+    """Whether latents that were made ahead have the shape of the autoencoder's, alone or as a batch of one."""
+    alone = item.image.reshape(item.image.shape[-len(own.shape) :]) if item.image.shape[:1] == (1,) else item.image
+    if alone.shape == own.shape:
+        return True
+    tally.reject(Sample(item.name), f"latents of another shape: {tuple(item.image.shape)}, expected {own.shape}")
+    return False
 
 
 def _rows(latents: Tensor, items: list[Item]) -> dict[str, Tensor]:

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepdistill.errors import InputError
 from stepdistill.pipeline.decode import as_pictures, played
 from stepdistill.pipeline.latents import sampling_rate
 from stepdistill.pipeline.trace import Trace
+from stepdistill.progress import say
 from stepdistill.sampling.image_grid import image_grid
 
 WHOLE = 4
@@ -50,9 +52,14 @@ def write_whole(path: Path, samples: Sequence[Tensor], trace: Trace) -> list[Pat
         files = [path.with_name(f"{path.name}.webp")]
         write_animation(files[0], torch.stack([*samples]))
         return files
+    try:
+        rate = sampling_rate(trace.pipeline)
+    except InputError as error:
+        say(f"no .wav files: {error}")
+        return []
     files = [path.with_name(f"{path.name}_{number}.wav") for number in range(len(samples))]
     for file, sound in zip(files, samples, strict=True):
-        write_wav(file, sound, sampling_rate(trace.pipeline))
+        write_wav(file, sound, rate)
     return files
 
 

@@ -176,7 +176,7 @@ def sample(
         out.parent.mkdir(parents=True, exist_ok=True)
         columns = len(conditioning) if 1 < len(conditioning) <= 16 else round(count**0.5)
         image_grid(images, columns).save(out, format="PNG")
-        files = write_whole(out.with_suffix(""), whole, traced)
+        files = write_whole(out.with_name(f"{out.stem}_whole"), whole, traced)
     return SampleResult(images, tuple(conditioning.labels[i] for i in index.tolist()), out, seconds, nfe, tuple(files))
 
 

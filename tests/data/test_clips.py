@@ -15,7 +15,8 @@ from stepdistill.data.buckets import Bucket
 from stepdistill.data.decoding import Medium
 from stepdistill.data.images import bucket_numbers, stream
 from stepdistill.data.sample import Tally
-from stepdistill.data.sources import count, samples
+from stepdistill.data.sources import count, form, samples
+from stepdistill.errors import InputError
 from stepdistill.recipe.schema import Data
 
 RATE = 10
@@ -26,11 +27,20 @@ def grey(number: int) -> int:
     return 12 * number
 
 
-def video(count: int, width: int = 32, height: int = 16, rate: int = RATE) -> bytes:
-    """An .mp4 whose frames show their numbers as their greys."""
+def video(
+    count: int,
+    width: int = 32,
+    height: int = 16,
+    rate: int = RATE,
+    form: str = "mp4",
+    codec: str = "mpeg4",
+    **options: str,
+) -> bytes:
+    """A video whose frames show their numbers as their greys."""
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
+    with av.open(file, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=RATE, options=options)
+        stream.bit_rate = 4_000_000
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), grey(number), np.uint8), format="rgb24")
@@ -43,6 +53,13 @@ def gif(count: int, milliseconds: int = 100) -> bytes:
     file = io.BytesIO()
     shown = [Image.new("L", (32, 16), grey(number)) for number in range(count)]
     shown[0].save(file, "GIF", save_all=True, append_images=shown[1:], duration=milliseconds)
+    return file.getvalue()
+
+
+def webp(count: int, milliseconds: int = 100) -> bytes:
+    file = io.BytesIO()
+    shown = [Image.new("RGB", (32, 16), (grey(number),) * 3) for number in range(count)]
+    shown[0].save(file, "WEBP", save_all=True, append_images=shown[1:], duration=milliseconds, lossless=True)
     return file.getvalue()
 
 
@@ -63,7 +80,7 @@ def numbers(frames: list[Image.Image]) -> list[int]:
     return [round(np.asarray(frame.convert("L")).mean() / 12) for frame in frames]
 
 
-@pytest.mark.parametrize("made", [video, gif])
+@pytest.mark.parametrize("made", [video, gif, webp])
 @pytest.mark.parametrize(
     ("rate", "place", "expected"),
     [
@@ -78,6 +95,77 @@ def numbers(frames: list[Image.Image]) -> list[int]:
 def test_frames_at_the_file_s_rate_and_at_another(made, rate, place, expected):
     chosen = clips.frames(made(20), 5, rate, place)
     assert numbers(chosen) == expected and {one.mode for one in chosen} == {"RGB"}
+
+
+B_FRAMES = {"bf": "2", "g": "12"}
+FILES = [
+    ("mp4", "mpeg4", B_FRAMES),
+    ("avi", "mpeg4", B_FRAMES),
+    ("matroska", "mpeg4", B_FRAMES),
+    ("mov", "libx264", {"g": "8", "x264-params": "open-gop=1:bframes=3"}),
+    ("avi", "libx264", {"g": "8"}),
+    ("mp4", "libx265", {"x265-params": "keyint=8:open-gop=1:log-level=none"}),
+    ("webm", "libvpx-vp9", {}),
+]
+
+
+@pytest.mark.parametrize("far", [0.0, 20.0])
+@pytest.mark.parametrize(("form", "codec", "options"), FILES)
+def test_frames_of_containers_that_store_them_in_another_order(form, codec, options, far, monkeypatch):
+    """Also after a jump, of which some end behind the frame."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"PyAV without {codec}")
+    monkeypatch.setattr(clips, "FAR", far)
+    content = video(20, 64, 64, form=form, codec=codec, **options)
+    for place, first in ((0.0, 0), (0.3, 4), (0.5, 7), (0.8, 12), (1.0, 15)):
+        assert numbers(clips.frames(content, 5, None, place)) == list(range(first, first + 5))
+    assert clips.size(content) == (64, 64)
+
+
+def test_the_speed_of_an_animated_picture_counts():
+    for made in (gif, webp):
+        assert numbers(clips.frames(made(20, 40), 5, 25.0, 0.0)) == [0, 1, 2, 3, 4]
+        assert numbers(clips.frames(made(20, 40), 5, 12.5, 0.0)) == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("form", "codec"), [("flac", "flac"), ("ogg", "libopus"), ("mp3", "libmp3lame"), ("mp4", "aac")]
+)
+def test_sounds_of_other_kinds(form, codec):
+    if codec not in av.codecs_available:
+        pytest.skip(f"PyAV without {codec}")
+    file, tone = io.BytesIO(), np.sin(np.arange(16000) * 2 * np.pi * 440 / 8000).astype(np.float32)
+    with av.open(file, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=8000, layout="mono")
+        made = av.AudioResampler(format=stream.format, layout="mono", rate=8000)
+        frame = av.AudioFrame.from_ndarray((tone[None] * 16000).astype(np.int16), format="s16", layout="mono")
+        frame.rate = 8000
+        for one in (*made.resample(frame), *made.resample(None)):
+            container.mux(stream.encode(one))
+        container.mux(stream.encode())
+    part = clips.sound(file.getvalue(), 1, 4000, 8000)
+    spectrum = torch.fft.rfft(part[0]).abs()
+    assert part.shape == (1, 4000) and abs(int(spectrum.argmax()) - 220) <= 1  # 440 Hz in half a second
+    assert 0.4 < part.abs().max() < 0.6
+
+
+def test_a_missing_package_is_not_the_files_fault(tmp_path, monkeypatch):
+    data = folder_of(tmp_path, a_mp4=video(3))
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(InputError, match=r"need the package av"):
+        list(stream(data, Medium((3, 3, 16, 16)), Tally("data.images", 1.0)))
+    with pytest.raises(InputError, match=r"need the package av"):
+        bucket_numbers(data, ((16, 16), (16, 32)))
+
+
+def test_a_picture_is_never_taken_for_latents(tmp_path):
+    """The ninth byte of a GIF is its height's first: that of 123 lines is the one that a safetensors file has there."""
+    file = io.BytesIO()
+    Image.new("RGB", (50, 123), "teal").save(file, "GIF")
+    assert file.getvalue()[8:9] == b"{"
+    data = folder_of(tmp_path, a_gif=file.getvalue())
+    (item,) = stream(data, Medium((3, 16, 16)), Tally("data.images", 0.0))
+    assert item.image.shape == (3, 16, 16) and not item.ready
 
 
 def test_a_video_that_ends_before_is_short():
@@ -118,6 +206,8 @@ def test_a_folder_of_videos(tmp_path, capsys):
     tally = Tally("data.images", 1.0)
     # A folder with pictures is one of pictures; its other files are named by their ending.
     assert [item and item.condition for item in stream(data, Medium((5, 3, 16, 16)), tally)] == ["caption of d_gif"]
+    tally.close()
+    assert "other kinds are left out (data.image_key: mp4 takes those): 1 of 1 (a.mp4)" in capsys.readouterr().err
     data = data.model_copy(update={"image_key": "mp4"})
     (tmp_path / "d.gif").unlink()
     assert (count(data.images, None, "mp4"), count(data.images, None)) == (2, 3)
@@ -169,3 +259,12 @@ def test_sounds_in_shards(tmp_path):
     assert sample.caption == "a rising tone" and sample.image is not None
     (item,) = stream(Data(images=str(tmp_path / "a.tar")), Medium((1, 50), 8000), Tally("data.images", 0.0))
     assert item.image.shape == (1, 50) and item.image.dtype == torch.float32
+
+
+def test_a_clone_of_a_dataset_with_a_video_beside_it_stays_a_dataset(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("data/train-0.parquet", "demo.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    assert form(str(tmp_path)) == "dataset"
+    (tmp_path / "data" / "train-0.parquet").unlink()
+    assert form(str(tmp_path)) == "folder"

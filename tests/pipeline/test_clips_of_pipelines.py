@@ -2,7 +2,9 @@
 
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -10,12 +12,14 @@ from safetensors.torch import save_file
 
 from data.test_clips import sound, video
 from pipeline.sounds import LENGTH, RATE, TITLED, stable_audio
-from pipeline.zoo import ZOO
+from pipeline.tiny import redraw, tiny_sd
+from pipeline.zoo import ZOO, ready
 from stepdistill import sample, train
 from stepdistill.errors import InputError
 from stepdistill.eval.bench.end_of_run import protocol_of
 from stepdistill.pipeline.assemble import save_pipeline
-from stepdistill.pipeline.latents import medium, store_images
+from stepdistill.pipeline.decode import decode
+from stepdistill.pipeline.latents import decoder, medium, sampling_rate, store_images
 from stepdistill.pipeline.layout import layout
 from stepdistill.pipeline.trace import trace
 from stepdistill.recipe.schema import Data
@@ -63,8 +67,11 @@ def test_sounds_are_encoded_and_latents_made_ahead_are_taken_as_they_are(audio, 
     (tmp_path / "ready" / "a.txt").write_text("a")
     ready = store_images(audio, Data(images=str(tmp_path / "ready"))).rows("")["latents"]
     torch.testing.assert_close(torch.as_tensor(ready[0:1]), torch.as_tensor(encoded[0:1]))
+    save_file({"latents": z}, tmp_path / "ready" / "a.safetensors")  # a batch of one
+    again = store_images(audio, Data(images=str(tmp_path / "ready"))).rows("")["latents"]
+    assert torch.equal(torch.as_tensor(again[0:1]), torch.as_tensor(ready[0:1]))
     save_file({"latents": z[0, :, :2].contiguous()}, tmp_path / "ready" / "a.safetensors")
-    with pytest.raises(InputError, match=r"found \(3, 2\) of .*a.safetensors"):
+    with pytest.raises(InputError, match=r"1 of 1 samples rejected \(1 latents of another shape\)"):
         store_images(audio, Data(images=str(tmp_path / "ready")))
 
 
@@ -92,7 +99,7 @@ def test_a_student_of_videos(tmp_path):
     assert (made / "export" / "stepdistill.json").is_file()  # a plain call of it gives the same
     result = sample(made, steps=2, count=1, conditions=["rain"], out=tmp_path / "grid.png")
     assert (
-        result.files == (tmp_path / "grid.webp",)
+        result.files == (tmp_path / "grid_whole.webp",)
         and result.files[0].is_file()
         and result.images.shape == (1, 3, 32, 32)
     )
@@ -112,3 +119,39 @@ def test_a_student_of_sounds(tmp_path):
 def test_no_report_is_promised_of_sounds(audio):
     with pytest.raises(InputError, match=r"expected a pipeline of pictures, StableAudioPipeline makes \(2, 156\)"):
         protocol_of(audio, "teacher", ["enet"])
+
+
+def test_the_rate_is_that_of_the_part_that_makes_the_sound():
+    """AudioLDM 2's feature extractor listens at another rate than its vocoder speaks."""
+    heard, spoken = SimpleNamespace(sampling_rate=48000), SimpleNamespace(config=SimpleNamespace(sampling_rate=16000))
+    parts = {"feature_extractor": heard, "vae": SimpleNamespace(config=SimpleNamespace()), "vocoder": spoken}
+    assert sampling_rate(SimpleNamespace(components=parts, **parts)) == 16000
+    with pytest.raises(InputError, match="states the sampling_rate"):
+        sampling_rate(SimpleNamespace(components={"feature_extractor": heard}, feature_extractor=heard))
+
+
+def animate_diff():
+    """SD with motion modules; its autoencoder of pictures is given a video's frames in the place of a batch."""
+    parts = dict(tiny_sd().components)
+    motion = diffusers.MotionAdapter(
+        block_out_channels=(8, 16), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=4
+    )
+    unet = diffusers.UNetMotionModel.from_unet2d(parts.pop("unet"), motion)
+    for name in ("safety_checker", "requires_safety_checker", "feature_extractor", "image_encoder"):
+        parts.pop(name, None)
+    return ready(diffusers.AnimateDiffPipeline(**parts, unet=redraw(unet, 5), motion_adapter=None))
+
+
+def test_a_video_that_is_decoded_picture_by_picture(tmp_path):
+    traced = trace(animate_diff(), {"num_frames": 3})
+    own, kind = layout(traced), medium(traced)
+    assert own.frames and own.shape[0] == 3 and kind.shape[0] == 3 and kind.name == "video"
+    data = folder_of(tmp_path / "clips", {"a.mp4": video(3), "b.mp4": video(7)})
+    latents = torch.as_tensor(store_images(traced, data).rows("")["latents"][0:2])
+    assert latents.shape == (2, *traced.latent_shape)
+    side = kind.shape[-1]
+    grey = torch.arange(3).float().mul(12).div(127.5).sub(1).reshape(3, 1, 1, 1).expand(3, 3, side, side)
+    expected = traced.pipeline.vae.encode(grey).latent_dist.mean.detach()
+    assert (own.to_z(latents)[0] - expected).abs().max() < 0.05 * expected.abs().max()
+    shown = decoder(traced)(latents)  # the middle frames
+    assert (decode(traced, latents).float() / 127.5 - 1 - shown.detach().clamp(-1, 1)).abs().max() < 0.02
