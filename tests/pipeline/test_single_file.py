@@ -77,7 +77,7 @@ def test_its_configs_are_found_in_the_hubs_cache(place, hub, capsys, caplog):
 def test_without_them_the_message_says_what_to_type(place, capsys):
     assert cli.run(["inspect", str(place / "tiny.safetensors"), *SIZE]) == 2
     said = capsys.readouterr().err
-    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in said and said.count("\n") == 1
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in said and said.count("\n") == 2  # what is loaded, and this
     assert "teacher.config=FOLDER (--config FOLDER)" in said and "hf download stable-diffusion-v1-5" in said
 
 

@@ -20,7 +20,6 @@ from stepdistill.sampling import trajectories
 from stepdistill.sampling.trajectories import Solver, teacher_paths
 from stepdistill.testing.analytic import GaussianDenoiser
 from stepdistill.testing.bed import SCHEDULES, at, ddim_path, player
-from stepdistill.training.previews import COUNT
 from stepdistill.training.session import build, build_without_data
 from training.test_host_copies import HostCopies
 
@@ -236,5 +235,5 @@ def test_a_batch_gets_rows_of_its_own(recipe):
 @pytest.mark.parametrize("lost", [False, True])
 def test_resume_is_bit_exact_and_counts_the_cost_once(recipe, tmp_path, monkeypatch, lost):
     costs = costs_of_resumed(recipe, tmp_path, monkeypatch, lost)
-    # The trajectories, the previews before the first step and after the last, and the steps.
-    assert costs[0] == costs[1] == [2 * 3 * 30 + COUNT + 4 * step + COUNT * (step == 3) for step in (1, 2, 3)]
+    # The trajectories and the steps; previews do not count.
+    assert costs[0] == costs[1] == [2 * 3 * 30 + 4 * step for step in (1, 2, 3)]

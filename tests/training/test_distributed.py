@@ -270,7 +270,7 @@ def test_a_batch_that_cannot_be_shared_starts_no_process(teacher, tmp_path, monk
     monkeypatch.setattr(distributed, "launch", lambda *_: pytest.fail("launched"))
     assert cli.run(["train", str(tmp_path / "three.yaml")]) == 2
     line = "error: train.batch_size: expected a multiple of processes x train.accumulation (2 x 1), found 3\n"
-    assert capsys.readouterr().err == line
+    assert capsys.readouterr().err == f"loading libraries\n{line}"
 
 
 @pytest.mark.parametrize("launcher", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])

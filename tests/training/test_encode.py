@@ -14,7 +14,7 @@ from stepdistill.data import picture, shards
 from stepdistill.data.buckets import Bucket
 from stepdistill.data.decoding import Medium
 from stepdistill.data.shards import Share
-from stepdistill.pipeline import conditioning, latents
+from stepdistill.pipeline import latents
 from stepdistill.pipeline import unread as unread_module
 from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.recipe import load
@@ -66,7 +66,7 @@ def test_a_run_finds_what_was_encoded_ahead(file, recipe, tmp_path, monkeypatch,
     assert facts["images"]["rows"] == 11 and facts["conditions"]["rows"] == 3
     before = files(tmp_path / "cache")
     assert {name.partition("-")[0] for name in before} == {"conditions", "latents", "traces"}
-    for place, name in ((conditioning, "observe"), (picture, "read"), (latents, "stream"), (unread_module, "unread")):
+    for place, name in ((conditioning, "caught"), (picture, "read"), (latents, "stream"), (unread_module, "unread")):
         monkeypatch.setattr(place, name, None)
     session = build(load(recipe), torch.device("cpu"), tmp_path / "cache")
     assert [session.conditioning.entries[i] for i in session.rows[1][:4].tolist()] == [
