@@ -14,7 +14,7 @@ from stepdistill.data import picture, shards
 from stepdistill.data.buckets import Bucket
 from stepdistill.data.decoding import Medium
 from stepdistill.data.shards import Share
-from stepdistill.pipeline import latents
+from stepdistill.pipeline import conditioning, latents
 from stepdistill.pipeline import unread as unread_module
 from stepdistill.pipeline.folder import save_pipeline
 from stepdistill.recipe import load
