@@ -37,7 +37,6 @@ from stepdistill.cli_facts import (
     watch,
 )
 from stepdistill.errors import InputError, RunError
-from stepdistill.pipeline.names import check_name
 from stepdistill.progress import WorkProgress, phase
 from stepdistill.recipe import load
 from stepdistill.training.layout import RunFolder
@@ -134,11 +133,14 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a run's student as a stock diffusers pipeline or LoRA, checked against the training-time sampler."""
-    choices = {"keys": (keys, "diffusers or kohya"), "dtype": (dtype, "fp32, fp16 or bf16")}
-    choices |= {"to": (to, "diffusers or comfyui"), "check": (check, "cpu, device or off")}
-    for option, (value, known) in choices.items():
-        if value is not None and value not in known.replace(" or ", ", ").split(", "):
-            raise InputError(f"--{option}: expected {known}, found '{value}'")
+    if keys not in (None, "diffusers", "kohya"):
+        raise InputError(f"--keys: expected diffusers or kohya, found '{keys}'")
+    if dtype not in (None, "fp32", "fp16", "bf16"):
+        raise InputError(f"--dtype: expected fp32, fp16 or bf16, found '{dtype}'")
+    if to not in (None, "diffusers", "comfyui"):
+        raise InputError(f"--to: expected diffusers or comfyui, found '{to}'")
+    if check not in (None, "cpu", "device", "off"):
+        raise InputError(f"--check: expected cpu, device or off, found '{check}'")
     if hub is not None:
         from stepdistill.exporting.hub import check_name as check_repository
         from stepdistill.exporting.hub import push
@@ -258,7 +260,8 @@ def sample(
     opening(path)
     result = stepdistill.sample(path, steps=steps, guidance=guidance, seed=seed, count=count, out=out, **settings)
     facts = {"grid": str(result.path), "images": len(result.images), "seconds": round(result.seconds, 3)}
-    facts |= {"files": [str(file) for file in result.files]} if result.files else {}
+    if files := [str(file) for file in result.files]:
+        facts["files"] = files if as_json else ", ".join(files)
     facts["nfe"] = round(result.nfe, 2)
     print_facts(facts, as_json)
 
@@ -338,9 +341,7 @@ def bench(
         print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
         return
     counts = numbers("--steps", steps)
-    for source in sources:
-        check_name(source)
-    phase(f"loading {', '.join(sources)}")
+    opening(*sources)
     with WorkProgress() as progress:
         report = stepdistill.bench(
             sources,

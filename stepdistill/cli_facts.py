@@ -274,14 +274,15 @@ def doctor(as_json: AsJson = False) -> None:
             print(textwrap.indent(textwrap.fill(row["advice"], 42, break_on_hyphens=False), " " * 38))
 
 
-def opening(name: str) -> None:
-    """Refuse a pipeline that is not there before the libraries are loaded, which takes seconds; a line says so.
+def opening(*names: str) -> None:
+    """Refuse pipelines that are not there before the libraries are loaded, which takes seconds; a line says so.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is none of a name.
     """
-    check_name(name)
-    phase(f"loading {name}")
+    for name in names:
+        check_name(name)
+    phase(f"loading {', '.join(names)}")
 
 
 def _age(seconds: float) -> str:
@@ -315,7 +316,6 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
     for name, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {part}" for key, part in value.items())
-        value = ", ".join(value) if isinstance(value, list) else value
         print(f"{name:{width}}  {'-' if value is None else value}")
 
 
