@@ -177,8 +177,7 @@ def _latents(
 
 def _fits(own: Layout, item: Item, tally: Tally) -> bool:
     """Whether latents that were made ahead have the shape of the autoencoder's, alone or as a batch of one."""
-    alone = item.image.reshape(item.image.shape[-len(own.shape) :]) if item.image.shape[:1] == (1,) else item.image
-    if alone.shape == own.shape:
+    if tuple(item.image.shape) in (own.shape, (1, *own.shape)):
         return True
     tally.reject(Sample(item.name), f"latents of another shape: {tuple(item.image.shape)}, expected {own.shape}")
     return False

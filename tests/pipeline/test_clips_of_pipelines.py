@@ -70,9 +70,10 @@ def test_sounds_are_encoded_and_latents_made_ahead_are_taken_as_they_are(audio, 
     save_file({"latents": z}, tmp_path / "ready" / "a.safetensors")  # a batch of one
     again = store_images(audio, Data(images=str(tmp_path / "ready"))).rows("")["latents"]
     assert torch.equal(torch.as_tensor(again[0:1]), torch.as_tensor(ready[0:1]))
-    save_file({"latents": z[0, :, :2].contiguous()}, tmp_path / "ready" / "a.safetensors")
-    with pytest.raises(InputError, match=r"1 of 1 samples rejected \(1 latents of another shape\)"):
-        store_images(audio, Data(images=str(tmp_path / "ready")))
+    for wrong in (z[0, :, :2], torch.stack([z, z], 1)):
+        save_file({"latents": wrong.contiguous()}, tmp_path / "ready" / "a.safetensors")
+        with pytest.raises(InputError, match=r"1 of 1 samples rejected \(1 latents of another shape\)"):
+            store_images(audio, Data(images=str(tmp_path / "ready")))
 
 
 def run(folder: Path, pipeline, arguments: dict, method: str, data: dict):
